@@ -1,0 +1,53 @@
+# make demo | test | bench | lint: each sets up .venv on the first call and never again until the dependencies change.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= 2
+# PyTorch's own index of CPU builds, asked only when pip's configured index has none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+SHELL  := /bin/bash
+
+.PHONY: demo test bench lint setup clean
+
+demo: $(STAMP)
+	$(BIN)/var-kernels demo
+
+# One thread a worker: two workers with two OpenMP threads each are several times slower than one thread each.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: $(STAMP)
+
+# Three cases. The interpreter already has torch: keep it (a link in the new environment, nothing downloaded again).
+# An NVIDIA driver answers: the CUDA build from the index. Neither: the CPU build named in constraints/cpu.txt.
+$(STAMP): pyproject.toml setup.py constraints/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@set -e; \
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo "setup: keeping the torch of $(PYTHON)"; \
+	  $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"; \
+	  $(BIN)/python -m pip install -q -e '.[dev]' || { \
+	    echo "setup: no package index answered; going on with the packages that are here"; \
+	    $(BIN)/python -m pip install -q --no-index --no-deps --no-build-isolation -e .; }; \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "setup: NVIDIA driver found, installing the CUDA build of torch"; \
+	  $(BIN)/python -m pip install -q -e '.[dev]'; \
+	else \
+	  echo "setup: no GPU found, installing the CPU build of torch (about a minute)"; \
+	  $(BIN)/python -m pip install -q -c constraints/cpu.txt -e '.[dev]' \
+	    || $(BIN)/python -m pip install -q -c constraints/cpu.txt --extra-index-url $(TORCH_CPU_INDEX) -e '.[dev]' || { \
+	    echo "setup: failed. Give an index that holds the '+cpu' build of torch: make $(MAKECMDGOALS) TORCH_CPU_INDEX=URL"; exit 1; }; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,36 @@
+"""Fused losses of causal language models, from the hidden states before the lm_head, without [N, V] logits.
+
+Dimension key, the same in every file: B sequences, T tokens per sequence, N rows (tokens that may carry loss), D hidden size,
+V vocabulary, K target ids per row, P pairs. Whole tensors carry capital suffixes (``hidden_ND``), tiles small ones (``logits_nv``).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "linear_logprob": "var_kernels.ops",
+    "linear_weighted_nll": "var_kernels.ops",
+    "var_weights": "var_kernels.losses",
+    "VARWeights": "var_kernels.losses",
+    "var_loss": "var_kernels.losses",
+    "VARLoss": "var_kernels.losses",
+    "sft_loss": "var_kernels.losses",
+    "dpo_loss": "var_kernels.losses",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from var_kernels.losses import VARLoss, VARWeights, dpo_loss, sft_loss, var_loss, var_weights
+    from var_kernels.ops import linear_logprob, linear_weighted_nll
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'var_kernels' has no attribute {name!r}; public names: {', '.join(sorted(__all__))}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,7 +1,9 @@
 """Fused losses of causal language models, from the hidden states before the lm_head, without [N, V] logits.
 
-Dimension key, the same in every file: B sequences, T tokens per sequence, N rows (tokens that may carry loss), D hidden size,
-V vocabulary, K target ids per row, P pairs. Whole tensors carry capital suffixes (``hidden_ND``), tiles small ones (``logits_nv``).
+Dimension key, the same in every file: B sequences, T tokens per sequence, N rows (tokens that may carry loss), D
+hidden size,
+V vocabulary, K target ids per row, P pairs. Whole tensors carry capital suffixes (``hidden_ND``), tiles small ones
+(``logits_nv``).
 """
 
 from importlib import import_module
@@ -9,17 +11,22 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "linear_logprob": "var_kernels.ops",
-    "linear_weighted_nll": "var_kernels.ops",
-    "var_weights": "var_kernels.losses",
-    "VARWeights": "var_kernels.losses",
-    "var_loss": "var_kernels.losses",
-    "VARLoss": "var_kernels.losses",
-    "sft_loss": "var_kernels.losses",
-    "dpo_loss": "var_kernels.losses",
+_HOME = {
+    "var_kernels.ops": ("linear_logprob", "linear_weighted_nll"),
+    "var_kernels.losses": ("VARLoss", "VARWeights", "dpo_loss", "sft_loss", "var_loss", "var_weights"),
 }
-__all__ = [*_PUBLIC, "__version__"]
+_PUBLIC = {name: module for module, names in _HOME.items() for name in names}
+__all__ = [  # noqa: RUF022
+    "linear_logprob",
+    "linear_weighted_nll",
+    "var_weights",
+    "VARWeights",
+    "var_loss",
+    "VARLoss",
+    "sft_loss",
+    "dpo_loss",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from var_kernels.losses import VARLoss, VARWeights, dpo_loss, sft_loss, var_loss, var_weights

@@ -1,6 +1,8 @@
-"""Naive twins of every public op: full [N, V] logits, any dtype up to fp64. The oracle of tests and benchmarks, nothing else.
+"""Naive twins of every public op: full [N, V] logits, any dtype up to fp64. The oracle of tests and benchmarks,
+nothing else.
 
-Each twin computes in ``dtype`` (fp64 unless told otherwise) from the given, already rounded inputs, and is differentiable.
+Each twin computes in ``dtype`` (fp64 unless told otherwise) from the given, already rounded inputs, and is
+differentiable.
 """
 
 import torch

@@ -1,0 +1,130 @@
+"""The contract of the row kernels: what every backend (plain torch, Triton, C++) computes on one tile of logits.
+
+A tile ``logits_nv`` holds the raw head output x = W h of n rows and one slice of the vocabulary, before bias and
+transform. Two kernels:
+``row_stats`` reduces it into running statistics, ``row_grad`` overwrites it with the gradient in x. They know neither
+losses nor autograd.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """c(): z = softcap * tanh(logit_scale * x / softcap) / temperature; without a softcap z = logit_scale * x /
+    temperature.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def slope(self) -> float:
+        """dz/dx without the softcap's own derivative."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def is_identity(self) -> bool:
+        return self.logit_scale == 1.0 and self.softcap is None and self.temperature == 1.0
+
+
+@dataclass
+class RowStats:
+    """Running statistics of z over the vocabulary slices seen so far; optional ones are None when nobody asked.
+
+    max_N: maximum, -inf at the start. sumexp_N: sum exp(z - max). label_logit_NK: z at the label ids.
+    shifted_sum_N: sum exp(z - max) (z - max), for the entropy. logit_sum_N: sum z, for label smoothing. argmax_N:
+        first id of the maximum.
+    """
+
+    max_N: Tensor
+    sumexp_N: Tensor
+    label_logit_NK: Tensor
+    shifted_sum_N: Tensor | None
+    logit_sum_N: Tensor | None
+    argmax_N: Tensor | None
+
+    @classmethod
+    def empty(cls, n: int, k: int, like: Tensor, *, entropy: bool, mean: bool, argmax: bool) -> "RowStats":
+        """Statistics of no slice at all, in fp32 (fp64 for fp64 ``like``)."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=dtype, device=like.device)
+
+        return cls(
+            max_N=zeros(n).fill_(-torch.inf),
+            sumexp_N=zeros(n),
+            label_logit_NK=zeros(n, k),
+            shifted_sum_N=zeros(n) if entropy else None,
+            logit_sum_N=zeros(n) if mean else None,
+            argmax_N=torch.zeros(n, dtype=torch.int64, device=like.device) if argmax else None,
+        )
+
+    def rows(self, start: int, stop: int) -> "RowStats":
+        """A view of some rows; updating it updates the whole."""
+        views = (getattr(self, field.name) for field in fields(self))
+        return RowStats(*(None if t is None else t[start:stop] for t in views))
+
+    @property
+    def lse_N(self) -> Tensor:
+        return self.max_N + self.sumexp_N.log()
+
+    def logp_NK(self, label_smoothing: float, vocabulary: int) -> Tensor:
+        """(1 - e) log p_y + e mean_v log p_v; differences with the maximum first, which keeps the digits of large
+        logits.
+        """
+        log_sum = self.sumexp_N.log().unsqueeze(1)
+        logp = self.label_logit_NK - self.max_N.unsqueeze(1) - log_sum
+        if label_smoothing:
+            mean_logp = (self.logit_sum_N / vocabulary - self.max_N).unsqueeze(1) - log_sum
+            logp = torch.lerp(logp, mean_logp, label_smoothing)
+        return logp
+
+    @property
+    def entropy_N(self) -> Tensor:
+        return self.sumexp_N.log() - self.shifted_sum_N / self.sumexp_N
+
+
+@dataclass
+class RowCoefficients:
+    """The gradient in z of one row, for any loss on this head: dz_v = p_v (prob + logp_slope log p_v) + constant +
+    sum_k label_k 1[v = y_k].
+
+    prob_N, label_NK: always. logp_slope_N (entropy) and constant_N (label smoothing): None when absent.
+    """
+
+    prob_N: Tensor
+    label_NK: Tensor
+    logp_slope_N: Tensor | None = None
+    constant_N: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> "RowCoefficients":
+        views = (getattr(self, field.name) for field in fields(self))
+        return RowCoefficients(*(None if t is None else t[start:stop] for t in views))
+
+    @classmethod
+    def from_upstream(
+        cls,
+        dlogp_NK: Tensor,
+        label_smoothing: float,
+        vocabulary: int,
+        dlse_N: Tensor | None = None,
+        dentropy_N: Tensor | None = None,
+        entropy_N: Tensor | None = None,
+    ) -> "RowCoefficients":
+        """Coefficients from the upstream gradients of logp, lse and entropy (nats)."""
+        total_N = dlogp_NK.sum(1)
+        prob_N = -total_N if dlse_N is None else dlse_N - total_N
+        if dentropy_N is not None:
+            prob_N = prob_N - dentropy_N * entropy_N
+        return cls(
+            prob_N=prob_N,
+            label_NK=(1 - label_smoothing) * dlogp_NK,
+            logp_slope_N=None if dentropy_N is None else -dentropy_N,
+            constant_N=total_N * (label_smoothing / vocabulary) if label_smoothing else None,
+        )

@@ -1,0 +1,141 @@
+"""The row kernels in plain torch: any device, any floating dtype. They work in row blocks that stay in cache, so
+their temporaries are small.
+"""
+
+import torch
+from torch import Tensor
+
+from .rows import LogitTransform, RowCoefficients, RowStats
+
+BLOCK_ELEMENTS = 1 << 18
+# exp() of it is 0 and 0 times it is 0, which -inf does not give.
+_LOWEST = -1e30
+
+
+def temporary_bytes(columns: int, tile: torch.dtype) -> int:
+    """Upper bound of what one call allocates beside the tile: four block-sized temporaries."""
+    return 4 * max(BLOCK_ELEMENTS, columns) * _math_dtype(tile).itemsize
+
+
+def _math_dtype(tile: torch.dtype) -> torch.dtype:
+    return torch.float64 if tile == torch.float64 else torch.float32
+
+
+def _blocks(n: int, columns: int):
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, n, step):
+        yield start, min(n, start + step)
+
+
+def _transformed(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform, *, inplace: bool) -> Tensor:
+    """z = c(x + b) in the arithmetic's dtype. In place it overwrites x, else x is left as it is."""
+    dtype = _math_dtype(x_nv.dtype)
+    if bias_v is None and transform.is_identity:
+        return x_nv.to(dtype)
+    z_nv = x_nv.to(dtype, copy=not inplace)
+    if bias_v is not None:
+        z_nv += bias_v
+    if transform.softcap is None:
+        return z_nv.mul_(transform.slope)
+    z_nv.mul_(transform.logit_scale / transform.softcap).tanh_()
+    return z_nv.mul_(transform.softcap / transform.temperature)
+
+
+def _label_columns(labels_nk: Tensor, v_start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Column of each label in this slice (clamped) and whether the label lies in it: both (n, k)."""
+    local_nk = labels_nk - v_start
+    inside_nk = (local_nk >= 0) & (local_nk < columns)
+    return local_nk.clamp_(0, columns - 1), inside_nk
+
+
+def row_stats(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Merge one vocabulary slice into the running statistics; the tile is left as it is."""
+    n, columns = logits_nv.shape
+    for start, stop in _blocks(n, columns):
+        z_nv = _transformed(logits_nv[start:stop], bias_v, transform, inplace=False)
+        _merge_block(z_nv, labels_nk[start:stop], stats.rows(start, stop), v_start)
+
+
+def _merge_block(z_nv: Tensor, labels_nk: Tensor, stats: RowStats, v_start: int) -> None:
+    slice_max_n, slice_argmax_n = z_nv.max(1)
+    if stats.argmax_N is not None:
+        stats.argmax_N.copy_(torch.where(slice_max_n > stats.max_N, slice_argmax_n + v_start, stats.argmax_N))
+    new_max_n = torch.maximum(stats.max_N, slice_max_n)
+    # A row that is -inf everywhere so far: subtract 0, its exponentials are 0 all the same.
+    pivot_n = new_max_n.masked_fill(new_max_n == -torch.inf, 0.0)
+    drop_n = (stats.max_N - pivot_n).clamp_(min=_LOWEST)
+    decay_n = drop_n.exp()
+
+    local_nk, inside_nk = _label_columns(labels_nk, v_start, z_nv.shape[1])
+    stats.label_logit_NK.copy_(torch.where(inside_nk, z_nv.gather(1, local_nk), stats.label_logit_NK))
+    if stats.logit_sum_N is not None:
+        stats.logit_sum_N += z_nv.sum(1)
+
+    below_nv = z_nv - pivot_n.unsqueeze(1)
+    if stats.shifted_sum_N is None:
+        stats.sumexp_N.mul_(decay_n).add_(below_nv.exp_().sum(1))
+    else:
+        below_nv.clamp_(min=_LOWEST)
+        exp_nv = below_nv.exp()
+        stats.shifted_sum_N.add_(drop_n * stats.sumexp_N).mul_(decay_n).add_(below_nv.mul_(exp_nv).sum(1))
+        stats.sumexp_N.mul_(decay_n).add_(exp_nv.sum(1))
+    stats.max_N.copy_(new_max_n)
+
+
+def row_grad(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    lse_n: Tensor,
+    coefficients: RowCoefficients,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Overwrite the raw logits with the gradient in them (dz/dx included), rounded once to the tile's dtype."""
+    n, columns = logits_nv.shape
+    for start, stop in _blocks(n, columns):
+        block_nv = logits_nv[start:stop]
+        grad_nv = _grad_block(
+            _transformed(block_nv, bias_v, transform, inplace=True),
+            labels_nk[start:stop],
+            lse_n[start:stop],
+            coefficients.rows(start, stop),
+            v_start,
+            transform,
+        )
+        if grad_nv.data_ptr() != block_nv.data_ptr():
+            block_nv.copy_(grad_nv)
+
+
+def _grad_block(
+    z_nv: Tensor,
+    labels_nk: Tensor,
+    lse_n: Tensor,
+    coefficients: RowCoefficients,
+    v_start: int,
+    transform: LogitTransform,
+) -> Tensor:
+    cap_slope_nv = None
+    if transform.softcap is not None:
+        cap_slope_nv = (z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
+    slope = transform.slope
+    prob_n1 = (coefficients.prob_N * slope).unsqueeze(1)
+    logp_nv = z_nv.sub_(lse_n.unsqueeze(1))
+    if coefficients.logp_slope_N is None:
+        grad_nv = logp_nv.exp_().mul_(prob_n1)
+    else:
+        logp_nv.clamp_(min=_LOWEST)
+        factor_nv = torch.addcmul(prob_n1, logp_nv, (coefficients.logp_slope_N * slope).unsqueeze(1))
+        grad_nv = logp_nv.exp_().mul_(factor_nv)
+    if coefficients.constant_N is not None:
+        grad_nv += (coefficients.constant_N * slope).unsqueeze(1)
+    local_nk, inside_nk = _label_columns(labels_nk, v_start, z_nv.shape[1])
+    grad_nv.scatter_add_(1, local_nk, (coefficients.label_NK * slope).where(inside_nk, 0.0))
+    return grad_nv if cap_slope_nv is None else grad_nv.mul_(cap_slope_nv)

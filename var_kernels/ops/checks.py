@@ -1,0 +1,120 @@
+"""Refusals of the public ops: metadata always, values only where reading them costs no device synchronisation (CPU
+tensors).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("fp32", "fast")
+REDUCTIONS = ("sum", "mean", "none")
+ENGINES = ("auto", "one_pass", "two_pass")
+
+
+def check_tensors(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+) -> None:
+    """Types, shapes, dtypes, devices; label range on the CPU."""
+    given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels}
+    if bias is not None:
+        given["bias"] = bias
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden must be floating point, got {hidden.dtype}; pass the hidden states before the lm_head")
+    if lm_head_weight.dim() != 2:
+        raise ValueError(f"lm_head_weight must have shape (V, D), got {tuple(lm_head_weight.shape)}")
+    v, d = lm_head_weight.shape
+    if hidden.dim() < 1 or hidden.shape[-1] != d:
+        hint = "; pass its transpose" if hidden.dim() and hidden.shape[-1] == v else ""
+        raise ValueError(
+            f"hidden must have shape (..., {d}) to match lm_head_weight {(v, d)}, got {tuple(hidden.shape)}{hint}"
+        )
+    leading = hidden.shape[:-1]
+    if labels.shape != leading and not (labels.dim() == hidden.dim() and labels.shape[:-1] == leading):
+        raise ValueError(
+            f"labels must have shape {tuple(leading)} or {(*leading, 'K')}, the leading shape of hidden, "
+            f"got {tuple(labels.shape)}; shift before the call, nothing is shifted here"
+        )
+    if labels.dim() == hidden.dim() and labels.shape[-1] == 0:
+        raise ValueError(f"labels must hold at least one target id per row, got shape {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32 token ids, got {labels.dtype}; call labels.long()")
+    if bias is not None and bias.shape != (v,):
+        raise ValueError(f"bias must have shape ({v},), one entry per row of lm_head_weight, got {tuple(bias.shape)}")
+    for name, value in given.items():
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
+    if labels.device.type == "cpu" and labels.numel():
+        _check_label_range(labels, v, ignore_index)
+
+
+def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
+    if wrong.any():
+        raise ValueError(
+            f"labels must be in [0, {v}) or ignore_index={ignore_index}, got {labels[wrong][0].item()} "
+            f"({int(wrong.sum())} such entries); a tokenizer larger than the head, or another ignore index?"
+        )
+
+
+def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:
+    """One dtype for all operands; called after autocast had its say."""
+    for name, value in (("lm_head_weight", lm_head_weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} is {value.dtype} but hidden is {hidden.dtype}; cast one of them, or run under torch.autocast"
+            )
+
+
+def check_head_options(
+    logit_scale: float, softcap: float | None, temperature: float, label_smoothing: float, precision: str, workspace_mb
+) -> None:
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; pass None for no softcap")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"temperature must be positive and finite, got {temperature}; greedy decoding has no log-probs"
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    check_choice("precision", precision, PRECISIONS)
+    if workspace_mb is not None and not (math.isfinite(workspace_mb) and workspace_mb > 0):
+        raise ValueError(f"workspace_mb must be positive (MiB), got {workspace_mb}; pass None for the default")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
+    if token_weight is None:
+        return
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(
+            f"token_weight must be a torch.Tensor or None (weight 1), got {type(token_weight).__name__}; "
+            "the argument order is hidden, lm_head_weight, labels, token_weight, bias"
+        )
+    if not token_weight.is_floating_point():
+        raise TypeError(f"token_weight must be floating point, got {token_weight.dtype}; call token_weight.float()")
+    if token_weight.shape != labels.shape:
+        raise ValueError(
+            f"token_weight must have the shape of labels, {tuple(labels.shape)}, got {tuple(token_weight.shape)}; "
+            "expand per-sequence weights over their tokens"
+        )
+    if token_weight.device != labels.device:
+        raise ValueError(f"token_weight is on {token_weight.device} but labels are on {labels.device}; move it there")
+    if token_weight.device.type == "cpu" and not bool(token_weight.isfinite().all()):
+        raise ValueError("token_weight must be finite, got NaN or inf; check the rewards it was made from")
+
+
+def check_num_items(num_items) -> None:
+    if num_items is None or isinstance(num_items, Tensor):
+        return
+    if not (math.isfinite(num_items) and num_items > 0):
+        raise ValueError(f"num_items must be positive and finite, got {num_items}")

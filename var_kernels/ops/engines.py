@@ -1,0 +1,281 @@
+"""The engines: which tiles are computed in which order. No autograd here; every tensor is flat and on one device.
+
+forward_pass      1 GEMM   statistics only: rows x vocabulary slices, merged
+token_chunk_pass  3 GEMMs  whole rows: statistics, then the gradient in the same tile (known per-token gradient;
+frozen head)
+vocabulary_pass   3 GEMMs  backward for any upstream gradient: logits recomputed slice by slice, dW written once
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from var_kernels.kernels import rows_torch
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops.gemm import add_product, logits_into, product_into, upcasts
+from var_kernels.ops.workspace import (
+    TileCost,
+    holds_token_chunks,
+    plan_forward,
+    plan_token_chunks,
+    plan_vocabulary_slices,
+)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Everything about the head and the run that is no tensor: budget in bytes; lse, entropy, argmax: outputs that
+    were asked for.
+    """
+
+    transform: LogitTransform
+    label_smoothing: float
+    precision: str
+    budget: int
+    lse: bool = False
+    entropy: bool = False
+    argmax: bool = False
+
+    def tile_dtype(self, operand: torch.dtype) -> torch.dtype:
+        if operand == torch.float64 or self.precision == "fast":
+            return operand
+        return torch.float32
+
+
+@dataclass
+class Head:
+    """One call's tensors: hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), and the
+    options.
+    """
+
+    hidden_ND: Tensor
+    lm_head_weight_VD: Tensor
+    bias_V: Tensor | None
+    labels_NK: Tensor
+    options: HeadOptions
+
+    def __post_init__(self):
+        self.n, self.d = self.hidden_ND.shape
+        self.v = self.lm_head_weight_VD.shape[0]
+        self.operand = self.hidden_ND.dtype
+        self.tile = self.options.tile_dtype(self.operand)
+        self.upcast = upcasts(self.operand, self.tile, self.hidden_ND.device)
+
+    def new_stats(self) -> RowStats:
+        options = self.options
+        return RowStats.empty(
+            self.n,
+            self.labels_NK.shape[1],
+            self.hidden_ND,
+            entropy=options.entropy,
+            mean=options.label_smoothing > 0,
+            argmax=options.argmax,
+        )
+
+    def tile_cost(self, *, gradient: bool) -> TileCost:
+        """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs need beside it."""
+        copies = self._operand_copies(gradient)
+        return TileCost(self._element(gradient), copies, copies, rows_torch.temporary_bytes(self.v, self.tile))
+
+    def chunk_cost(self, budget: int) -> TileCost:
+        """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
+        copies = self._operand_copies(gradient=True)
+        fixed = rows_torch.temporary_bytes(self.v, self.tile) + (budget // 4 if copies else 0)
+        return TileCost(self._element(gradient=True), 0, copies, fixed)
+
+    def weight_slice(self, budget: int) -> int:
+        """Vocabulary columns whose operand copies fit the quarter that ``chunk_cost`` sets aside; all of them where
+        none is made.
+        """
+        copies = self._operand_copies(gradient=True)
+        return min(self.v, max(1, budget // 4 // copies)) if copies else self.v
+
+    def _element(self, gradient: bool) -> int:
+        cast = self.operand.itemsize if gradient and self.operand != self.tile else 0
+        return self.tile.itemsize + cast
+
+    def _operand_copies(self, gradient: bool) -> int:
+        """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py)."""
+        if not self.upcast:
+            return 0
+        return self.d * (self.tile.itemsize + (self.operand.itemsize if gradient else 0))
+
+    def new_tile(self, elements: int) -> Tensor:
+        return torch.empty(elements, dtype=self.tile, device=self.hidden_ND.device)
+
+    def upcast_rows(self, start: int, stop: int) -> Tensor:
+        rows_nd = self.hidden_ND[start:stop]
+        return rows_nd.to(self.tile) if self.upcast else rows_nd
+
+    def bias_slice(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias_V is None else self.bias_V[start:stop]
+
+    def row_stats(self, logits_nv: Tensor, rows: slice, stats: RowStats, v_start: int) -> None:
+        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
+        rows_torch.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
+
+    def row_grad(
+        self, logits_nv: Tensor, rows: slice, lse_n: Tensor, coefficients: RowCoefficients, v_start: int
+    ) -> None:
+        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
+        rows_torch.row_grad(
+            logits_nv, self.labels_NK[rows], lse_n, coefficients, v_start, bias_v, self.options.transform
+        )
+
+    def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
+        return RowCoefficients.from_upstream(
+            dlogp_NK, self.options.label_smoothing, self.v, dlse_N, dentropy_N, entropy_N
+        )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients somebody asked for."""
+
+    hidden: bool
+    lm_head_weight: bool
+    bias: bool
+
+    def __bool__(self):
+        return self.hidden or self.lm_head_weight or self.bias
+
+
+@dataclass
+class Gradients:
+    """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), dbias_V in fp32; None where not
+    needed.
+    """
+
+    dhidden_ND: Tensor | None = None
+    dweight_VD: Tensor | None = None
+    dbias_V: Tensor | None = None
+
+    def cast(self, dtype: torch.dtype) -> "Gradients":
+        def to(t):
+            return None if t is None else t.to(dtype)
+
+        return Gradients(to(self.dhidden_ND), to(self.dweight_VD), to(self.dbias_V))
+
+
+def _accumulation_dtype(operand: torch.dtype) -> torch.dtype:
+    return torch.float64 if operand == torch.float64 else torch.float32
+
+
+def _spans(total: int, step: int):
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+def forward_pass(head: Head) -> RowStats:
+    """Statistics of every row; peak extra memory: the budget."""
+    stats = head.new_stats()
+    plan = plan_forward(head.n, head.v, head.options.budget, head.tile_cost(gradient=False))
+    storage = head.new_tile(plan.rows * plan.columns)
+    for start, stop in _spans(head.n, plan.rows):
+        hidden_nd = head.upcast_rows(start, stop)
+        for v_start, v_stop in _spans(head.v, plan.columns):
+            logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
+            logits_into(logits_nv, hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
+            head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
+    return stats
+
+
+def one_pass_fits(head: Head, needs: Needs) -> bool:
+    """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
+    length.
+    """
+    budget = head.options.budget - dweight_bytes(head, needs)
+    return holds_token_chunks(head.n, head.v, budget, head.chunk_cost(budget))
+
+
+def dweight_bytes(head: Head, needs: Needs) -> int:
+    """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
+    accumulation = _accumulation_dtype(head.operand)
+    if not needs.lm_head_weight or accumulation == head.operand:
+        return 0
+    return head.v * head.d * accumulation.itemsize
+
+
+def token_chunk_pass(
+    head: Head, needs: Needs, coefficients_of: Callable[[slice, RowStats], RowCoefficients]
+) -> tuple[RowStats, Gradients]:
+    """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
+    gradient.
+    """
+    stats = head.new_stats()
+    gradients = Gradients()
+    accumulator = dweight_bytes(head, needs)
+    budget = head.options.budget - accumulator
+    plan = plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
+    slice_width = head.weight_slice(budget)
+    storage = head.new_tile(plan.rows * head.v)
+    accumulation = _accumulation_dtype(head.operand)
+    if needs.hidden:
+        gradients.dhidden_ND = torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format)
+    if needs.lm_head_weight:
+        gradients.dweight_VD = torch.zeros(head.lm_head_weight_VD.shape, dtype=accumulation, device=storage.device)
+    if needs.bias:
+        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=storage.device)
+
+    for start, stop in _spans(head.n, plan.rows):
+        rows = slice(start, stop)
+        logits_nv = storage[: (stop - start) * head.v].view(stop - start, head.v)
+        hidden_nd = head.upcast_rows(start, stop)
+        for v_start, v_stop in _spans(head.v, slice_width):
+            logits_into(logits_nv[:, v_start:v_stop], hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
+        chunk_stats = stats.rows(start, stop)
+        head.row_stats(logits_nv, rows, chunk_stats, 0)
+        head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients_of(rows, chunk_stats), 0)
+        if needs.bias:
+            gradients.dbias_V += logits_nv.sum(0, dtype=accumulation)
+        dlogits_nv = logits_nv.to(head.operand)
+        if needs.hidden:
+            product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD)
+        if needs.lm_head_weight:
+            for v_start, v_stop in _spans(head.v, slice_width):
+                add_product(
+                    gradients.dweight_VD[v_start:v_stop], dlogits_nv[:, v_start:v_stop].t(), head.hidden_ND[rows]
+                )
+    return stats, gradients
+
+
+def vocabulary_pass(head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients) -> Gradients:
+    """Gradients for any per-row coefficients; logits are recomputed once, slice by slice."""
+    accumulation = _accumulation_dtype(head.operand)
+    plan = plan_vocabulary_slices(head.n, head.v, head.options.budget, head.tile_cost(gradient=True))
+    storage = head.new_tile(plan.rows * plan.columns)
+    gradients = Gradients()
+    if needs.hidden:
+        gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=storage.device)
+    if needs.lm_head_weight:
+        gradients.dweight_VD = torch.empty_like(head.lm_head_weight_VD, memory_format=torch.contiguous_format)
+    if needs.bias:
+        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=storage.device)
+
+    row_spans = list(_spans(head.n, plan.rows))
+    for v_start, v_stop in _spans(head.v, plan.columns):
+        weight_vd = head.lm_head_weight_VD[v_start:v_stop]
+        dweight_vd = None
+        if needs.lm_head_weight:
+            dweight_vd = gradients.dweight_VD[v_start:v_stop]
+            if len(row_spans) != 1:
+                dweight_vd = torch.zeros(weight_vd.shape, dtype=accumulation, device=storage.device)
+        for start, stop in row_spans:
+            rows = slice(start, stop)
+            logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
+            logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
+            head.row_grad(logits_nv, rows, lse_N[rows], coefficients.rows(start, stop), v_start)
+            if needs.bias:
+                gradients.dbias_V[v_start:v_stop] += logits_nv.sum(0, dtype=accumulation)
+            dlogits_nv = logits_nv.to(head.operand)
+            if needs.hidden:
+                add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd)
+            if needs.lm_head_weight and len(row_spans) == 1:
+                product_into(dweight_vd, dlogits_nv.t(), head.hidden_ND)
+            elif needs.lm_head_weight:
+                add_product(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows])
+        if needs.lm_head_weight and len(row_spans) != 1:
+            gradients.dweight_VD[v_start:v_stop] = dweight_vd
+    return gradients

@@ -1,0 +1,146 @@
+"""``linear_logprob``: log-probabilities of given tokens from hidden states and the lm_head, differentiable for any
+upstream gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.engines import Head, Needs, forward_pass, one_pass_fits, token_chunk_pass, vocabulary_pass
+
+
+def linear_logprob(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    workspace_mb: float | None = None,
+    precision: str = "fp32",
+):
+    """Log-probability of each label under the lm_head, without the [N, V] logits.
+
+        x = W h + b;   z = c(x): times logit_scale, softcap * tanh(. / softcap), divided by temperature
+        logp = z_y - lse,   lse = log sum_v exp z_v,   entropy = lse - sum_v p_v z_v
+        with label_smoothing e:  logp = (1 - e) log p_y + e * mean_v log p_v
+
+    Every output but argmax is differentiable, for any upstream gradient, as often as wanted (first order). GEMMs: one
+    forward; a backward
+    recomputes the logits slice by slice (4 in all), or saves one [N, D] product when only ``hidden`` needs a gradient
+    (2 in all).
+    Peak extra memory: ``workspace_mb``, and in the backward an fp32 [N, D].
+
+    Args:
+        hidden: (..., D), floating point; states before the lm_head. Any strides.
+        lm_head_weight: (V, D), hidden's dtype. A slice ``W[:v]`` restricts the vocabulary.
+        labels: (...) or (..., K) int64 in [0, V) or ``ignore_index``; aligned with hidden, nothing is shifted. Rows
+            without a label cost nothing.
+        bias: (V,), hidden's dtype; -inf forbids a token.
+        workspace_mb: MiB for tiles of logits; None: 64 on a CPU, 1/32 of the memory of an accelerator.
+        precision: "fp32": logits in fp32 (fp64 for fp64 inputs); "fast": logits rounded to hidden's dtype, log-prob
+            errors up to 0.03 in bf16.
+
+    Returns:
+        logp, shape of labels, fp32 (fp64 for fp64), nats, 0 where ignored. If asked for, a tuple with lse (...),
+        entropy (...), both nats and 0 for
+        rows without a label, argmax (...) int64, -1 for those rows; in this order.
+
+    Raises:
+        TypeError, ValueError: argument, what was expected, what came, the remedy. On a CPU labels out of range too.
+    """
+    call = prepare(
+        hidden,
+        lm_head_weight,
+        labels,
+        bias,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        workspace_mb=workspace_mb,
+        lse=return_lse,
+        entropy=return_entropy,
+        argmax=return_argmax,
+    )
+    logp_NK, lse_N, entropy_N, argmax_N = apply_logprob(call)
+    outputs = [call.restore_targets(logp_NK)]
+    outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
+    if argmax_N is not None:
+        outputs.append(call.restore(argmax_N, fill=-1))
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@torch.compiler.disable
+def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
+    logp_NK, *others = LinearLogprobFunction.apply(
+        call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options, call.needs
+    )
+    return (logp_NK.where(call.kept_NK, 0.0), *others)
+
+
+class LinearLogprobFunction(torch.autograd.Function):
+    """(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs) -> logp_NK, lse_N, entropy_N, argmax_N.
+
+    Saves lse and entropy and recomputes logits in the backward; with a frozen head it saves dlogp/dhidden instead.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs):
+        ctx.set_materialize_grads(False)
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        ctx.needs, ctx.options = needs, options
+        ctx.frozen_head = _is_frozen_head(head, needs)
+        if ctx.frozen_head:
+            stats, gradients = token_chunk_pass(head, needs, lambda rows, _: head.coefficients(_ones(head, rows)))
+            ctx.save_for_backward(gradients.dhidden_ND)
+        else:
+            stats = forward_pass(head)
+        lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
+        if needs and not ctx.frozen_head:
+            ctx.save_for_backward(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N)
+        if stats.argmax_N is not None:
+            ctx.mark_non_differentiable(stats.argmax_N)
+        return stats.logp_NK(options.label_smoothing, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
+        no_others = (None,) * 3
+        if dlogp_NK is None and dlse_N is None and dentropy_N is None:
+            return (None, None, None, *no_others)
+        if ctx.frozen_head:
+            (dlogp_dhidden_ND,) = ctx.saved_tensors
+            return ((dlogp_NK * dlogp_dhidden_ND).to(dlogp_dhidden_ND.dtype), None, None, *no_others)
+        hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N = ctx.saved_tensors
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, ctx.options)
+        if dlogp_NK is None:
+            dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
+        coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
+        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients).cast(head.operand)
+        return (gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *no_others)
+
+
+def _ones(head: Head, rows: slice) -> Tensor:
+    dtype = torch.float64 if head.operand == torch.float64 else torch.float32
+    return torch.ones(rows.stop - rows.start, 1, dtype=dtype, device=head.hidden_ND.device)
+
+
+def _is_frozen_head(head: Head, needs: Needs) -> bool:
+    """Only hidden needs a gradient, and only through logp of one target: one [N, D] product serves every upstream
+    gradient.
+    """
+    only_hidden = needs.hidden and not needs.lm_head_weight and not needs.bias
+    only_logp = head.labels_NK.shape[1] == 1 and not head.options.lse and not head.options.entropy
+    return only_hidden and only_logp and one_pass_fits(head, needs)

@@ -1,0 +1,185 @@
+"""``linear_weighted_nll``: token-weighted cross-entropy of the lm_head, gradients made in the forward pass."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from var_kernels.ops import checks
+from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.engines import (
+    Gradients,
+    Head,
+    Needs,
+    RowCoefficients,
+    RowStats,
+    forward_pass,
+    one_pass_fits,
+    token_chunk_pass,
+)
+from var_kernels.ops.logprob import apply_logprob
+
+
+def linear_weighted_nll(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    reduction: str = "sum",
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_logp: bool = False,
+    return_argmax: bool = False,
+    workspace_mb: float | None = None,
+    precision: str = "fp32",
+    engine: str = "auto",
+):
+    """Weighted negative log-likelihood of the labels, without the [N, V] logits.
+
+        loss = sum_n w_n (-logp_n + z_loss * lse_n^2)
+
+    with logp and lse as in ``linear_logprob``; "mean" divides by num_items, or by the number of rows with a label. The weights
+    are known before the logits, so the gradients are made with them: 3 GEMMs in all ("one_pass"; peak extra memory
+    ``workspace_mb``, which also holds an fp32 dW where W is narrower). Where the budget does not hold that, or for reduction
+    "none": 4 GEMMs ("two_pass"; ``workspace_mb`` and an fp32 [N, D]). Both give the same numbers. Differentiable in
+    ``token_weight`` as well.
+
+    Args:
+        hidden, lm_head_weight, labels, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
+        token_weight: the shape of labels, floating point, finite, any sign; None means 1. Rows of weight 0 cost
+            nothing.
+        num_items: divisor of "mean" (number of items in the global batch, sum of weights), positive.
+        engine: "auto", "one_pass" or "two_pass".
+
+    Returns:
+        A scalar fp32 (fp64 for fp64 inputs), nats; for "none" the shape of labels. An all-ignored batch gives a
+        differentiable 0. If asked for,
+        a tuple with the detached logp (shape of labels, 0 where ignored or of weight 0), argmax (...) int64 (-1
+        there); in this order.
+
+    Raises:
+        TypeError, ValueError: argument, what was expected, what came, the remedy.
+    """
+    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.check_choice("engine", engine, checks.ENGINES)
+    checks.check_num_items(num_items)
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items divides reduction='mean' only, got reduction={reduction!r}; drop one of them")
+    if engine == "one_pass" and reduction == "none":
+        raise ValueError("engine='one_pass' needs one scalar loss, got reduction='none'; use engine='auto'")
+    call = prepare(
+        hidden,
+        lm_head_weight,
+        labels,
+        bias,
+        token_weight,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        workspace_mb=workspace_mb,
+        lse=z_loss != 0,
+        argmax=return_argmax,
+    )
+    if token_weight is None:
+        weight_NK = call.kept_NK.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    else:
+        weight_NK = call.select_targets(token_weight).to(torch.promote_types(token_weight.dtype, torch.float32))
+        weight_NK = weight_NK.where(call.kept_NK, 0.0)
+    if reduction == "mean":
+        weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
+
+    if reduction != "none" and (engine == "one_pass" or (engine == "auto" and _one_pass(call))):
+        loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
+    else:
+        logp_NK, lse_N, _, argmax_N = apply_logprob(call)
+        penalty_N1 = z_loss * lse_N.square().unsqueeze(1) if z_loss else 0.0
+        loss_NK = weight_NK * (penalty_N1 - logp_NK)
+        loss = call.restore_targets(loss_NK) if reduction == "none" else loss_NK.sum()
+
+    outputs = [loss]
+    if return_logp:
+        outputs.append(call.restore_targets(logp_NK.detach()))
+    if return_argmax:
+        outputs.append(call.restore(argmax_N, fill=-1))
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float | Tensor | None):
+    if num_items is not None:
+        return num_items
+    counted = labels != ignore_index
+    return (counted.any(-1) if call.several else counted).sum().clamp(min=1)
+
+
+def _head(call: HeadCall) -> Head:
+    return Head(call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options)
+
+
+def _one_pass(call: HeadCall) -> bool:
+    return one_pass_fits(_head(call), call.needs)
+
+
+@torch.compiler.disable
+def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
+    loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
+        call.hidden_ND,
+        call.lm_head_weight_VD,
+        call.bias_V,
+        weight_NK,
+        call.labels_NK,
+        z_loss,
+        call.options,
+        call.needs,
+    )
+    return loss, logp_NK.where(call.kept_NK, 0.0), argmax_N
+
+
+class LinearWeightedNLLFunction(torch.autograd.Function):
+    """(hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, z_loss, options, needs) -> loss, logp_NK, argmax_N.
+
+    Saves finished gradients; the backward scales copies of them, so it may run again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, z_loss, options, needs: Needs):
+        ctx.set_materialize_grads(False)
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        if needs:
+
+            def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
+                weight_nk = weight_NK[rows]
+                dlse_n = 2 * z_loss * weight_nk.sum(1) * stats.lse_N if z_loss else None
+                return head.coefficients(-weight_nk, dlse_n)
+
+            stats, gradients = token_chunk_pass(head, needs, coefficients_of)
+            gradients = gradients.cast(head.operand)
+        else:
+            stats, gradients = forward_pass(head), Gradients()
+        logp_NK = stats.logp_NK(options.label_smoothing, head.v)
+        nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
+        # A label of probability 0 costs inf; a target of weight 0 must not turn that into NaN.
+        nll_NK = nll_NK.where(weight_NK != 0, 0.0)
+        ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, nll_NK)
+        ctx.mark_non_differentiable(logp_NK)
+        if stats.argmax_N is not None:
+            ctx.mark_non_differentiable(stats.argmax_N)
+        return (weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * 8
+        *gradients, nll_NK = ctx.saved_tensors
+        scaled = [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
+        return (*scaled, dloss * nll_NK if ctx.needs_input_grad[3] else None, None, None, None, None)

@@ -1,0 +1,95 @@
+"""From a memory budget to tile shapes. The number of chunks follows from ``workspace_mb``, never from V / D."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+MIB = 1 << 20
+# Narrower slices or shorter chunks than these starve a GEMM.
+_MIN_COLUMNS = 1024
+_MIN_ROWS = 64
+_MAX_FORWARD_ROWS = 4096
+
+
+def default_workspace_mb(device: torch.device) -> int:
+    """64 MiB on a CPU; 1/32 of the device's memory on an accelerator, at least 128 MiB."""
+    if device.type != "cuda":
+        return 64
+    return max(128, _cuda_memory(device.index or 0) // 32 // MIB)
+
+
+@functools.cache
+def _cuda_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How many rows and vocabulary columns a tile holds."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class TileCost:
+    """Bytes of a tile of r rows and c columns: r c element + c column + r row + fixed."""
+
+    element: int
+    column: int = 0
+    row: int = 0
+    fixed: int = 0
+
+    def columns_within(self, budget: int, rows: int) -> int:
+        return (budget - self.fixed - rows * self.row) // (rows * self.element + self.column)
+
+    def rows_within(self, budget: int, columns: int) -> int:
+        return (budget - self.fixed - columns * self.column) // (columns * self.element + self.row)
+
+
+def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, beside: int = 0) -> int:
+    rows = cost.rows_within(budget, columns)
+    if rows < 1:
+        needed = beside + cost.fixed + columns * (cost.element + cost.column) + cost.row
+        raise ValueError(
+            f"workspace_mb={(budget + beside) / MIB:.3g} is too small for {purpose}: a row of {columns} columns needs "
+            f"about {needed / MIB:.3g} MiB; give workspace_mb={2 * -(-needed // MIB)} or more"
+        )
+    return rows
+
+
+def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> TilePlan:
+    """Rows by vocabulary slices, merged by running statistics: as square as the budget allows."""
+    rows = max(1, min(n, _MAX_FORWARD_ROWS))
+    columns = cost.columns_within(budget, rows)
+    if columns < min(v, _MIN_COLUMNS):
+        columns = min(v, _MIN_COLUMNS)
+        rows = min(n, _rows_or_refuse(budget, cost, columns, "the forward pass"))
+    elif columns >= v:
+        columns = v
+        rows = min(n, cost.rows_within(budget, v))
+    return TilePlan(max(1, rows), min(columns, v))
+
+
+def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: int) -> TilePlan:
+    """Chunks of whole rows, for gradients made in the forward pass; ``accumulator`` bytes are already taken from the
+    budget.
+    """
+    return TilePlan(min(max(n, 1), _rows_or_refuse(budget, cost, v, "one pass over token chunks", accumulator)), v)
+
+
+def holds_token_chunks(n: int, v: int, budget: int, cost: TileCost) -> bool:
+    """Whether the budget holds chunks that are long enough to keep one pass efficient."""
+    return cost.rows_within(budget, v) >= min(n, _MIN_ROWS)
+
+
+def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> TilePlan:
+    """Slices that see all rows, so each slice of dW is written once; rows are split only where a slice would get too
+    narrow.
+    """
+    columns = cost.columns_within(budget, max(n, 1))
+    if columns >= min(v, _MIN_COLUMNS):
+        return TilePlan(max(n, 1), min(columns, v))
+    columns = min(v, _MIN_COLUMNS)
+    return TilePlan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns)

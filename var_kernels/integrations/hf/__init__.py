@@ -1,0 +1,8 @@
+"""Fused losses on any Hugging Face causal language model, without its [B, T, V] logits."""
+
+from var_kernels.integrations.hf.cross import cross_reference_logprobs
+from var_kernels.integrations.hf.head import HeadParams, capture
+from var_kernels.integrations.hf.logprobs import sequence_logprobs, token_logprobs
+from var_kernels.integrations.hf.loss import fused_lm_head
+
+__all__ = ["HeadParams", "capture", "cross_reference_logprobs", "fused_lm_head", "sequence_logprobs", "token_logprobs"]

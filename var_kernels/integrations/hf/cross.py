@@ -1,0 +1,160 @@
+"""Every completion scored after every prompt: the reference log-probs of VAR's "cross" normaliser."""
+
+import copy
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.calibration import input_device, undisturbed
+from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, sequence_logprobs
+from var_kernels.ops import linear_logprob
+
+# Per model: the longest prompt whose cache was seen to agree with a full forward pass, or 0 where it did not.
+_cache_trust: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def cross_reference_logprobs(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int] | Tensor],
+    completions: Sequence[Sequence[int] | Tensor],
+    *,
+    max_tokens: int = 16384,
+    workspace_mb: float | None = None,
+) -> Tensor:
+    """Log-probability of every completion after every prompt, without gradients and without dropout (eval mode).
+
+        scores[i, j] = sum_t log p(completions[j][t] | prompts[i], completions[j][:t])
+
+    Each distinct prompt runs once; its KV cache is copied for the completions, which run in chunks. The first use of a model (and of
+    a longer prompt) checks one entry against a full forward pass; a model that cannot continue from its cache with several
+    tokens (Mamba-like states) is scored by full passes of prompt + completion. No (N, V) logits.
+    Under FSDP or ZeRO-3 every rank must make the same number of passes.
+
+    Args:
+        prompts: lists or 1-D tensors of token ids, one token at least (a BOS token for an empty text).
+        completions: likewise; give the end token where it is to count. As many as prompts, or not.
+        max_tokens: rows times (prompt + completion) length of one forward pass; bounds activations and cache copies.
+        workspace_mb: as in ``linear_logprob``.
+    Returns:
+        (len(prompts), len(completions)) fp32, nats, sums over tokens, on the model's device. For per-token means divide by the
+        completions' lengths: ``scores / torch.tensor([len(c) for c in completions])``.
+    Raises:
+        ValueError: an empty prompt or completion; the model's head is not understood.
+    """
+    prompt_ids = [_token_ids("prompts", i, ids) for i, ids in enumerate(prompts)]
+    completion_ids = [_token_ids("completions", j, ids) for j, ids in enumerate(completions)]
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    inner = inner_model(model)
+    scorer = _Scorer(model, completion_ids, max_tokens, workspace_mb, input_device(inner))
+    # Longest first: what is verified for it covers the rest, and memory runs out at once if it ever does.
+    distinct = sorted(set(prompt_ids), key=len, reverse=True)
+    with undisturbed(model):
+        rows = {prompt: _verified_row(inner, scorer, prompt) for prompt in (distinct if completion_ids else ())}
+    if not rows:
+        return torch.zeros(len(prompt_ids), len(completion_ids), device=scorer.device)
+    return torch.stack([rows[prompt] for prompt in prompt_ids])
+
+
+def _token_ids(argument: str, index: int, ids: Sequence[int] | Tensor) -> tuple[int, ...]:
+    if isinstance(ids, Tensor) and (ids.dim() != 1 or ids.is_floating_point()):
+        raise ValueError(
+            f"{argument}[{index}]: expected a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
+        )
+    ids = tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
+    if not ids:
+        hint = "start it with a BOS token" if argument == "prompts" else "drop it, or end it with an EOS token"
+        raise ValueError(f"{argument}[{index}]: expected one token id at least, got none; {hint}")
+    return ids
+
+
+def _verified_row(inner: nn.Module, scorer: "_Scorer", prompt: tuple[int, ...]) -> Tensor:
+    trusted = _cache_trust.get(inner)
+    if trusted == 0:
+        return scorer.full_row(prompt)
+    row = scorer.cached_row(prompt)
+    if row is not None and (trusted or 0) >= len(prompt):
+        return row
+    longest = scorer.order[0]
+    exact = scorer.full_row(prompt, only=longest)
+    per_token = max(1e-4, 8 * torch.finfo(inner.dtype).eps)
+    if row is not None and (row[longest] - exact[longest]).abs().item() <= per_token * len(scorer.completions[longest]):
+        _cache_trust[inner] = len(prompt)
+        return row
+    _cache_trust[inner] = 0
+    return scorer.full_row(prompt)
+
+
+class _Scorer:
+    """The completions, longest first in chunks, and the two ways to score them after a prompt. Rows are (len(completions),) fp32."""
+
+    def __init__(self, model, completions, max_tokens, workspace_mb, device):
+        self.model, self.completions, self.max_tokens, self.workspace_mb = model, completions, max_tokens, workspace_mb
+        self.device = device
+        self.order = sorted(range(len(completions)), key=lambda j: len(completions[j]), reverse=True)
+
+    def _chunks(self, order: list[int], prompt_length: int):
+        while order:
+            rows = max(1, self.max_tokens // (prompt_length + len(self.completions[order[0]])))
+            yield order[:rows]
+            order = order[rows:]
+
+    def full_row(self, prompt: tuple[int, ...], only: int | None = None) -> Tensor:
+        """By forward passes of prompt + completion; with ``only`` that entry alone, the others 0."""
+        row = torch.zeros(len(self.completions), device=self.device)
+        for chunk in self._chunks(self.order if only is None else [only], len(prompt)):
+            ids, mask = self._padded([prompt + self.completions[j] for j in chunk])
+            labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+            labels[:, : len(prompt)] = IGNORE_INDEX
+            batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            row[chunk] = sequence_logprobs(self.model, batch, workspace_mb=self.workspace_mb).float().to(self.device)
+        return row
+
+    def cached_row(self, prompt: tuple[int, ...]) -> Tensor | None:
+        """By one pass of the prompt and passes of the completions that continue from its cache; None where there is no such cache."""
+        first = torch.tensor([[[ids[0] for ids in self.completions]]], device=self.device)  # (1, 1, B)
+        inputs = {"input_ids": torch.tensor([prompt], device=self.device), "use_cache": True}
+        (logp,), output = self._captured(lambda hidden: hidden[:, -1:], first, inputs)
+        row = logp[0, 0].float().to(self.device)  # of the first tokens, all predicted by the prompt's last position
+        cache = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "batch_repeat_interleave"):
+            return None
+        for chunk in self._chunks([j for j in self.order if len(self.completions[j]) > 1], len(prompt)):
+            ids, mask = self._padded([self.completions[j] for j in chunk])
+            prompt_mask = mask.new_ones(len(chunk), len(prompt))
+            own_cache = copy.deepcopy(cache)
+            own_cache.batch_repeat_interleave(len(chunk))
+            inputs = {
+                "input_ids": ids[:, :-1],
+                "attention_mask": torch.cat([prompt_mask, mask[:, :-1]], dim=1),
+                "past_key_values": own_cache,
+                "use_cache": True,
+            }
+            labels = ids.masked_fill(mask == 0, IGNORE_INDEX)[:, 1:]
+            (logp,), _ = self._captured(lambda hidden: hidden, labels, inputs)
+            row[chunk] += logp.sum(-1).float().to(self.device)
+        return row
+
+    def _captured(self, rows_of, labels: Tensor, inputs: dict):
+        def score(hidden: Tensor, head: HeadParams) -> Tensor:
+            labels_here = labels.to(hidden.device)
+            return linear_logprob(
+                rows_of(hidden),
+                head.lm_head_weight,
+                labels_here,
+                head.bias,
+                **head.logit_options,
+                workspace_mb=self.workspace_mb,
+            )
+
+        return capture(self.model, score, inputs)
+
+    def _padded(self, sequences: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Right-padded (n, T) int64 ids and 0/1 mask."""
+        length = max(map(len, sequences))
+        ids = torch.tensor([[*s, *([0] * (length - len(s)))] for s in sequences], device=self.device)
+        mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=self.device)
+        return ids, mask

@@ -1,0 +1,231 @@
+"""Running a loss inside the forward of a model's own lm_head, on the hidden states that the model itself feeds it.
+
+``head.forward`` is swapped on the output-embedding module and ``model(**inputs)`` runs as it is, so that everything hung on
+the head (accelerate's offloading, FSDP's and DeepSpeed's gathering) still happens around it. Where the model expects logits
+(..., V) it gets a placeholder (..., 1) of zeros, and results reach the caller through the outputs of the head and of the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_ABSENT = object()
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
+
+
+@dataclass(frozen=True)
+class HeadParams:
+    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or without the tanh."""
+
+    lm_head_weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def logit_options(self) -> dict[str, float | None]:
+        """The keyword arguments by which every op of ``var_kernels.ops`` takes the transform."""
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+# ---- finding the model and its head --------------------------------------------------------------------------------------
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The HF model under torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers: the module that owns the lm_head."""
+    # Looked up among the children: several wrappers answer for any attribute of what they wrap.
+    while wrapped := next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None):
+        model = wrapped
+    if callable(getattr(model, "get_base_model", None)):
+        return inner_model(model.get_base_model())
+    if not callable(getattr(model, "get_output_embeddings", None)):
+        raise TypeError(
+            f"model: expected a transformers model with get_output_embeddings() (or a wrapper of one), got {type(model).__name__}"
+        )
+    return model
+
+
+def find_head(inner: nn.Module) -> nn.Linear:
+    """The nn.Linear that makes the logits; for a head in PEFT's modules_to_save its active copy. Others are refused."""
+    name = type(inner).__name__
+    head = inner.get_output_embeddings()
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        active = head.active_adapters
+        saved = not head.disable_adapters and all(adapter in head.modules_to_save for adapter in active)
+        head = head.modules_to_save[active[0]] if saved else head.original_module
+    head = getattr(head, "_fsdp_wrapped_module", head)
+    if head is None:
+        raise ValueError(f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM")
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{name}: the lm_head carries a PEFT adapter ({type(head).__name__}), which the fused head would ignore. Leave it out of "
+            "target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or merge_and_unload() first"
+        )
+    if isinstance(head, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{name}: expected its output embedding to be one nn.Linear, got {type(head).__name__}. Compute the model's own loss instead"
+        )
+    weight = head.weight
+    packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not _is_dtensor(weight))
+    # FSDP2 and parametrizations derive a class at run time, which inherits nn.Linear.forward; quantised layers bring their own.
+    if packed or type(head).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as weight, which does not "
+            "compute a plain W h + b (a quantised head?). Keep the head in floating point (modules_to_not_convert=['lm_head'], "
+            "llm_int8_skip_modules=['lm_head']) or dequantise it"
+        )
+    return head
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+# ---- running inside the head ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """``owner.name = value`` inside the block; afterwards the instance attribute that was there before, or none."""
+    before = owner.__dict__.get(name, _ABSENT)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    """``head(hidden)`` runs ``forward(hidden)`` inside the block, between whatever hooks the head carries."""
+    if getattr(head, "_var_kernels_busy", False):
+        raise RuntimeError(
+            "this model's lm_head is already captured: a loss run inside the head must not call the model again"
+        )
+    # accelerate's device_map hooks replace .forward and bring the weight to its device before they call _old_forward.
+    name = "_old_forward" if hasattr(head, "_hf_hook") and hasattr(head, "_old_forward") else "forward"
+    with swapped(head, "_var_kernels_busy", True), swapped(head, name, forward):
+        yield
+
+
+@contextmanager
+def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any]) -> Iterator[list[Tensor]]:
+    """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
+
+    Pass them on through ``tied``: only then does their backward come after the hooks on the head's and the model's outputs.
+    """
+    results: list[Tensor] = []
+
+    def forward(hidden, *_args, **_kwargs):
+        if results:
+            raise ValueError(
+                f"{type(inner).__name__} calls its lm_head more than once a forward pass, which is not understood"
+            )
+        if _is_dtensor(head.weight):
+            raise ValueError(
+                f"{type(inner).__name__}: the lm_head weight is a DTensor inside its own forward (a tensor-parallel head), which is "
+                "not supported yet: leave lm_head out of the tensor-parallel plan"
+            )
+        output = fn(hidden)
+        results.extend(output if isinstance(output, tuple) else (output,))
+        # One result of each graph node is enough to make the node wait for the placeholder's gradient.
+        nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
+        return _Placeholder.apply((*hidden.shape[:-1], 1), hidden.dtype, hidden.device, *nodes.values())
+
+    with swapped_head(head, forward):
+        yield results
+
+
+def tied(results: list[Tensor], logits: Tensor | None) -> tuple[Tensor, ...]:
+    """The results, unchanged, their backward going first through ``logits`` (what the model made of the placeholder).
+
+    The pre-backward hooks of FSDP and DeepSpeed sit there: they bring back the sharded weight that the results need.
+    """
+    if isinstance(logits, Tensor) and logits.requires_grad:
+        return _Tie.apply(logits, *results)
+    return tuple(results)
+
+
+def capture(
+    model: nn.Module, fn: Callable[[Tensor, HeadParams], Any], inputs: Mapping[str, Any]
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Run ``model(**inputs)`` with ``fn(hidden, head_params)`` computed inside the lm_head's forward, in place of logits.
+
+    fn's results (a tensor or a tuple of tensors, any shape) come back differentiable, tied to the model's output; no (N, V)
+    tensor is made unless fn makes one. hidden (B, T, D) is what the model feeds its head; nothing is shifted.
+
+    Args:
+        model: an HF causal LM, or one wrapped by DDP, FSDP, DeepSpeed or PEFT. It is called as ``model(**inputs)``.
+        fn: called once, with hidden and the head's weight, bias and calibrated logit transform.
+        inputs: keyword arguments of the model, without ``labels``.
+    Returns:
+        (results, output): fn's results as a tuple, and the model's output, whose ``logits`` are the (B, T, 1) placeholder.
+    Raises:
+        ValueError: the model's head is not understood (see ``calibrate``).
+    """
+    from var_kernels.integrations.hf.calibration import calibrate
+
+    inner = inner_model(model)
+    head = find_head(inner)
+    transform = calibrate(model)
+    with head_results(inner, head, lambda hidden: fn(hidden, transform.params(head))) as results:
+        output = model(**inputs)
+    if not results:
+        raise ValueError(
+            f"{type(inner).__name__} did not call its output embedding in this forward pass, so there is no loss to take"
+        )
+    return tied(results, logits_of(output)), output
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits of a model output, be it a ModelOutput, a dict or a tuple."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if isinstance(output, tuple):
+        return next((item for item in output if isinstance(item, Tensor) and item.dim() > 0), None)
+    return getattr(output, "logits", None)
+
+
+class _Placeholder(torch.autograd.Function):
+    """Zeros in the place of logits. The results are their ancestors in the graph and get a gradient of zero from them."""
+
+    @staticmethod
+    def forward(ctx, shape, dtype, device, *results):
+        ctx.like = [(r.shape, r.dtype, r.device) for r in results]
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def backward(ctx, _grad):
+        return None, None, None, *_zeros(ctx.like)
+
+
+class _Tie(torch.autograd.Function):
+    """The results unchanged; their backward gives ``logits`` a gradient of zero besides."""
+
+    @staticmethod
+    def forward(ctx, logits, *results):
+        ctx.set_materialize_grads(False)
+        ctx.like = [(logits.shape, logits.dtype, logits.device)]
+        outputs = tuple(r.view_as(r) for r in results)
+        ctx.mark_non_differentiable(*(out for out, r in zip(outputs, results, strict=True) if not r.requires_grad))
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_zeros(ctx.like), *grads
+
+
+def _zeros(like):
+    return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in like)

@@ -1,0 +1,107 @@
+"""Log-probabilities of a batch's tokens and sequences under a causal language model."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.calibration import calibrate
+from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
+from var_kernels.ops import linear_logprob
+
+IGNORE_INDEX = -100
+
+
+def token_logprobs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    workspace_mb: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of every label given all tokens before it, computed inside the model's lm_head.
+
+    logp[b, t] = log softmax(logits[b, t - 1] / temperature)[labels[b, t]], logits with the model's own scale and softcap; 0 where
+    labels[b, t] is -100 and at t = 0, which no token precedes. The (B, T, V) logits are never materialised; peak memory
+    is that of ``linear_logprob``. Differentiable with respect to every parameter that requires a gradient.
+
+    Args:
+        model: an HF causal LM, plain or wrapped (DDP, FSDP, DeepSpeed, PEFT); called as ``model(...)``, in the mode it is in.
+        batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as everywhere
+            in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score. Without
+            labels every token is scored that attention_mask does not hide.
+        temperature: divides the logits, > 0.
+        return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
+        workspace_mb: as in ``linear_logprob``.
+    Returns:
+        (B, T) fp32 logp in nats, <= 0; with return_entropy the pair (logp, entropy).
+    Raises:
+        ValueError: the model's head is not understood or not causal; labels and input_ids differ in shape.
+    """
+    inputs, labels = _inputs_and_labels(batch)
+    inner = inner_model(model)
+    if not calibrate(model).causal:
+        raise ValueError(
+            f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token log-probabilities. "
+            "A BERT-like model needs config.is_decoder = True"
+        )
+    if "use_cache" not in inputs and "use_cache" in inspect.signature(inner.forward).parameters:
+        inputs["use_cache"] = False
+
+    def score(hidden: Tensor, head: HeadParams):
+        return linear_logprob(
+            hidden,
+            head.lm_head_weight,
+            next_labels(labels, hidden),
+            head.bias,
+            **head.logit_options,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            workspace_mb=workspace_mb,
+        )
+
+    results, _ = capture(model, score, inputs)
+    results = tuple(
+        F.pad(result[:, :-1], (1, 0)) for result in results
+    )  # (B, T): the row of t - 1 belongs to the label at t
+    return results if return_entropy else results[0]
+
+
+def sequence_logprobs(
+    model: nn.Module, batch: Mapping[str, Any], *, temperature: float = 1.0, workspace_mb: float | None = None
+) -> Tensor:
+    """Log-probability of each sequence's labels: ``token_logprobs`` summed over t. (B,) fp32, nats per sequence."""
+    return token_logprobs(model, batch, temperature=temperature, workspace_mb=workspace_mb).sum(-1)
+
+
+def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
+    """Row t of hidden (B, T, D) predicts labels[:, t + 1]; the last row predicts nothing. (B, T) int64 on hidden's device."""
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; every position is "
+            "needed: pass no logits_to_keep, and labels for all inputs (virtual prompt tokens are not understood)"
+        )
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(hidden.device)
+
+
+def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise TypeError(
+            "batch: expected a mapping with a tensor input_ids (B, T), as a data collator makes it with return_tensors='pt'"
+        )
+    inputs = dict(batch)
+    input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
+    if labels is None:
+        mask = inputs.get("attention_mask")
+        labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE_INDEX)
+    if labels.shape != input_ids.shape or labels.dim() != 2:
+        raise ValueError(
+            f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)} (not shifted, -100 where ignored)"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected int64, got {labels.dtype}")
+    return inputs, labels

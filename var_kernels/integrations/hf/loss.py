@@ -1,0 +1,154 @@
+"""The model's own language-modelling loss, computed without logits."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
+from var_kernels.integrations.hf.head import find_head, head_results, inner_model, logits_of, swapped, tied
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
+from var_kernels.ops import linear_weighted_nll
+
+
+class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(model): ...)
+    """While it is applied, a forward pass with labels computes the model's own loss inside its lm_head, without logits.
+
+        with fused_lm_head(model):
+            out = model(**batch, labels=labels)
+        out.loss.backward()
+
+    out.loss = sum of -logp over labels that are not -100, divided by their number or by ``num_items_in_batch`` where the model
+    takes it, with the model's own label shift, logit scale and softcap, plus its MoE auxiliary loss. With no label
+    left out.loss is a differentiable 0 (transformers gives NaN). out.logits is None: they do not exist. Forward passes
+    without labels, ``generate`` among them, run as ever. The peak memory is that of ``linear_weighted_nll``.
+
+    ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller calls it
+    (DDP, FSDP, PEFT ... around it); only the innermost model is patched.
+
+    Args:
+        model: an HF causal LM, plain or wrapped.
+        precision, workspace_mb: as in ``linear_weighted_nll``.
+    Raises:
+        ValueError: on applying, where the model's head or loss is not understood; nothing is patched then.
+        RuntimeError: the model's head is fused already.
+    """
+
+    def __init__(self, model: nn.Module, *, precision: str = "fp32", workspace_mb: float | None = None):
+        self.model = model
+        self.inner = inner_model(model)
+        self._options = {"precision": precision, "workspace_mb": workspace_mb}
+        self._applied = False
+
+    def __enter__(self) -> "fused_lm_head":
+        return self.apply()
+
+    def __exit__(self, *exc_info) -> None:
+        self.restore()
+
+    def apply(self) -> "fused_lm_head":
+        if getattr(self.inner, "_var_kernels_fused", None) is not None:
+            raise RuntimeError(
+                f"{type(self.inner).__name__}: fused_lm_head is applied already; leave that block or call its restore() first"
+            )
+        self._transform, self._rule = calibrate(self.model), calibrate_loss(self.model)
+        self._plain_forward = self.inner.forward
+        self._instance_forward = self.inner.__dict__.get("forward")
+        self._signature = inspect.signature(self._plain_forward)
+        self._patched_forward = functools.wraps(self._plain_forward)(self._forward)
+        self.inner._var_kernels_fused = self
+        self.inner.forward = self._patched_forward
+        self._applied = True
+        return self
+
+    def restore(self) -> None:
+        if not self._applied:
+            return
+        self._applied = False
+        del self.inner._var_kernels_fused
+        if self.inner.__dict__.get("forward") is not self._patched_forward:
+            return  # someone wrapped forward since; ours stays below theirs and now only passes on
+        if self._instance_forward is None:
+            del self.inner.forward
+        else:
+            self.inner.forward = self._instance_forward
+
+    def _forward(self, *args, **kwargs):
+        if not self._applied:
+            return self._plain_forward(*args, **kwargs)
+        call = self._signature.bind_partial(*args, **kwargs)
+        labels, shift_labels = call.arguments.get("labels"), kwargs.get("shift_labels")
+        if labels is None and shift_labels is None:
+            return self._plain_forward(*args, **kwargs)
+        head = find_head(self.inner)
+        rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
+
+        def nll_sum(hidden: Tensor) -> Tensor:
+            if shift_labels is not None:
+                rows.append(shift_labels.to(hidden.device).reshape(hidden.shape[:-1]))
+            else:
+                rows.append(next_labels(labels, hidden) if self._rule.shift else labels.to(hidden.device))
+            params = self._transform.params(head)
+            return linear_weighted_nll(
+                hidden,
+                params.lm_head_weight,
+                rows[0],
+                None,
+                params.bias,
+                reduction="sum",
+                **params.logit_options,
+                **self._options,
+            )
+
+        with head_results(self.inner, head, nll_sum) as results:
+            if self._rule.replaceable:
+                loss_function = functools.partial(self._loss_function, rows, results, shift_labels)
+                with swapped(self.inner, "_loss_function", loss_function):
+                    output = self._plain_forward(*args, **kwargs)
+                return _without_logits(output)
+            call.arguments["labels"] = None
+            output = self._plain_forward(*call.args, **call.kwargs)
+            return _without_logits(output, self._loss_function(rows, results, None, logits_of(output), labels))
+
+    def _loss_function(
+        self,
+        rows,
+        results,
+        callers_shift,
+        logits,
+        labels,
+        vocab_size=None,
+        num_items_in_batch=None,
+        ignore_index=IGNORE_INDEX,
+        shift_labels=None,
+        **_kwargs,
+    ) -> Tensor:
+        """Stands in for the model's loss_function (logits, labels, vocab_size, ...): the sum is known, the divisor is not."""
+        name = type(self.inner).__name__
+        if ignore_index != IGNORE_INDEX:
+            raise ValueError(
+                f"ignore_index: fused_lm_head expects {IGNORE_INDEX}, {name} was given {ignore_index}: relabel with {IGNORE_INDEX}"
+            )
+        moved = shift_labels is not callers_shift or (labels is not None and labels.shape != rows[0].shape)
+        if moved or not results:
+            raise ValueError(
+                f"{name} scores other positions than its lm_head computed, which fused_lm_head does not understand"
+            )
+        (nll,) = tied(results, logits)
+        if num_items_in_batch is None:
+            return nll / (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
+        return nll / (
+            num_items_in_batch.to(nll.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        )
+
+
+def _without_logits(output: Any, loss: Tensor | None = None) -> Any:
+    """The output without the placeholder, so that nobody takes it for logits; with ``loss`` where one is given."""
+    if isinstance(output, Mapping):
+        kept = {name: value for name, value in output.items() if name != "logits"}
+        return type(output)(**(kept if loss is None else {**kept, "loss": loss}))
+    if loss is not None:
+        output = (loss, *output)
+    return (output[0], None, *output[2:])

@@ -102,3 +102,72 @@ def linear_weighted_nll_ref(
         return loss.sum()
     rows = kept.any(-1) if several else kept
     return loss.sum() / (num_items if num_items is not None else rows.sum().clamp(min=1))
+
+
+def var_weights_ref(
+    rewards: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    lam: float,
+    normalizer: str = "batch",
+    reference: str | None = None,
+    lengths: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of ``var_weights``: weight (B,), log Z (B,) of each row, ess (); a loop over rows, one process."""
+    b = rewards.shape[0]
+    if normalizer == "self_normalised":
+        reference = "none"
+
+    def score(i: int, j: int) -> Tensor:  # of response j under prompt i
+        pair = (i, j) if normalizer == "cross" else j
+        value = (rewards[i, j] if rewards.dim() == 2 else rewards[j]).to(dtype) / lam
+        if reference in (None, "sum"):
+            value = value + ref_logp[pair].to(dtype)
+        elif reference == "mean":
+            value = value + ref_logp[pair].to(dtype) / lengths[j]
+        return value
+
+    weight, log_z = [], []
+    for i in range(b):
+        grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+        peers = [j for j in range(b) if not grouped or group_ids[j] == group_ids[i]]
+        peers = [j for j in peers if lengths is None or lengths[j] > 0]
+        terms = [score(i, j) for j in peers] or [torch.tensor(-torch.inf, dtype=dtype)]
+        total = torch.stack(terms).logsumexp(0)
+        if normalizer in ("batch_mean", "self_normalised") and peers:
+            total = total - torch.tensor(len(peers), dtype=dtype).log()
+        log_z.append(total)
+        weight.append((score(i, i) - total).exp() if i in peers else torch.zeros((), dtype=dtype))
+    weight = torch.stack(weight)
+    return weight, torch.stack(log_z), weight.sum() ** 2 / (weight**2).sum()
+
+
+def var_loss_ref(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    token_reduction: str = "sum",
+    ignore_index: int = -100,
+    weight_options: dict,
+    **logit_options,
+) -> Tensor:
+    """Twin of ``var_loss`` for padded (B, T, D) batches and per-sequence ref_logp."""
+    logp = linear_logprob_ref(hidden, lm_head_weight, labels, bias, ignore_index=ignore_index, **logit_options).sum(-1)
+    lengths = (labels != ignore_index).sum(-1)
+    weight, _, _ = var_weights_ref(rewards, ref_logp, lengths=lengths, **weight_options)
+    if token_reduction == "mean":
+        logp = logp / lengths.clamp(min=1)
+    return -(weight * logp).sum()
+
+
+def dpo_loss_ref(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta, label_smoothing=0.0) -> Tensor:
+    """Twin of ``dpo_loss``: the two-way classification written out with probabilities, (P,)."""
+    margin = beta * (policy_chosen.double() - policy_rejected.double() - ref_chosen.double() + ref_rejected.double())
+    p_chosen = 1 / (1 + torch.exp(-margin))
+    return -(1 - label_smoothing) * torch.log(p_chosen) - label_smoothing * torch.log(1 - p_chosen)

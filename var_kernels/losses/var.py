@@ -1,0 +1,281 @@
+"""VAR: SFT weighted by rewards and a frozen reference (arXiv 2502.11026). The weights are constants: one pass."""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from var_kernels.losses.sequences import check_cu_seqlens, expand_to_tokens, sequence_lengths, sequence_sum
+from var_kernels.losses.weight_checks import check_options
+from var_kernels.losses.weights import VARWeights, var_weights
+from var_kernels.ops import linear_weighted_nll
+
+TOKEN_REDUCTIONS = ("sum", "mean")
+# what linear_weighted_nll takes from here as it is
+HEAD_OPTIONS = frozenset(
+    ["logit_scale", "softcap", "temperature", "label_smoothing", "z_loss", "workspace_mb", "precision", "engine"]
+)
+
+
+class VARStats(NamedTuple):
+    """With ``return_stats``: the loss (), the weights, and logp (B,), the policy's detached log-probs, nats a sequence.
+
+    logp is NaN for a sequence of weight 0, whose rows were never computed: take nanmean.
+    """
+
+    loss: Tensor
+    weights: VARWeights
+    logp: Tensor
+
+
+def weighted_sequence_nll(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    token_reduction: str = "sum",
+    ignore_index: int = -100,
+    return_logp: bool = False,
+    **head_options,
+):
+    """L = -sum_i w_i s_i ("sum"), or -sum_i w_i s_i / len_i ("mean"), for weights that are known beforehand.
+
+    The second half of ``var_loss``. Call it by itself under gradient accumulation: ``var_weights`` once over the whole
+    step's rewards, then this on each micro-batch with its rows of the weights; the losses of the micro-batches add up
+    to the step's.
+
+    Args:
+        hidden, lm_head_weight, labels, bias, cu_seqlens, token_reduction, ignore_index, head_options: see ``var_loss``.
+        sample_weight: (B,) floating point, any sign; taken as a constant.
+        return_logp: also return (B,) detached log-probs of the sequences, nats; NaN where the weight is 0 (never
+            computed).
+
+    Returns:
+        A scalar, nats, fp32 (fp64 for fp64 inputs); with ``return_logp`` the pair (loss, logp).
+    """
+    _check_loss_options(token_reduction, head_options)
+    num_sequences = _check_layout(hidden, labels, cu_seqlens)
+    if sample_weight.shape != (num_sequences,):
+        raise ValueError(
+            f"sample_weight must be ({num_sequences},), one per sequence, got {tuple(sample_weight.shape)}; "
+            "take this micro-batch's rows of the weights"
+        )
+    weight_B = sample_weight.detach().to(labels.device)
+    if token_reduction == "mean":
+        weight_B = weight_B / sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index).clamp(min=1)
+    token_weight = expand_to_tokens(weight_B, labels, cu_seqlens)
+    result = linear_weighted_nll(
+        hidden,
+        lm_head_weight,
+        labels,
+        token_weight,
+        bias,
+        ignore_index=ignore_index,
+        return_logp=return_logp,
+        **head_options,
+    )
+    if not return_logp:
+        return result
+    loss, token_logp = result
+    logp_B = sequence_sum(token_logp, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    return loss, logp_B.masked_fill(weight_B == 0, float("nan"))
+
+
+def var_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    lam: float,
+    normalizer: str = "batch",
+    reference: str | None = None,
+    lengths: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_reduction: str = "sum",
+    process_group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    return_stats: bool = False,
+    **head_options,
+):
+    """Variational alignment by re-weighting: SFT on each response with the weight that the aligned policy gives it.
+
+        pi*(y|x) = pi_ref(y|x) exp(r(x,y) / lam) / Z(x)
+        L = -sum_i w_i s_i,   s_i = sum_t log pi(y_it | x_i, y_i<t)     token_reduction="sum"; "mean" has s_i / len_i
+        w = var_weights(rewards, ref_logp, ...), constant in the policy
+
+    One pass (6NDV FLOP), gradients made in the forward. Never materialised: the logits, (rows) x V; peak memory above
+    inputs and gradients is ``workspace_mb``, see ``linear_weighted_nll``. The loss is a sum over sequences: its scale
+    is the sum of the weights (1 for "batch", B for "batch_mean" and "self_normalised", number of groups for "group").
+
+    Args:
+        hidden: (B, T, D) padded, or (N, D) packed with cu_seqlens; the states before the lm_head.
+        lm_head_weight: (V, D). bias: (V,).
+        labels: (B, T), or (N,): int64, ALIGNED with hidden (label of the next token, already shifted); ignore_index
+            carries no loss.
+        rewards: (B,) floating point ((B, B) possible for "cross").
+        ref_logp: (B,) summed reference log-probs, or one per token in the shape of labels; for "cross" (B, B). Nats.
+        lam, normalizer, reference, group_ids: see ``var_weights``.
+        lengths: (B,) tokens of each response for reference="mean"; counted from labels when None.
+        cu_seqlens: (B + 1,) int32, from 0 to N: where the packed sequences begin and end.
+        token_reduction: "sum" reaches pi*; "mean" reaches pi* / len (short responses gain), as length-normalised SFT
+            would.
+        process_group: Z spans the global batch, and the loss is this rank's share times the number of ranks, so that
+            the MEAN over ranks, of losses and of gradients, is that of the global batch: what DDP, FSDP and ZeRO
+            compute. Do not scale again.
+        return_stats: return VARStats(loss, weights, logp) in place of the loss.
+        head_options: logit_scale, softcap, temperature, label_smoothing, z_loss, workspace_mb, precision, engine: see
+            ``linear_weighted_nll``.
+
+    Returns:
+        A scalar, nats, fp32 (fp64 for fp64 inputs), or VARStats.
+
+    Raises:
+        TypeError, ValueError: as ``var_weights`` and ``linear_weighted_nll``; layouts that do not belong together.
+
+    Source: arXiv 2502.11026 (objective and weighting); estimators of Z(x) and who needs which: docs/var.md, LOSSES 2.
+    """
+    _check_loss_options(token_reduction, head_options)
+    num_sequences = _check_layout(hidden, labels, cu_seqlens)
+    if not isinstance(rewards, Tensor) or rewards.dim() == 0 or rewards.shape[0] != num_sequences:
+        got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(
+            f"rewards must be ({num_sequences},), one per sequence of labels {tuple(labels.shape)}, got {got}; "
+            "flatten prompts x completions and say which is whose with group_ids"
+        )
+    if ref_logp is not None and normalizer != "cross" and ref_logp.shape == labels.shape != rewards.shape:
+        ref_logp = sequence_sum(ref_logp, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    if lengths is None:
+        lengths = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    weights = var_weights(
+        rewards,
+        ref_logp,
+        lam=lam,
+        normalizer=normalizer,
+        reference=reference,
+        lengths=lengths.to(rewards.device),
+        group_ids=group_ids,
+        process_group=process_group,
+    )
+    result = weighted_sequence_nll(
+        hidden,
+        lm_head_weight,
+        labels,
+        weights.weight,
+        bias,
+        cu_seqlens=cu_seqlens,
+        token_reduction=token_reduction,
+        ignore_index=ignore_index,
+        return_logp=return_stats,
+        **head_options,
+    )
+    ranks = 1 if process_group is None else dist.get_world_size(process_group)
+    if return_stats:
+        return VARStats(result[0] * ranks, weights, result[1])
+    return result * ranks
+
+
+class VARLoss(nn.Module):
+    """``var_loss`` with its options fixed at construction, where they are checked.
+
+        loss_fn = VARLoss(lam=0.5, normalizer="group", reference="sum")
+        loss = loss_fn(hidden, lm_head.weight, labels, rewards, ref_logp, group_ids=group_ids)
+
+    Args: the keyword options of ``var_loss``, of which it keeps those that describe the loss (lam, normalizer,
+    reference, token_reduction, process_group, ignore_index, return_stats and the head's). What belongs to a batch
+    (lengths, group_ids, cu_seqlens) is given to the call.
+    """
+
+    def __init__(
+        self,
+        *,
+        lam: float,
+        normalizer: str = "batch",
+        reference: str | None = None,
+        token_reduction: str = "sum",
+        process_group: dist.ProcessGroup | None = None,
+        ignore_index: int = -100,
+        return_stats: bool = False,
+        **head_options,
+    ):
+        super().__init__()
+        _check_loss_options(token_reduction, head_options)
+        self.lam = lam
+        self.normalizer = normalizer
+        self.reference = check_options(lam, normalizer, reference)
+        self.token_reduction = token_reduction
+        self.process_group = process_group
+        self.ignore_index = ignore_index
+        self.return_stats = return_stats
+        self.head_options = head_options
+
+    def forward(
+        self,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        labels: Tensor,
+        rewards: Tensor,
+        ref_logp: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ):
+        """See ``var_loss``: the same arguments, shapes and result."""
+        return var_loss(
+            hidden,
+            lm_head_weight,
+            labels,
+            rewards,
+            ref_logp,
+            bias,
+            lam=self.lam,
+            normalizer=self.normalizer,
+            reference=self.reference,
+            lengths=lengths,
+            group_ids=group_ids,
+            cu_seqlens=cu_seqlens,
+            token_reduction=self.token_reduction,
+            process_group=self.process_group,
+            ignore_index=self.ignore_index,
+            return_stats=self.return_stats,
+            **self.head_options,
+        )
+
+    def extra_repr(self) -> str:
+        options = {"lam": self.lam, "normalizer": self.normalizer, "reference": self.reference, **self.head_options}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _check_loss_options(token_reduction: str, head_options: dict) -> None:
+    if token_reduction not in TOKEN_REDUCTIONS:
+        raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
+    unknown = sorted(set(head_options) - HEAD_OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"unknown option {', '.join(unknown)}; the head's options are {', '.join(sorted(HEAD_OPTIONS))}"
+        )
+
+
+def _check_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Refuse shapes that do not belong together; returns the number of sequences B."""
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must be {tuple(hidden.shape[:-1])}, one label per row of hidden {tuple(hidden.shape)}, got "
+            f"{tuple(labels.shape)}; align them: hidden[:, :-1] with labels[:, 1:]"
+        )
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, labels.numel())
+        return cu_seqlens.numel() - 1
+    if labels.dim() != 2:
+        raise ValueError(
+            f"labels must be padded (B, T), got {tuple(labels.shape)}; for packed rows (N,) pass cu_seqlens"
+        )
+    return labels.shape[0]

@@ -1,0 +1,231 @@
+"""The weights of VAR: the share of the loss that each sequence gets. (B,) tensors only, detached, in log space."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from var_kernels.losses.weight_checks import bad_values, check_options, check_tensors
+
+MIN_ESS_SHARE = 0.1  # of the way from one-hot (one sequence of each group has all the weight) to uniform
+
+
+class VARWeights(NamedTuple):
+    """weight (B,): the rows of this process. log_z: () where one normaliser serves the batch ("batch", "batch_mean",
+    and "self_normalised" without groups), else (B,), that of each row. ess (): effective sample size of the GLOBAL
+    batch, in sequences. All fp32 (fp64 for fp64 inputs), without autograd history."""
+
+    weight: Tensor
+    log_z: Tensor
+    ess: Tensor
+
+
+class CollapsedWeightsWarning(UserWarning):
+    """Nearly all of the loss's weight lies on a few sequences of the batch."""
+
+
+def var_weights(
+    rewards: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    lam: float,
+    normalizer: str = "batch",
+    reference: str | None = None,
+    lengths: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> VARWeights:
+    """Weights w_i of the VAR loss L = -sum_i w_i log pi(y_i|x_i), with Z(x) estimated inside the batch.
+
+        a_i = ref_i + r_i / lam,     ref_i = sr_i ("sum") | sr_i / len_i ("mean") | 0 ("none")
+
+        normalizer         log Z                                    w_i                    sum of w
+        "batch"            LSE_j a_j                                exp(a_i - log Z)       1
+        "batch_mean"       LSE_j a_j - log B                        exp(a_i - log Z)       B
+        "group"            LSE of a over the rows of i's group      exp(a_i - log Z_i)     number of groups
+        "cross"            LSE_j a_ij, a_ij: y_j under prompt x_i   exp(a_ii - log Z_i)    between 0 and B
+        "self_normalised"  log mean_k exp(r_k / lam) over the       exp(r_i/lam - log Z)   K per group (or B)
+                           group, or over the batch
+
+    Which measure each one assumes is in docs/var.md: in short, a reference term ("sum") is right for enumerated
+    candidates, wrong for responses drawn from pi_ref, where "none" and "self_normalised" are right. Responses drawn
+    from a known mu: pass sr - log mu.
+
+    Args:
+        rewards: (B,) floating point, reward units; also (B, B) for "cross": entry ij is the reward of y_j as an answer
+            to x_i.
+        ref_logp: (B,) floating point: sr, the sequence's summed log-prob under the reference policy, nats
+            (``sequence_sum`` makes it from tokens). For "cross" (B, B): entry ij is log pi_ref(y_j|x_i). Unused, and
+            may be None, where there is no reference term.
+        lam: > 0, in reward units: small follows the reward, large stays with the reference.
+        normalizer: the estimator of Z(x), from the table.
+        reference: "sum" | "mean" | "none". None means "sum", and "none" for "self_normalised", which has no other.
+        lengths: (B,) integers: tokens that carry loss, needed for "mean". A row of length 0 (prompt truncated, filler)
+            gets weight 0 and has no part in Z.
+        group_ids: (B,) integers, any values: rows with equal ids answer the same prompt. Needed for "group", optional
+            for "self_normalised", unused elsewhere. O(B^2) memory.
+        process_group: Z, groups and ess then span all its ranks (equal group_ids on two ranks are one group; the local
+            B may differ and may be 0). Each rank gets its own rows' weights. "cross" needs (B, B_global) matrices,
+            columns in rank order.
+
+    Returns:
+        VARWeights(weight, log_z, ess), fp32 (fp64 if rewards or ref_logp is fp64), arithmetic in fp64, detached.
+        ess = (sum w)^2 / sum w^2; with groups, ess / number of groups is the harmonic mean of the groups' own.
+
+    Raises:
+        TypeError, ValueError: a combination that lacks an argument, shapes, dtypes, devices; NaN or infinity in CPU
+            tensors. Values on CUDA are not read (that would stall the device): NaN there comes out as NaN weights. With
+            a process group every rank raises on bad values; one host sync is needed to learn the local batch sizes.
+
+    Warns:
+        CollapsedWeightsWarning: see ``warn_if_collapsed``. By itself for CPU tensors only, for the same reason.
+
+    Source: arXiv 2502.11026 for the weighting pi_ref exp(r/lam)/Z. The estimators of Z are derived (docs/var.md), and
+    none is claimed to be the paper's.
+    """
+    reference = check_options(lam, normalizer, reference)
+    check_tensors(rewards, ref_logp, normalizer, reference, lengths, group_ids, process_group)
+    ref_logp = None if reference == "none" else ref_logp.detach()
+    problem = bad_values(rewards, ref_logp, lengths)
+    if problem and process_group is None:
+        raise ValueError(problem)
+    fp64 = torch.float64 in (rewards.dtype, None if ref_logp is None else ref_logp.dtype)
+    rewards = rewards.detach().double()
+    if problem:  # as NaN it reaches every rank and all raise below; raising here would leave the others waiting
+        rewards = torch.full_like(rewards, float("nan"))
+
+    if normalizer == "cross":
+        weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, reference, lengths, process_group)
+        (weight_G,), _ = _gather([weight_B], process_group)  # (B_global,)
+        num_groups = 1
+    else:
+        score_B = _scores(rewards, ref_logp, lam, reference, lengths)
+        if lengths is not None:
+            score_B = score_B.masked_fill(lengths == 0, -torch.inf)
+        grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+        columns, own = _gather([score_B, group_ids] if grouped else [score_B], process_group)
+        mean = normalizer in ("batch_mean", "self_normalised")
+        weight_G, log_z = _normalise(columns[0], columns[1] if grouped else None, mean=mean)  # (B_global,)
+        weight_B, log_z = weight_G[own], log_z[own] if grouped else log_z
+        kept_G = columns[0] > -torch.inf
+        num_kept = kept_G.sum()
+        num_groups = columns[1][kept_G].unique().numel() if grouped and kept_G.device.type == "cpu" else 1
+    ess = effective_sample_size(weight_G)
+
+    if weight_G.device.type == "cpu":
+        if weight_G.isnan().any():
+            elsewhere = "rewards or ref_logp of another rank must be finite; see the message of that rank"
+            overflow = f"rewards / lam must be finite, overflows at lam={lam}; raise lam, or scale the rewards down"
+            raise ValueError(problem or (overflow if process_group is None else elsewhere))
+        if process_group is None or dist.get_rank(process_group) == 0:
+            warn_if_collapsed(ess, int(num_kept), num_groups, lam=lam, normalizer=normalizer, reference=reference)
+    dtype = torch.float64 if fp64 else torch.float32
+    return VARWeights(weight_B.to(dtype), log_z.to(dtype), ess.to(dtype))
+
+
+def effective_sample_size(sample_weight: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2 of (B,) weights >= 0: (), in sequences, 1 (one has all) to B (uniform); 0 where all are 0."""
+    largest = sample_weight.max().clamp(min=torch.finfo(sample_weight.dtype).tiny)
+    scaled = sample_weight / largest  # squares of small weights would underflow
+    return scaled.sum().square() / scaled.square().sum().clamp(min=1.0)
+
+
+def warn_if_collapsed(ess: Tensor | float, num_sequences: int, num_groups: int = 1, **options) -> bool:
+    """Warn (CollapsedWeightsWarning) of weights less than a tenth of the way from one-hot to uniform; True if it did.
+
+        share = (ess - num_groups) / (num_sequences - num_groups) < 0.1
+
+    so below 4.1 of 32 in one batch, 1.7 of 8 completions in a group, 1.1 of 2 in a pair. A batch of one row a group has
+    nothing to collapse and is not warned about. Reads ``ess`` on the host: for a CUDA tensor call it where metrics are
+    logged, not every step. The text holds whole numbers only, so Python's default filter shows a lasting collapse once
+    or a few times, not at every step.
+
+    Args:
+        ess: () effective sample size in sequences; num_sequences: rows of the global batch that carry loss; num_groups:
+            groups among them (1 for a batch normaliser); options: what to name in the message (lam, normalizer,
+            reference).
+    """
+    ess = float(ess)
+    if num_sequences <= num_groups or (ess - num_groups) / (num_sequences - num_groups) >= MIN_ESS_SHARE:
+        return False
+    chosen = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    warnings.warn(
+        f"VAR weights have collapsed: effective sample size about {ess:.0f} of {num_sequences} sequences in "
+        f"{num_groups} group(s){f' ({chosen})' if chosen else ''}. The rest of the batch is hardly trained on. "
+        "Raise lam, or take reference='mean' or 'none' (another target: docs/var.md).",
+        CollapsedWeightsWarning,
+        stacklevel=3,
+    )
+    return True
+
+
+def _scores(rewards, ref_logp, lam: float, reference: str, lengths) -> Tensor:
+    """a = ref + r / lam, (B,) or (B, B_global): the last dimension is the response."""
+    score = rewards / lam
+    if reference == "sum":
+        score = score + ref_logp.double()
+    elif reference == "mean":
+        score = score + ref_logp.double() / lengths.clamp(min=1)
+    return score
+
+
+def _normalise(score_B: Tensor, group_ids_B: Tensor | None, *, mean: bool) -> tuple[Tensor, Tensor]:
+    """exp(a - log Z) and log Z: the sum, or the mean, of exp(a) over the batch () or over each row's group (B,)."""
+    table = score_B
+    if group_ids_B is not None:
+        same_BB = group_ids_B.unsqueeze(1) == group_ids_B.unsqueeze(0)
+        # (B,) -> (B, B) and no scatter, whose sums on CUDA differ from run to run
+        table = score_B.expand_as(same_BB).masked_fill(~same_BB, -torch.inf)
+    log_z = table.logsumexp(-1)
+    if mean:
+        log_z = log_z - (table > -torch.inf).sum(-1).clamp(min=1).log()
+    return _exp_ratio(score_B, log_z), log_z
+
+
+def _cross_weights(rewards, ref_logp, lam: float, reference: str, lengths, process_group):
+    """exp(a_ii - LSE_j a_ij) (B,), log Z_i (B,), number of rows kept (). Row i's own response: column own.start + i."""
+    kept_B = torch.ones(rewards.shape[0], dtype=torch.int64, device=rewards.device) if lengths is None else lengths
+    columns, own = _gather([kept_B, rewards] if rewards.dim() == 1 else [kept_B], process_group)
+    lengths_G = columns[0]
+    rewards = columns[1] if len(columns) == 2 else rewards  # (B_global,), the same for every prompt, or (B, B_global)
+    score = _scores(rewards, ref_logp, lam, reference, lengths_G).expand(kept_B.shape[0], -1)
+    if score.shape[1] != lengths_G.shape[0]:
+        raise ValueError(
+            f"ref_logp must be (B, B_global) = ({kept_B.shape[0]}, {lengths_G.shape[0]}) for normalizer='cross', got "
+            f"{tuple(score.shape)}; score the responses of every rank under the local prompts"
+        )
+    score = score.masked_fill(lengths_G == 0, -torch.inf)
+    log_z_B = score.logsumexp(-1)
+    own_score_B = score[:, own].diagonal()
+    return _exp_ratio(own_score_B, log_z_B), log_z_B, (lengths_G > 0).sum()
+
+
+def _exp_ratio(score: Tensor, log_z: Tensor) -> Tensor:
+    """exp(score - log Z), 0 where the row is left out (-inf, also where all are)."""
+    return (score - log_z).exp().masked_fill(score == -torch.inf, 0.0)
+
+
+def _gather(columns: list[Tensor], process_group) -> tuple[list[Tensor], slice]:
+    """Each (B,) column of every rank, one behind the other, and where this rank's rows are. B may differ by rank."""
+    num_rows = columns[0].shape[0]
+    if process_group is None:
+        return columns, slice(0, num_rows)
+    world_size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    sizes = [columns[0].new_empty(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, columns[0].new_tensor([num_rows], dtype=torch.int64), group=process_group)
+    sizes = torch.cat(sizes).tolist()
+    if not any(sizes):
+        raise ValueError(
+            "rewards must hold at least one sequence on some rank of process_group, got none; skip the step everywhere"
+        )
+    gathered = []
+    for column in columns:
+        padded = column.new_zeros(max(sizes))
+        padded[:num_rows] = column
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=process_group)
+        gathered.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    start = sum(sizes[:rank])
+    return gathered, slice(start, start + num_rows)

@@ -1,0 +1,176 @@
+"""The forms a row of training data may take, and what is wrong with a row that takes none of them."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Text = str | list[dict]  # plain text, or messages [{"role": ..., "content": ...}, ...]
+RewardNeed = Literal["required", "unless_pair", "optional"]
+
+FORMS = (
+    "prompt + completion + reward",
+    "prompt + completions + rewards",
+    "prompt + chosen + rejected (+ chosen_reward + rejected_reward, or rewards)",
+)
+SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the data: ``where`` is "FILE:LINE" (or "NAME row N"), ``reason`` says what was expected and
+    what came."""
+
+    where: str
+    reason: str
+
+    def __str__(self):
+        return f"{self.where}: {self.reason}"
+
+
+class DataError(ValueError):
+    """Every problem found in the data; the message shows the first ten and the number of the others."""
+
+    def __init__(
+        self, problems: list[Problem], remedy: str = "mend these rows, or pass skip_malformed (--skip-malformed)"
+    ):
+        self.problems = problems
+        shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            shown.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
+        count = "1 malformed row" if len(problems) == 1 else f"{len(problems)} malformed rows"
+        super().__init__("\n".join([f"{count}: {remedy}", *shown]))
+
+
+@dataclass
+class Example:
+    """A prompt with its completions. ``rewards`` and ``where`` run parallel to ``completions``; a pair is (chosen,
+    rejected)."""
+
+    prompt: Text
+    completions: list[Text]
+    rewards: list[float] | None
+    where: list[str] = field(default_factory=list)
+    is_pair: bool = False
+
+
+class _BadRowError(Exception):
+    """Carries the reason from a check to ``parse_row``."""
+
+
+def parse_row(row: object, where: str, need_rewards: RewardNeed = "optional") -> Example | Problem:
+    """Turn one row of any form into an ``Example``, or say what is wrong with it. Keys that no form knows are
+    ignored."""
+    try:
+        return _parse(row, where, need_rewards)
+    except _BadRowError as error:
+        return Problem(where, str(error))
+
+
+def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
+    if not isinstance(row, dict):
+        raise _BadRowError(f"expected an object with keys ({' | '.join(FORMS)}), got {_kind(row)}")
+    # A Parquet file of mixed forms has every column in every row, null where unused.
+    present = {key for key, value in row.items() if value is not None} or set(row)
+    prompt = _text(row, "prompt")
+    is_pair = "chosen" in present or "rejected" in present
+    if is_pair:
+        completions = [_text(row, "chosen", prompt), _text(row, "rejected", prompt)]
+        rewards = _pair_rewards(row, present)
+    elif "completions" in present or ("rewards" in present and "completion" not in present):
+        completions = [_text(row, "completions", prompt, item=i) for i in range(len(_list(row, "completions")))]
+        if not completions:
+            raise _BadRowError("completions is empty: expected at least one")
+        rewards = _rewards(row, "rewards", len(completions)) if "rewards" in row else None
+    elif "completion" in row:
+        completions = [_text(row, "completion", prompt)]
+        rewards = [_number(row["reward"], "reward")] if "reward" in row else None
+    else:
+        raise _BadRowError(f"no completion among its keys {sorted(map(str, row))}: expected {' | '.join(FORMS)}")
+    if rewards is None and (need_rewards == "required" or (need_rewards == "unless_pair" and not is_pair)):
+        name = "chosen_reward and rejected_reward" if is_pair else "rewards" if "completions" in present else "reward"
+        raise _BadRowError(f"{name} missing: this method needs rewards, in the data or from a reward function")
+    return Example(prompt, completions, rewards, [where] * len(completions), is_pair)
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"{type(value).__name__} {value!r:.60}"
+
+
+def _list(row: dict, key: str) -> list:
+    if key not in row:
+        raise _BadRowError(f"{key} missing")
+    if not isinstance(row[key], list):
+        raise _BadRowError(f"{key} must be a list, got {_kind(row[key])}")
+    return row[key]
+
+
+def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = None) -> Text:
+    if key not in row:
+        raise _BadRowError(f"{key} missing")
+    value, name = (row[key], key) if item is None else (row[key][item], f"{key}[{item}]")
+    if isinstance(value, str):
+        if key == "prompt" and not value:
+            raise _BadRowError("prompt is empty: a completion's first token needs something before it")
+    elif isinstance(value, list):
+        if not value:
+            raise _BadRowError(f"{name} is an empty list of messages")
+        for i, message in enumerate(value):
+            if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+                raise _BadRowError(f"{name} message {i} must be {{'role': str, 'content': str}}, got {_kind(message)}")
+    else:
+        raise _BadRowError(f"{name} must be text or a list of messages, got {_kind(value)}")
+    if prompt is not None and isinstance(value, str) != isinstance(prompt, str):
+        words = {True: "text", False: "messages"}
+        raise _BadRowError(
+            f"{name} is {words[isinstance(value, str)]} but prompt is {words[isinstance(prompt, str)]}: use the same "
+            "for both"
+        )
+    return value
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _BadRowError(f"{name} must be a number, got {_kind(value)}")
+    if not math.isfinite(value):
+        raise _BadRowError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _rewards(row: dict, key: str, count: int) -> list[float]:
+    values = _list(row, key)
+    if len(values) != count:
+        raise _BadRowError(f"{key} has {len(values)} entries for {count} completions")
+    return [_number(value, f"{key}[{i}]") for i, value in enumerate(values)]
+
+
+def _pair_rewards(row: dict, present: set) -> list[float] | None:
+    if "chosen_reward" in present or "rejected_reward" in present:
+        for key in ("chosen_reward", "rejected_reward"):
+            if key not in row:
+                raise _BadRowError(f"{key} missing: give both chosen_reward and rejected_reward, or neither")
+        return [_number(row[key], key) for key in ("chosen_reward", "rejected_reward")]
+    return _rewards(row, "rewards", 2) if "rewards" in present else None
+
+
+def merge_prompts(examples: Iterable[Example]) -> list[Example]:
+    """Join the completions of equal prompts, in the order of first appearance. Pairs stay as they are."""
+    merged: dict[object, Example] = {}
+    for i, example in enumerate(examples):
+        key = i if example.is_pair else (json.dumps(example.prompt, sort_keys=True), example.rewards is None)
+        if key not in merged:
+            merged[key] = Example(
+                example.prompt,
+                list(example.completions),
+                example.rewards and list(example.rewards),
+                list(example.where),
+                example.is_pair,
+            )
+            continue
+        kept = merged[key]
+        kept.completions += example.completions
+        kept.where += example.where
+        if kept.rewards is not None:
+            kept.rewards += example.rewards
+    return list(merged.values())

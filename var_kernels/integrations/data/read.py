@@ -1,0 +1,153 @@
+"""Rows from a local file or the hub, each with the place it came from, so that what is wrong can be named by line."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from var_kernels.integrations.data.forms import DataError, Example, Problem, RewardNeed, parse_row
+
+LOCAL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+
+def load_examples(
+    dataset: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    need_rewards: RewardNeed = "optional",
+    skip_malformed: bool = False,
+) -> tuple[list[Example], list[Problem]]:
+    """Read and check a whole data set.
+
+    Args:
+        dataset: a ``.json``, ``.jsonl`` (both also ``.gz``) or ``.parquet`` file, or the name of a data set on the hub.
+        split, subset: for a hub name; a local file is read whole.
+        need_rewards: "required", "unless_pair" (a pair is ordered without them) or "optional".
+        skip_malformed: leave out malformed rows and return them as problems, where the default raises.
+
+    Returns:
+        The examples in file order, and the problems of the rows left out.
+
+    Raises:
+        FileNotFoundError: a local name that does not exist. DataError: malformed rows, an unreadable file, or no row
+            at all.
+    """
+    examples, problems = [], []
+    for where, row in _rows(str(dataset), split, subset):
+        parsed = row if isinstance(row, Problem) else parse_row(row, where, need_rewards)
+        (problems if isinstance(parsed, Problem) else examples).append(parsed)
+    if problems and not skip_malformed:
+        raise DataError(problems)
+    if not examples:
+        raise DataError(problems or [Problem(str(dataset), "holds no rows")], remedy="no usable row in the data")
+    return examples, problems
+
+
+def _rows(dataset: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+    path = Path(dataset)
+    is_local_name = dataset.endswith(LOCAL_SUFFIXES)
+    if path.is_dir():
+        raise ValueError(f"dataset: {dataset} is a directory; name one file ({', '.join(LOCAL_SUFFIXES)}) in it")
+    if path.is_file() and not is_local_name:
+        raise ValueError(
+            f"dataset: {dataset} has none of the endings {', '.join(LOCAL_SUFFIXES)}; rename or convert it"
+        )
+    if is_local_name and not path.is_file():
+        raise FileNotFoundError(f"dataset: no such file: {dataset}")
+    if not is_local_name or dataset.endswith(".parquet"):
+        return _arrow_rows(dataset, split, subset)
+    return _json_rows(path)
+
+
+def _arrow_rows(dataset: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"reading {dataset} needs the datasets package: pip install 'var-kernels[hf]'") from error
+    try:
+        if dataset.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=dataset, split="train")
+        else:
+            rows = datasets.load_dataset(dataset, subset, split=split)
+    except Exception as error:
+        kind = "a Parquet file" if dataset.endswith(".parquet") else "a data set of the hub, nor a local file"
+        raise DataError([Problem(dataset, f"cannot be read as {kind}: {error}")], remedy="check the name") from error
+    for i in range(len(rows)):
+        yield f"{dataset} row {i + 1}", rows[i]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Line by line, unless the first character is "[": then one array, whose elements are named by the line they begin
+    on."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    line_number = 0
+    try:
+        with opener(path, "rb") as file:
+            if _first_byte(file) == b"[":
+                yield from _array_rows(path, file.read().decode("utf-8-sig"))
+                return
+            for line_number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{line_number}", _parse_line(path, line_number, line)
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        yield f"{path}:{line_number + 1}", Problem(f"{path}:{line_number + 1}", f"unreadable from here on: {error}")
+
+
+def _first_byte(file) -> bytes:
+    """The first byte that is neither space nor byte-order mark; the file is back at its beginning afterwards."""
+    byte = file.read(1)
+    while byte and byte in b"\xef\xbb\xbf \t\r\n":
+        byte = file.read(1)
+    file.seek(0)
+    return byte
+
+
+def _parse_line(path: Path, line_number: int, line: bytes) -> object:
+    where = f"{path}:{line_number}"
+    try:
+        return json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem(where, f"not UTF-8: {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return Problem(where, f"not JSON: {error.msg} at column {error.colno}")
+
+
+def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    decoder, at, line_number = json.JSONDecoder(), text.index("[") + 1, 1
+    line_number += text.count("\n", 0, at)
+
+    def skip(position: int, characters: str) -> int:
+        while position < len(text) and text[position] in characters:
+            position += 1
+        return position
+
+    while True:
+        start = skip(at, " \t\r\n")
+        line_number += text.count("\n", at, start)
+        where = f"{path}:{line_number}"
+        if text[start : start + 1] == "]":
+            return
+        try:
+            row, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            yield (
+                where,
+                Problem(
+                    f"{path}:{error.lineno}",
+                    f"not JSON: {error.msg} at column {error.colno}; nothing after it was read",
+                ),
+            )
+            return
+        yield where, row
+        comma = skip(end, " \t\r\n")
+        line_number += text.count("\n", start, comma)
+        if text[comma : comma + 1] == ",":
+            at = comma + 1
+        elif text[comma : comma + 1] == "]":
+            return
+        else:
+            where = f"{path}:{line_number}"
+            yield where, Problem(where, "not JSON: expected ',' or ']' after an element; nothing after it was read")
+            return

@@ -1,0 +1,62 @@
+"""Callbacks: the metrics file, and the reference that follows the policy."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line in output_dir/metrics.jsonl, on disk before the next step begins. A resumed run continues
+    the file from its checkpoint's step, so that every step is in it once."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / METRICS_FILE
+        kept = [line for line in _complete_lines(path) if json.loads(line).get("step", 0) <= state.global_step > 0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines that are whole JSON: a killed process may leave half of one at the end."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        lines.append(line)
+    return lines
+
+
+class SyncReference(TrainerCallback):
+    """reference = alpha * policy + (1 - alpha) * reference, every so many steps."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        for ref_param, param in zip(self.trainer.ref_model.parameters(), policy.parameters(), strict=True):
+            ref_param.lerp_(param.detach().to(ref_param.dtype), args.ref_model_mixup_alpha)

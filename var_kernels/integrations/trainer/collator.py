@@ -1,0 +1,45 @@
+"""Items of the training set and their padding into batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from var_kernels.integrations.data import EncodedRows
+
+
+class Items(torch.utils.data.Dataset):
+    """What a batch is made of: each item is one or more rows that must stay in one micro-batch (a completion, a
+    prompt's completions, or a pair)."""
+
+    def __init__(self, rows: EncodedRows, items: list[list[int]]):
+        self.rows = rows
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        return [self.rows.row(row) for row in self.items[index]]
+
+
+@dataclass
+class RowCollator:
+    """Flattens items to rows and pads them on the right: input_ids, attention_mask, labels (B, T); everything else
+    (B,)."""
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[list[dict]]) -> dict[str, Tensor]:
+        rows = [row for item in items for row in item]
+        batch = {
+            "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": _pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
+            "labels": _pad([row["labels"] for row in rows], -100),
+        }
+        return batch | {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key not in batch}
+
+
+def _pad(sequences: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)  # B x (T_i,) -> (B, T)

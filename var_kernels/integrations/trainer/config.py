@@ -1,0 +1,115 @@
+"""The settings of ``VARTrainer``: those of transformers.TrainingArguments and the ones below."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.losses.weights import check_options
+
+
+@dataclass
+class VARConfig(TrainingArguments):
+    """Settings of ``VARTrainer``.
+
+    Args:
+        method: "var" (reward-weighted likelihood), "sft" (plain likelihood) or "dpo" (pairs).
+        lam: VAR's lambda > 0, in reward units: small follows the reward, large stays with the reference.
+        normalizer: how VAR estimates Z: "batch", "batch_mean", "group" or "self_normalised", over the global batch
+            (all ranks and accumulation steps). "group" and "self_normalised" make an item of a batch of a prompt with
+            all its completions.
+        reference: the reference term in VAR's weights: "mean" per token, "sum" or "none". With sums the weights of
+            ordinary texts collapse onto one sequence of a batch (docs/training.md). "self_normalised" has none,
+            whatever is said here.
+        beta: DPO's beta.
+        sft_on: "best" completion of each prompt (the chosen one of a pair; all of them where there are no rewards), or
+            "all".
+        max_length: tokens of prompt and completion together; longer rows are cut (see ``encode_examples``).
+        precompute_ref_log_probs: score the data with the reference once, before training, and keep the result in
+            ``cache_dir``.
+            False: score each batch as it comes, with a frozen copy of the model.
+        cache_dir: where reference log-probs are kept; by default $VAR_KERNELS_CACHE, else ~/.cache/var_kernels.
+        disable_dropout: set every dropout of the model to 0, so that policy and reference differ by their weights
+            alone.
+        sync_ref_model: move the reference towards the policy: every ``ref_model_sync_steps`` steps, reference = a *
+            policy + (1 - a) * reference with a = ``ref_model_mixup_alpha``. Only with
+            ``precompute_ref_log_probs=False``.
+        workspace_mb: memory for the loss's temporaries; None: the default of ``var_kernels.ops``.
+    """
+
+    method: str = "var"
+    lam: float = 1.0
+    normalizer: str = "batch"
+    reference: str = "mean"
+    beta: float = 0.1
+    sft_on: str = "best"
+    max_length: int = 1024
+    precompute_ref_log_probs: bool = True
+    cache_dir: str | None = None
+    disable_dropout: bool = True
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+    workspace_mb: float | None = None
+
+    # Other defaults than TrainingArguments': rows carry more than the model's arguments, and a curve needs points.
+    remove_unused_columns: bool = False
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+
+    def __post_init__(self):
+        # Checked first: TrainingArguments' own __post_init__ may already touch devices and directories.
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.normalizer == "self_normalised":
+            self.reference = "none"
+        check_options(self.lam, self.normalizer, self.reference)
+        if self.normalizer == "cross":
+            raise ValueError(
+                "normalizer: 'cross' needs the reference's score of every completion under every prompt of the batch, "
+                "which the trainer "
+                "does not make; use 'batch' or 'group', or VARLoss in a loop of your own"
+            )
+        if self.sft_on not in ("best", "all"):
+            raise ValueError(f"sft_on: expected 'best' or 'all', got {self.sft_on!r}")
+        _check_range("beta", self.beta, self.beta > 0, "> 0")
+        _check_range("max_length", self.max_length, self.max_length >= 2, ">= 2 tokens")
+        _check_range(
+            "workspace_mb", self.workspace_mb, self.workspace_mb is None or self.workspace_mb > 0, "> 0, or None"
+        )
+        _check_range("learning_rate", self.learning_rate, self.learning_rate >= 0, ">= 0")
+        _check_range(
+            "per_device_train_batch_size",
+            self.per_device_train_batch_size,
+            self.per_device_train_batch_size >= 1,
+            ">= 1",
+        )
+        _check_range(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            self.gradient_accumulation_steps >= 1,
+            ">= 1",
+        )
+        _check_range("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0 or self.max_steps > 0, "> 0")
+        if self.sync_ref_model:
+            if self.precompute_ref_log_probs:
+                raise ValueError(
+                    "sync_ref_model: a reference that moves makes precomputed log-probs wrong; pass "
+                    "precompute_ref_log_probs=False "
+                    "with it (a frozen copy of the model then stays in memory)"
+                )
+            _check_range(
+                "ref_model_mixup_alpha", self.ref_model_mixup_alpha, 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]"
+            )
+            _check_range("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps >= 1, ">= 1")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns: expected False, rewards and reference log-probs travel with the rows"
+            )
+        super().__post_init__()
+
+
+def _check_range(name: str, value: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {wanted}, got {value}")

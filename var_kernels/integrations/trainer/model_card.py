@@ -1,0 +1,73 @@
+"""README.md of a trained model."""
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+
+import var_kernels
+
+_SHOWN = (
+    *("method", "lam", "normalizer", "reference", "beta", "sft_on", "max_length", "learning_rate", "lr_scheduler_type"),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "warmup_steps",
+        "weight_decay",
+    ),
+    *("max_grad_norm", "seed", "bf16", "fp16", "disable_dropout", "precompute_ref_log_probs", "sync_ref_model"),
+)
+_ONLY_FOR = {"lam": "var", "normalizer": "var", "reference": "var", "sft_on": "sft", "beta": "dpo"}
+
+
+def write_model_card(trainer) -> None:
+    """Write output_dir/README.md, whole or not at all."""
+    args, history = trainer.args, trainer.state.log_history
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = getattr(model.config, "_name_or_path", "") or "a model trained from scratch"
+    settings = {name: getattr(args, name) for name in _SHOWN if _ONLY_FOR.get(name, args.method) == args.method}
+    settings["world_size"] = args.world_size
+    last = next((entry for entry in reversed(history) if "loss" in entry), {})
+    summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    metrics = {**last, **{key: summary[key] for key in ("train_loss", "train_runtime") if key in summary}}
+    items = len(trainer.train_dataset)
+    rows = len(trainer.train_dataset.rows)
+    text = "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [var-kernels, " + args.method + "]",
+            "---",
+            "",
+            f"# {Path(args.output_dir).resolve().name}",
+            "",
+            f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters, trained from "
+            f"{base} by "
+            f"{args.method.upper()} on {rows:,} completions ({items:,} items), {trainer.state.global_step} steps.",
+            "",
+            "## Settings",
+            "",
+            *_table(settings),
+            "",
+            "## Last logged metrics",
+            "",
+            *_table({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in metrics.items()}),
+            "",
+            "Every logged step is in metrics.jsonl.",
+            "",
+            f"var-kernels {var_kernels.__version__}, transformers {transformers.__version__}, torch "
+            f"{torch.__version__}.",
+            "",
+        ]
+    )
+    path = Path(args.output_dir) / "README.md"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _table(values: dict) -> list[str]:
+    return ["| name | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())]

@@ -1,0 +1,123 @@
+"""The reference policy's log-probs of every row: computed once, kept on disk under the content they depend on."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from var_kernels.integrations.data import DataError, EncodedRows, Problem
+from var_kernels.integrations.hf import sequence_logprobs
+from var_kernels.integrations.trainer.collator import Items, RowCollator
+
+logger = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """$VAR_KERNELS_CACHE, else ~/.cache/var_kernels."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("VAR_KERNELS_CACHE") or Path(home) / "var_kernels")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of every weight and of the configuration: equal for equal models, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    config = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("_name_or_path", "transformers_version", "use_cache")
+    }
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def rows_fingerprint(rows: EncodedRows) -> str:
+    """Hash of the token ids and of where completions begin: of the text, the tokenizer and max_length together."""
+    digest = hashlib.sha256()
+    for tensor in (rows.token_ids, rows.offset, rows.prompt_length):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> Tensor:
+    """(rows,) fp32, nats: from the cache, or scored now (each rank its share) and kept.
+
+    Raises:
+        DataError: rows whose log-prob is not finite.
+    """
+    path = Path(trainer.args.cache_dir or default_cache_dir()) / "ref_logp" / f"{key}.safetensors"
+    found = _load(path, len(rows))
+    # Every rank must have it, or all score: a rank that skips its share would leave the others waiting.
+    missing = trainer.accelerator.reduce(torch.tensor(int(found is None), device=trainer.accelerator.device), "sum")
+    if not missing:
+        logger.info("reference log-probs of %d rows read from %s", len(rows), path)
+        return found
+    logp = score_rows(trainer, model, rows)
+    bad = (~logp.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        problems = [Problem(rows.where[row], f"the reference model's log-prob is {logp[row].item()}") for row in bad]
+        raise DataError(problems, remedy="the reference model overflows on these rows; load it in a wider dtype")
+    if trainer.args.should_save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file({"ref_logp": logp}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return logp
+
+
+def _load(path: Path, num_rows: int) -> Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        logp = load_file(path)["ref_logp"]
+    except Exception as error:
+        logger.warning("%s cannot be read (%s): computed anew", path, error)
+        return None
+    return logp if logp.shape == (num_rows,) and logp.isfinite().all() else None
+
+
+@torch.no_grad()
+def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
+    """(rows,) fp32 summed log-probs of the completions under ``model``, in batches of rows of like length."""
+    args, accelerator = trainer.args, trainer.accelerator
+    order = sorted(
+        range(len(rows)), key=rows.length, reverse=True
+    )  # the largest batch first: out of memory shows at once
+    size = args.per_device_eval_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)
+    logp = torch.zeros(len(rows), device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _progress(batches[accelerator.process_index :: accelerator.num_processes], args):
+            logp[batch] = score_batch(trainer, model, collate([items[row] for row in batch]))
+    finally:
+        model.train(was_training)
+    return accelerator.reduce(logp, "sum").cpu()
+
+
+def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B,) fp32 summed log-probs of a collated batch, computed as the training step computes them (same autocast)."""
+    device = trainer.accelerator.device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad(), trainer.accelerator.autocast():
+        return sequence_logprobs(model, inputs, workspace_mb=trainer.args.workspace_mb)
+
+
+def _progress(batches: list, args):
+    if args.disable_tqdm or not args.should_save:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="reference log-probs", unit="batch")

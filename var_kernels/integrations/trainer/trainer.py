@@ -1,0 +1,385 @@
+"""VARTrainer: transformers.Trainer with the loss computed inside the lm_head and normalised over the global batch."""
+
+import contextlib
+import copy
+import hashlib
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+
+from var_kernels.integrations.data import (
+    DataError,
+    EncodedRows,
+    Example,
+    Problem,
+    encode_examples,
+    merge_prompts,
+    parse_row,
+)
+from var_kernels.integrations.hf.calibration import calibrate
+from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
+from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.config import VARConfig
+from var_kernels.integrations.trainer.memory import peak_memory_mb
+from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.integrations.trainer.model_card import write_model_card
+from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
+from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.losses.weights import warn_if_collapsed
+
+logger = logging.getLogger(__name__)
+_REF_MODEL_DIR = "ref_model"
+
+
+class VARTrainer(Trainer):
+    """Aligns a causal LM by VAR (or trains it by SFT or DPO) on rows with rewards.
+
+    The loss of an optimiser step is that of its global batch, over all ranks and gradient-accumulation steps:
+
+        var   sum_i w_i nll_i / sum_i w_i     w = var_weights(...), nll_i = -log pi(y_i | x_i)
+        sft   sum_i nll_i / number of tokens
+        dpo   mean over pairs of -log sigmoid(beta ((s_w - sr_w) - (s_l - sr_l)))
+
+    Logged besides Trainer's own: ess, ess_share, log_z, weight_entropy (nats), reward_mean, weighted_reward,
+    token_accuracy, logp_minus_ref (mean of s - s_ref, nats per sequence of the data), kl_to_ref (the same mean under
+    the weights: an estimate of KL(pi || ref) once the policy has reached the weighted data; not a sample estimate from
+    the policy), tokens_per_second, peak_memory_mb.
+
+    Args:
+        model: a causal LM, or its name or path.
+        args: a ``VARConfig``. A batch size counts items: completions, or prompts with all their completions where the
+            normalizer works per prompt, or pairs.
+        train_dataset, eval_dataset: rows in a form of docs/data.md (dicts, a datasets.Dataset), or what
+            ``load_examples`` returns.
+        processing_class: the tokenizer; by default the model's own.
+        ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
+            adapter.
+        reward_func: ``f(prompts, completions) -> floats``, replaces the rewards in the data.
+        peft_config: train this PEFT adapter in place of the whole model.
+
+    Raises:
+        DataError: malformed rows, with the place of each. ValueError, TypeError: settings that do not go together, a
+            model whose head is not understood. All of it before anything is written.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: VARConfig | None = None,
+        train_dataset: Sequence[dict] | Sequence[Example] | None = None,
+        eval_dataset: Sequence[dict] | Sequence[Example] | None = None,
+        processing_class=None,
+        *,
+        ref_model: PreTrainedModel | str | None = None,
+        reward_func: RewardFunction | None = None,
+        peft_config=None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = VARConfig("var_output") if args is None else args
+        _check_arguments(args, train_dataset, ref_model, peft_config)
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model)
+        if isinstance(ref_model, str):
+            ref_model = AutoModelForCausalLM.from_pretrained(ref_model)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        self.method = METHODS[args.method]
+        self.pad_token_id = next(
+            i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None
+        )
+        self._check_vocabulary(model, processing_class)
+        calibrate(model)  # a head that is not understood is refused here
+        data = [
+            None if rows is None else self._encode(rows, name, args, processing_class, reward_func)
+            for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+        ]
+        if args.disable_dropout:
+            _disable_dropout(model)
+        self._ref_key = ""
+        if self.method.uses_ref(args) and args.precompute_ref_log_probs:
+            self._ref_key = model_fingerprint(model if ref_model is None else ref_model)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks of a frozen base
+            model = get_peft_model(model, peft_config)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=RowCollator(self.pad_token_id),
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            processing_class=processing_class,
+            callbacks=[MetricsFile(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        # With get_batch_samples' item count this keeps every release of Trainer from dividing the loss by the
+        # accumulation steps.
+        self.model_accepts_loss_kwargs = True
+        self.ref_model = ref_model
+        self._sums = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
+        self._clock = None
+        self._prepare_reference([items.rows for items in data if items is not None])
+        if args.sync_ref_model:
+            self.add_callback(SyncReference(self))
+
+    # ---- data and reference ------------------------------------------------------------------------------------------
+
+    def _encode(self, rows, name: str, args: VARConfig, tokenizer, reward_func) -> Items:
+        need = "optional" if reward_func is not None else self.method.need_rewards
+        examples = _examples(rows, name, need)
+        if reward_func is not None:
+            examples = apply_reward_function(reward_func, examples)
+        encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
+        return Items(encoded, self.method.items(encoded, args))
+
+    @staticmethod
+    def _check_vocabulary(model, tokenizer) -> None:
+        size = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model embeds {size}: use the model's own "
+                "tokenizer, or resize_token_embeddings"
+            )
+
+    def _prepare_reference(self, tables: list[EncodedRows]) -> None:
+        if not self.method.uses_ref(self.args):
+            return
+        device = self.accelerator.device
+        if self.args.precompute_ref_log_probs:
+            precision = self.accelerator.mixed_precision
+            model = self.model if self.ref_model is None else self.ref_model.to(device)
+            for rows in tables:
+                key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
+                with self._as_reference(model):
+                    rows.ref_logp = cached_ref_logp(self, model, rows, key)
+            self.ref_model = None  # its memory is not needed any more
+        elif self.ref_model is None and not _is_peft(self.model):
+            self.ref_model = copy.deepcopy(self.model)
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False).eval().to(device)
+
+    def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return model.disable_adapter() if _is_peft(model) and model is self.model else contextlib.nullcontext()
+
+    def _attach_reference(self, batch: dict[str, Tensor]) -> None:
+        model = self.model if self.ref_model is None else self.ref_model
+        was_training = model.training
+        model.eval()
+        with self._as_reference(model):
+            batch["ref_logp"] = score_batch(self, model, batch)
+        model.train(was_training)
+
+    # ---- one optimiser step ------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimiser step, each row with its share of the loss of the global batch."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        group = dist.group.WORLD if self.args.world_size > 1 else None
+        if batches:
+            self._prepare_step(batches, group, "train")
+        return batches, num_items if num_items is not None else torch.tensor(0)
+
+    def _prepare_step(self, batches: list[dict[str, Tensor]], group, mode: str) -> None:
+        for batch in batches:
+            batch["length"] = batch["labels"][:, 1:].ne(-100).sum(-1)
+            if self.method.uses_ref(self.args) and "ref_logp" not in batch:
+                self._attach_reference(batch)
+        keys = [key for key in ("length", "group", "reward", "ref_logp") if key in batches[0]]
+        step = {key: torch.cat([batch[key] for batch in batches]).to(self.accelerator.device) for key in keys}
+        added, metrics = self.method.prepare(step, self.args, group)
+        sizes = [len(batch["length"]) for batch in batches]
+        for key, values in added.items():
+            for batch, part in zip(batches, values.split(sizes), strict=True):
+                batch[key] = part
+        for batch in batches:
+            batch["micro_batches"] = torch.tensor(len(batches))
+        for key, value in metrics.items():
+            self._add(mode, key, value, 1.0)
+        if "reward" in step:
+            self._add(mode, "reward_mean", step["reward"].sum(), len(step["reward"]))
+            if self.args.method == "var":
+                self._add(mode, "weighted_reward", (step["reward"] * added["weight"]).sum(), added["weight"].sum())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's share of the step's loss, times the number of ranks (whose mean the gradients and logs
+        take)."""
+        mode = "train" if self.model.training else "eval"
+        if "micro_batches" not in inputs:
+            self._prepare_step([inputs], None, mode)
+        rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
+
+        def loss_in_head(hidden: Tensor, head):
+            labels = next_labels(inputs["labels"], hidden)
+            return self.method.loss(hidden, head, labels, rows, self.args)
+
+        (loss, s, hits), outputs = capture(
+            model, loss_in_head, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        )
+        world_size = self.args.world_size if mode == "train" else 1
+        self._add_batch_metrics(mode, inputs, rows, s, hits)
+        loss = loss * world_size + self._auxiliary_loss(outputs) / inputs["micro_batches"].to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary_loss(self, outputs) -> Tensor | float:
+        """A mixture of experts' balancing loss, where its config asks for router outputs."""
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if aux_loss is None:
+            return 0.0
+        config = self.accelerator.unwrap_model(self.model).config
+        return getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluation: the loss of each batch by itself."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    # ---- metrics -----------------------------------------------------------------------------------------------------
+
+    def _add(self, mode: str, key: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
+        """Kept as tensors until they are logged: reading them would stall a GPU at every step."""
+        entry = self._sums[mode][key]
+        entry[0] = entry[0] + (numerator.detach().double() if isinstance(numerator, Tensor) else numerator)
+        entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
+
+    def _add_batch_metrics(self, mode: str, inputs, rows, s: Tensor, hits: Tensor) -> None:
+        computed = rows["weight"] != 0  # a row of weight 0 costs nothing, and has no log-prob
+        self._add(mode, "token_accuracy", hits.sum(), (rows["length"] * computed).sum())
+        self._add(mode, "tokens", inputs["attention_mask"].sum(), 0.0)
+        if "ref_logp" in rows:
+            change = (s - rows["ref_logp"]).where(computed, 0.0)
+            self._add(mode, "logp_minus_ref", change.sum(), computed.sum())
+            if self.args.method == "var":
+                self._add(mode, "kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        logs = {**logs, **self._take_metrics(mode)}
+        super().log(logs, start_time)
+
+    def _take_metrics(self, mode: str) -> dict[str, float]:
+        """Means over ranks and steps since the last call. Every rank calls it."""
+        sums = self._sums[mode]
+        if not sums:
+            return {}
+        keys = sorted(sums)
+        table = torch.tensor([[float(x) for x in sums[key]] for key in keys], dtype=torch.float64)
+        table = self.accelerator.reduce(table.to(self.accelerator.device, torch.float32), "sum").cpu().tolist()
+        totals = dict(zip(keys, table, strict=True))
+        sums.clear()
+        tokens, _ = totals.pop("tokens", (0.0, 0.0))
+        prefix = "eval_" if mode == "eval" else ""
+        metrics = {
+            prefix + key: numerator / denominator for key, (numerator, denominator) in totals.items() if denominator
+        }
+        if mode == "train":
+            now = time.monotonic()
+            if self._clock is not None:
+                metrics["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+            self._clock = now
+            if "ess" in metrics and self.accelerator.device.type != "cpu":  # on the CPU var_weights has looked already
+                prompts = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+                grouped = self.args.normalizer in ("group", "self_normalised")
+                size = round(metrics["ess"] / metrics["ess_share"])
+                warn_if_collapsed(
+                    metrics["ess"], size, prompts if grouped else 1, lam=self.args.lam, reference=self.args.reference
+                )
+            metrics["peak_memory_mb"] = peak_memory_mb(self.accelerator.device)
+        return metrics
+
+    def train(self, *args, **kwargs):
+        """See ``transformers.Trainer.train``."""
+        self._clock = time.monotonic()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.accelerator.device)
+        return super().train(*args, **kwargs)
+
+    # ---- checkpoints and saving --------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.sync_ref_model and self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _REF_MODEL_DIR
+            self.ref_model.save_pretrained(
+                folder
+            )  # before the rest: a checkpoint is complete once Trainer has written its state
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
+            self.ref_model.load_state_dict(moved.state_dict())
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """README.md in output_dir: what was trained on what, the settings, the last metrics."""
+        if self.is_world_process_zero():
+            write_model_card(self)
+
+
+def _check_arguments(args: VARConfig, train_dataset, ref_model, peft_config) -> None:
+    if not isinstance(args, VARConfig):
+        raise TypeError(f"args: expected a VARConfig, got {type(args).__name__}")
+    if isinstance(train_dataset, str | os.PathLike):
+        raise TypeError(
+            f"train_dataset: expected rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"
+        )
+    if args.sync_ref_model and peft_config is not None:
+        raise ValueError(
+            "sync_ref_model: with peft_config the reference is the model without its adapter, which does not move; "
+            "drop one"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would run torch.nn.DataParallel, which splits a batch's normaliser: "
+            f"start one process per GPU (torchrun --nproc-per-node {args.n_gpu} ...), or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def _examples(rows, name: str, need_rewards: str) -> list[Example]:
+    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
+        parsed = list(rows)
+        if need_rewards != "optional":
+            lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
+            parsed += [
+                Problem(
+                    ex.where[0], "rewards missing: this method needs rewards, in the data or from a reward function"
+                )
+                for ex in lacking
+            ]
+    else:
+        parsed = [parse_row(row, f"{name} row {i + 1}", need_rewards) for i, row in enumerate(rows)]
+    problems = [item for item in parsed if isinstance(item, Problem)]
+    if problems:
+        raise DataError(problems, remedy="mend or leave out these rows")
+    if not parsed:
+        raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
+    return parsed
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Modules and the float attributes from which many models call F.dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return callable(getattr(model, "disable_adapter", None))

@@ -1,0 +1,76 @@
+"""The command line: ``var-kernels train | doctor | demo | bench``.
+
+Each command is a module here with ``add_arguments(parser)`` and ``run(args) -> int``, and, where it takes more options
+than it declares, ``take_unknown(args, words)``. A module is imported when its command is given, torch and transformers
+when it runs.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "train": "align a causal LM by VAR (or SFT, DPO) on rows with rewards",
+    "doctor": "say what this machine has, which backend runs, and what a batch needs in memory",
+    "demo": "build a small model, align it, and show what came of it",
+    "bench": "run the benchmarks of a source checkout",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (failed), 2 (bad input), 130 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        from var_kernels import __version__
+
+        print(f"var-kernels {__version__}")
+        return 0
+    name, *words = argv
+    if name not in COMMANDS:
+        known = f"commands: {', '.join(COMMANDS)}"
+        return _fail("var-kernels", f"unknown command {name!r}{nearest(name, COMMANDS)}; {known}")
+    program = f"var-kernels {name}"
+    command = importlib.import_module(f"var_kernels.cli.{name}")
+    parser = argparse.ArgumentParser(program, description=COMMANDS[name], allow_abbrev=False)
+    command.add_arguments(parser)
+    try:
+        args, unknown = parser.parse_known_args(words)
+        if unknown and hasattr(command, "take_unknown"):
+            command.take_unknown(args, unknown)
+        elif unknown:
+            raise ValueError(f"unknown option {unknown[0]}{nearest(unknown[0], option_names(parser))}")
+        return command.run(args) or 0
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted", 130)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("VAR_KERNELS_TRACEBACK"):
+            raise
+        return _fail(program, str(error))
+
+
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """Every --option that the parser declares."""
+    return [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+
+
+def nearest(word: str, names) -> str:
+    """ ", did you mean X?" for the closest of the names, or nothing."""
+    close = difflib.get_close_matches(word.split("=")[0], list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    more = "var-kernels COMMAND --help lists a command's options."
+    return "\n".join(["usage: var-kernels COMMAND [options]", "", *lines, "", more])
+
+
+def _fail(program: str, message: str, status: int = 2) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
+    return status

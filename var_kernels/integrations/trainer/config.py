@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from var_kernels.integrations.trainer.methods import METHODS
@@ -107,6 +108,8 @@ class VARConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns: expected False, rewards and reference log-probs travel with the rows"
             )
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # torch warns about it at every start
         super().__post_init__()
 
 

@@ -51,7 +51,8 @@ class VARTrainer(Trainer):
         dpo   mean over pairs of -log sigmoid(beta ((s_w - sr_w) - (s_l - sr_l)))
 
     Logged besides Trainer's own: ess, ess_share, log_z, weight_entropy (nats), reward_mean, weighted_reward,
-    token_accuracy, logp_minus_ref (mean of s - s_ref, nats per sequence of the data), kl_to_ref (the same mean under
+    token_accuracy, nll_per_token (nats), logp_minus_ref (mean of s - s_ref, nats per sequence of the data), kl_to_ref
+    (the same mean under
     the weights: an estimate of KL(pi || ref) once the policy has reached the weighted data; not a sample estimate from
     the policy), tokens_per_second, peak_memory_mb.
 
@@ -260,6 +261,7 @@ class VARTrainer(Trainer):
     def _add_batch_metrics(self, mode: str, inputs, rows, s: Tensor, hits: Tensor) -> None:
         computed = rows["weight"] != 0  # a row of weight 0 costs nothing, and has no log-prob
         self._add(mode, "token_accuracy", hits.sum(), (rows["length"] * computed).sum())
+        self._add(mode, "nll_per_token", -s.sum(), (rows["length"] * computed).sum())
         self._add(mode, "tokens", inputs["attention_mask"].sum(), 0.0)
         if "ref_logp" in rows:
             change = (s - rows["ref_logp"]).where(computed, 0.0)

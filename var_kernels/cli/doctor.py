@@ -1,0 +1,87 @@
+"""``var-kernels doctor``: what this machine has, which backend will run and why not a better one, and what a batch
+needs."""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "flash-attn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="name or path of a causal LM: estimate the loss's memory for it")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per micro-batch (default 8)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per sequence (default 2048)")
+    parser.add_argument("--workspace-mb", type=float, help="memory for the fused loss's temporaries")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name, value in (("batch-size", args.batch_size), ("length", args.length)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    print(f"python         {platform.python_version()} ({sys.executable})")
+    for package in _PACKAGES:
+        print(f"{package:<14} {_version(package)}")
+
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{'device':<14} {_device_line(torch, device)}")
+    backend, reasons = backend_in_use(torch)
+    print(f"{'backend':<14} {backend}")
+    for reason in reasons:
+        print(f"{'':<14} {reason}")
+    if args.model:
+        print()
+        for line in memory_lines(args, device):
+            print(line)
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device_line(torch, device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        more = f" ({torch.cuda.device_count()} of them)" if torch.cuda.device_count() > 1 else ""
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        return f"{properties.name}{more}, {memory}, sm_{properties.major}{properties.minor}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def backend_in_use(torch) -> tuple[str, list[str]]:
+    """The backend of the row kernels, and for each faster one why it does not run."""
+    reasons = []
+    if not torch.cuda.is_available():
+        built = "no CUDA device answers" if torch.version.cuda else "this build of torch has no CUDA"
+        reasons.append(f"not on a GPU: {built}")
+    reasons.append("not Triton, not C++: this version ships the row kernels in plain torch alone")
+    return "plain torch operations in chunks", reasons
+
+
+def memory_lines(args: argparse.Namespace, device) -> list[str]:
+    """The loss's memory above hidden states and weights, plain against fused, from the model's configuration alone."""
+    from transformers import AutoConfig
+
+    from var_kernels.ops.workspace import default_workspace_mb
+
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    rows, hidden, vocab = args.batch_size * args.length, config.hidden_size, config.vocab_size
+    workspace = args.workspace_mb or default_workspace_mb(device)
+    mib = 2**20
+    # Autograd of a plain cross-entropy in fp32: logits, their log-softmax and the gradient of one of them at its peak.
+    plain = 3 * 4 * rows * vocab / mib
+    one_pass, two_pass = workspace, workspace + 4 * rows * hidden / mib
+    return [
+        f"{args.model}: {rows} rows (batch {args.batch_size} x {args.length} tokens), hidden {hidden}, vocabulary "
+        f"{vocab}",
+        f"{'plain loss':<14} about {plain:,.0f} MiB (fp32 logits, log-softmax and gradient, {rows} x {vocab} each)",
+        f"{'fused loss':<14} at most {one_pass:,.0f} MiB in one pass (VAR, SFT), {two_pass:,.0f} MiB in two (DPO)",
+        f"{'':<14} estimates above hidden states, weights and their gradients; --workspace-mb moves the second line",
+    ]

@@ -1,0 +1,102 @@
+"""Options from flags and YAML files, and texts of the form "key=value,key=value"."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from var_kernels.cli import nearest
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file; its keys are flag names, with - or _."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config: no such file: {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config: {path} must hold 'name: value' lines, got a {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def pair_up(words: list[str]) -> dict[str, Any]:
+    """["--bf16", "--seed", "3", "--a=b"] -> {"bf16": True, "seed": "3", "a": "b"}.
+
+    Raises:
+        ValueError: a word that is neither an option nor the value of one.
+    """
+    options, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            options[name] = value if equals else True
+            name = None if equals else name
+        elif name is None:
+            raise ValueError(f"{word!r} belongs to no option")
+        else:
+            options[name], name = word, None
+    return options
+
+
+def coerce(name: str, value: Any, kind: str) -> Any:
+    """A flag's text, or a YAML value, as the declared type ("float", "int | None", ...) wants it.
+
+    Raises:
+        ValueError: a value that is not of that type.
+    """
+    if value is None:
+        return None
+    optional = "None" in kind or "Optional" in kind
+    if optional and isinstance(value, str) and value.lower() in ("none", "null"):
+        return None
+    wanted = [word for word in ("bool", "int", "float", "str", "dict", "list") if word in kind]
+    if "bool" in wanted:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false", "yes", "no", "1", "0"):
+            return str(value).lower() in ("true", "yes", "1")
+    elif isinstance(value, bool) and wanted and "str" not in wanted:
+        raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value}")
+    for word, cast in (("int", int), ("float", float)):
+        if word in wanted:
+            try:
+                number = cast(str(value))
+            except ValueError:
+                continue
+            return number
+    if isinstance(value, str) and {"dict", "list"} & set(wanted):
+        import yaml
+
+        loaded = yaml.safe_load(value)
+        return loaded if isinstance(loaded, dict | list) or "str" not in wanted else value
+    if "str" in wanted and isinstance(value, str | bool):
+        return value
+    if not wanted or type(value).__name__ in wanted:
+        return value
+    raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value!r}")
+
+
+def key_values(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """ "a=1,b=2" over the defaults, whose types the values take.
+
+    Raises:
+        ValueError: a key that the defaults lack, a value of another type.
+    """
+    values = dict(defaults)
+    for part in filter(None, text.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ValueError(f"{name}: expected key=value,key=value, got {part!r}")
+        if key not in defaults:
+            raise ValueError(f"{name}: unknown key {key!r}{nearest(key, defaults)}; keys: {', '.join(defaults)}")
+        try:
+            values[key] = type(defaults[key])(value)
+        except ValueError:
+            raise ValueError(f"{name}: {key} must be {type(defaults[key]).__name__}, got {value!r}") from None
+    return values

@@ -1,0 +1,218 @@
+"""``var-kernels train``: a model and a data set in, an aligned model out."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from var_kernels.cli import nearest, option_names
+from var_kernels.cli.options import coerce, key_values, pair_up, read_yaml
+
+# name: (type, default, help). The defaults of _CONFIG are VARConfig's own, shown here without importing it.
+_RUN = {
+    "model": (str, None, "name or path of a causal LM"),
+    "from_scratch": (str, None, "instead of --model: a new one, e.g. hidden=128,layers=2,heads=4,vocab=4096"),
+    "dataset": (str, None, ".json, .jsonl (also .gz) or .parquet file, or a name on the hub (docs/data.md)"),
+    "split": (str, "train", "split of a hub data set"),
+    "subset": (str, None, "configuration of a hub data set"),
+    "eval_dataset": (str, None, "file or name to evaluate on (see --eval-strategy)"),
+    "reward": (str, None, "module:function, called with (prompts, completions); replaces rewards in the data"),
+    "skip_malformed": (bool, False, "leave out malformed rows (and say how many) in place of stopping"),
+    "dtype": (str, "float32", "of the weights: float32, bfloat16, float16 or auto"),
+    "lora": (str, None, "train a LoRA adapter, e.g. r=16,alpha=32,dropout=0.05,targets=all-linear (or q_proj+v_proj)"),
+    "resume": (bool, False, "continue from the last complete checkpoint in --output-dir"),
+}
+_CONFIG = {
+    "output_dir": (str, None, "where checkpoints, metrics.jsonl, README.md and the model go"),
+    "method": (str, "var", "var, sft or dpo"),
+    "lam": (float, 1.0, "VAR's lambda, in reward units"),
+    "normalizer": (str, "batch", "VAR's Z: batch, batch_mean, group or self_normalised"),
+    "reference": (str, "mean", "reference term in VAR's weights: mean, sum or none"),
+    "beta": (float, 0.1, "DPO's beta"),
+    "sft_on": (str, "best", "SFT on the best completion of each prompt, or on all"),
+    "max_length": (int, 1024, "tokens of prompt and completion; longer rows are cut and counted"),
+    "learning_rate": (float, 1e-5, "peak learning rate"),
+    "num_train_epochs": (float, 3.0, "passes over the data"),
+    "max_steps": (int, -1, "optimiser steps, in place of epochs"),
+    "per_device_train_batch_size": (int, 8, "items per micro-batch: completions, prompts (group normalizers) or pairs"),
+    "gradient_accumulation_steps": (int, 1, "micro-batches per step; Z spans them all"),
+    "workspace_mb": (float, None, "memory for the loss's temporaries"),
+    "cache_dir": (str, None, "where reference log-probs are kept"),
+    "logging_steps": (float, 10, "steps between two lines of metrics"),
+    "save_steps": (float, 500, "steps between two checkpoints"),
+    "seed": (int, 42, "of the data order, and of a model from scratch"),
+    "report_to": (str, None, "tracker(s) that transformers knows: tensorboard, wandb, ..."),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="YAML file of these options; flags override it")
+    for group, options in (("what to train", _RUN), ("how", _CONFIG)):
+        section = parser.add_argument_group(group)
+        for name, (kind, default, text) in options.items():
+            flag = "--" + name.replace("_", "-")
+            shown = text if default in (None, False) else f"{text} (default {default})"
+            if kind is bool:
+                section.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
+            else:
+                section.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=shown)
+    parser.epilog = "Every field of VARConfig, and so of transformers.TrainingArguments, is an option too: --bf16, --warmup-steps 10."
+    parser.set_defaults(extra={}, parser=parser)
+
+
+def take_unknown(args: argparse.Namespace, words: list[str]) -> None:
+    args.extra = pair_up(words)
+
+
+def run(args: argparse.Namespace) -> int:
+    settings, config_values = _settings(args)
+    for name in ("dataset", "output_dir"):
+        if not (settings | config_values).get(name):
+            raise ValueError(f"--{name.replace('_', '-')} is missing")
+    if bool(settings["model"]) == bool(settings["from_scratch"]):
+        raise ValueError("give one of --model and --from-scratch")
+
+    from transformers import set_seed
+
+    from var_kernels.integrations.data import load_examples
+    from var_kernels.integrations.trainer import VARConfig, VARTrainer
+    from var_kernels.integrations.trainer.methods import METHODS
+    from var_kernels.integrations.trainer.rewards import load_reward_function
+
+    config = VARConfig(**config_values)
+    output_dir = Path(config.output_dir)
+    checkpoint = _checkpoint(output_dir, settings["resume"])
+    reward_func = load_reward_function(settings["reward"]) if settings["reward"] else None
+    peft_config = _lora(settings["lora"]) if settings["lora"] else None
+    need = "optional" if reward_func else METHODS[config.method].need_rewards
+    load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"], "subset": settings["subset"]}
+    examples, skipped = load_examples(settings["dataset"], split=settings["split"], **load)
+    eval_examples = None
+    if settings["eval_dataset"]:
+        eval_examples, _ = load_examples(settings["eval_dataset"], split=settings["split"], **load)
+    for problem in skipped[:10]:
+        print(f"skipped {problem}", file=sys.stderr)
+    if skipped:
+        print(f"skipped {len(skipped)} malformed rows of {len(examples) + len(skipped)}", file=sys.stderr)
+
+    set_seed(config.seed)
+    model, tokenizer = _model_and_tokenizer(settings, config, examples, checkpoint)
+    set_seed(config.seed)
+    existed = output_dir.exists()
+    try:
+        trainer = VARTrainer(
+            model, config, examples, eval_examples, tokenizer, reward_func=reward_func, peft_config=peft_config
+        )
+    except BaseException:
+        if not existed and output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+        raise
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print(f"saved to {output_dir}: the model, README.md, metrics.jsonl")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
+    """(options of the run, options of VARConfig): YAML first, flags over it, every name and type checked."""
+    given = {name: value for name, value in vars(args).items() if name in (*_RUN, *_CONFIG) and value is not None}
+    options = read_yaml(args.config) if args.config else {}
+    options |= given | args.extra
+    run_options = {name: default for name, (_, default, _) in _RUN.items()}
+    config_options, rest = {}, {}
+    for name, value in options.items():
+        if name in _RUN:
+            run_options[name] = coerce(name, value, f"{_RUN[name][0].__name__} | None")
+        elif name in _CONFIG:
+            config_options[name] = coerce(name, value, f"{_CONFIG[name][0].__name__} | None")
+        else:
+            rest[name] = value
+    if rest:
+        config_options |= _config_fields(rest, option_names(args.parser))
+    return run_options, config_options
+
+
+def _config_fields(options: dict, known: list[str]) -> dict:
+    """Options that only VARConfig knows."""
+    import dataclasses
+
+    from var_kernels.integrations.trainer import VARConfig
+
+    fields = {field.name: str(field.type) for field in dataclasses.fields(VARConfig) if field.init}
+    for name in options:
+        if name not in fields:
+            flag = "--" + name.replace("_", "-")
+            everything = [*known, *("--" + field.replace("_", "-") for field in fields)]
+            raise ValueError(f"unknown option {flag}{nearest(flag, everything)}")
+    return {name: coerce(name, value, fields[name]) for name, value in options.items()}
+
+
+def _checkpoint(output_dir: Path, resume: bool) -> str | None:
+    """The checkpoint to continue from. A directory that holds a run is not written over."""
+    if resume:
+        checkpoint = last_complete_checkpoint(output_dir)
+        print(f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {output_dir}: starting anew")
+        return checkpoint
+    if output_dir.is_file():
+        raise ValueError(f"output-dir: {output_dir} is a file")
+    marks = ("checkpoint-*", "metrics.jsonl", "*.safetensors")
+    if output_dir.is_dir() and any(next(output_dir.glob(mark), None) for mark in marks):
+        raise ValueError(
+            f"output-dir: {output_dir} already holds a run: --resume continues it, another --output-dir keeps both"
+        )
+    return None
+
+
+def last_complete_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint-N whose trainer_state.json is whole: Trainer writes that file last."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if number.isdigit():
+            found.append((int(number), str(folder)))
+    return max(found)[1] if found else None
+
+
+def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str | None):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if settings["from_scratch"]:
+        from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
+
+        spec = ScratchSpec(**key_values("from-scratch", settings["from_scratch"], vars(ScratchSpec())))
+        if not all(isinstance(example.prompt, str) for example in examples):
+            raise ValueError("from-scratch: a new tokenizer has no chat template; the data must be plain text")
+        texts = (text for example in examples for text in (example.prompt, *example.completions))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else make_tokenizer(spec, texts)
+        return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
+    if settings["dtype"] not in ("float32", "bfloat16", "float16", "auto"):
+        raise ValueError(f"dtype: expected float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
+    name = settings["model"]
+    if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"model: no such directory: {name}")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=settings["dtype"])
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def _lora(text: str):
+    """A peft LoraConfig; targets "all-linear" leaves the lm_head out."""
+    from peft import LoraConfig
+
+    values = key_values("lora", text, {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"})
+    if values["r"] < 1:
+        raise ValueError(f"lora: r must be at least 1, got {values['r']}")
+    targets = values["targets"] if values["targets"] == "all-linear" else values["targets"].split("+")
+    return LoraConfig(
+        r=values["r"],
+        lora_alpha=values["alpha"],
+        lora_dropout=values["dropout"],
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.head import (
     HeadParams,
-    _Placeholder,
+    Placeholder,
     find_head,
     inner_model,
     logits_of,
     swapped,
     swapped_head,
+    without_cache,
 )
 
 _TOKENS = 8
@@ -290,7 +291,7 @@ class _Probe:
         def forward(hidden, *_args, **_kwargs):
             shape = hidden.shape[:-1]
             if draw is None:
-                value = _Placeholder.apply((*shape, 1), hidden.dtype, hidden.device)
+                value = Placeholder.apply((*shape, 1), hidden.dtype, hidden.device)
             else:
                 value = draw((*shape, self.head.out_features), torch.Generator().manual_seed(seed))
                 value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)
@@ -299,7 +300,7 @@ class _Probe:
 
         with undisturbed(self.model), swapped_head(self.head, forward):
             try:
-                output = self.model(**inputs)
+                output = self.model(**without_cache(self.inner, inputs))
             except Exception as error:
                 self.refuse(f"a trial forward pass on input_ids alone failed in {type(error).__name__}: {error}", error)
         if len(calls) != 1:

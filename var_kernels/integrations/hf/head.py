@@ -5,6 +5,7 @@ the head (accelerate's offloading, FSDP's and DeepSpeed's gathering) still happe
 (..., V) it gets a placeholder (..., 1) of zeros, and results reach the caller through the outputs of the head and of the model.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any])
         results.extend(output if isinstance(output, tuple) else (output,))
         # One result of each graph node is enough to make the node wait for the placeholder's gradient.
         nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
-        return _Placeholder.apply((*hidden.shape[:-1], 1), hidden.dtype, hidden.device, *nodes.values())
+        return Placeholder.apply((*hidden.shape[:-1], 1), hidden.dtype, hidden.device, *nodes.values())
 
     with swapped_head(head, forward):
         yield results
@@ -189,6 +190,13 @@ def capture(
     return tied(results, logits_of(output)), output
 
 
+def without_cache(inner: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with use_cache=False, where the caller says nothing and the model knows the word: nobody continues from it."""
+    if "use_cache" in inputs or "use_cache" not in inspect.signature(inner.forward).parameters:
+        return dict(inputs)
+    return {**inputs, "use_cache": False}
+
+
 def logits_of(output: Any) -> Tensor | None:
     """The logits of a model output, be it a ModelOutput, a dict or a tuple."""
     if isinstance(output, Mapping):
@@ -198,7 +206,7 @@ def logits_of(output: Any) -> Tensor | None:
     return getattr(output, "logits", None)
 
 
-class _Placeholder(torch.autograd.Function):
+class Placeholder(torch.autograd.Function):
     """Zeros in the place of logits. The results are their ancestors in the graph and get a gradient of zero from them."""
 
     @staticmethod

@@ -1,6 +1,5 @@
 """Log-probabilities of a batch's tokens and sequences under a causal language model."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import calibrate
-from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
+from var_kernels.integrations.hf.head import HeadParams, capture, inner_model, without_cache
 from var_kernels.ops import linear_logprob
 
 IGNORE_INDEX = -100
@@ -49,8 +48,6 @@ def token_logprobs(
             f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token log-probabilities. "
             "A BERT-like model needs config.is_decoder = True"
         )
-    if "use_cache" not in inputs and "use_cache" in inspect.signature(inner.forward).parameters:
-        inputs["use_cache"] = False
 
     def score(hidden: Tensor, head: HeadParams):
         return linear_logprob(
@@ -64,7 +61,7 @@ def token_logprobs(
             workspace_mb=workspace_mb,
         )
 
-    results, _ = capture(model, score, inputs)
+    results, _ = capture(model, score, without_cache(inner, inputs))
     results = tuple(
         F.pad(result[:, :-1], (1, 0)) for result in results
     )  # (B, T): the row of t - 1 belongs to the label at t

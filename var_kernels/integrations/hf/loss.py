@@ -57,7 +57,12 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self._plain_forward = self.inner.forward
         self._instance_forward = self.inner.__dict__.get("forward")
         self._signature = inspect.signature(self._plain_forward)
-        self._patched_forward = functools.wraps(self._plain_forward)(self._forward)
+
+        @functools.wraps(self._plain_forward)  # Trainer and PEFT read its signature
+        def patched(*args, **kwargs):
+            return self._forward(*args, **kwargs)
+
+        self._patched_forward = patched
         self.inner._var_kernels_fused = self
         self.inner.forward = self._patched_forward
         self._applied = True

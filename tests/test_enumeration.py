@@ -1,8 +1,8 @@
 """Every response of a small world, written down: what each loss converges to, in exact arithmetic and without sampling.
 
-The world: tokens {0 = end, 1, 2, 3}, a response ends at 0 or after 3 tokens (40 of them, of 1, 2 or 3 tokens), 3 prompts. The
-policy is tabular: hidden is a one-hot of (prompt, prefix), the lm_head holds the logits, and the losses under test train it.
-"Drawn from q" is exact too: each response stands in the batch as often as q says, q being integer counts over their sum.
+The world: tokens {0 = end, 1, 2, 3}; a response ends at 0 or after 3 tokens (40 of them); 3 prompts. The policy is a
+table: hidden is a one-hot of (prompt, prefix), the lm_head holds the logits, and the losses under test train it. "Drawn
+from q" is exact too: each response stands in the batch as often as q says, q being integer counts over their sum.
 """
 
 import itertools
@@ -108,7 +108,7 @@ def loss_on(lm_head_weight, prompt, response, ref_logp, hidden=HIDDEN, **options
 
 
 def train_var(counts=None, ref_logp=None, **options) -> torch.Tensor:
-    """The policy (X, R) that VAR ends at: one batch a prompt for the batch normalisers, one grouped batch for the others."""
+    """The policy (X, R) that VAR ends at: one batch a prompt for the batch normalisers, else one grouped batch."""
     prompt, response = rows_of(counts)
     ref_logp = PI_REF.log() if ref_logp is None else ref_logp
     if options["normalizer"] in ("batch", "batch_mean"):

@@ -178,10 +178,7 @@ def _normalise(score_B: Tensor, group_ids_B: Tensor | None, *, mean: bool) -> tu
         same_BB = group_ids_B.unsqueeze(1) == group_ids_B.unsqueeze(0)
         # (B,) -> (B, B) and no scatter, whose sums on CUDA differ from run to run
         table = score_B.expand_as(same_BB).masked_fill(~same_BB, -torch.inf)
-    log_z = table.logsumexp(-1)
-    if mean:
-        log_z = log_z - (table > -torch.inf).sum(-1).clamp(min=1).log()
-    return _exp_ratio(score_B, log_z), log_z
+    return _exp_over_sum(score_B, table, mean=mean)
 
 
 def _cross_weights(rewards, ref_logp, lam: float, reference: str, lengths, process_group):
@@ -197,14 +194,21 @@ def _cross_weights(rewards, ref_logp, lam: float, reference: str, lengths, proce
             f"{tuple(score.shape)}; score the responses of every rank under the local prompts"
         )
     score = score.masked_fill(lengths_G == 0, -torch.inf)
-    log_z_B = score.logsumexp(-1)
-    own_score_B = score[:, own].diagonal()
-    return _exp_ratio(own_score_B, log_z_B), log_z_B, (lengths_G > 0).sum()
+    weight_B, log_z_B = _exp_over_sum(score[:, own].diagonal(), score)
+    return weight_B, log_z_B, (lengths_G > 0).sum()
 
 
-def _exp_ratio(score: Tensor, log_z: Tensor) -> Tensor:
-    """exp(score - log Z), 0 where the row is left out (-inf, also where all are)."""
-    return (score - log_z).exp().masked_fill(score == -torch.inf, 0.0)
+def _exp_over_sum(score: Tensor, table: Tensor, *, mean: bool = False) -> tuple[Tensor, Tensor]:
+    """exp(score) over the sum (or mean) of exp(table) along its last dimension, and log of the latter; -inf: left out."""
+    # the maximum is taken off before the sum is: a weight formed as exp(score - log Z) loses digits as |log Z| grows
+    top = table.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    total = (table - top).exp().sum(-1)
+    if mean:
+        total = total / (table > -torch.inf).sum(-1).clamp(min=1)
+    top = top.squeeze(-1)
+    weight = ((score - top).exp() / total).masked_fill(score == -torch.inf, 0.0)
+    return weight, top + total.log()
 
 
 def _gather(columns: list[Tensor], process_group) -> tuple[list[Tensor], slice]:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .rows import LogitTransform, RowCoefficients, RowStats
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 17
 # exp() of it is 0 and 0 times it is 0, which -inf does not give.
 _LOWEST = -1e30
 
 
-def temporary_bytes(columns: int, tile: torch.dtype) -> int:
-    """Upper bound of what one call allocates beside the tile: four block-sized temporaries."""
-    return 4 * max(BLOCK_ELEMENTS, columns) * _math_dtype(tile).itemsize
+def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
+    """Upper bound of what one call allocates beside an (n, columns) tile: four temporaries of a block each."""
+    return 4 * min(max(BLOCK_ELEMENTS, columns), n * columns) * _math_dtype(tile).itemsize
 
 
 def _math_dtype(tile: torch.dtype) -> torch.dtype:

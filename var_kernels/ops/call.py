@@ -43,7 +43,7 @@ class HeadCall:
 
     def select_targets(self, values: Tensor) -> Tensor:
         """(...) or (..., K) in the call's shape -> (n, K) of the kept rows."""
-        flat_NK = values.reshape(self.leading.numel(), -1)
+        flat_NK = values.reshape(self.leading.numel(), values.shape[-1] if self.several else 1)
         return flat_NK if self.rows is None else flat_NK.index_select(0, self.rows)
 
 
@@ -97,9 +97,10 @@ def prepare(
 
     leading = hidden.shape[:-1]
     several = labels.dim() == hidden.dim()
-    labels_NK = labels.reshape(leading.numel(), -1).to(torch.int64)
+    labels_NK = labels.reshape(leading.numel(), labels.shape[-1] if several else 1).to(torch.int64)
     kept_NK = labels_NK != ignore_index
-    if token_weight is not None:
+    # A learned weight has a gradient at 0 too.
+    if token_weight is not None and not (torch.is_grad_enabled() and token_weight.requires_grad):
         kept_NK = kept_NK & (token_weight.reshape(kept_NK.shape) != 0)
     labels_NK = labels_NK.where(kept_NK, 0)
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])

@@ -77,12 +77,12 @@ class Head:
     def tile_cost(self, *, gradient: bool) -> TileCost:
         """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs need beside it."""
         copies = self._operand_copies(gradient)
-        return TileCost(self._element(gradient), copies, copies, rows_torch.temporary_bytes(self.v, self.tile))
+        return TileCost(self._element(gradient), copies, copies, rows_torch.temporary_bytes(self.n, self.v, self.tile))
 
     def chunk_cost(self, budget: int) -> TileCost:
         """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
         copies = self._operand_copies(gradient=True)
-        fixed = rows_torch.temporary_bytes(self.v, self.tile) + (budget // 4 if copies else 0)
+        fixed = rows_torch.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
         return TileCost(self._element(gradient=True), 0, copies, fixed)
 
     def weight_slice(self, budget: int) -> int:

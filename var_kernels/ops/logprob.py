@@ -4,6 +4,7 @@ upstream gradient.
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from var_kernels.ops.call import HeadCall, prepare
@@ -34,10 +35,9 @@ def linear_logprob(
         with label_smoothing e:  logp = (1 - e) log p_y + e * mean_v log p_v
 
     Every output but argmax is differentiable, for any upstream gradient, as often as wanted (first order). GEMMs: one
-    forward; a backward
-    recomputes the logits slice by slice (4 in all), or saves one [N, D] product when only ``hidden`` needs a gradient
-    (2 in all).
-    Peak extra memory: ``workspace_mb``, and in the backward an fp32 [N, D].
+    forward; a backward recomputes the logits slice by slice (4 in all), or needs only one [N, D] product that the forward
+    saved, when nothing but ``hidden`` learns (2 in all). Peak extra memory: ``workspace_mb``, and in the backward an
+    fp32 [N, D].
 
     Args:
         hidden: (..., D), floating point; states before the lm_head. Any strides.
@@ -50,9 +50,8 @@ def linear_logprob(
             errors up to 0.03 in bf16.
 
     Returns:
-        logp, shape of labels, fp32 (fp64 for fp64), nats, 0 where ignored. If asked for, a tuple with lse (...),
-        entropy (...), both nats and 0 for
-        rows without a label, argmax (...) int64, -1 for those rows; in this order.
+        logp, the shape of labels, fp32 (fp64 for fp64), nats, 0 where ignored. If asked for, a tuple with lse (...) and
+        entropy (...), nats, 0 for rows without a label, and argmax (...) int64, -1 for those rows; in this order.
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy. On a CPU labels out of range too.
@@ -81,7 +80,7 @@ def linear_logprob(
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable would import dynamo, and triton with it, at import time
 def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
     logp_NK, *others = LinearLogprobFunction.apply(

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from var_kernels.ops import checks
@@ -9,7 +10,6 @@ from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import (
     Gradients,
     Head,
-    Needs,
     RowCoefficients,
     RowStats,
     forward_pass,
@@ -44,24 +44,22 @@ def linear_weighted_nll(
 
         loss = sum_n w_n (-logp_n + z_loss * lse_n^2)
 
-    with logp and lse as in ``linear_logprob``; "mean" divides by num_items, or by the number of rows with a label. The weights
-    are known before the logits, so the gradients are made with them: 3 GEMMs in all ("one_pass"; peak extra memory
-    ``workspace_mb``, which also holds an fp32 dW where W is narrower). Where the budget does not hold that, or for reduction
-    "none": 4 GEMMs ("two_pass"; ``workspace_mb`` and an fp32 [N, D]). Both give the same numbers. Differentiable in
-    ``token_weight`` as well.
+    with logp and lse as in ``linear_logprob``; "mean" divides by num_items, or by the number of rows with a label. The
+    weights are known before the logits, so the gradients are made with them: 3 GEMMs in all ("one_pass"; peak extra
+    memory ``workspace_mb``, which also holds an fp32 dW where W is narrower). Where the budget does not hold that, or for
+    reduction "none": 4 GEMMs ("two_pass"; ``workspace_mb`` and an fp32 [N, D]). Both give the same numbers. Differentiable
+    in ``token_weight`` as well.
 
     Args:
         hidden, lm_head_weight, labels, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
-        token_weight: the shape of labels, floating point, finite, any sign; None means 1. Rows of weight 0 cost
-            nothing.
+        token_weight: the shape of labels, floating point, finite, any sign; None: 1. Rows of weight 0 cost nothing.
         num_items: divisor of "mean" (number of items in the global batch, sum of weights), positive.
         engine: "auto", "one_pass" or "two_pass".
 
     Returns:
         A scalar fp32 (fp64 for fp64 inputs), nats; for "none" the shape of labels. An all-ignored batch gives a
-        differentiable 0. If asked for,
-        a tuple with the detached logp (shape of labels, 0 where ignored or of weight 0), argmax (...) int64 (-1
-        there); in this order.
+        differentiable 0. If asked for, a tuple with the detached logp (shape of labels, 0 where ignored or of weight 0)
+        and argmax (...) int64 (-1 there), in this order.
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
@@ -128,7 +126,7 @@ def _one_pass(call: HeadCall) -> bool:
     return one_pass_fits(_head(call), call.needs)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable would import dynamo, and triton with it, at import time
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
     loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
@@ -137,6 +135,7 @@ def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tupl
         call.bias_V,
         weight_NK,
         call.labels_NK,
+        call.kept_NK,
         z_loss,
         call.options,
         call.needs,
@@ -145,13 +144,15 @@ def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tupl
 
 
 class LinearWeightedNLLFunction(torch.autograd.Function):
-    """(hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, z_loss, options, needs) -> loss, logp_NK, argmax_N.
+    """The sum of weight_NK (-logp_NK + z_loss lse_N^2), with logp_NK and argmax_N for the caller's metrics.
 
     Saves finished gradients; the backward scales copies of them, so it may run again.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, z_loss, options, needs: Needs):
+    def forward(
+        ctx, hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, kept_NK, z_loss, options, needs: Needs
+    ):
         ctx.set_materialize_grads(False)
         head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
         if needs:
@@ -167,8 +168,8 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
             stats, gradients = forward_pass(head), Gradients()
         logp_NK = stats.logp_NK(options.label_smoothing, head.v)
         nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
-        # A label of probability 0 costs inf; a target of weight 0 must not turn that into NaN.
-        nll_NK = nll_NK.where(weight_NK != 0, 0.0)
+        # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
+        nll_NK = nll_NK.where(kept_NK, 0.0)
         ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, nll_NK)
         ctx.mark_non_differentiable(logp_NK)
         if stats.argmax_N is not None:
@@ -179,7 +180,7 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 8
+            return (None,) * 9
         *gradients, nll_NK = ctx.saved_tensors
         scaled = [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
-        return (*scaled, dloss * nll_NK if ctx.needs_input_grad[3] else None, None, None, None, None)
+        return (*scaled, dloss * nll_NK if ctx.needs_input_grad[3] else None, *(None,) * 5)

@@ -54,7 +54,7 @@ def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, bes
         needed = beside + cost.fixed + columns * (cost.element + cost.column) + cost.row
         raise ValueError(
             f"workspace_mb={(budget + beside) / MIB:.3g} is too small for {purpose}: a row of {columns} columns needs "
-            f"about {needed / MIB:.3g} MiB; give workspace_mb={2 * -(-needed // MIB)} or more"
+            f"about {needed / MIB:.3g} MiB; give workspace_mb={-(-2 * needed // MIB)} or more"
         )
     return rows
 

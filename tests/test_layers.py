@@ -1,0 +1,111 @@
+"""The layers go one way, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import var_kernels
+
+ROOT = Path(var_kernels.__file__).parent
+# Each layer may import from itself and from those before it.
+ORDER = ["kernels", "ops", "losses", "integrations", "cli"]
+HEAVY = {"transformers", "datasets", "accelerate", "peft", "trl", "tokenizers"}
+
+
+def imports(path: Path):
+    """(module, whether at import time) of every import in a file; relative ones resolved."""
+    package = ("var_kernels", *path.relative_to(ROOT).parts[:-1])
+    tree = ast.parse(path.read_text())
+    inside_functions = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) not in inside_functions
+
+
+def layer_of(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first if first in ORDER else "top"
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_from_layers_before(path):
+    layer = layer_of(path)
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] != "var_kernels" or len(parts) < 2:
+            continue
+        target = parts[1]
+        if layer == "top":
+            continue
+        if target == "reference":
+            pytest.fail(f"{path.name} imports the reference twins, which are for tests and benchmarks")
+        if target in ORDER:
+            assert ORDER.index(target) <= ORDER.index(layer), f"{layer} imports {name}, a later layer"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer_of(p) == "kernels"], ids=lambda path: path.name)
+def test_kernels_stand_alone(path):
+    """Only torch, triton, the standard library and relative imports: the folder could be published by itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            roots = {node.module.split(".")[0]}
+        else:
+            continue
+        assert roots <= {"torch", "triton", *sys.stdlib_module_names}, f"{path.name} imports {roots}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if layer_of(p) in ("kernels", "ops", "losses")], ids=lambda path: path.name
+)
+def test_trainers_are_imported_by_integrations_alone(path):
+    for name, _ in imports(path):
+        assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name}"
+
+
+def test_the_walk_sees_imports():
+    found = {name for name, _ in imports(ROOT / "ops" / "call.py")}
+    assert {"torch", "var_kernels.kernels.rows", "var_kernels.ops.checks"} <= found
+
+
+def test_import_is_light():
+    """Every public name resolves, and neither triton nor transformers comes along."""
+    code = (
+        "import sys, var_kernels; [getattr(var_kernels, n) for n in var_kernels.__all__];"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'triton', 'transformers', 'datasets', 'accelerate'}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # torch itself imports triton on some builds; what counts is what we add.
+    alone = subprocess.run(
+        [sys.executable, "-c", code.replace("[getattr(var_kernels, n) for n in var_kernels.__all__]", "import torch")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert loaded == alone
+    assert "transformers" not in loaded
+
+
+def test_unknown_public_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'linear_logprobs'.*linear_logprob"):
+        _ = var_kernels.linear_logprobs

@@ -1,0 +1,191 @@
+"""The tolerances can fail: mistakes that such kernels really have had, put into ours, must each be refused."""
+
+import pytest
+import torch
+
+from tests.op_cases import Case, check_logprob, check_weighted_nll
+from var_kernels.kernels import rows_torch
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops import engines
+
+BF16 = torch.bfloat16
+REAL = {
+    "logits_into": engines.logits_into,
+    "add_product": engines.add_product,
+    "product_into": engines.product_into,
+    "row_stats": rows_torch.row_stats,
+    "row_grad": rows_torch.row_grad,
+    "merge": rows_torch._merge_block,
+    "from_upstream": RowCoefficients.from_upstream.__func__,
+    "logp": RowStats.logp_NK,
+}
+
+
+def zero_padded_tail(stats):
+    """The last slice read beyond the vocabulary: three columns of logit 0."""
+
+    def row_stats(logits_nv, labels_nk, stats, v_start, bias_v, transform):
+        REAL["row_stats"](logits_nv, labels_nk, stats, v_start, bias_v, transform)
+        if v_start + logits_nv.shape[1] == 507:
+            stats.sumexp_N += 3 * torch.exp(-stats.max_N)
+
+    return row_stats
+
+
+def dropped_column(_):
+    def row_stats(logits_nv, labels_nk, stats, v_start, bias_v, transform):
+        bias_v = None if bias_v is None else bias_v[:-1]
+        REAL["row_stats"](logits_nv[:, :-1], labels_nk, stats, v_start, bias_v, transform)
+
+    return row_stats
+
+
+def maximum_from_zero(_):
+    def merge(z_nv, labels_nk, stats, v_start):
+        REAL["merge"](z_nv, labels_nk, stats, v_start)
+        lifted = stats.max_N.clamp(min=0.0)
+        stats.sumexp_N.mul_((stats.max_N - lifted).exp())
+        stats.max_N.copy_(lifted)
+
+    return merge
+
+
+def forgotten_rescale(_):
+    """Slices summed without decay when a later slice brings a new maximum."""
+
+    def merge(z_nv, labels_nk, stats, v_start):
+        before, had = stats.sumexp_N.clone(), stats.max_N.clone()
+        REAL["merge"](z_nv, labels_nk, stats, v_start)
+        kept = (had - stats.max_N).clamp(min=-1e30).exp()
+        stats.sumexp_N.add_(before * (1 - kept))
+
+    return merge
+
+
+def rounded_logits(_):
+    """16-bit logits behind a 'fp32' promise."""
+
+    def logits_into(out, hidden, weight):
+        REAL["logits_into"](out, hidden, weight)
+        out.copy_(out.bfloat16())
+
+    return logits_into
+
+
+def narrow_accumulator(_):
+    """dH or dW accumulated in 16 bit."""
+
+    def add_product(total, left, right):
+        REAL["add_product"](total, left, right)
+        total.copy_(total.bfloat16())
+
+    return add_product
+
+
+def narrow_result(_):
+    """dW rounded twice on its way: to 10 bits, then to bf16."""
+
+    def product_into(out, left, right):
+        REAL["product_into"](out, left, right)
+        out.copy_(torch.ldexp(torch.frexp(out.float())[0].mul(64).round().div(64), torch.frexp(out.float())[1]))
+
+    return product_into
+
+
+def label_off_by_one_slice(_):
+    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform):
+        REAL["row_grad"](logits_nv, labels_nk + (v_start > 0), lse_n, coefficients, v_start, bias_v, transform)
+
+    return row_grad
+
+
+def no_softcap_slope(_):
+    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform):
+        z_nv = rows_torch._transformed(logits_nv, bias_v, transform, inplace=True)
+        REAL["row_grad"](z_nv, labels_nk, lse_n, coefficients, v_start, None, LogitTransform())
+
+    return row_grad
+
+
+def no_bias_in_backward(_):
+    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform):
+        REAL["row_grad"](logits_nv, labels_nk, lse_n, coefficients, v_start, None, transform)
+
+    return row_grad
+
+
+def coarse_lse(_):
+    """lse and recomputed logits of different precision."""
+
+    def row_grad(logits_nv, labels_nk, lse_n, *rest):
+        REAL["row_grad"](logits_nv, labels_nk, lse_n.bfloat16().float(), *rest)
+
+    return row_grad
+
+
+def entropy_gradient_without_mean(_):
+    def from_upstream(cls, dlogp, smoothing, v, dlse=None, dentropy=None, entropy=None):
+        zero = None if entropy is None else torch.zeros_like(entropy)
+        return REAL["from_upstream"](cls, dlogp, smoothing, v, dlse, dentropy, zero)
+
+    return classmethod(from_upstream)
+
+
+def lse_gradient_dropped(_):
+    def from_upstream(cls, dlogp, smoothing, v, dlse=None, dentropy=None, entropy=None):
+        return REAL["from_upstream"](cls, dlogp, smoothing, v, None, dentropy, entropy)
+
+    return classmethod(from_upstream)
+
+
+def smoothing_without_mean(_):
+    def logp_nk(self, label_smoothing, vocabulary):
+        return (1 - label_smoothing) * REAL["logp"](self, 0.0, vocabulary)
+
+    return logp_nk
+
+
+TAIL = Case("", logits=0.1, tight=True)
+MUTANTS = [
+    (zero_padded_tail, rows_torch, "row_stats", TAIL),
+    (dropped_column, rows_torch, "row_stats", TAIL),
+    (maximum_from_zero, rows_torch, "_merge_block", Case("", bias=True, offset=-1e4)),
+    (forgotten_rescale, rows_torch, "_merge_block", Case("", tight=True)),
+    (rounded_logits, engines, "logits_into", Case("")),
+    (rounded_logits, engines, "logits_into", Case("", dtype=BF16)),
+    (narrow_accumulator, engines, "add_product", Case("", tight=True)),
+    (narrow_accumulator, engines, "add_product", Case("", dtype=BF16, tight=True, ignored=0.0)),
+    (narrow_result, engines, "product_into", Case("", dtype=BF16)),
+    (label_off_by_one_slice, rows_torch, "row_grad", Case("", tight=True)),
+    (no_softcap_slope, rows_torch, "row_grad", Case("", options={"softcap": 5.0})),
+    (no_bias_in_backward, rows_torch, "row_grad", Case("", bias=True)),
+    (coarse_lse, rows_torch, "row_grad", Case("", logits=30.0)),
+    (entropy_gradient_without_mean, RowCoefficients, "from_upstream", Case("", outputs=("entropy",))),
+    (lse_gradient_dropped, RowCoefficients, "from_upstream", Case("", outputs=("lse",))),
+    (smoothing_without_mean, RowStats, "logp_NK", Case("", options={"label_smoothing": 0.1})),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "owner", "name", "case"), MUTANTS, ids=[f"{m[0].__name__}-{m[3].dtype}" for m in MUTANTS]
+)
+def test_mutant_is_refused(mutant, owner, name, case, small_tiles, monkeypatch):
+    check_logprob(case)
+    monkeypatch.setattr(owner, name, mutant(None))
+    with pytest.raises(AssertionError):
+        check_logprob(case)
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+def test_mutant_weights_are_refused(engine, small_tiles, monkeypatch):
+    """A weight that reaches the label's entry but not the rest of the row."""
+    check_weighted_nll(Case(""), engine)
+
+    def from_upstream(cls, dlogp, *rest):
+        coefficients = REAL["from_upstream"](cls, dlogp, *rest)
+        coefficients.prob_N = coefficients.prob_N.sign()
+        return coefficients
+
+    monkeypatch.setattr(RowCoefficients, "from_upstream", classmethod(from_upstream))
+    with pytest.raises(AssertionError):
+        check_weighted_nll(Case(""), engine)

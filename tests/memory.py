@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(step: Callable[[], object]) -> int:
-    """Largest sum of live allocations made inside ``step`` (CPU), repeatable to the byte; its result counts while it lives."""
+    """Largest sum of live allocations made inside ``step`` (CPU), to the byte; its result counts while it lives."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = step()
     del result

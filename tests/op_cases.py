@@ -13,7 +13,7 @@ SMALL = (63, 72, 507)  # N, D, V: multiples of nothing
 
 @dataclass(frozen=True)
 class Case:
-    """One regime. logits: their scale (0.1: flat rows, 30: confident ones). tight: a budget that needs ragged chunks."""
+    """One regime. logits: their scale (0.1: flat rows, 30: confident ones). tight: a budget of ragged chunks."""
 
     id: str
     dtype: torch.dtype = torch.float32

@@ -46,9 +46,9 @@ def linear_weighted_nll(
 
     with logp and lse as in ``linear_logprob``; "mean" divides by num_items, or by the number of rows with a label. The
     weights are known before the logits, so the gradients are made with them: 3 GEMMs in all ("one_pass"; peak extra
-    memory ``workspace_mb``, which also holds an fp32 dW where W is narrower). Where the budget does not hold that, or for
-    reduction "none": 4 GEMMs ("two_pass"; ``workspace_mb`` and an fp32 [N, D]). Both give the same numbers. Differentiable
-    in ``token_weight`` as well.
+    memory ``workspace_mb``, which also holds an fp32 dW where W is narrower). Where the budget does not hold that, or
+    for reduction "none": 4 GEMMs ("two_pass"; ``workspace_mb`` and an fp32 [N, D]). Both give the same numbers.
+    Differentiable in ``token_weight`` as well.
 
     Args:
         hidden, lm_head_weight, labels, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.

@@ -35,9 +35,9 @@ def linear_logprob(
         with label_smoothing e:  logp = (1 - e) log p_y + e * mean_v log p_v
 
     Every output but argmax is differentiable, for any upstream gradient, as often as wanted (first order). GEMMs: one
-    forward; a backward recomputes the logits slice by slice (4 in all), or needs only one [N, D] product that the forward
-    saved, when nothing but ``hidden`` learns (2 in all). Peak extra memory: ``workspace_mb``, and in the backward an
-    fp32 [N, D].
+    forward; a backward recomputes the logits slice by slice (4 in all), or needs only one [N, D] product that the
+    forward saved, when nothing but ``hidden`` learns (2 in all). Peak extra memory: ``workspace_mb``, and in the
+    backward an fp32 [N, D].
 
     Args:
         hidden: (..., D), floating point; states before the lm_head. Any strides.

@@ -150,9 +150,7 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, kept_NK, z_loss, options, needs: Needs
-    ):
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, kept_NK, z_loss, options, needs):
         ctx.set_materialize_grads(False)
         head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
         if needs:

@@ -1,7 +1,7 @@
 """Causal LMs of transformers as tiny random models, with numbers after the head that differ from the defaults.
 
-V = 97, D = 32, one or two layers, under 200k parameters where the class allows it. Weights are drawn with a standard deviation
-that makes the softmax far from uniform, so that a wrong scale, softcap, bias or label shift shows.
+V = 97, D = 32, one or two layers, under 200k parameters where the class allows it. Weights are drawn with a
+standard deviation that makes the softmax far from uniform, so that a wrong scale, softcap, bias or label shift shows.
 """
 
 from dataclasses import dataclass, field
@@ -279,7 +279,7 @@ def build(case: Case, *, seed: int = 0, std: float = 0.2) -> torch.nn.Module:
 
 
 def batch(seed: int = 0, rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
-    """Ragged right-padded rows; labels ignored on padding, on a prompt of each row's own length and at one place within."""
+    """Ragged right-padded rows; labels ignored on padding, on a prompt of each row's own length and at one place."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
     lengths = torch.tensor([length, length - 4, length - 1, length - 6][:rows])

@@ -1,18 +1,15 @@
-"""Every class of the zoo: fused log-probs, loss and every parameter's gradient against the model's own logits and loss."""
+"""Every class of the zoo: fused log-probs, loss and each parameter's gradient, against the model's own logits and loss."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
+import inspect
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 from tests.hf_zoo import ZOO, batch, build
-
 from var_kernels.integrations.hf import fused_lm_head, sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
+
+transformers = pytest.importorskip("transformers")
 
 CASES = [pytest.param(case, id=case.id) for case in ZOO if hasattr(transformers, case.name)]
 
@@ -124,8 +121,6 @@ def test_fused_loss_is_the_models_own(case, model):
 
 
 def accepts_num_items(model):
-    import inspect
-
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds and calibrate_loss(model).replaceable
 

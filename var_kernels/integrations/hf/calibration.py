@@ -1,7 +1,8 @@
 """What a model does after its lm_head, found once per model by feeding it known values in place of the head's output.
 
-Config names are no guide: logits_scaling divides in Granite and multiplies in HyperCLOVA X, some models carry a logit_scale
-that they do not use, recurrent_gemma and xLSTM name their softcap differently. What the model returns decides.
+Config names are no guide: logits_scaling divides in Granite and multiplies in HyperCLOVA X, some models carry a
+logit_scale that they do not use, recurrent_gemma and xLSTM name their softcap differently. What the model returns
+decides.
 """
 
 import math
@@ -62,23 +63,24 @@ _loss_rules: WeakKeyDictionary = WeakKeyDictionary()
 def calibrate(model: nn.Module) -> Transform:
     """The transform between the lm_head and the logits, cached per model until its config changes.
 
-    Three forward passes of eight tokens, without gradients, in eval mode, with the random state untouched: known values leave
-    the head in place of its output; {scale, softcap, slice} is solved for from what the model returns, and verified on a second
-    draw; the third pass shows that the model runs on a (B, T, 1) placeholder. Under distributed training every rank must call it.
+    Three forward passes of eight tokens, without gradients, in eval mode, with the random state untouched. Known values
+    leave the head in place of its output; {scale, softcap, slice} is solved for from what the model returns, and
+    verified on a second draw; the third pass shows that the model runs on a (B, T, 1) placeholder. Under distributed
+    training every rank must call it.
 
     Raises:
-        ValueError: what the model does after its head is not in this family (a vocabulary bias, masked ids, several streams ...).
+        ValueError: what follows the head is not in this family (a vocabulary bias, masked ids, several streams ...).
     """
     inner = inner_model(model)
     return _cached(_transforms, inner, lambda: _calibrate_transform(_Probe(model, inner)))
 
 
 def calibrate_loss(model: nn.Module) -> LossRule:
-    """Whether the model's own loss shifts its labels, and whether its loss_function can be replaced; cached like ``calibrate``.
+    """Whether the model's own loss shifts its labels, and can be replaced by its loss_function; cached likewise.
 
     Raises:
-        ValueError: the model's loss is neither the shifted nor the plain mean cross-entropy of its logits (plus a constant such
-            as an MoE auxiliary loss): smoothed labels, a z-loss, other label shapes.
+        ValueError: the model's loss is neither the shifted nor the plain mean cross-entropy of its logits, plus what
+            does not depend on them (an MoE auxiliary loss): smoothed labels, a z-loss, other label shapes.
     """
     inner = inner_model(model)
     return _cached(_loss_rules, inner, lambda: _calibrate_loss(_Probe(model, inner), calibrate(model)))
@@ -104,7 +106,7 @@ def _fingerprint(inner: nn.Module) -> tuple:
     return tuple(numbers)
 
 
-# ---- the transform -------------------------------------------------------------------------------------------------------
+# ---- the transform ---------------------------------------------------------------------------------------------------
 
 
 def _calibrate_transform(probe: "_Probe") -> Transform:
@@ -117,8 +119,8 @@ def _calibrate_transform(probe: "_Probe") -> Transform:
         worst = (y - expected).abs().amax().item()
         if not worst <= 1e-4 * (1.0 + expected.abs().amax().item()):
             probe.refuse(
-                f"its logits differ by up to {worst:.3g} from every scale and softcap of the head's output (a vocabulary bias, masked "
-                "ids or another operation follows the head)"
+                f"its logits differ by up to {worst:.3g} from every scale and softcap of the head's output (a "
+                "vocabulary bias, masked ids or another operation follows the head)"
             )
     leak = (hidden1 - hidden2)[..., :-1, :].abs().amax().item()
     causal = leak <= max(2e-6, 4 * torch.finfo(hidden1.dtype).eps) * hidden1.abs().amax().item()
@@ -163,7 +165,7 @@ def _solve(probe: "_Probe", x: Tensor, y: Tensor) -> tuple[float, float | None]:
     return softcap * math.atanh(ratio) / x_v[at].item(), softcap
 
 
-# ---- the loss ------------------------------------------------------------------------------------------------------------
+# ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 def _calibrate_loss(probe: "_Probe", transform: Transform) -> LossRule:
@@ -203,7 +205,7 @@ def _mean_nll(logits: Tensor, labels: Tensor, shift: bool) -> float:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=_IGNORE_INDEX).item()
 
 
-# ---- running the model on injected values --------------------------------------------------------------------------------
+# ---- running the model on injected values ----------------------------------------------------------------------------
 
 
 class _Probe:
@@ -227,7 +229,8 @@ class _Probe:
 
     def refuse(self, reason: str, cause: Exception | None = None) -> None:
         raise ValueError(
-            f"{self.name} cannot be used with a fused lm_head: {reason}. Use model(**batch).loss or log_softmax of its logits instead"
+            f"{self.name} cannot be used with a fused lm_head: {reason}. Use its own loss, or log_softmax of its "
+            "logits, instead"
         ) from cause
 
     def known_number(self, fitted: float) -> float:
@@ -315,8 +318,8 @@ class _Probe:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         if shape is None or shape[:-1] != injected.shape[:-1] or shape[-1] > injected.shape[-1]:
             self.refuse(
-                f"its head puts out {tuple(injected.shape)} but its logits are {shape} (several prediction streams, or logits of some "
-                "positions only)"
+                f"its head puts out {tuple(injected.shape)} but its logits are {shape} (several prediction streams, or "
+                "logits of some positions only)"
             )
         return logits.to(torch.float64 if injected.dtype == torch.float64 else logits.dtype)
 

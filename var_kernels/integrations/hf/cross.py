@@ -1,6 +1,7 @@
 """Every completion scored after every prompt: the reference log-probs of VAR's "cross" normaliser."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -28,9 +29,9 @@ def cross_reference_logprobs(
 
         scores[i, j] = sum_t log p(completions[j][t] | prompts[i], completions[j][:t])
 
-    Each distinct prompt runs once; its KV cache is copied for the completions, which run in chunks. The first use of a model (and of
-    a longer prompt) checks one entry against a full forward pass; a model that cannot continue from its cache with several
-    tokens (Mamba-like states) is scored by full passes of prompt + completion. No (N, V) logits.
+    Each distinct prompt runs once; its KV cache is copied for the completions, which run in chunks. The first use of a
+    model (and of a longer prompt) checks one entry against a full forward pass; a model that cannot continue from its
+    cache with several tokens (Mamba-like states) is scored by full passes of prompt + completion. No (N, V) logits.
     Under FSDP or ZeRO-3 every rank must make the same number of passes.
 
     Args:
@@ -39,8 +40,8 @@ def cross_reference_logprobs(
         max_tokens: rows times (prompt + completion) length of one forward pass; bounds activations and cache copies.
         workspace_mb: as in ``linear_logprob``.
     Returns:
-        (len(prompts), len(completions)) fp32, nats, sums over tokens, on the model's device. For per-token means divide by the
-        completions' lengths: ``scores / torch.tensor([len(c) for c in completions])``.
+        (len(prompts), len(completions)) fp32, nats, sums over tokens, on the model's device. For per-token means
+        divide by the completions' lengths: ``scores / torch.tensor([len(c) for c in completions])``.
     Raises:
         ValueError: an empty prompt or completion; the model's head is not understood.
     """
@@ -88,8 +89,20 @@ def _verified_row(inner: nn.Module, scorer: "_Scorer", prompt: tuple[int, ...]) 
     return scorer.full_row(prompt)
 
 
+def _holds_keys_and_values_only(cache: object) -> bool:
+    """Recurrent states (Mamba, linear attention) neither repeat over a batch nor take several tokens at once."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(cache) is DynamicCache and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
 class _Scorer:
-    """The completions, longest first in chunks, and the two ways to score them after a prompt. Rows are (len(completions),) fp32."""
+    """The completions, in chunks with the longest first, and two ways to score them all after one prompt.
+
+    Rows are (len(completions),) fp32.
+    """
 
     def __init__(self, model, completions, max_tokens, workspace_mb, device):
         self.model, self.completions, self.max_tokens, self.workspace_mb = model, completions, max_tokens, workspace_mb
@@ -114,13 +127,13 @@ class _Scorer:
         return row
 
     def cached_row(self, prompt: tuple[int, ...]) -> Tensor | None:
-        """By one pass of the prompt and passes of the completions that continue from its cache; None where there is no such cache."""
+        """By one pass of the prompt, and completions that continue from its cache; None where it has no such cache."""
         first = torch.tensor([[[ids[0] for ids in self.completions]]], device=self.device)  # (1, 1, B)
         inputs = {"input_ids": torch.tensor([prompt], device=self.device), "use_cache": True}
         (logp,), output = self._captured(lambda hidden: hidden[:, -1:], first, inputs)
         row = logp[0, 0].float().to(self.device)  # of the first tokens, all predicted by the prompt's last position
         cache = getattr(output, "past_key_values", None)
-        if not hasattr(cache, "batch_repeat_interleave"):
+        if not _holds_keys_and_values_only(cache):
             return None
         for chunk in self._chunks([j for j in self.order if len(self.completions[j]) > 1], len(prompt)):
             ids, mask = self._padded([self.completions[j] for j in chunk])
@@ -150,6 +163,8 @@ class _Scorer:
                 workspace_mb=self.workspace_mb,
             )
 
+        if "output_router_logits" in inspect.signature(inner_model(self.model).forward).parameters:
+            inputs = {**inputs, "output_router_logits": False}  # an auxiliary loss cannot be had of a continuation
         return capture(self.model, score, inputs)
 
     def _padded(self, sequences: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

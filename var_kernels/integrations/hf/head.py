@@ -1,8 +1,9 @@
 """Running a loss inside the forward of a model's own lm_head, on the hidden states that the model itself feeds it.
 
-``head.forward`` is swapped on the output-embedding module and ``model(**inputs)`` runs as it is, so that everything hung on
-the head (accelerate's offloading, FSDP's and DeepSpeed's gathering) still happens around it. Where the model expects logits
-(..., V) it gets a placeholder (..., 1) of zeros, and results reach the caller through the outputs of the head and of the model.
+``head.forward`` is swapped on the output-embedding module and ``model(**inputs)`` runs as it is, so that everything
+hung on the head (accelerate's offloading, FSDP's and DeepSpeed's gathering) still happens around it. Where the model expects
+logits (..., V) it gets a placeholder (..., 1) of zeros; the backward of the results first passes through what the model
+made of it.
 """
 
 import inspect
@@ -21,7 +22,7 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP
 
 @dataclass(frozen=True)
 class HeadParams:
-    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or without the tanh."""
+    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh."""
 
     lm_head_weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -34,7 +35,7 @@ class HeadParams:
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
-# ---- finding the model and its head --------------------------------------------------------------------------------------
+# ---- finding the model and its head ----------------------------------------------------------------------------------
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -46,7 +47,8 @@ def inner_model(model: nn.Module) -> nn.Module:
         return inner_model(model.get_base_model())
     if not callable(getattr(model, "get_output_embeddings", None)):
         raise TypeError(
-            f"model: expected a transformers model with get_output_embeddings() (or a wrapper of one), got {type(model).__name__}"
+            "model: expected a transformers model with get_output_embeddings(), or a wrapper of one, got "
+            f"{type(model).__name__}"
         )
     return model
 
@@ -64,21 +66,23 @@ def find_head(inner: nn.Module) -> nn.Linear:
         raise ValueError(f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM")
     if hasattr(head, "base_layer"):
         raise ValueError(
-            f"{name}: the lm_head carries a PEFT adapter ({type(head).__name__}), which the fused head would ignore. Leave it out of "
-            "target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or merge_and_unload() first"
+            f"{name}: the lm_head carries a PEFT adapter ({type(head).__module__}.{type(head).__name__}), which is not "
+            "supported yet. Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with "
+            "modules_to_save=['lm_head'], or merge_and_unload() first"
         )
     if isinstance(head, nn.Embedding) or not isinstance(head, nn.Linear):
         raise ValueError(
-            f"{name}: expected its output embedding to be one nn.Linear, got {type(head).__name__}. Compute the model's own loss instead"
+            f"{name}: expected its output embedding to be one nn.Linear, got {type(head).__name__}. Use the model's "
+            "own loss instead"
         )
     weight = head.weight
     packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not _is_dtensor(weight))
-    # FSDP2 and parametrizations derive a class at run time, which inherits nn.Linear.forward; quantised layers bring their own.
+    # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
     if packed or type(head).forward is not nn.Linear.forward:
         raise ValueError(
-            f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as weight, which does not "
-            "compute a plain W h + b (a quantised head?). Keep the head in floating point (modules_to_not_convert=['lm_head'], "
-            "llm_int8_skip_modules=['lm_head']) or dequantise it"
+            f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as "
+            "weight, which does not compute a plain W h + b (a quantised head?). Keep the head in floating point "
+            "(modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or dequantise it"
         )
     return head
 
@@ -91,7 +95,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-# ---- running inside the head ---------------------------------------------------------------------------------------------
+# ---- running inside the head -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -125,7 +129,7 @@ def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[
 def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any]) -> Iterator[list[Tensor]]:
     """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
 
-    Pass them on through ``tied``: only then does their backward come after the hooks on the head's and the model's outputs.
+    Pass them on through ``tied``: only then does their backward come after the hooks on the outputs of head and model.
     """
     results: list[Tensor] = []
 
@@ -136,8 +140,8 @@ def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any])
             )
         if _is_dtensor(head.weight):
             raise ValueError(
-                f"{type(inner).__name__}: the lm_head weight is a DTensor inside its own forward (a tensor-parallel head), which is "
-                "not supported yet: leave lm_head out of the tensor-parallel plan"
+                f"{type(inner).__name__}: the lm_head weight is a DTensor inside its own forward (a tensor-parallel "
+                "head), which is not supported yet: leave lm_head out of the tensor-parallel plan"
             )
         output = fn(hidden)
         results.extend(output if isinstance(output, tuple) else (output,))
@@ -162,17 +166,17 @@ def tied(results: list[Tensor], logits: Tensor | None) -> tuple[Tensor, ...]:
 def capture(
     model: nn.Module, fn: Callable[[Tensor, HeadParams], Any], inputs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], Any]:
-    """Run ``model(**inputs)`` with ``fn(hidden, head_params)`` computed inside the lm_head's forward, in place of logits.
+    """Run ``model(**inputs)`` with ``fn(hidden, head_params)`` computed inside the lm_head's forward instead of logits.
 
-    fn's results (a tensor or a tuple of tensors, any shape) come back differentiable, tied to the model's output; no (N, V)
-    tensor is made unless fn makes one. hidden (B, T, D) is what the model feeds its head; nothing is shifted.
+    fn's results (a tensor or a tuple of tensors, any shape) come back differentiable, tied to the model's output; no
+    (N, V) tensor is made unless fn makes one. hidden (B, T, D) is what the model feeds its head; nothing is shifted.
 
     Args:
         model: an HF causal LM, or one wrapped by DDP, FSDP, DeepSpeed or PEFT. It is called as ``model(**inputs)``.
         fn: called once, with hidden and the head's weight, bias and calibrated logit transform.
-        inputs: keyword arguments of the model, without ``labels``.
+        inputs: keyword arguments of the model, without ``labels``. use_cache is False unless given.
     Returns:
-        (results, output): fn's results as a tuple, and the model's output, whose ``logits`` are the (B, T, 1) placeholder.
+        (results, output): fn's results as a tuple, and the model's output, its ``logits`` the (B, T, 1) placeholder.
     Raises:
         ValueError: the model's head is not understood (see ``calibrate``).
     """
@@ -182,16 +186,16 @@ def capture(
     head = find_head(inner)
     transform = calibrate(model)
     with head_results(inner, head, lambda hidden: fn(hidden, transform.params(head))) as results:
-        output = model(**inputs)
+        output = model(**without_cache(inner, inputs))
     if not results:
         raise ValueError(
-            f"{type(inner).__name__} did not call its output embedding in this forward pass, so there is no loss to take"
+            f"{type(inner).__name__} did not call its output embedding in this forward pass: there is no loss to take"
         )
     return tied(results, logits_of(output)), output
 
 
 def without_cache(inner: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with use_cache=False, where the caller says nothing and the model knows the word: nobody continues from it."""
+    """The inputs with use_cache=False where the caller says nothing and the model knows the word."""
     if "use_cache" in inputs or "use_cache" not in inspect.signature(inner.forward).parameters:
         return dict(inputs)
     return {**inputs, "use_cache": False}
@@ -207,7 +211,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 class Placeholder(torch.autograd.Function):
-    """Zeros in the place of logits. The results are their ancestors in the graph and get a gradient of zero from them."""
+    """Zeros in place of logits. The results are their ancestors in the graph and get a gradient of zero from them."""
 
     @staticmethod
     def forward(ctx, shape, dtype, device, *results):

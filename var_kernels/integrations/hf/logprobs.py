@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import calibrate
-from var_kernels.integrations.hf.head import HeadParams, capture, inner_model, without_cache
+from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
 from var_kernels.ops import linear_logprob
 
 IGNORE_INDEX = -100
@@ -24,15 +24,18 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of every label given all tokens before it, computed inside the model's lm_head.
 
-    logp[b, t] = log softmax(logits[b, t - 1] / temperature)[labels[b, t]], logits with the model's own scale and softcap; 0 where
-    labels[b, t] is -100 and at t = 0, which no token precedes. The (B, T, V) logits are never materialised; peak memory
-    is that of ``linear_logprob``. Differentiable with respect to every parameter that requires a gradient.
+        logp[b, t] = log softmax(logits[b, t - 1] / temperature)[labels[b, t]]
+
+    with the model's own scale and softcap in the logits; 0 where labels[b, t] is -100 and at t = 0, which no token
+    precedes. The (B, T, V) logits are never materialised; peak memory is that of ``linear_logprob``. Differentiable
+    with respect to every parameter that requires a gradient.
 
     Args:
-        model: an HF causal LM, plain or wrapped (DDP, FSDP, DeepSpeed, PEFT); called as ``model(...)``, in the mode it is in.
-        batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as everywhere
-            in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score. Without
-            labels every token is scored that attention_mask does not hide.
+        model: an HF causal LM, plain or wrapped (DDP, FSDP, DeepSpeed, PEFT); called as ``model(...)``, in train or
+            eval mode as it is.
+        batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as
+            everywhere in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score.
+            Without labels every token is scored that attention_mask does not hide.
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
@@ -45,8 +48,8 @@ def token_logprobs(
     inner = inner_model(model)
     if not calibrate(model).causal:
         raise ValueError(
-            f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token log-probabilities. "
-            "A BERT-like model needs config.is_decoder = True"
+            f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token "
+            "log-probabilities. A BERT-like model needs config.is_decoder = True"
         )
 
     def score(hidden: Tensor, head: HeadParams):
@@ -61,7 +64,7 @@ def token_logprobs(
             workspace_mb=workspace_mb,
         )
 
-    results, _ = capture(model, score, without_cache(inner, inputs))
+    results, _ = capture(model, score, inputs)
     results = tuple(
         F.pad(result[:, :-1], (1, 0)) for result in results
     )  # (B, T): the row of t - 1 belongs to the label at t
@@ -76,11 +79,11 @@ def sequence_logprobs(
 
 
 def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
-    """Row t of hidden (B, T, D) predicts labels[:, t + 1]; the last row predicts nothing. (B, T) int64 on hidden's device."""
+    """(B, T) int64 on hidden's device: row t of hidden (B, T, D) predicts labels[:, t + 1], the last row nothing."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; every position is "
-            "needed: pass no logits_to_keep, and labels for all inputs (virtual prompt tokens are not understood)"
+            f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
+            "every position is needed: pass no logits_to_keep, and labels for all inputs (virtual tokens are not understood)"
         )
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(hidden.device)
 
@@ -88,7 +91,8 @@ def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
 def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise TypeError(
-            "batch: expected a mapping with a tensor input_ids (B, T), as a data collator makes it with return_tensors='pt'"
+            "batch: expected a mapping with a tensor input_ids (B, T), as a collator with return_tensors='pt' makes it, "
+            f"got {type(batch).__name__}"
         )
     inputs = dict(batch)
     input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
@@ -97,7 +101,8 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
         labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE_INDEX)
     if labels.shape != input_ids.shape or labels.dim() != 2:
         raise ValueError(
-            f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)} (not shifted, -100 where ignored)"
+            f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}; labels "
+            "are not shifted, and -100 where ignored"
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}")

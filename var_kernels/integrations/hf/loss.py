@@ -20,13 +20,13 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             out = model(**batch, labels=labels)
         out.loss.backward()
 
-    out.loss = sum of -logp over labels that are not -100, divided by their number or by ``num_items_in_batch`` where the model
-    takes it, with the model's own label shift, logit scale and softcap, plus its MoE auxiliary loss. With no label
-    left out.loss is a differentiable 0 (transformers gives NaN). out.logits is None: they do not exist. Forward passes
-    without labels, ``generate`` among them, run as ever. The peak memory is that of ``linear_weighted_nll``.
+    out.loss = sum of -logp over the labels that are not -100, divided by their number, or by ``num_items_in_batch``
+    where the model takes it, with the model's own label shift, logit scale and softcap, plus its MoE auxiliary loss.
+    With no label left it is a differentiable 0 (transformers gives NaN). out.logits is None: they do not exist. Forward
+    passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
 
-    ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller calls it
-    (DDP, FSDP, PEFT ... around it); only the innermost model is patched.
+    ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller
+    calls it (DDP, FSDP, PEFT ... around it); only the innermost model is patched.
 
     Args:
         model: an HF causal LM, plain or wrapped.
@@ -51,7 +51,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     def apply(self) -> "fused_lm_head":
         if getattr(self.inner, "_var_kernels_fused", None) is not None:
             raise RuntimeError(
-                f"{type(self.inner).__name__}: fused_lm_head is applied already; leave that block or call its restore() first"
+                f"{type(self.inner).__name__}: fused_lm_head is applied already; leave that block or call restore()"
             )
         self._transform, self._rule = calibrate(self.model), calibrate_loss(self.model)
         self._plain_forward = self.inner.forward
@@ -130,11 +130,11 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         shift_labels=None,
         **_kwargs,
     ) -> Tensor:
-        """Stands in for the model's loss_function (logits, labels, vocab_size, ...): the sum is known, the divisor is not."""
+        """In place of the model's loss_function (logits, labels, vocab_size, ...): the sum is known, its divisor not."""
         name = type(self.inner).__name__
         if ignore_index != IGNORE_INDEX:
             raise ValueError(
-                f"ignore_index: fused_lm_head expects {IGNORE_INDEX}, {name} was given {ignore_index}: relabel with {IGNORE_INDEX}"
+                f"ignore_index: fused_lm_head expects {IGNORE_INDEX}, got {ignore_index}; put {IGNORE_INDEX} in labels"
             )
         moved = shift_labels is not callers_shift or (labels is not None and labels.shape != rows[0].shape)
         if moved or not results:

@@ -199,7 +199,7 @@ def _cross_weights(rewards, ref_logp, lam: float, reference: str, lengths, proce
 
 
 def _exp_over_sum(score: Tensor, table: Tensor, *, mean: bool = False) -> tuple[Tensor, Tensor]:
-    """exp(score) over the sum (or mean) of exp(table) along its last dimension, and log of the latter; -inf: left out."""
+    """exp(score) / S and log S, S the sum (or mean) of exp(table) along its last dimension; -inf means left out."""
     # the maximum is taken off before the sum is: a weight formed as exp(score - log Z) loses digits as |log Z| grows
     top = table.amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)

@@ -1,4 +1,4 @@
-"""Every class of the zoo: fused log-probs, loss and each parameter's gradient, against the model's own logits and loss."""
+"""Every class of the zoo: fused log-probs, loss and each parameter's gradient, against the model's own."""
 
 import inspect
 

@@ -1,9 +1,9 @@
 """Running a loss inside the forward of a model's own lm_head, on the hidden states that the model itself feeds it.
 
 ``head.forward`` is swapped on the output-embedding module and ``model(**inputs)`` runs as it is, so that everything
-hung on the head (accelerate's offloading, FSDP's and DeepSpeed's gathering) still happens around it. Where the model expects
-logits (..., V) it gets a placeholder (..., 1) of zeros; the backward of the results first passes through what the model
-made of it.
+hung on the head (accelerate's offloading, FSDP's and DeepSpeed's gathering) still happens around it. Where the model
+expects logits (..., V) it gets a placeholder (..., 1) of zeros; the backward of the results first passes through what
+the model made of it.
 """
 
 import inspect
@@ -116,9 +116,7 @@ def swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
 def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[None]:
     """``head(hidden)`` runs ``forward(hidden)`` inside the block, between whatever hooks the head carries."""
     if getattr(head, "_var_kernels_busy", False):
-        raise RuntimeError(
-            "this model's lm_head is already captured: a loss run inside the head must not call the model again"
-        )
+        raise RuntimeError("this lm_head is captured already: a loss run inside the head must not call the model again")
     # accelerate's device_map hooks replace .forward and bring the weight to its device before they call _old_forward.
     name = "_old_forward" if hasattr(head, "_hf_hook") and hasattr(head, "_old_forward") else "forward"
     with swapped(head, "_var_kernels_busy", True), swapped(head, name, forward):

@@ -83,7 +83,7 @@ def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
-            "every position is needed: pass no logits_to_keep, and labels for all inputs (virtual tokens are not understood)"
+            "every position is needed: pass no logits_to_keep, and labels for all inputs, virtual tokens included"
         )
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(hidden.device)
 
@@ -91,7 +91,7 @@ def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
 def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise TypeError(
-            "batch: expected a mapping with a tensor input_ids (B, T), as a collator with return_tensors='pt' makes it, "
+            "batch: expected a mapping with a tensor input_ids (B, T), as collators with return_tensors='pt' make it, "
             f"got {type(batch).__name__}"
         )
     inputs = dict(batch)
@@ -101,8 +101,8 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
         labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE_INDEX)
     if labels.shape != input_ids.shape or labels.dim() != 2:
         raise ValueError(
-            f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}; labels "
-            "are not shifted, and -100 where ignored"
+            f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
+            "labels are not shifted, and -100 where ignored"
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}")

@@ -130,7 +130,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         shift_labels=None,
         **_kwargs,
     ) -> Tensor:
-        """In place of the model's loss_function (logits, labels, vocab_size, ...): the sum is known, its divisor not."""
+        """In place of the model's loss_function(logits, labels, vocab_size): the sum is known, its divisor not."""
         name = type(self.inner).__name__
         if ignore_index != IGNORE_INDEX:
             raise ValueError(

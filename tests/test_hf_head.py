@@ -1,0 +1,402 @@
+"""What the fused head leaves alone, and the wrappers, modes and precisions that it works under."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.hf_zoo import VOCAB, Case, batch, build, llama
+from tests.tolerance import assert_result, rms
+from var_kernels.integrations.hf import capture, fused_lm_head, token_logprobs
+from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
+from var_kernels.integrations.hf.head import find_head, inner_model
+from var_kernels.ops import linear_logprob
+
+pytest.importorskip("transformers")
+
+LLAMA = llama("LlamaForCausalLM")
+GEMMA2 = llama("Gemma2ForCausalLM", final_logit_softcapping=7.5)
+MIXTRAL = llama("MixtralForCausalLM", _moe=True)
+
+
+def gradients(model):
+    found = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_close(got, expected, bound=2**-17):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert rms(got[name] - expected[name]) <= bound * rms(expected[name]), name
+
+
+def own_and_fused(model, call, inputs):
+    """(own loss, its gradients, fused loss, its gradients), from ``call(**inputs).loss``."""
+    own = call(**inputs).loss
+    own.backward()
+    expected = gradients(model)
+    with fused_lm_head(call if isinstance(call, torch.nn.Module) else model):
+        out = call(**inputs)
+        out.loss.backward()
+    assert out.logits is None
+    return own.item(), expected, out.loss.item(), gradients(model)
+
+
+# ---- the model is left as it was -------------------------------------------------------------------------------------
+
+
+def test_calibration_disturbs_nothing():
+    model = build(LLAMA).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    calibrate(model)
+    calibrate_loss(model)
+    assert torch.get_rng_state().equal(state)
+    assert [module.training for module in model.modules()] == modes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_calibration_runs_once_and_again_when_the_config_changes():
+    model = build(GEMMA2)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert calibrate(model).softcap == 7.5
+    passes = len(calls)
+    assert calibrate(model).softcap == 7.5
+    assert len(calls) == passes == 3
+    model.config.final_logit_softcapping = 3.25
+    assert calibrate(model).softcap == 3.25
+    model.config.final_logit_softcapping = None
+    assert calibrate(model).softcap is None
+
+
+def test_model_is_restored_after_an_exception():
+    model = build(LLAMA)
+    head_before, model_before = dict(vars(model.lm_head)), set(vars(model))
+    inputs = batch()
+    with pytest.raises(IndexError), fused_lm_head(model):
+        model(**{**inputs, "input_ids": inputs["input_ids"] + VOCAB})
+
+    def fail(hidden, head):
+        raise RuntimeError("in the head")
+
+    with pytest.raises(RuntimeError, match="in the head"):
+        capture(model, fail, {"input_ids": inputs["input_ids"]})
+    assert dict(vars(model.lm_head)) == head_before
+    assert set(vars(model)) == model_before
+    assert model(**inputs).logits.shape[-1] == VOCAB
+
+
+def test_nested_use_is_refused():
+    model = build(LLAMA)
+    with fused_lm_head(model), pytest.raises(RuntimeError, match="applied already"):
+        fused_lm_head(model).apply()
+    with fused_lm_head(model):
+        pass
+    inputs = {"input_ids": batch()["input_ids"]}
+    with pytest.raises(RuntimeError, match="captured already"):
+        capture(model, lambda hidden, head: token_logprobs(model, inputs), inputs)
+    assert model(**inputs).logits.shape[-1] == VOCAB
+
+
+def test_generate_and_plain_calls_run_as_ever_inside_the_block():
+    model = build(LLAMA)
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    expected, logits = model.generate(**prompt, max_new_tokens=5, do_sample=False), model(**prompt).logits
+    with fused_lm_head(model):
+        assert model.generate(**prompt, max_new_tokens=5, do_sample=False).equal(expected)
+        assert model(**prompt).logits.equal(logits)
+        assert token_logprobs(model, prompt).isfinite().all()
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).equal(expected)
+
+
+def test_apply_and_restore_without_a_block_and_under_a_later_wrapper():
+    model = build(LLAMA)
+    inputs = batch()
+    own = model(**inputs).loss.item()
+    fused = fused_lm_head(model).apply()
+    assert model(**inputs).logits is None
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)  # as accelerate does for mixed precision
+    fused.restore()
+    fused.restore()
+    out = model(**inputs)
+    assert out.logits.shape[-1] == VOCAB
+    assert out.loss.item() == own
+
+
+# ---- what is computed ------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """The element count of the largest floating point tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, torch.Tensor) and item.is_floating_point():
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_no_logits_are_materialised(fused):
+    model = build(llama("LlamaForCausalLM", vocab_size=16001, num_hidden_layers=1))
+    input_ids = torch.randint(3, 16001, (2, 300), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": input_ids, "labels": input_ids}
+    head = fused_lm_head(model, workspace_mb=8)
+    if fused:
+        head.apply()
+    with LargestTensor() as seen:
+        model(**inputs).loss.backward()
+        if fused:
+            token_logprobs(model, inputs, workspace_mb=8).sum().backward()
+    logits = 600 * 16001
+    assert seen.elements < logits / 4 if fused else seen.elements >= logits
+
+
+def test_all_ignored_labels_give_a_differentiable_zero():
+    model = build(LLAMA)
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    with fused_lm_head(model):
+        loss = model(**inputs).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_shift_labels_and_return_tuples_are_honoured():
+    model = build(LLAMA)
+    inputs = batch()
+    labels = inputs.pop("labels")
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    own = model(**inputs, labels=labels, shift_labels=shifted.roll(1, 0)).loss.item()
+    with fused_lm_head(model):
+        assert model(**inputs, labels=labels, shift_labels=shifted.roll(1, 0)).loss.item() == pytest.approx(
+            own, rel=1e-5
+        )
+        loss, logits, *_ = model(**inputs, labels=labels, return_dict=False)
+    assert logits is None
+    assert loss.item() == pytest.approx(model(**inputs, labels=labels).loss.item(), rel=1e-5)
+    assert own != pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_labels_default_to_what_attention_mask_shows():
+    model = build(LLAMA)
+    inputs = batch()
+    del inputs["labels"]
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    assert token_logprobs(model, inputs).equal(token_logprobs(model, {**inputs, "labels": labels}))
+    without_mask = token_logprobs(model, {"input_ids": inputs["input_ids"]})
+    assert (without_mask[:, 1:] != 0).all()
+
+
+def test_temperature_and_entropy():
+    model = build(GEMMA2)
+    inputs = batch()
+    labels = inputs["labels"]
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.double() / 0.7
+    logp_all = logits.log_softmax(-1)[:, :-1]
+    scored = labels[:, 1:] != -100
+    logp, entropy = token_logprobs(model, inputs, temperature=0.7, return_entropy=True)
+    truth = logp_all.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    assert_result(logp[:, 1:][scored], truth[scored])
+    assert_result(entropy[:, 1:][scored], -(logp_all.exp() * logp_all).sum(-1)[scored])
+    assert not entropy[:, 0].any()
+    assert not entropy[:, 1:][~scored].any()
+
+
+def test_capture_gives_back_every_result_and_the_output():
+    model = build(MIXTRAL)
+    inputs = batch()
+    labels = inputs.pop("labels")
+
+    def fn(hidden, head):
+        rows = labels.roll(-1, 1)
+        logp, hit = linear_logprob(
+            hidden, head.lm_head_weight, rows, head.bias, return_argmax=True, **head.logit_options
+        )
+        return logp, hit, hidden.square().mean()
+
+    (logp, argmax, penalty), output = capture(model, fn, inputs)
+    assert output.logits.shape == (*labels.shape, 1)
+    assert not output.logits.any()
+    assert output.aux_loss > 0
+    assert not argmax.requires_grad
+    (logp.sum() + penalty).backward()
+    assert rms(model.lm_head.weight.grad) > 0
+    with torch.no_grad():
+        (logp, *_), _ = capture(model, fn, inputs)
+    assert not logp.requires_grad
+
+
+# ---- modes, precisions, wrappers -------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_in_train_mode():
+    model = build(LLAMA).train()
+    model.gradient_checkpointing_enable()
+    own, expected, loss, got = own_and_fused(model, model, batch())
+    assert loss == pytest.approx(own, rel=2**-17)
+    assert_close(got, expected)
+
+
+def test_dropout_draws_the_same_masks():
+    model = build(Case("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4})).train()
+    inputs = batch()
+    calibrate_loss(model)
+    torch.manual_seed(3)
+    own = model(**inputs).loss.item()
+    torch.manual_seed(4)
+    other = model(**inputs).loss.item()
+    torch.manual_seed(3)
+    with fused_lm_head(model):
+        assert model(**inputs).loss.item() == pytest.approx(own, rel=2**-17)
+    assert own != pytest.approx(other, rel=2**-17)
+
+
+def true_logprobs(model, inputs):
+    """From the hidden states that the model's own head gets, in fp64."""
+    labels = inputs["labels"]
+
+    def fn(hidden, head):
+        logits = hidden.double() @ head.lm_head_weight.double().T
+        return logits.log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    (logp,), _ = capture(model, fn, {k: v for k, v in inputs.items() if k != "labels"})
+    return torch.nn.functional.pad(logp.where(labels[:, 1:] != -100, 0.0), (1, 0))
+
+
+def test_bf16_log_probs_are_exact_and_gradients_good_to_bf16():
+    model = build(LLAMA).bfloat16()
+    inputs = batch()
+    truth = true_logprobs(model, inputs)
+    truth.sum().backward()
+    expected = gradients(model)
+    logp = token_logprobs(model, inputs)
+    assert logp.dtype == torch.float32
+    assert_result(logp, truth)
+    logp.sum().backward()
+    # dhidden is rounded to bf16 once in either case; what follows is the same bf16 backward
+    assert_close(gradients(model), expected, bound=2**-6)
+    own, expected, loss, got = own_and_fused(model, model, inputs)
+    assert loss == pytest.approx(own, rel=2**-7)
+    assert_close(got, expected, bound=2**-5)
+
+
+def test_autocast():
+    model = build(LLAMA)
+    inputs = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        own, expected, loss, got = own_and_fused(model, model, inputs)
+        logp = token_logprobs(model, inputs)
+    assert logp.dtype == torch.float32
+    assert loss == pytest.approx(own, rel=2**-7)
+    assert_close(got, expected, bound=2**-5)
+    assert all(g.dtype == torch.float64 and g.isfinite().all() for g in got.values())
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused", [False, True], ids=["", "find_unused_parameters"])
+def test_ddp(one_process, find_unused):
+    model = build(MIXTRAL)
+    own = model(**batch()).loss
+    own.backward()
+    expected = gradients(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+    with fused_lm_head(wrapped):
+        out = wrapped(**batch())
+        out.loss.backward()
+    assert out.loss.item() == pytest.approx(own.item(), rel=2**-17)
+    assert_close(gradients(model), expected)
+    token_logprobs(wrapped, batch()).sum().backward()
+    assert model.lm_head.weight.grad.any()
+
+
+@pytest.mark.parametrize("head_apart", [False, True], ids=["head in the root", "head a unit of its own"])
+def test_fsdp2_gathers_the_head_for_the_backward(one_process, head_apart):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, plain = build(LLAMA), build(LLAMA)
+    plain(**batch()).loss.backward()
+    loss_gradients = gradients(plain)
+    token_logprobs(plain, batch()).square().sum().backward()
+    logp_gradients = gradients(plain)
+
+    mesh = init_device_mesh("cpu", (1,))
+    for module in [*model.model.layers, *([model.lm_head] if head_apart else [])]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def whole(found):
+        return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+
+    with fused_lm_head(model):
+        model(**batch()).loss.backward()
+    assert_close(whole(gradients(model)), loss_gradients)
+    token_logprobs(model, batch()).square().sum().backward()
+    assert_close(whole(gradients(model)), logp_gradients)
+
+
+def test_weights_offloaded_by_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    model = build(LLAMA)
+    expected = token_logprobs(model, batch()).detach()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.lm_head.weight.device.type == "meta"
+    with torch.no_grad():
+        assert token_logprobs(model, batch()).equal(expected)
+        assert model(**batch()).logits.shape[-1] == VOCAB
+    assert model.lm_head.weight.device.type == "meta"
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, lora_dropout=0.0, **options)
+    return peft.get_peft_model(model, config).eval()
+
+
+def test_lora_elsewhere_leaves_the_head_frozen():
+    model = lora(build(LLAMA), target_modules=["q_proj", "down_proj"])
+    own, expected, loss, got = own_and_fused(model, model, batch())
+    assert inner_model(model).__class__.__name__ == "LlamaForCausalLM"
+    assert loss == pytest.approx(own, rel=2**-17)
+    assert len(got) == 8
+    assert_close(got, expected)
+    logp = token_logprobs(model, batch())
+    with model.disable_adapter():
+        reference = token_logprobs(model, batch())
+    assert (logp - reference).abs().max() > 1e-2
+    assert_result(reference, token_logprobs(build(LLAMA), batch()).detach())
+
+
+def test_a_head_in_modules_to_save_trains_its_active_copy():
+    model = lora(build(LLAMA), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    copy = find_head(inner_model(model))
+    with torch.no_grad():
+        copy.weight.mul_(0.5)
+    own, expected, loss, got = own_and_fused(model, model, batch())
+    assert loss == pytest.approx(own, rel=2**-17)
+    assert_close(got, expected)
+    assert copy.weight.requires_grad
+    with model.disable_adapter():
+        assert find_head(inner_model(model)) is not copy
+        assert_result(token_logprobs(model, batch()), token_logprobs(build(LLAMA), batch()))

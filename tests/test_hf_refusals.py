@@ -1,0 +1,303 @@
+"""Heads and losses that are not understood are refused before anything runs, with class, reason and remedy."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.hf_zoo import VOCAB, Case, batch, build, llama
+from var_kernels.integrations.hf import capture, fused_lm_head, sequence_logprobs, token_logprobs
+
+transformers = pytest.importorskip("transformers")
+
+LLAMA = llama("LlamaForCausalLM")
+
+
+def assert_refused(model, *words, error=ValueError, inputs=None):
+    """Both entry points say the words, and the model is as it was."""
+    before = set(vars(model))
+    inputs = inputs or batch()
+    for use in (lambda: token_logprobs(model, inputs), lambda: fused_lm_head(model).apply()):
+        with pytest.raises(error) as caught:
+            use()
+        for word in words:
+            assert word in str(caught.value)
+    assert set(vars(model)) == before
+
+
+def with_head(head):
+    model = build(LLAMA)
+    model.lm_head = head
+    return model
+
+
+def after_head(change):
+    """A Llama whose forward ends with ``logits = change(logits)``."""
+
+    class Changed(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            out = super().forward(input_ids=input_ids, **kwargs)
+            out.logits = change(out.logits)
+            if labels is not None:
+                out.loss = self.loss_function(out.logits, labels, self.config.vocab_size)
+            return out
+
+    return Changed(transformers.LlamaConfig(**LLAMA.config)).eval()
+
+
+# ---- the head --------------------------------------------------------------------------------------------------------
+
+
+def test_not_a_language_model():
+    with pytest.raises(TypeError, match="get_output_embeddings"):
+        token_logprobs(nn.Linear(3, 3), batch())
+
+
+def test_model_without_a_head():
+    config = transformers.LlamaConfig(**LLAMA.config)
+    assert_refused(transformers.LlamaModel(config), "LlamaModel", "no output embedding")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [nn.Sequential(nn.Linear(32, VOCAB)), nn.Embedding(VOCAB, 32), nn.ModuleList([nn.Linear(32, VOCAB)])],
+    ids=lambda head: type(head).__name__,
+)
+def test_head_that_is_no_linear(head):
+    assert_refused(with_head(head), "LlamaForCausalLM", "nn.Linear", type(head).__name__)
+
+
+def test_quantised_head_with_a_forward_of_its_own():
+    class Linear8bit(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    assert_refused(with_head(Linear8bit(32, VOCAB)), "Linear8bit", "quantised", "modules_to_not_convert")
+
+
+def test_head_with_a_packed_weight():
+    head = nn.Linear(32, VOCAB, bias=False)
+    head.weight = nn.Parameter(torch.zeros(VOCAB, 32, dtype=torch.int8), requires_grad=False)
+    assert_refused(with_head(head), "torch.int8", "quantised", "dequantise")
+
+
+def test_lora_on_the_head():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(LLAMA), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"PEFT adapter.*exclude_modules.*merge_and_unload"):
+        token_logprobs(model, batch())
+    merged = model.merge_and_unload()
+    assert sequence_logprobs(merged, batch()).isfinite().all()
+
+
+def test_trainable_tokens_of_a_tied_head():
+    peft = pytest.importorskip("peft")
+    model = build(llama("LlamaForCausalLM", tie_word_embeddings=True))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
+    with pytest.raises(ValueError, match=r"nn\.Linear"):
+        token_logprobs(model, batch())
+
+
+def test_encoder_decoder():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    assert_refused(transformers.T5ForConditionalGeneration(config), "T5ForConditionalGeneration", "encoder-decoder")
+
+
+# ---- what follows the head -------------------------------------------------------------------------------------------
+
+
+def test_several_prediction_streams():
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_decoder_layers=1,
+        num_decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        ngram=2,
+    )
+    config.is_encoder_decoder = False
+    assert_refused(
+        transformers.ProphetNetForCausalLM(config).eval(), "ProphetNetForCausalLM", "several prediction streams"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z + torch.linspace(0, 1, z.shape[-1]).to(z),
+        lambda z: z.index_fill(-1, torch.tensor([7]), -1e4) if z.shape[-1] > 7 else z,
+        lambda z: z.log_softmax(-1),
+        lambda z: z.flip(-1),
+        lambda z: z.clamp(-5, 5),
+        lambda z: z * 0.0,
+        lambda z: z[:, -1:],
+        lambda z: torch.cat([z, z], -1),
+    ],
+    ids=["bias", "masked id", "log_softmax", "permuted", "clamped", "zero", "last position", "wider"],
+)
+def test_operation_outside_the_family(change):
+    assert_refused(after_head(change), "Changed cannot be used with a fused lm_head", "instead")
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "softcap", "vocab"),
+    [
+        (lambda z: z * -0.25, -0.25, None, VOCAB),
+        (lambda z: 0.5 * 20 * torch.tanh(3 * z / 20), 1.5, 10.0, VOCAB),
+        (lambda z: z[..., :90].float(), 1.0, None, 90),
+    ],
+    ids=["negative scale", "scale after softcap", "slice"],
+)
+def test_operation_inside_the_family_is_taken(change, scale, softcap, vocab):
+    from var_kernels.integrations.hf.calibration import calibrate
+
+    model = after_head(change)
+    found = calibrate(model)
+    assert found.logit_scale == pytest.approx(scale, rel=1e-5)
+    assert found.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-5))
+    assert found.vocab == vocab
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].clamp(max=vocab - 1)
+    labels = inputs["labels"][:, 1:]
+    logp = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+    truth = logp[:, :-1].gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).where(labels != -100, 0.0)
+    assert (token_logprobs(model, inputs)[:, 1:] - truth).abs().max() <= 1e-5
+
+
+def test_head_called_twice():
+    class Twice(transformers.LlamaForCausalLM):
+        def forward(self, **kwargs):
+            super().forward(**kwargs)
+            return super().forward(**kwargs)
+
+    assert_refused(Twice(transformers.LlamaConfig(**LLAMA.config)), "Twice", "2 times")
+
+
+def test_head_not_called():
+    class Bypass(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            hidden = self.model(input_ids=input_ids).last_hidden_state
+            return {"logits": nn.functional.linear(hidden, self.lm_head.weight)}
+
+    assert_refused(Bypass(transformers.LlamaConfig(**LLAMA.config)), "Bypass", "0 times")
+
+
+def test_model_that_cannot_run_on_input_ids_alone():
+    class Needy(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, codebooks=None, **kwargs):
+            return super().forward(input_ids=input_ids + codebooks[0], **kwargs)
+
+    assert_refused(Needy(transformers.LlamaConfig(**LLAMA.config)), "Needy", "trial forward pass", "TypeError")
+
+
+# ---- the loss, and causality -----------------------------------------------------------------------------------------
+
+
+def own_loss(loss):
+    class OwnLoss(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            out = super().forward(input_ids=input_ids, **kwargs)
+            if labels is not None:
+                out.loss = loss(out.logits, labels)
+            return out
+
+    return OwnLoss(transformers.LlamaConfig(**LLAMA.config)).eval()
+
+
+def cross_entropy(logits, labels, **options):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **options)
+
+
+def test_loss_with_smoothed_labels():
+    model = own_loss(lambda logits, labels: cross_entropy(logits, labels, label_smoothing=0.1))
+    with pytest.raises(ValueError, match=r"OwnLoss.*cross-entropy"):
+        fused_lm_head(model).apply()
+    assert token_logprobs(model, batch()).isfinite().all()
+
+
+def test_loss_with_a_constant_outside_loss_function():
+    model = own_loss(lambda logits, labels: cross_entropy(logits, labels) + 0.3)
+    with pytest.raises(ValueError, match=r"OwnLoss.*besides the cross-entropy"):
+        fused_lm_head(model).apply()
+
+
+def test_loss_computed_inline_is_replaced():
+    model = own_loss(cross_entropy)
+    expected = model(**batch()).loss.item()
+    with fused_lm_head(model):
+        out = model(**batch())
+    assert out.logits is None
+    assert out.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_z_loss_of_bamba():
+    case = llama("BambaForCausalLM", attn_layer_indices=[1], z_loss_coefficient=1e-3, mamba_n_heads=8, mamba_d_head=8)
+    case.config.update(mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16)
+    model = build(case)
+    with pytest.raises(ValueError, match=r"BambaForCausalLM.*cross-entropy"):
+        fused_lm_head(model).apply()
+    model.z_loss_coefficient = 0.0
+    with fused_lm_head(model):
+        assert model(**batch()).loss > 0
+
+
+def test_bidirectional_model_has_no_token_logprobs():
+    config = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = build(Case("BertLMHeadModel", {**config, "intermediate_size": 48, "is_decoder": False}))
+    with pytest.raises(ValueError, match=r"BertLMHeadModel is not causal.*is_decoder = True"):
+        token_logprobs(model, batch())
+    model = build(Case("BertLMHeadModel", {**config, "intermediate_size": 48, "is_decoder": True}))
+    assert token_logprobs(model, batch()).isfinite().all()
+
+
+# ---- the batch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda b: b["input_ids"], TypeError, "mapping"),
+        (lambda b: {"labels": b["labels"]}, TypeError, "input_ids"),
+        (lambda b: {**b, "labels": b["labels"][:, 1:]}, ValueError, r"\(3, 11\).*\(3, 10\).*not shifted"),
+        (lambda b: {**b, "labels": b["labels"].float()}, TypeError, "int64"),
+        (lambda b: {**b, "logits_to_keep": 4}, ValueError, r"\(3, 4\).*\(3, 11\).*logits_to_keep"),
+        (lambda b: {**b, "labels": b["labels"].clamp(min=VOCAB)}, ValueError, rf"labels must be in \[0, {VOCAB}\)"),
+    ],
+    ids=["tensor", "no input_ids", "shifted labels", "float labels", "logits_to_keep", "label out of range"],
+)
+def test_bad_batch(model, change, error, words):
+    with pytest.raises(error, match=words):
+        token_logprobs(model, change(batch()))
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_logits_to_keep_with_the_fused_loss(model):
+    with fused_lm_head(model), pytest.raises(ValueError, match="logits_to_keep"):
+        model(**batch(), logits_to_keep=4)
+    assert model(**batch()).loss > 0
+
+
+def test_another_ignore_index(model):
+    with fused_lm_head(model), pytest.raises(ValueError, match=r"ignore_index.*-100"):
+        model(**batch(), ignore_index=0)
+
+
+def test_capture_where_the_model_skips_its_head(model):
+    class Skips(transformers.LlamaForCausalLM):
+        skip = False
+
+        def forward(self, input_ids=None, **kwargs):
+            if self.skip:
+                return self.model(input_ids=input_ids)
+            return super().forward(input_ids=input_ids, **kwargs)
+
+    skips = Skips(transformers.LlamaConfig(**LLAMA.config))
+    inputs = {"input_ids": batch()["input_ids"]}
+    capture(skips, lambda hidden, head: hidden.sum(), inputs)
+    skips.skip = True
+    with pytest.raises(ValueError, match="did not call its output embedding"):
+        capture(skips, lambda hidden, head: hidden.sum(), inputs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.memory import peak_extra_bytes
+from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops import engines, linear_logprob, linear_weighted_nll
 
 N, D, V = 2048, 64, 24_000

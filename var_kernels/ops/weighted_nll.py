@@ -146,7 +146,7 @@ def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tupl
 class LinearWeightedNLLFunction(torch.autograd.Function):
     """The sum of weight_NK (-logp_NK + z_loss lse_N^2), with logp_NK and argmax_N for the caller's metrics.
 
-    Saves finished gradients; the backward scales copies of them, so it may run again.
+    Saves finished gradients; the backward gives them as they are or scales copies, so it may run again.
     """
 
     @staticmethod
@@ -180,5 +180,7 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
         if dloss is None:
             return (None,) * 9
         *gradients, nll_NK = ctx.saved_tensors
-        scaled = [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
-        return (*scaled, dloss * nll_NK if ctx.needs_input_grad[3] else None, *(None,) * 5)
+        # On a CPU reading the scale costs nothing, and the usual 1 saves a copy of dW.
+        if dloss.device.type != "cpu" or dloss.item() != 1:
+            gradients = [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
+        return (*gradients, dloss * nll_NK if ctx.needs_input_grad[3] else None, *(None,) * 5)

@@ -1,0 +1,47 @@
+"""Peak memory of a piece of work, exact to the byte."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_extra_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Highest number of bytes allocated above those held before ``step()``; what step returns counts while it lives.
+
+    CUDA: the allocator's own maximum (its statistics are reset). CPU: the running sum of the profiler's memory events.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = step()
+    del result
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The native profiler of some torch releases logs every start and stop to file descriptor 2."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)

@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (failed), 2 (bad input), 130 (interrupted)."""
+    """Run one command; returns the exit status: 0, 2 (refused: the message says why) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 section.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
             else:
                 section.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=shown)
-    parser.epilog = "Every field of VARConfig, and so of transformers.TrainingArguments, is an option too: --bf16, --warmup-steps 10."
+    parser.epilog = "Every other field of VARConfig (that is, of transformers.TrainingArguments) is an option too: --bf16 ..."
     parser.set_defaults(extra={}, parser=parser)
 
 

@@ -93,13 +93,12 @@ def _prepare_var(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
         group_ids=step["group"] if grouped else None,
         process_group=group,
     )
-    log_z_sum = weights.log_z.sum() if weights.log_z.dim() else weights.log_z * len(step["reward"])
-    size, total, log_z_total = _total(
-        torch.stack([weights.weight.new_tensor(len(step["reward"])), weights.weight.sum(), log_z_sum]), group
-    )
+    weight, log_z = weights.weight.double(), weights.log_z.double()
+    log_z_sum = log_z.sum() if log_z.dim() else log_z * len(weight)
+    size, total, log_z_total = _total(torch.stack([weight.new_tensor(len(weight)), weight.sum(), log_z_sum]), group)
     # The estimators differ in sum w (1, B, the number of prompts); divided by it, lam alone decides and not the batch
     # size.
-    share = weights.weight / total
+    share = weight / total
     entropy = _total(torch.special.entr(share).sum(), group)
     metrics = {
         "ess": weights.ess,
@@ -112,12 +111,12 @@ def _prepare_var(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
 
 def _prepare_sft(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
     tokens = _total(step["length"].sum(), group)
-    return {"weight": torch.ones_like(step["length"], dtype=torch.float32) / tokens.clamp(min=1)}, {}
+    return {"weight": torch.ones_like(step["length"], dtype=torch.float64) / tokens.clamp(min=1)}, {}
 
 
 def _prepare_dpo(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
     rows = _total(torch.ones_like(step["length"]).sum(), group)
-    return {"weight": (2.0 / rows).expand(len(step["length"]))}, {}
+    return {"weight": (2.0 / rows.double()).expand(len(step["length"]))}, {}
 
 
 # ---- losses inside the head ------------------------------------------------------------------------------------------
@@ -125,11 +124,12 @@ def _prepare_dpo(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
 
 def _weighted_nll(hidden: Tensor, head, labels: Tensor, rows: Rows, config) -> tuple[Tensor, Tensor, Tensor]:
     """sum_i weight_i * nll_i: class A, gradients made in the forward pass."""
+    weight = rows["weight"].to(torch.promote_types(hidden.dtype, torch.float32))
     loss, logp, argmax = linear_weighted_nll(
         hidden,
         head.lm_head_weight,
         labels,
-        expand_to_tokens(rows["weight"], labels),
+        expand_to_tokens(weight, labels),
         head.bias,
         return_logp=True,
         return_argmax=True,
@@ -152,7 +152,7 @@ def _dpo(hidden: Tensor, head, labels: Tensor, rows: Rows, config) -> tuple[Tens
     )
     s, ref = sequence_sum(logp, labels), rows["ref_logp"]
     pair_loss = dpo_loss(s[0::2], s[1::2], ref[0::2], ref[1::2], beta=config.beta)
-    return (pair_loss * rows["weight"][0::2]).sum(), s.detach(), argmax == labels
+    return (pair_loss * rows["weight"][0::2].to(pair_loss.dtype)).sum(), s.detach(), argmax == labels
 
 
 METHODS = {

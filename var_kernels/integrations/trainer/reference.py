@@ -90,9 +90,7 @@ def _load(path: Path, num_rows: int) -> Tensor | None:
 def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
     """(rows,) fp32 summed log-probs of the completions under ``model``, in batches of rows of like length."""
     args, accelerator = trainer.args, trainer.accelerator
-    order = sorted(
-        range(len(rows)), key=rows.length, reverse=True
-    )  # the largest batch first: out of memory shows at once
+    order = sorted(range(len(rows)), key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
     size = args.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)
@@ -101,7 +99,7 @@ def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
     model.eval()
     try:
         for batch in _progress(batches[accelerator.process_index :: accelerator.num_processes], args):
-            logp[batch] = score_batch(trainer, model, collate([items[row] for row in batch]))
+            logp[batch] = score_batch(trainer, model, collate([items[row] for row in batch])).float()
     finally:
         model.train(was_training)
     return accelerator.reduce(logp, "sum").cpu()

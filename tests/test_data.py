@@ -1,0 +1,220 @@
+"""Data forms, where a malformed row is reported, and what tokenisation makes of a row."""
+
+import gzip
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from tests.tiny_training import ROWS, tokenizer
+from var_kernels.integrations.data import DataError, Example, encode_examples, load_examples, merge_prompts, parse_row
+
+GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0.5], "generators": ["m", "n"]}
+SINGLE = {"prompt": "p", "completion": "a", "reward": -2}
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+USER = [{"role": "user", "content": "hi"}]
+ASSISTANT = [{"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "completions", "rewards", "is_pair"),
+    [
+        (GROUP, ["a", "b"], [1.0, 0.5], False),
+        (SINGLE, ["a"], [-2.0], False),
+        ({"prompt": "p", "completion": ""}, [""], None, False),
+        (PAIR, ["a", "b"], None, True),
+        ({**PAIR, "chosen_reward": 3, "rejected_reward": 1}, ["a", "b"], [3.0, 1.0], True),
+        ({**PAIR, "rewards": [3, 1]}, ["a", "b"], [3.0, 1.0], True),
+        ({"prompt": USER, "completion": ASSISTANT, "reward": 0}, [ASSISTANT], [0.0], False),
+        # As a Parquet file of mixed forms has it: every column in every row.
+        ({**SINGLE, "completions": None, "rewards": None, "chosen": None}, ["a"], [-2.0], False),
+    ],
+    ids=[
+        "group",
+        "single",
+        "empty completion",
+        "pair",
+        "pair rewards",
+        "pair rewards list",
+        "messages",
+        "null columns",
+    ],
+)
+def test_a_row_of_each_form(row, completions, rewards, is_pair):
+    example = parse_row(row, "here")
+    assert example == Example(row["prompt"], completions, rewards, ["here"] * len(completions), is_pair)
+
+
+BAD_ROWS = {
+    "no prompt": ({"completion": "a", "reward": 1}, "prompt missing"),
+    "prompt of another type": ({**SINGLE, "prompt": 3}, "prompt must be text or a list of messages, got int 3"),
+    "null prompt": ({**SINGLE, "prompt": None}, "prompt must be text or a list of messages, got null"),
+    "empty prompt": ({**SINGLE, "prompt": ""}, "prompt is empty"),
+    "no messages": ({**SINGLE, "prompt": []}, "prompt is an empty list of messages"),
+    "message without role": ({**SINGLE, "prompt": [{"content": "x"}]}, "prompt message 0 must be"),
+    "text and messages": (
+        {"prompt": USER, "completion": "a", "reward": 1},
+        "completion is text but prompt is messages",
+    ),
+    "no completion": ({"prompt": "p", "reward": 1}, "no completion among its keys"),
+    "null completion": ({**GROUP, "completions": ["a", None]}, r"completions\[1\] must be text .* got null"),
+    "completions no list": ({**GROUP, "completions": "ab"}, "completions must be a list, got str 'ab'"),
+    "no completions": ({**GROUP, "completions": []}, "completions is empty"),
+    "fewer rewards": ({**GROUP, "rewards": [1]}, "rewards has 1 entries for 2 completions"),
+    "NaN reward": ({**GROUP, "rewards": [1, float("nan")]}, r"rewards\[1\] must be finite, got nan"),
+    "infinite reward": ({**SINGLE, "reward": float("inf")}, "reward must be finite"),
+    "null reward": ({**SINGLE, "reward": None}, "reward must be a number, got null"),
+    "reward of another type": ({**SINGLE, "reward": "high"}, "reward must be a number, got str 'high'"),
+    "boolean reward": ({**SINGLE, "reward": True}, "reward must be a number, got bool True"),
+    "half a pair": ({"prompt": "p", "chosen": "a"}, "rejected missing"),
+    "one reward of a pair": ({**PAIR, "chosen_reward": 1}, "rejected_reward missing"),
+    "not an object": ([1, 2], "expected an object"),
+    "rewards needed": ({"prompt": "p", "completion": "a"}, "reward missing: this method needs rewards"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_malformed_row_is_named_by_line_and_reason(row, reason, tmp_path):
+    good = json.dumps(SINGLE)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{good}\n\n{json.dumps(row)}\n{good}\n")
+    if isinstance(row, list):  # a first line "[" would make it an array; further down it is a row of the wrong type
+        assert path.read_text().startswith("{")
+    with pytest.raises(DataError, match=reason) as caught:
+        load_examples(path, need_rewards="required")
+    assert str(caught.value).splitlines()[1].startswith(f"  {path}:3: ")
+    examples, problems = load_examples(path, need_rewards="required", skip_malformed=True)
+    assert len(examples) == 2
+    assert [problem.where for problem in problems] == [f"{path}:3"]
+
+
+def test_every_problem_is_counted_and_ten_are_shown(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join('{"prompt": 1}\n' for _ in range(13)))
+    with pytest.raises(DataError) as caught:
+        load_examples(path)
+    assert len(caught.value.problems) == 13
+    assert "13 malformed rows" in str(caught.value)
+    assert "... and 3 more" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 12
+
+
+def test_lines_that_are_not_json(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "p", "completion": "a"}\n{"prompt": "p"\n\xff\xfe\n')
+    examples, problems = load_examples(path, skip_malformed=True)
+    assert len(examples) == 1
+    assert [str(problem).split(" at ")[0] for problem in problems] == [
+        f"{path}:2: not JSON: Expecting ',' delimiter",
+        f"{path}:3: not UTF-8: invalid start byte",
+    ]
+
+
+def test_a_json_array_names_the_line_its_element_begins_on(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("\n" + json.dumps([SINGLE, {"prompt": "p"}, GROUP], indent=1))
+    examples, problems = load_examples(path, skip_malformed=True)
+    assert [example.where[0] for example in examples] == [f"{path}:3", f"{path}:11"]
+    assert [problem.where for problem in problems] == [f"{path}:8"]
+    path.write_text('[{"prompt": "p", "completion": "a"},\n {"prompt": }]')
+    with pytest.raises(DataError, match=r"rows.json:2: not JSON: .*nothing after it was read"):
+        load_examples(path)
+    path.write_text('[{"prompt": "p", "completion": "a"}\n {"prompt": "p", "completion": "a"}]')
+    with pytest.raises(DataError, match=r"rows.json:2: not JSON: expected ',' or ']'"):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.json.gz", "rows.parquet"])
+def test_every_kind_of_file_holds_the_same_rows(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        text = json.dumps(ROWS) if ".json." in name + "." else "".join(json.dumps(row) + "\n" for row in ROWS)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    examples, problems = load_examples(str(path), need_rewards="required")
+    assert not problems
+    assert [(e.prompt, e.completions, e.rewards) for e in examples] == [
+        (row["prompt"], row["completions"], row["rewards"]) for row in ROWS
+    ]
+
+
+def test_a_truncated_gzip_file_is_reported(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    text = "".join(json.dumps({**SINGLE, "prompt": str(i) * 50}) + "\n" for i in range(1000))
+    path.write_bytes(gzip.compress(text.encode())[:-200])
+    with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: unreadable from here on"):
+        load_examples(path)
+
+
+def test_equal_prompts_are_merged_and_pairs_are_not():
+    rows = [SINGLE, {**SINGLE, "prompt": "q"}, PAIR, {**SINGLE, "completion": "b", "reward": 4}, PAIR]
+    merged = merge_prompts(parse_row(row, str(i)) for i, row in enumerate(rows))
+    assert [(e.prompt, e.completions, e.rewards, e.where) for e in merged] == [
+        ("p", ["a", "b"], [-2.0, 4.0], ["0", "3"]),
+        ("q", ["a"], [-2.0], ["1"]),
+        ("p", ["a", "b"], None, ["2", "2"]),
+        ("p", ["a", "b"], None, ["4", "4"]),
+    ]
+
+
+# ---- tokenisation ----------------------------------------------------------------------------------------------------
+
+
+def _ids(text):
+    return tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_row_is_prompt_completion_and_end_with_labels_on_the_last_two():
+    rows = encode_examples([parse_row(ROWS[0], "here")], tokenizer(), 64)
+    prompt, completion = [0, *_ids(ROWS[0]["prompt"])], [*_ids(ROWS[0]["completions"][1]), 1]
+    row = rows.row(1)
+    assert row["input_ids"].tolist() == prompt + completion
+    assert row["labels"].tolist() == [-100] * len(prompt) + completion
+    assert row["reward"].item() == 0.25
+    assert rows.groups == [[0, 1, 2]]
+    assert (rows.cut_prompts, rows.cut_completions) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "kept_prompt", "kept_completion"),
+    [(4, 3, 5, 4), (20, 2, 7, 3), (20, 20, 5, 5), (3, 20, 4, 6)],  # given in characters, kept in tokens
+    ids=["fits", "long prompt", "both long", "long completion"],
+)
+def test_long_rows_lose_the_oldest_of_the_prompt_then_the_end_of_the_completion(
+    prompt, completion, kept_prompt, kept_completion
+):
+    letters = "cdefghijklmnpqrsvwyz"  # not in the tokenizer's training text: a token each
+    example = Example(letters[:prompt], [letters[:completion].upper()], [1.0], ["here"])
+    rows = encode_examples([example], tokenizer(), 10)
+    ids = rows.row(0)["input_ids"].tolist()
+    everything = [0, *_ids(letters[:prompt])], [*_ids(letters[:completion].upper()), 1]
+    assert ids == everything[0][-kept_prompt:] + everything[1][:kept_completion]
+    assert rows.cut_prompts == (len(everything[0]) > kept_prompt)
+    assert rows.cut_completions == (len(everything[1]) > kept_completion)
+
+
+def test_messages_go_through_the_chat_template():
+    import copy
+
+    chat = copy.deepcopy(tokenizer())
+    example = Example(USER, [ASSISTANT], [1.0], ["here"])
+    with pytest.raises(ValueError, match="messages need a tokenizer with a chat template"):
+        encode_examples([example], chat, 64)
+    chat.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    row = encode_examples([example], chat, 64).row(0)
+    prompt, completion = _ids("[user]hi<eos>[assistant]"), _ids("yo<eos>")
+    assert row["input_ids"].tolist() == prompt + completion
+    assert row["labels"].tolist() == [-100] * len(prompt) + completion
+    chat.chat_template = "{{ messages | length }}"
+    with pytest.raises(DataError, match="here: the chat template renders prompt"):
+        encode_examples([example], chat, 64)
+    chat.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="here: roles must alternate"):
+        encode_examples([example], chat, 64)

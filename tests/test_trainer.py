@@ -1,0 +1,488 @@
+"""VARTrainer: the loss of a step against an oracle, its independence of how the batch is cut up, resuming, references,
+adapters."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.tiny_training import ROWS, losses, tiny_config, tiny_model, tiny_trainer, tokenizer
+from var_kernels.integrations.data import encode_examples, parse_row
+from var_kernels.integrations.trainer import VARTrainer, reference
+from var_kernels.integrations.trainer.callbacks import METRICS_FILE
+from var_kernels.losses.weights import CollapsedWeightsWarning
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}  # fp64 throughout; only the order of additions differs
+LOGGED = 3e-7  # Trainer adds up the losses that it logs in fp32
+
+
+# ---- the oracle: every row by itself, full logits, fp64 --------------------------------------------------------------
+
+
+def oracle_rows(model, rows):
+    """[(reward, log-prob of the completion, its tokens, prompt number, row number within the prompt)]"""
+    encoded = encode_examples([parse_row(row, "") for row in rows], tokenizer(), 32)
+    result = []
+    for prompt, members in enumerate(encoded.groups):
+        for number, index in enumerate(members):
+            row = encoded.row(index)
+            logp = model(row["input_ids"][None]).logits[0].log_softmax(-1)
+            kept = row["labels"] != -100
+            positions = kept.nonzero().flatten() - 1
+            s = logp[positions, row["labels"][kept]].sum()
+            reward = float(row["reward"]) if "reward" in row else None
+            result.append((reward, s, int(kept.sum()), prompt, number))
+    return result
+
+
+def oracle_var(model, rows, lam, normalizer, reference_term):
+    table = oracle_rows(model, rows)
+    score, s, prompts = [], torch.stack([row[1] for row in table]), torch.tensor([row[3] for row in table])
+    for reward, logp, length, _, _ in table:
+        term = {"sum": logp.item(), "mean": logp.item() / length, "none": 0.0}[reference_term]
+        score.append(term + reward / lam)
+    score = torch.tensor(score, dtype=torch.float64)
+    if normalizer in ("batch", "batch_mean"):
+        weight = score.softmax(0)
+    else:
+        weight = torch.cat([score[prompts == p].softmax(0) for p in range(len(rows))])
+    return -(weight * s).sum() / weight.sum()
+
+
+def step_gradient(trainer) -> dict[str, torch.Tensor]:
+    """What one optimiser step of plain SGD took off each weight, over the learning rate: the gradient of the step's
+    loss."""
+    before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+    trainer.train()
+    return {
+        name: (before[name] - param.detach()) / trainer.args.learning_rate
+        for name, param in trainer.model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "reference_term"),
+    [("batch", "mean"), ("batch", "sum"), ("batch_mean", "none"), ("group", "sum"), ("self_normalised", "none")],
+)
+def test_var_step_is_the_oracles(normalizer, reference_term, tmp_path):
+    per_prompt = normalizer in ("group", "self_normalised")
+    model = tiny_model()
+    expected = oracle_var(model, ROWS, 0.5, normalizer, reference_term)
+    expected.backward()
+    gradient = {name: param.grad.clone() for name, param in model.named_parameters()}
+    model.zero_grad()
+    size = len(ROWS) if per_prompt else 3 * len(ROWS)
+    options = {"normalizer": normalizer, "reference": reference_term, "per_device_train_batch_size": size}
+    trainer = tiny_trainer(tmp_path, model=model, **options)
+    made = step_gradient(trainer)
+    # Reference log-probs and weights travel in fp32.
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-6)
+    for name, grad in gradient.items():
+        torch.testing.assert_close(made[name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_sft_is_the_mean_over_tokens_of_the_best_completions_or_of_all(tmp_path):
+    table = oracle_rows(tiny_model(), ROWS)
+    best = [max((row for row in table if row[3] == prompt), key=lambda row: row[0]) for prompt in range(len(ROWS))]
+    for sft_on, rows in (("best", best), ("all", table)):
+        trainer = tiny_trainer(tmp_path / sft_on, method="sft", sft_on=sft_on, per_device_train_batch_size=len(rows))
+        trainer.train()
+        expected = -sum(row[1].item() for row in rows) / sum(row[2] for row in rows)
+        assert losses(trainer)[0] == pytest.approx(expected, rel=LOGGED)
+
+
+def test_dpo_on_the_best_and_worst_of_each_prompt(tmp_path):
+    other = tiny_model(seed=1)
+    table, ref_table = oracle_rows(tiny_model(), ROWS), oracle_rows(other, ROWS)
+    margins = []
+    for prompt in range(len(ROWS)):
+        rows = [i for i, row in enumerate(table) if row[3] == prompt]
+        best, worst = max(rows, key=lambda i: table[i][0]), min(rows, key=lambda i: table[i][0])
+        margins.append((table[best][1] - ref_table[best][1]) - (table[worst][1] - ref_table[worst][1]))
+    expected = -torch.nn.functional.logsigmoid(0.3 * torch.stack(margins)).mean()
+    options = {"method": "dpo", "beta": 0.3, "per_device_train_batch_size": len(ROWS)}
+    trainer = tiny_trainer(tmp_path, trainer_options={"ref_model": other}, **options)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected.item() - 0.6931) > 1e-3  # the references differ, so the loss is not log 2
+
+
+# ---- the global batch ------------------------------------------------------------------------------------------------
+
+WAYS = [
+    ("var", "batch", 12),
+    ("var", "group", 8),
+    ("sft", "batch", 8),
+    ("dpo", "batch", 8),
+]
+
+
+@pytest.mark.parametrize(("method", "normalizer", "size"), WAYS, ids=lambda value: str(value))
+def test_accumulating_four_micro_batches_is_one_batch_four_times_as_large(method, normalizer, size, tmp_path):
+    results = []
+    for accumulation in (1, 4):
+        options = {"per_device_train_batch_size": size // accumulation, "gradient_accumulation_steps": accumulation}
+        trainer = tiny_trainer(
+            tmp_path / str(accumulation), method=method, normalizer=normalizer, max_steps=2, **options
+        )
+        results.append((step_gradient(trainer), trainer))
+    (whole, one), (parts, four) = results
+    assert losses(one) == pytest.approx(losses(four), rel=LOGGED)
+    for name, grad in whole.items():
+        torch.testing.assert_close(parts[name], grad, **EXACT, msg=name)
+    for key in ("ess", "log_z", "weight_entropy", "reward_mean", "weighted_reward", "kl_to_ref", "token_accuracy"):
+        if key in one.state.log_history[1]:
+            assert one.state.log_history[1][key] == pytest.approx(four.state.log_history[1][key], rel=1e-5, abs=1e-6)
+
+
+def test_the_last_accumulation_of_an_epoch_may_be_short(tmp_path):
+    """24 completions in micro-batches of 5: 5 5 5 5 4; two steps of four and of one."""
+    trainer = tiny_trainer(
+        tmp_path, max_steps=2, per_device_train_batch_size=5, gradient_accumulation_steps=4, learning_rate=0.0
+    )
+    trainer.train()
+    whole = tiny_trainer(tmp_path / "whole", max_steps=2, per_device_train_batch_size=20, learning_rate=0.0)
+    whole.train()
+    assert losses(trainer) == pytest.approx(losses(whole), rel=LOGGED)
+
+
+RANKED = [("var", "batch", 3), ("var", "group", 1), ("sft", "batch", 2), ("dpo", "batch", 1)]
+RANK = """
+import json, sys, torch
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.tiny_training import tiny_trainer
+for method, normalizer, size in {cases!r}:
+    folder = Path({folder!r}, method + normalizer)
+    trainer = tiny_trainer(folder, method=method, normalizer=normalizer, max_steps=2,
+                           per_device_train_batch_size=size, gradient_accumulation_steps=2, ddp_backend="gloo")
+    assert trainer.args.world_size == 2
+    trainer.train()
+    if trainer.args.process_index == 0:
+        torch.save([p.detach() for p in trainer.model.parameters()], folder / "weights.pt")
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+def test_two_ranks_are_one_batch_twice_as_large(tmp_path):
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this build of torch has no gloo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).parents[1]
+    script = RANK.format(root=str(root), folder=str(tmp_path), cases=RANKED)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=root,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    for method, normalizer, size in RANKED:
+        folder = tmp_path / (method + normalizer)
+        options = {"method": method, "normalizer": normalizer, "per_device_train_batch_size": 4 * size}
+        single = tiny_trainer(folder / "one", max_steps=2, **options)
+        single.train()
+        history = json.loads((folder / "history.json").read_text())
+        assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses(single), rel=LOGGED)
+        for made, wanted in zip(torch.load(folder / "weights.pt"), single.model.parameters(), strict=True):
+            torch.testing.assert_close(made, wanted.detach(), **EXACT)
+        for key in ("ess", "log_z", "weight_entropy", "reward_mean", "kl_to_ref", "logp_minus_ref", "nll_per_token"):
+            if key in history[1]:
+                assert history[1][key] == pytest.approx(single.state.log_history[1][key], rel=1e-5, abs=1e-6), key
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_logged_metrics_are_what_they_say(tmp_path):
+    options = {"per_device_train_batch_size": 24, "lam": 0.5, "reference": "mean"}
+    trainer = tiny_trainer(tmp_path, max_steps=2, **options)
+    table = oracle_rows(trainer.model, ROWS)
+    trainer.train()
+    one_step = tiny_trainer(tmp_path / "one", max_steps=1, **options)
+    one_step.train()
+    change = torch.stack([new[1] - old[1] for new, old in zip(oracle_rows(one_step.model, ROWS), table, strict=True)])
+    reward = torch.tensor([row[0] for row in table], dtype=torch.float64)
+    s, length = torch.stack([row[1] for row in table]).detach(), torch.tensor([row[2] for row in table])
+    score = s / length + reward / 0.5
+    weight = score.softmax(0)
+    first, second = (json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()[:2])
+    assert first["step"] == 1
+    expected = {
+        "ess": 1 / weight.square().sum().item(),
+        "ess_share": 1 / weight.square().sum().item() / 24,
+        "log_z": score.logsumexp(0).item(),
+        "weight_entropy": -(weight * weight.log()).sum().item(),
+        "reward_mean": reward.mean().item(),
+        "weighted_reward": (weight * reward).sum().item(),
+        "nll_per_token": -(s.sum() / length.sum()).item(),
+        "kl_to_ref": 0.0,
+        "logp_minus_ref": 0.0,
+    }
+    for key, value in expected.items():
+        assert first[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    assert second["logp_minus_ref"] == pytest.approx(change.mean().item(), rel=1e-5)
+    assert second["kl_to_ref"] == pytest.approx((weight * change).sum().item(), rel=1e-5)
+    assert abs(second["kl_to_ref"] - second["logp_minus_ref"]) > 1e-2
+    assert first["tokens_per_second"] > 0
+    assert first["peak_memory_mb"] > 50
+    assert 0 <= first["token_accuracy"] <= 1
+
+
+def test_collapsed_weights_are_warned_about(tmp_path):
+    rows = [{**row, "rewards": [1000.0 * i, 0.0, 0.0]} for i, row in enumerate(ROWS)]
+    trainer = tiny_trainer(tmp_path, rows, per_device_train_batch_size=24)
+    with pytest.warns(CollapsedWeightsWarning, match="effective sample size about 1 of 24"):
+        trainer.train()
+    assert trainer.state.log_history[0]["ess"] == pytest.approx(1.0)
+
+
+def test_training_by_var_moves_the_policy_to_the_reward(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, normalizer="group", max_steps=40, learning_rate=0.02, optim="adamw_torch", logging_steps=40, lam=0.2
+    )
+    before = oracle_rows(trainer.model, ROWS)
+    trainer.train()
+    after = oracle_rows(trainer.model, ROWS)
+
+    def mean_rank_correlation(table):
+        hits = 0
+        for prompt in range(len(ROWS)):
+            rows = [row for row in table if row[3] == prompt]
+            hits += max(rows, key=lambda row: row[1])[0] == max(row[0] for row in rows)
+        return hits / len(ROWS)
+
+    assert mean_rank_correlation(after) >= mean_rank_correlation(before) + 0.4
+    assert sum(row[0] * row[1].exp() for row in after) > 50 * sum(row[0] * row[1].exp() for row in before)
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def test_reference_log_probs_are_computed_once_and_read_back(tmp_path, monkeypatch):
+    first = tiny_trainer(tmp_path)
+    files = list((tmp_path / "cache").rglob("*"))
+    assert [file.suffix for file in files if file.is_file()] == [".safetensors"]
+    wanted = first.train_dataset.rows.ref_logp
+    oracle = torch.stack([row[1] for row in oracle_rows(first.model, ROWS)])
+    torch.testing.assert_close(wanted.double(), oracle, rtol=1e-6, atol=1e-6, check_dtype=False)
+
+    calls = []
+    score_rows = reference.score_rows
+    monkeypatch.setattr(reference, "score_rows", lambda *args: calls.append(1) or score_rows(*args))
+    assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.ref_logp, wanted)
+    assert not calls
+    for changed in ({"model": tiny_model(seed=1)}, {"rows": ROWS[1:]}, {"max_length": 8}):
+        tiny_trainer(tmp_path, **changed)
+        assert len(calls) == 1, changed
+        calls.clear()
+
+
+def test_a_damaged_cache_file_is_computed_anew(tmp_path):
+    wanted = tiny_trainer(tmp_path).train_dataset.rows.ref_logp
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:30])
+    assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.ref_logp, wanted)
+    assert file.read_bytes() == whole
+
+
+def test_without_precomputing_the_losses_are_the_same(tmp_path):
+    """The second step shows that the reference stays where the model was."""
+    kept = tiny_trainer(tmp_path / "a", max_steps=3, reference="sum")
+    kept.train()
+    live = tiny_trainer(tmp_path / "b", max_steps=3, reference="sum", precompute_ref_log_probs=False)
+    live.train()
+    assert losses(live) == pytest.approx(losses(kept), rel=1e-6)
+    assert live.state.log_history[2]["kl_to_ref"] == pytest.approx(kept.state.log_history[2]["kl_to_ref"], rel=1e-3)
+    assert not (tmp_path / "b" / "cache").exists()
+
+
+def test_a_reference_that_follows_the_policy(tmp_path):
+    options = {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    trainer = tiny_trainer(tmp_path, max_steps=3, ref_model_mixup_alpha=1.0, **options)
+    trainer.train()
+    logged = [entry["kl_to_ref"] for entry in trainer.state.log_history if "kl_to_ref" in entry]
+    assert logged[0] == pytest.approx(0, abs=1e-5)
+    assert logged[1] > 1e-3
+    assert logged[2] == pytest.approx(0, abs=1e-5)  # the second step moved it onto the policy
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    trainer = tiny_trainer(tmp_path, model=tiny_model(attention_dropout=0.5), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl_to_ref"] == pytest.approx(0, abs=1e-5)
+    noisy = tiny_trainer(tmp_path, model=tiny_model(attention_dropout=0.5), max_steps=1, disable_dropout=False)
+    noisy.train()
+    assert abs(noisy.state.log_history[0]["kl_to_ref"]) > 1e-3
+
+
+# ---- adapters, rewards, evaluation -----------------------------------------------------------------------------------
+
+
+def test_lora_trains_the_adapter_against_the_bare_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    wanted = {name: param.detach().clone() for name, param in model.named_parameters()}
+    bare = tiny_trainer(tmp_path / "bare").train_dataset.rows.ref_logp
+    adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = tiny_trainer(
+        tmp_path, model=model, trainer_options={"peft_config": adapter}, max_steps=3, learning_rate=1.0
+    )
+    assert torch.equal(trainer.train_dataset.rows.ref_logp, bare)
+    trainer.train()
+    assert losses(trainer)[2] < losses(trainer)[0]
+    for name, param in trainer.model.named_parameters():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if "lora_" not in name:
+            assert torch.equal(param, wanted[plain]), name
+    trainer.save_model()
+    saved = {path.name for path in Path(trainer.args.output_dir).iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert "model.safetensors" not in saved
+
+
+def test_live_reference_of_an_adapter_is_the_bare_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    histories = []
+    for precompute in (True, False):
+        torch.manual_seed(0)
+        adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        options = {"max_steps": 3, "learning_rate": 1.0, "precompute_ref_log_probs": precompute}
+        trainer = tiny_trainer(tmp_path / str(precompute), trainer_options={"peft_config": adapter}, **options)
+        trainer.train()
+        histories.append([entry["kl_to_ref"] for entry in trainer.state.log_history if "kl_to_ref" in entry])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3, abs=1e-5)
+    assert histories[0][2] > 1e-3
+
+
+def test_a_reward_function_replaces_the_rewards(tmp_path):
+    seen = []
+
+    def digits(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(completion.isdigit()) for completion in completions]
+
+    trainer = tiny_trainer(tmp_path, trainer_options={"reward_func": digits}, per_device_train_batch_size=24)
+    assert seen == [(row["prompt"], completion) for row in ROWS for completion in row["completions"]]
+    trainer.train()
+    assert trainer.state.log_history[0]["reward_mean"] == pytest.approx(1 / 3)
+
+
+def test_pairs_train_by_dpo_without_rewards_and_by_var_with_them(tmp_path):
+    pairs = [{"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][2]} for r in ROWS]
+    trainer = tiny_trainer(tmp_path / "dpo", pairs, method="dpo", max_steps=3)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses(trainer)[2] < losses(trainer)[0]
+    graded = [{**pair, "chosen_reward": 1.0, "rejected_reward": 0.0} for pair in pairs]
+    trainer = tiny_trainer(tmp_path / "var", graded, normalizer="group", reference="none", lam=0.5)
+    trainer.train()
+    # Two completions a prompt, weights sigmoid(2) and 1 - sigmoid(2).
+    assert trainer.state.log_history[0]["weighted_reward"] == pytest.approx(0.8807971, rel=1e-5)
+
+
+def test_evaluation_is_the_loss_of_each_batch_by_itself(tmp_path):
+    config = tiny_config(tmp_path, per_device_eval_batch_size=24, reference="sum")
+    trainer = VARTrainer(tiny_model(), config, ROWS[:2], ROWS, processing_class=tokenizer())
+    metrics = trainer.evaluate()
+    expected = oracle_var(trainer.model, ROWS, 0.5, "batch", "sum").item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    logged = trainer.state.log_history[-1]
+    assert {"eval_ess", "eval_log_z", "eval_kl_to_ref"} <= set(logged)
+
+
+def test_the_balancing_loss_of_experts_is_carried_over(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def mixture(**options):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = MixtralConfig(
+            vocab_size=len(tokenizer()),
+            num_key_value_heads=2,
+            num_local_experts=4,
+            max_position_embeddings=64,
+            **sizes,
+            **options,
+        )
+        return MixtralForCausalLM(config)
+
+    plain = tiny_trainer(tmp_path / "plain", model=mixture(), per_device_train_batch_size=24)
+    plain.train()
+    model = mixture(output_router_logits=True, router_aux_loss_coef=0.5)
+    batch = plain.data_collator([plain.train_dataset[i] for i in range(24)])
+    aux = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss.item()
+    balanced = tiny_trainer(tmp_path / "balanced", model=model, per_device_train_batch_size=24)
+    balanced.train()
+    assert losses(balanced)[0] - losses(plain)[0] == pytest.approx(0.5 * aux, rel=1e-3)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalizer": "group", "gradient_accumulation_steps": 2}], ids=["batch", "group"]
+)
+def test_resuming_continues_the_same_curve(options, tmp_path):
+    settings = {"per_device_train_batch_size": 3, "optim": "adamw_torch", "learning_rate": 1e-3, **options}
+    straight = tiny_trainer(tmp_path / "straight", max_steps=8, **settings)
+    straight.train()
+    stopped = tiny_trainer(tmp_path / "cut", max_steps=8, save_strategy="steps", save_steps=4, **settings)
+    stopped.train()
+    checkpoint = str(tmp_path / "cut" / "run" / "checkpoint-4")
+    resumed = tiny_trainer(tmp_path / "cut", max_steps=8, save_strategy="steps", save_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert losses(resumed) == losses(straight)
+    for made, wanted in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(made, wanted)
+    lines = (tmp_path / "cut" / "run" / METRICS_FILE).read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    assert [entry["step"] for entry in entries] == list(range(1, 9))
+    assert [entry["loss"] for entry in entries] == losses(straight)
+
+
+def test_half_a_line_at_the_end_of_the_metrics_is_dropped(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    tiny_trainer(tmp_path, **options).train()
+    path = tmp_path / "run" / METRICS_FILE
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    tiny_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 4]
+
+
+def test_a_moving_reference_is_resumed_too(tmp_path):
+    options = {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 6}
+    settings = {"save_strategy": "steps", "save_steps": 3, "reference": "sum", **options}
+    straight = tiny_trainer(tmp_path, **settings)
+    straight.train()
+    resumed = tiny_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert losses(resumed) == losses(straight)
+
+
+def test_the_model_card_holds_settings_and_last_metrics(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "by VAR on 24 completions (24 items), 2 steps" in text
+    assert "| lam | 0.5 |" in text
+    assert "| beta |" not in text
+    assert f"| loss | {losses(trainer)[1]:.6g} |" in text

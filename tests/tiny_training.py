@@ -1,0 +1,84 @@
+"""What the training tests share: a few rows of arithmetic, a tokenizer trained on them, a model of 20,000
+parameters."""
+
+import functools
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from var_kernels.integrations.tokenizer import train_tokenizer
+from var_kernels.integrations.trainer import VARConfig, VARTrainer
+
+torch.set_num_threads(1)  # two threads a process that fight for the same cores are many times slower than one
+
+# Eight prompts of three completions, of different lengths and rewards.
+ROWS = [
+    {
+        "prompt": f"{a} + {b} = ",
+        "completions": [str(a + b), f"about {a + b + 1}", "x" * (a + 1)],
+        "rewards": [1.0, 0.25 * b, 0.1 * a],
+        "generators": ["right", "near", "noise"],
+    }
+    for a in range(4)
+    for b in (1, 2)
+]
+
+
+@functools.cache
+def tokenizer():
+    return train_tokenizer([row["prompt"] + " ".join(row["completions"]) for row in ROWS], 270)
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options):
+    """fp64 unless told otherwise: an identity between two ways of training then holds to 1e-12, not 1e-6."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **options,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_config(folder, **options) -> VARConfig:
+    """Plain SGD without clipping or decay: a step is -learning_rate times the gradient."""
+    settings = {
+        "output_dir": str(folder / "run"),
+        "cache_dir": str(folder / "cache"),
+        "max_length": 32,
+        "max_steps": 1,
+        "lam": 0.5,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return VARConfig(**{**settings, **options})
+
+
+def tiny_trainer(folder, rows=ROWS, *, model=None, trainer_options=None, **options) -> VARTrainer:
+    model = tiny_model() if model is None else model
+    return VARTrainer(
+        model, tiny_config(folder, **options), rows, processing_class=tokenizer(), **(trainer_options or {})
+    )
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

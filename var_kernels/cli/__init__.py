@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return command.run(args) or 0
     except KeyboardInterrupt:
         return _fail(program, "interrupted", 130)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VAR_KERNELS_TRACEBACK"):
             raise
         return _fail(program, str(error))

@@ -1,0 +1,263 @@
+"""The command line: help without torch, options from flags and YAML, training a file, dying and resuming, doctor,
+bench."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from tests.tiny_training import ROWS
+from var_kernels.cli import main, train
+from var_kernels.cli.options import coerce, key_values, pair_up
+
+ROOT = Path(__file__).parents[1]
+SCRATCH = "hidden=16,layers=1,heads=2,vocab=270"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def words(tmp_path, dataset, output="run", **options) -> list[str]:
+    settings = {
+        "from_scratch": SCRATCH,
+        "dataset": dataset,
+        "output_dir": tmp_path / output,
+        "cache_dir": tmp_path / "cache",
+        "max_length": 32,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    result = ["train"]
+    for name, value in settings.items():
+        result += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return result
+
+
+def metrics(tmp_path, output="run") -> list[dict]:
+    entries = [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if "loss" in entry]
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys\nfrom var_kernels.cli import main\n"
+        "for words in ([], ['--help'], ['--version']): assert main(words) == 0\n"
+        "for command in ('train', 'doctor', 'bench'):\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'yaml'} & set(sys.modules), 'heavy import'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "align a causal LM by VAR" in result.stdout
+    assert "--from-scratch" in result.stdout
+
+
+def test_the_defaults_that_help_shows_are_the_configs():
+    from var_kernels.integrations.trainer import VARConfig
+
+    fields = {field.name: field for field in dataclasses.fields(VARConfig)}
+    for name, (_, default, _) in train._CONFIG.items():
+        if name == "report_to":
+            continue  # VARConfig's "none", which needs no word of help
+        assert default == fields[name].default, name
+
+
+def test_a_file_is_trained_as_it_is(tmp_path, dataset, capsys):
+    assert main(words(tmp_path, dataset, max_steps=30, normalizer="group")) == 0
+    entries = metrics(tmp_path)
+    assert entries[-1]["loss"] < 0.7 * entries[0]["loss"]
+    assert {"ess", "log_z", "weight_entropy", "reward_mean", "weighted_reward", "kl_to_ref"} <= set(entries[-1])
+    assert {"tokens_per_second", "peak_memory_mb", "learning_rate", "grad_norm"} <= set(entries[-1])
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.jsonl"} <= made
+    assert "saved to" in capsys.readouterr().out
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer.decode(tokenizer(ROWS[0]["prompt"])["input_ids"]) == "<bos>" + ROWS[0]["prompt"]
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_other_methods_and_a_saved_model(method, tmp_path, dataset):
+    assert main(words(tmp_path, dataset, output="base", max_steps=1)) == 0
+    options = words(tmp_path, dataset, method=method, model=tmp_path / "base", lora="r=2,alpha=4")
+    at = options.index("--from-scratch")
+    assert main(options[:at] + options[at + 2 :]) == 0
+    assert len(metrics(tmp_path)) == 4
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_flags_override_yaml_and_yaml_takes_any_field(tmp_path, dataset):
+    options = words(tmp_path, dataset)[1:]
+    content = {}
+    for name, value in zip(options[::2], options[1::2], strict=False):
+        content[name[2:]] = value
+    lines = [f"from-scratch: {SCRATCH}", f"dataset: {dataset}", f"output_dir: {tmp_path / 'run'}"]
+    lines += ["max-length: 32", "max_steps: 9", "learning-rate: 1e-3", "lam: 2", "weight_decay: 0.5", "use_cpu: true"]
+    lines += [f"cache_dir: {tmp_path / 'cache'}", "disable_tqdm: true", "normalizer: group", "logging-steps: 1"]
+    (tmp_path / "train.yaml").write_text("\n".join(lines))
+    assert main(["train", "--config", str(tmp_path / "train.yaml"), "--max-steps", "2", "--adam-beta1=0.5"]) == 0
+    import torch
+
+    args = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
+    assert (args.max_steps, args.learning_rate, args.lam, args.weight_decay) == (2, 1e-3, 2.0, 0.5)
+    assert (args.adam_beta1, args.normalizer) == (0.5, "group")
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_the_example_config_is_understood(tmp_path, dataset):
+    config = ROOT / "examples" / "train_var.yaml"
+    options = words(tmp_path, dataset, config=config, max_steps=2)
+    assert main(options) == 0
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
+    steps = {"max_steps": 40, "save_steps": 5, "save_total_limit": 2}
+    assert main(words(tmp_path, dataset, output="straight", **steps)) == 0
+    options = words(tmp_path, dataset, output="killed", **steps)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "var_kernels.cli", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    path, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= 12:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert 12 <= len(metrics(tmp_path, "killed")) < 40
+    assert main([*options, "--resume"]) == 0
+    straight, resumed = metrics(tmp_path, "straight"), metrics(tmp_path, "killed")
+    assert [entry["step"] for entry in resumed] == list(range(1, 41))
+    assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in straight]
+    assert [entry["ess"] for entry in resumed] == [entry["ess"] for entry in straight]
+
+
+def test_resume_skips_a_half_written_checkpoint_and_starts_anew_without_one(tmp_path, dataset, capsys):
+    assert main([*words(tmp_path, dataset, save_steps=2), "--resume"]) == 0
+    assert "starting anew" in capsys.readouterr().out
+    newest = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    newest.write_text(newest.read_text()[:100])
+    assert train.last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+    assert main([*words(tmp_path, dataset, save_steps=2), "--resume"]) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_malformed_rows_are_counted_when_skipped(tmp_path, dataset, capsys):
+    dataset.write_text(dataset.read_text() + '{"prompt": "p"}\nnot json\n')
+    assert main(words(tmp_path, dataset, skip_malformed=True)) == 0
+    errors = capsys.readouterr().err
+    assert f"skipped {dataset}:9: no completion among its keys ['prompt']" in errors
+    assert "skipped 2 malformed rows of 10" in errors
+
+
+def test_a_reward_function_and_an_evaluation_set(tmp_path, dataset, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(
+        "def short(prompts, completions):\n    return [-len(c) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"reward": "my_reward:short", "eval_dataset": dataset, "eval_strategy": "steps", "eval_steps": 2}
+    assert main(words(tmp_path, dataset, **options)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    mean = -sum(len(c) for row in ROWS for c in row["completions"]) / 24
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    assert evaluated[0]["eval_reward_mean"] == pytest.approx(mean)
+
+
+# ---- the other commands ----------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_runs_and_what_a_batch_needs(tmp_path, dataset, capsys):
+    import torch
+
+    assert main(words(tmp_path, dataset, max_steps=1)) == 0
+    assert main(["doctor", "--model", str(tmp_path / "run"), "--batch-size", "4", "--length", "1024"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch          {torch.__version__}" in printed
+    assert "backend" in printed
+    assert "4096 rows (batch 4 x 1024 tokens), hidden 16, vocabulary 270" in printed
+    plain = 3 * 4 * 4096 * 270 / 2**20
+    assert f"about {plain:,.0f} MiB" in printed
+
+
+def test_bench_without_a_checkout_says_where_benchmarks_are(monkeypatch, tmp_path, capsys):
+    from var_kernels.cli import bench
+
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "bench.py"))
+    assert main(["bench"]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "wanted"),
+    [
+        ("1e-3", "float", 1e-3),
+        (2, "float", 2.0),
+        ("7", "int | None", 7),
+        ("none", "float | None", None),
+        ("false", "bool", False),
+        (True, "bool", True),
+        ("steps", "transformers.IntervalStrategy | str", "steps"),
+        ("{a: 1}", "dict | str | None", {"a": 1}),
+        ("adamw_torch", "OptimizerNames | str", "adamw_torch"),
+        ("500", "float", 500.0),
+    ],
+)
+def test_values_take_the_declared_type(value, kind, wanted):
+    made = coerce("name", value, kind)
+    assert made == wanted
+    assert type(made) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("fast", "float"), ("maybe", "bool"), (True, "int"), ("1.5", "int"), ([1], "str")]
+)
+def test_values_of_another_type_are_refused(value, kind):
+    with pytest.raises(ValueError, match=f"name: expected .*{kind}"):
+        coerce("name", value, kind)
+
+
+def test_words_pair_up():
+    assert pair_up(["--bf16", "--seed", "3", "--a-b=c=d", "--x", "-1"]) == {
+        "bf16": True,
+        "seed": "3",
+        "a_b": "c=d",
+        "x": "-1",
+    }
+    with pytest.raises(ValueError, match="'stray' belongs to no option"):
+        pair_up(["--seed", "3", "stray"])
+
+
+def test_key_values():
+    assert key_values("lora", "r=4, x=q+v", {"r": 8, "x": "all", "d": 0.5}) == {"r": 4, "x": "q+v", "d": 0.5}

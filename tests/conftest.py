@@ -1,6 +1,7 @@
 """Shared fixtures: devices, small tiles, no network."""
 
 import os
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,8 +9,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Read when a Triton kernel is defined, so before any is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from var_kernels.kernels import rows_torch
 from var_kernels.ops import workspace
+from var_kernels.ops.backend import use_backend
+
+# (device, backend): the same test bodies run over all that the machine has; Triton on a CPU is interpreted.
+TARGETS = [
+    pytest.param(("cpu", "torch"), id="cpu-torch"),
+    pytest.param(("cpu", "triton"), id="cpu-triton"),
+    pytest.param(("cuda", "torch"), id="cuda-torch", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "triton"), id="cuda-triton", marks=pytest.mark.gpu),
+]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -27,3 +41,32 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 700)
     monkeypatch.setattr(workspace, "_MIN_COLUMNS", 50)
     monkeypatch.setattr(workspace, "_MIN_ROWS", 4)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    """Runs the test on one device and backend; yields the device and the dtypes that the backend takes."""
+    device, backend = request.param
+    if backend == "torch":
+        dtypes = rows_torch.DTYPES
+    else:
+        pytest.importorskip("triton", reason="triton is not installed")
+        from tests import triton_interpreter
+        from var_kernels.kernels import rows_triton
+
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            triton_interpreter.mend()
+        elif device == "cpu":
+            pytest.skip("Triton runs on the GPU of this machine")
+        dtypes = rows_triton.DTYPES
+    with use_backend(backend):
+        yield Target(device, dtypes)
+
+
+class Target(NamedTuple):
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def require(self, dtype: torch.dtype) -> None:
+        if dtype not in self.dtypes:
+            pytest.skip(f"this backend has no {dtype}")

@@ -8,13 +8,11 @@ from tests.tolerance import assert_result
 from var_kernels.ops import engines, linear_logprob, logprob
 from var_kernels.reference import linear_logprob_ref
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_equals_the_reference(case, device, small_tiles):
-    check_logprob(case, device)
+def test_equals_the_reference(case, target, small_tiles):
+    target.require(case.dtype)
+    check_logprob(case, target.device)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -90,10 +88,10 @@ def test_second_backward_repeats_the_first(frozen):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_same_bits_twice(small_tiles):
+def test_same_bits_twice(small_tiles, target):
     runs = []
     for _ in range(2):
-        hidden, weight, labels, _ = Case("", tight=True).inputs()
+        hidden, weight, labels, _ = Case("", tight=True).inputs(target.device)
         logp = linear_logprob(hidden, weight, labels, workspace_mb=0.05)
         logp.sum().backward()
         runs.append((logp.detach(), hidden.grad, weight.grad))
@@ -139,9 +137,9 @@ def test_no_rows_at_all():
     assert weight.grad.count_nonzero() == 0
 
 
-def test_ignored_rows_may_hold_nan():
+def test_ignored_rows_may_hold_nan(target):
     """Padding is often uninitialised memory."""
-    hidden, weight, labels, _ = Case("").inputs()
+    hidden, weight, labels, _ = Case("").inputs(target.device)
     with torch.no_grad():
         hidden[labels == -100] = torch.nan
     logp = linear_logprob(hidden, weight, labels)
@@ -151,11 +149,11 @@ def test_ignored_rows_may_hold_nan():
     assert hidden.grad.isfinite().all()
 
 
-def test_forbidden_tokens():
+def test_forbidden_tokens(target):
     """A bias of -inf takes a token out: same numbers as the smaller vocabulary, entropy and gradients finite."""
-    hidden, weight, labels, _ = Case("", ignored=0.0).inputs()
+    hidden, weight, labels, _ = Case("", ignored=0.0).inputs(target.device)
     labels = labels % 400
-    bias = torch.zeros(SMALL[2])
+    bias = torch.zeros(SMALL[2], device=target.device)
     bias[400:] = -torch.inf
     logp, entropy = linear_logprob(hidden, weight, labels, bias, return_entropy=True)
     small_logp, small_entropy = linear_logprob(hidden, weight[:400], labels, return_entropy=True)

@@ -93,23 +93,25 @@ def narrow_result(_):
 
 
 def label_off_by_one_slice(_):
-    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform):
-        REAL["row_grad"](logits_nv, labels_nk + (v_start > 0), lse_n, coefficients, v_start, bias_v, transform)
+    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, out):
+        return REAL["row_grad"](
+            logits_nv, labels_nk + (v_start > 0), lse_n, coefficients, v_start, bias_v, transform, out
+        )
 
     return row_grad
 
 
 def no_softcap_slope(_):
-    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform):
+    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, out):
         z_nv = rows_torch._transformed(logits_nv, bias_v, transform, inplace=True)
-        REAL["row_grad"](z_nv, labels_nk, lse_n, coefficients, v_start, None, LogitTransform())
+        return REAL["row_grad"](z_nv, labels_nk, lse_n, coefficients, v_start, None, LogitTransform(), out)
 
     return row_grad
 
 
 def no_bias_in_backward(_):
-    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform):
-        REAL["row_grad"](logits_nv, labels_nk, lse_n, coefficients, v_start, None, transform)
+    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, out):
+        return REAL["row_grad"](logits_nv, labels_nk, lse_n, coefficients, v_start, None, transform, out)
 
     return row_grad
 
@@ -118,7 +120,7 @@ def coarse_lse(_):
     """lse and recomputed logits of different precision."""
 
     def row_grad(logits_nv, labels_nk, lse_n, *rest):
-        REAL["row_grad"](logits_nv, labels_nk, lse_n.bfloat16().float(), *rest)
+        return REAL["row_grad"](logits_nv, labels_nk, lse_n.bfloat16().float(), *rest)
 
     return row_grad
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .rows import LogitTransform, RowCoefficients, RowStats
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A gradient in another dtype than the tile's is a copy.
+COPIES_GRADIENT = True
 BLOCK_ELEMENTS = 1 << 17
 # exp() of it is 0 and 0 times it is 0, which -inf does not give.
 _LOWEST = -1e30
@@ -97,8 +100,9 @@ def row_grad(
     v_start: int,
     bias_v: Tensor | None,
     transform: LogitTransform,
-) -> None:
-    """Overwrite the raw logits with the gradient in them (dz/dx included), rounded once to the tile's dtype."""
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The gradient in the raw logits, (n, columns) in ``out_dtype``, rounded once; the tile is overwritten."""
     n, columns = logits_nv.shape
     for start, stop in _blocks(n, columns):
         block_nv = logits_nv[start:stop]
@@ -112,6 +116,7 @@ def row_grad(
         )
         if grad_nv.data_ptr() != block_nv.data_ptr():
             block_nv.copy_(grad_nv)
+    return logits_nv.to(out_dtype)
 
 
 def _grad_block(

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
-from var_kernels.ops.engines import HeadOptions, Needs
+from var_kernels.ops.backend import choose_backend
+from var_kernels.ops.engines import HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import MIB, default_workspace_mb
 
 
@@ -62,6 +64,7 @@ class _TakeRows(torch.autograd.Function):
         return dtaken_nD.new_zeros(ctx.shape).index_copy_(0, rows, dtaken_nD), None
 
 
+@_disable_dynamo  # finding the rows that count depends on data; torch.compiler.disable would import dynamo with us
 def prepare(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -125,6 +128,7 @@ def prepare(
             label_smoothing=label_smoothing,
             precision=precision,
             budget=int(workspace_mb * MIB),
+            backend=choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
             lse=lse,
             entropy=entropy,
             argmax=argmax,

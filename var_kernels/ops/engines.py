@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from var_kernels.kernels import rows_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops.backend import row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, product_into, upcasts
 from var_kernels.ops.workspace import (
     TileCost,
@@ -34,14 +34,15 @@ class HeadOptions:
     label_smoothing: float
     precision: str
     budget: int
+    backend: str
     lse: bool = False
     entropy: bool = False
     argmax: bool = False
 
-    def tile_dtype(self, operand: torch.dtype) -> torch.dtype:
-        if operand == torch.float64 or self.precision == "fast":
-            return operand
-        return torch.float32
+
+def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
+    """fp32 logits, fp64 ones for fp64 operands; "fast" keeps the operands' dtype."""
+    return operand if operand == torch.float64 or precision == "fast" else torch.float32
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Head:
         self.n, self.d = self.hidden_ND.shape
         self.v = self.lm_head_weight_VD.shape[0]
         self.operand = self.hidden_ND.dtype
-        self.tile = self.options.tile_dtype(self.operand)
+        self.tile = tile_dtype(self.operand, self.options.precision)
+        self.kernels = row_kernels(self.options.backend)
         self.upcast = upcasts(self.operand, self.tile, self.hidden_ND.device)
 
     def new_stats(self) -> RowStats:
@@ -77,12 +79,14 @@ class Head:
     def tile_cost(self, *, gradient: bool) -> TileCost:
         """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs need beside it."""
         copies = self._operand_copies(gradient)
-        return TileCost(self._element(gradient), copies, copies, rows_torch.temporary_bytes(self.n, self.v, self.tile))
+        return TileCost(
+            self._element(gradient), copies, copies, self.kernels.temporary_bytes(self.n, self.v, self.tile)
+        )
 
     def chunk_cost(self, budget: int) -> TileCost:
         """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
         copies = self._operand_copies(gradient=True)
-        fixed = rows_torch.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
+        fixed = self.kernels.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
         return TileCost(self._element(gradient=True), 0, copies, fixed)
 
     def weight_slice(self, budget: int) -> int:
@@ -93,7 +97,8 @@ class Head:
         return min(self.v, max(1, budget // 4 // copies)) if copies else self.v
 
     def _element(self, gradient: bool) -> int:
-        cast = self.operand.itemsize if gradient and self.operand != self.tile else 0
+        copied = gradient and self.kernels.COPIES_GRADIENT and self.operand != self.tile
+        cast = self.operand.itemsize if copied else 0
         return self.tile.itemsize + cast
 
     def _operand_copies(self, gradient: bool) -> int:
@@ -114,14 +119,22 @@ class Head:
 
     def row_stats(self, logits_nv: Tensor, rows: slice, stats: RowStats, v_start: int) -> None:
         bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        rows_torch.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
+        self.kernels.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
 
     def row_grad(
         self, logits_nv: Tensor, rows: slice, lse_n: Tensor, coefficients: RowCoefficients, v_start: int
-    ) -> None:
+    ) -> Tensor:
+        """The gradient in the raw logits, in the operands' dtype; the tile is overwritten."""
         bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        rows_torch.row_grad(
-            logits_nv, self.labels_NK[rows], lse_n, coefficients, v_start, bias_v, self.options.transform
+        return self.kernels.row_grad(
+            logits_nv,
+            self.labels_NK[rows],
+            lse_n,
+            coefficients,
+            v_start,
+            bias_v,
+            self.options.transform,
+            self.operand,
         )
 
     def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
@@ -227,10 +240,9 @@ def token_chunk_pass(
             logits_into(logits_nv[:, v_start:v_stop], hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
         chunk_stats = stats.rows(start, stop)
         head.row_stats(logits_nv, rows, chunk_stats, 0)
-        head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients_of(rows, chunk_stats), 0)
+        dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients_of(rows, chunk_stats), 0)
         if needs.bias:
-            gradients.dbias_V += logits_nv.sum(0, dtype=accumulation)
-        dlogits_nv = logits_nv.to(head.operand)
+            gradients.dbias_V += dlogits_nv.sum(0, dtype=accumulation)
         if needs.hidden:
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD)
         if needs.lm_head_weight:
@@ -266,10 +278,9 @@ def vocabulary_pass(head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCo
             rows = slice(start, stop)
             logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
             logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
-            head.row_grad(logits_nv, rows, lse_N[rows], coefficients.rows(start, stop), v_start)
+            dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], coefficients.rows(start, stop), v_start)
             if needs.bias:
-                gradients.dbias_V[v_start:v_stop] += logits_nv.sum(0, dtype=accumulation)
-            dlogits_nv = logits_nv.to(head.operand)
+                gradients.dbias_V[v_start:v_stop] += dlogits_nv.sum(0, dtype=accumulation)
             if needs.hidden:
                 add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd)
             if needs.lm_head_weight and len(row_spans) == 1:

@@ -122,6 +122,7 @@ def _head(call: HeadCall) -> Head:
     return Head(call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options)
 
 
+@_disable_dynamo
 def _one_pass(call: HeadCall) -> bool:
     return one_pass_fits(_head(call), call.needs)
 

@@ -1,0 +1,291 @@
+"""The row kernels in Triton, fp32 arithmetic: one program per row walks the tile's columns in blocks.
+
+CUDA, ROCm and XPU; on a CPU only under Triton's interpreter, for tests.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import LogitTransform, RowCoefficients, RowStats
+
+# Dtypes of a tile. fp64 is not among them: Triton's scalar arguments are fp32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A narrower gradient lies in the tile's own storage.
+COPIES_GRADIENT = False
+# Columns a program holds at a time, and its warps: 16 elements a thread.
+BLOCK_COLUMNS = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def _tanh(x):
+    """libdevice's tanh is missing on some targets; exp(-2|x|) does not overflow."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """z = scale * x, or cap * tanh(inner * x), of the raw logits plus the bias."""
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(x.dtype)
+    if HAS_CAP:
+        return cap * _tanh(inner * x)
+    return scale * x
+
+
+@triton.jit
+def _row_stats_kernel(
+    logits_ptr,  # (n, C), any floating dtype
+    bias_ptr,  # (C,)
+    labels_ptr,  # (n, K) int64
+    max_ptr,  # (n,) and so on: the running statistics
+    sumexp_ptr,
+    label_logit_ptr,  # (n, K)
+    shifted_ptr,
+    logit_sum_ptr,
+    argmax_ptr,
+    row_stride,
+    C,
+    K,
+    v_start,
+    scale,
+    cap,
+    inner,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
+    ARGMAX: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    # Below every finite logit that a network makes, and finite, so that differences are never NaN.
+    lowest = -1e38
+    lane_max = tl.full((BLOCK,), lowest, tl.float32)
+    lane_sum = tl.zeros((BLOCK,), tl.float32)
+    lane_shifted = tl.zeros((BLOCK,), tl.float32)
+    lane_total = tl.zeros((BLOCK,), tl.float32)
+    lane_argmax = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, C, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < C
+        x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
+        if MEAN:
+            lane_total += tl.where(mask, z, 0.0)
+        z = tl.where(mask, z, float("-inf"))
+        above = z > lane_max
+        # One exponential an element, of minus the distance to the lane's maximum, whichever side is the larger.
+        distance = tl.where(above, z - lane_max, tl.maximum(lane_max - z, 0.0))
+        decay = tl.exp(-distance)
+        if ENTROPY:
+            finite = tl.minimum(distance, 1e30)
+            lane_shifted = tl.where(above, decay * (lane_shifted - finite * lane_sum), lane_shifted - decay * finite)
+        lane_sum = tl.where(above, lane_sum * decay + 1.0, lane_sum + decay)
+        if ARGMAX:
+            lane_argmax = tl.where(above, columns, lane_argmax)
+        lane_max = tl.where(above, z, lane_max)
+
+    slice_max = tl.max(lane_max, 0)
+    if ARGMAX:
+        slice_argmax = tl.min(tl.where(lane_max == slice_max, lane_argmax, C), 0)
+    old_max = tl.load(max_ptr + row)
+    new_max = tl.maximum(old_max, slice_max)
+    lane_drop = lane_max - new_max
+    lane_decay = tl.exp(lane_drop)
+    old_drop = tl.maximum(old_max, lowest) - new_max
+    old_decay = tl.exp(old_drop)
+    old_sum = tl.load(sumexp_ptr + row)
+    if ENTROPY:
+        old_shifted = tl.load(shifted_ptr + row)
+        shifted = tl.sum(lane_decay * (lane_shifted + tl.maximum(lane_drop, -1e30) * lane_sum), 0)
+        tl.store(shifted_ptr + row, shifted + old_decay * (old_shifted + tl.maximum(old_drop, -1e30) * old_sum))
+    tl.store(sumexp_ptr + row, tl.sum(lane_sum * lane_decay, 0) + old_decay * old_sum)
+    # Nothing but -inf so far: no maximum either.
+    tl.store(max_ptr + row, tl.where(new_max == lowest, float("-inf"), new_max))
+    if MEAN:
+        tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(lane_total, 0))
+    if ARGMAX:
+        old_argmax = tl.load(argmax_ptr + row)
+        tl.store(argmax_ptr + row, tl.where(slice_max > old_max, slice_argmax.to(tl.int64) + v_start, old_argmax))
+
+    for k in range(0, K):
+        column = tl.load(labels_ptr + row * K + k) - v_start
+        inside = (column >= 0) & (column < C)
+        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        z = _transformed(x, bias_ptr, column, inside, scale, cap, inner, HAS_BIAS, HAS_CAP)
+        tl.store(label_logit_ptr + row * K + k, z, mask=inside)
+
+
+@triton.jit
+def _row_grad_kernel(
+    logits_ptr,  # (n, C), overwritten: in its own dtype, or in OUT at twice the row stride
+    bias_ptr,
+    labels_ptr,  # (n, K) int64
+    lse_ptr,  # (n,)
+    prob_ptr,  # (n,)
+    logp_slope_ptr,
+    constant_ptr,
+    label_ptr,  # (n, K)
+    row_stride,
+    out_stride,
+    C,
+    K,
+    v_start,
+    scale,
+    cap,
+    inner,
+    cap_slope,
+    BLOCK: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    CONSTANT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    out_ptr = logits_ptr.to(tl.pointer_type(OUT), bitcast=True) + row * out_stride
+    logits_ptr += row * row_stride
+    lse = tl.load(lse_ptr + row)
+    prob = tl.load(prob_ptr + row)
+    if ENTROPY:
+        logp_slope = tl.load(logp_slope_ptr + row)
+    if CONSTANT:
+        constant = tl.load(constant_ptr + row)
+    # In order: a narrower output overwrites only columns that were read before.
+    for start in range(0, C, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < C
+        x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
+        logp = z - lse
+        p = tl.exp(logp)
+        if ENTROPY:
+            grad = p * (prob + logp_slope * tl.maximum(logp, -1e30))
+        else:
+            grad = p * prob
+        if CONSTANT:
+            grad += constant
+        for k in range(0, K):
+            column = tl.load(labels_ptr + row * K + k) - v_start
+            grad += tl.where(columns == column, tl.load(label_ptr + row * K + k), 0.0)
+        if HAS_CAP:
+            tanh = z * cap_slope
+            grad *= 1.0 - tanh * tanh
+        # Every thread has read its columns before any writes into the storage that they share.
+        tl.debug_barrier()
+        tl.store(out_ptr + columns, (grad * scale).to(OUT), mask=mask)
+        tl.debug_barrier()
+
+
+_TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def _scalars(transform: LogitTransform) -> dict[str, float]:
+    """scale: dz/dx without the cap's derivative. cap, inner, cap_slope: z = cap tanh(inner x), tanh = cap_slope z."""
+    softcap = transform.softcap or 1.0
+    return {
+        "scale": transform.slope,
+        "cap": softcap / transform.temperature,
+        "inner": transform.logit_scale / softcap,
+    }
+
+
+def _block(columns: int) -> int:
+    return min(BLOCK_COLUMNS, max(16, triton.next_power_of_2(columns)))
+
+
+def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
+    """What one call allocates beside an (n, columns) tile: nothing."""
+    return 0
+
+
+def row_stats(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Merge one vocabulary slice into the running statistics; the tile is left as it is."""
+    n, columns = logits_nv.shape
+    if n == 0:
+        return
+    unused = stats.max_N
+    _row_stats_kernel[(n,)](
+        logits_nv,
+        logits_nv if bias_v is None else bias_v,
+        labels_nk,
+        stats.max_N,
+        stats.sumexp_N,
+        stats.label_logit_NK,
+        unused if stats.shifted_sum_N is None else stats.shifted_sum_N,
+        unused if stats.logit_sum_N is None else stats.logit_sum_N,
+        unused if stats.argmax_N is None else stats.argmax_N,
+        logits_nv.stride(0),
+        columns,
+        labels_nk.shape[1],
+        v_start,
+        **_scalars(transform),
+        BLOCK=_block(columns),
+        HAS_BIAS=bias_v is not None,
+        HAS_CAP=transform.softcap is not None,
+        ENTROPY=stats.shifted_sum_N is not None,
+        MEAN=stats.logit_sum_N is not None,
+        ARGMAX=stats.argmax_N is not None,
+        num_warps=NUM_WARPS,
+    )
+
+
+def row_grad(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    lse_n: Tensor,
+    coefficients: RowCoefficients,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The gradient in the raw logits, (n, columns) in ``out_dtype``, rounded once, in the tile's own storage."""
+    n, columns = logits_nv.shape
+    ratio = logits_nv.element_size() // out_dtype.itemsize
+    out_nv = logits_nv.view(out_dtype)[:, :columns]
+    if n == 0:
+        return out_nv
+    softcap = transform.softcap
+    _row_grad_kernel[(n,)](
+        logits_nv,
+        logits_nv if bias_v is None else bias_v,
+        labels_nk,
+        lse_n,
+        coefficients.prob_N,
+        lse_n if coefficients.logp_slope_N is None else coefficients.logp_slope_N,
+        lse_n if coefficients.constant_N is None else coefficients.constant_N,
+        coefficients.label_NK,
+        logits_nv.stride(0),
+        logits_nv.stride(0) * ratio,
+        columns,
+        labels_nk.shape[1],
+        v_start,
+        **_scalars(transform),
+        cap_slope=0.0 if softcap is None else transform.temperature / softcap,
+        BLOCK=_block(columns),
+        OUT=_TRITON_DTYPE[out_dtype],
+        HAS_BIAS=bias_v is not None,
+        HAS_CAP=softcap is not None,
+        ENTROPY=coefficients.logp_slope_N is not None,
+        CONSTANT=coefficients.constant_N is not None,
+        num_warps=NUM_WARPS,
+    )
+    return out_nv

@@ -1,0 +1,55 @@
+"""The results in the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_results(console: Console, results: dict) -> None:
+    console.print()
+    console.print(_result_table(results))
+    console.print(_memory_table(results["memory"]))
+    console.print(_sample_table(results["samples"]))
+
+
+def _result_table(results: dict) -> Table:
+    table = Table(title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error)", title_justify="left")
+    table.add_column("model")
+    for column in ("reward", "right", "friendly", "win rate over ref.", "KL to ref., nats", "training, s"):
+        table.add_column(column, justify="right")
+    for name, row in results["table"].items():
+        table.add_row(
+            name,
+            f"{row['reward']:+.2f} ± {row['reward_error']:.2f}",
+            f"{row['right']:.0%}",
+            f"{row['friendly']:.0%}",
+            "" if name == "reference" else f"{row['win_rate']:.0%} ± {row['win_rate_error']:.0%}",
+            "" if name == "reference" else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
+            f"{row['seconds']:.0f}",
+            style="bold" if name == "VAR" else None,
+        )
+    best = results["optimum"]
+    table.add_section()
+    table.add_row(f"π* at λ = {best['lam']:g}", f"{best['reward']:+.2f}", "", "", "", f"{best['kl']:.2f}", "", style="dim")
+    return table
+
+
+def _memory_table(memory: list[dict]) -> Table:
+    vocab = f"{memory[0]['vocab']:,}"
+    table = Table(title=f"Peak memory of a training step, MiB (vocabulary {vocab})", title_justify="left")
+    for column in ("tokens in the batch", "plain loss", "fused loss", "less by"):
+        table.add_column(column, justify="right")
+    for row in memory:
+        ratio = row["plain_mib"] / row["fused_mib"]
+        table.add_row(f"{row['tokens']:,}", f"{row['plain_mib']:,.0f}", f"{row['fused_mib']:,.0f}", f"{ratio:.1f}x")
+    return table
+
+
+def _sample_table(samples: list[dict]) -> Table:
+    table = Table(title="The first reply of each model (in points: right +1, friendly +1, rude -1, too long -1)", title_justify="left", show_lines=True)
+    table.add_column("question", ratio=2)
+    table.add_column("reference, before", ratio=3)
+    table.add_column("VAR, after", ratio=3)
+    for row in samples[::2]:
+        before, after = (row["replies"][name] for name in ("reference", "VAR"))
+        table.add_row(row["question"], *(f"{reply['text']}  ({reply['score'].reward:+.0f})" for reply in (before, after)))
+    return table

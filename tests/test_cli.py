@@ -3,6 +3,7 @@ bench."""
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -96,6 +97,13 @@ def test_a_file_is_trained_as_it_is(tmp_path, dataset, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert tokenizer.decode(tokenizer(ROWS[0]["prompt"])["input_ids"]) == "<bos>" + ROWS[0]["prompt"]
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+def test_no_reference_term_is_none_and_not_the_default(tmp_path, dataset):
+    log_z = [math.log(sum(math.exp(reward / 2.0) for reward in row["rewards"])) for row in ROWS]
+    options = {"reference": "none", "normalizer": "group", "lam": 2.0, "per_device_train_batch_size": 8, "max_steps": 1}
+    assert main(words(tmp_path, dataset, **options)) == 0
+    assert metrics(tmp_path)[0]["log_z"] == pytest.approx(sum(log_z) / len(log_z), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -226,6 +234,7 @@ def test_bench_without_a_checkout_says_where_benchmarks_are(monkeypatch, tmp_pat
         (2, "float", 2.0),
         ("7", "int | None", 7),
         ("none", "float | None", None),
+        ("none", "str | None", "none"),
         ("false", "bool", False),
         (True, "bool", True),
         ("steps", "transformers.IntervalStrategy | str", "steps"),

@@ -52,10 +52,10 @@ def coerce(name: str, value: Any, kind: str) -> Any:
     """
     if value is None:
         return None
-    optional = "None" in kind or "Optional" in kind
-    if optional and isinstance(value, str) and value.lower() in ("none", "null"):
-        return None
     wanted = [word for word in ("bool", "int", "float", "str", "dict", "list") if word in kind]
+    # Where text is allowed "none" is a text: reference="none" is not the absence of a reference setting.
+    if "None" in kind and "str" not in wanted and isinstance(value, str) and value.lower() in ("none", "null"):
+        return None
     if "bool" in wanted:
         if isinstance(value, bool):
             return value

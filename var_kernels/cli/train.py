@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 section.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
             else:
                 section.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=shown)
-    parser.epilog = "Every other field of VARConfig (that is, of transformers.TrainingArguments) is an option too: --bf16 ..."
+    parser.epilog = (
+        "Every other field of VARConfig (that is, of transformers.TrainingArguments) is an option too: --bf16 ..."
+    )
     parser.set_defaults(extra={}, parser=parser)
 
 
@@ -99,15 +101,9 @@ def run(args: argparse.Namespace) -> int:
     set_seed(config.seed)
     model, tokenizer = _model_and_tokenizer(settings, config, examples, checkpoint)
     set_seed(config.seed)
-    existed = output_dir.exists()
-    try:
-        trainer = VARTrainer(
-            model, config, examples, eval_examples, tokenizer, reward_func=reward_func, peft_config=peft_config
-        )
-    except BaseException:
-        if not existed and output_dir.is_dir() and not any(output_dir.iterdir()):
-            output_dir.rmdir()
-        raise
+    trainer = VARTrainer(
+        model, config, examples, eval_examples, tokenizer, reward_func=reward_func, peft_config=peft_config
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.create_model_card()

@@ -65,7 +65,7 @@ class VARConfig(TrainingArguments):
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.normalizer == "self_normalised":
             self.reference = "none"
-        check_options(self.lam, self.normalizer, self.reference)
+        self.reference = check_options(self.lam, self.normalizer, self.reference)
         if self.normalizer == "cross":
             raise ValueError(
                 "normalizer: 'cross' needs the reference's score of every completion under every prompt of the batch, "

@@ -118,6 +118,7 @@ class VARTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks of a frozen base
             model = get_peft_model(model, peft_config)
+        existed = os.path.exists(args.output_dir)
         super().__init__(
             model=model,
             args=args,
@@ -134,7 +135,12 @@ class VARTrainer(Trainer):
         self.ref_model = ref_model
         self._sums = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._clock = None
-        self._prepare_reference([items.rows for items in data if items is not None])
+        try:
+            self._prepare_reference([items.rows for items in data if items is not None])
+        except BaseException:
+            if not existed and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
+                os.rmdir(args.output_dir)
+            raise
         if args.sync_ref_model:
             self.add_callback(SyncReference(self))
 

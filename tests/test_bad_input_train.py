@@ -1,0 +1,314 @@
+"""Bad input to training: what the message says, and that nothing is left behind."""
+
+import json
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.tiny_training import ROWS, tiny_config, tiny_model, tiny_trainer, tokenizer
+from var_kernels.cli import main
+from var_kernels.integrations.data import DataError, load_examples
+from var_kernels.integrations.trainer import VARConfig, VARTrainer
+from var_kernels.integrations.trainer.rewards import apply_reward_function, load_reward_function
+
+GOOD_LINE = json.dumps(ROWS[0])
+
+
+def tree(folder) -> set[str]:
+    return {
+        os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
+    } | {os.path.relpath(os.path.join(root, name), folder) for root, folders, _ in os.walk(folder) for name in folders}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A directory with a good data set, from which the command is run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAR_KERNELS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+BASE = {
+    "from-scratch": "hidden=16,layers=1,heads=2,vocab=270",
+    "dataset": "rows.jsonl",
+    "output-dir": "run",
+    "max-length": "32",
+    "max-steps": "1",
+}
+
+
+def chat_rows(path):
+    message = [{"role": "user", "content": "hi"}]
+    path.write_text(json.dumps({"prompt": message, "completion": message, "reward": 1}))
+
+
+# name: (options over BASE, None taking one away; files to write first; what the message must say)
+COMMAND_LINES = {
+    "no data set": ({"dataset": None}, {}, "--dataset is missing"),
+    "no output": ({"output-dir": None}, {}, "--output-dir is missing"),
+    "no model": ({"from-scratch": None}, {}, "give one of --model and --from-scratch"),
+    "two models": ({"model": "gpt2"}, {}, "give one of --model and --from-scratch"),
+    "unknown option": ({"lerning-rate": "1"}, {}, "unknown option --lerning-rate, did you mean --learning-rate?"),
+    "unknown key in YAML": ({"config": "c.yaml"}, {"c.yaml": "lamb: 3"}, "unknown option --lamb, did you mean --lam?"),
+    "YAML that is none": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "c.yaml is not YAML"),
+    "YAML of a list": ({"config": "c.yaml"}, {"c.yaml": "- 1"}, "c.yaml must hold 'name: value' lines, got a list"),
+    "wrong type in YAML": ({"config": "c.yaml"}, {"c.yaml": "beta: much"}, "beta: expected float, got 'much'"),
+    "no such YAML": ({"config": "none.yaml"}, {}, "config: no such file: none.yaml"),
+    "stray word": ({"bf16": "false stray"}, {}, "'stray' belongs to no option"),
+    "bad field value": ({"weight-decay": "heavy"}, {}, "weight_decay: expected float, got 'heavy'"),
+    "unknown method": ({"method": "ppo"}, {}, "method: expected one of var, sft, dpo, got 'ppo'"),
+    "unknown normalizer": ({"normalizer": "none"}, {}, "normalizer must be one of 'batch',"),
+    "cross": ({"normalizer": "cross"}, {}, "normalizer: 'cross' needs the reference's score of every completion"),
+    "unknown reference": ({"reference": "total"}, {}, "reference must be one of 'sum', 'mean', 'none', got 'total'"),
+    "lam of 0": ({"lam": "0"}, {}, "lam must be > 0"),
+    "beta of 0": ({"beta": "0"}, {}, "beta: expected > 0, got 0.0"),
+    "no room": ({"max-length": "1"}, {}, "max_length: expected >= 2 tokens, got 1"),
+    "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate: expected >= 0, got -1.0"),
+    "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size: expected >= 1, got 0"),
+    "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps: expected >= 1"),
+    "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb: expected > 0, or None, got -3.0"),
+    "unknown SFT set": ({"sft-on": "worst"}, {}, "sft_on: expected 'best' or 'all', got 'worst'"),
+    "moving precomputed reference": ({"sync-ref-model": True}, {}, "pass precompute_ref_log_probs=False"),
+    "no such file": ({"dataset": "none.jsonl"}, {}, "dataset: no such file: none.jsonl"),
+    "a directory": ({"dataset": "."}, {}, "dataset: . is a directory"),
+    "an unknown ending": ({"dataset": "rows.csv"}, {"rows.csv": "a,b"}, "rows.csv has none of the endings .json,"),
+    "an empty file": ({"dataset": "e.jsonl"}, {"e.jsonl": ""}, "e.jsonl: holds no rows"),
+    "no Parquet file": ({"dataset": "p.parquet"}, {"p.parquet": "x"}, "p.parquet: cannot be read as a Parquet file"),
+    "malformed rows": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": GOOD_LINE + '\n{"prompt": "p", "completions": ["a"], "rewards": [1, 2]}\n'},
+        "m.jsonl:2: rewards has 2 entries for 1 completions",
+    ),
+    "nothing but malformed rows": (
+        {"dataset": "m.jsonl", "skip-malformed": True},
+        {"m.jsonl": '{"prompt": "p"}\n'},
+        "no usable row in the data",
+    ),
+    "malformed evaluation": ({"eval-dataset": "m.jsonl"}, {"m.jsonl": "[]x\n"}, "m.jsonl: holds no rows"),
+    "VAR without rewards": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": '{"prompt": "p", "chosen": "a", "rejected": "b"}'},
+        "m.jsonl:1: chosen_reward and rejected_reward missing: this method needs rewards",
+    ),
+    "DPO without a difference": (
+        {"dataset": "m.jsonl", "method": "dpo"},
+        {"m.jsonl": '{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 1]}'},
+        "method 'dpo' needs pairs: no prompt has two completions with different rewards",
+    ),
+    "messages without a template": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": chat_rows},
+        "from-scratch: a new tokenizer has no chat template",
+    ),
+    "no such model": ({"from-scratch": None, "model": "./none"}, {}, "model: no such directory: ./none"),
+    "unknown size": ({"from-scratch": "hiden=8"}, {}, "from-scratch: unknown key 'hiden', did you mean hidden?"),
+    "size of another type": ({"from-scratch": "hidden=big"}, {}, "from-scratch: hidden must be int, got 'big'"),
+    "size without value": ({"from-scratch": "hidden"}, {}, "from-scratch: expected key=value,key=value, got 'hidden'"),
+    "odd heads": ({"from-scratch": "hidden=16,heads=3"}, {}, "from-scratch: hidden must be a multiple of 2 x heads"),
+    "no layers": ({"from-scratch": "layers=0"}, {}, "from-scratch: layers must be at least 1, got 0"),
+    "small vocabulary": ({"from-scratch": "vocab=100"}, {}, "vocab_size must be at least 259"),
+    "unknown LoRA key": ({"lora": "rank=8"}, {}, "lora: unknown key 'rank'"),
+    "LoRA of rank 0": ({"lora": "r=0"}, {}, "lora: r must be at least 1, got 0"),
+    "reward without colon": ({"reward": "json"}, {}, "reward: expected module:function, got 'json'"),
+    "reward of no module": ({"reward": "no_such_module:f"}, {}, "reward: module 'no_such_module' cannot be imported"),
+    "reward of no function": ({"reward": "json:f"}, {}, "reward: module 'json' has no function 'f'"),
+    "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir: rows.jsonl is a file"),
+}
+
+
+@pytest.mark.parametrize(("options", "files", "message"), COMMAND_LINES.values(), ids=COMMAND_LINES)
+def test_the_command_refuses_says_why_and_leaves_nothing(options, files, message, folder, capsys, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder.parent / f"{folder.name}-hf"))
+    for name, content in files.items():
+        content(folder / name) if callable(content) else (folder / name).write_text(content)
+    before = tree(folder)
+    words = ["train"]
+    for name, value in {**BASE, **options}.items():
+        if value is not None:
+            words += [f"--{name}"] + ([] if value is True else value.split(" "))
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("var-kernels train: ")
+    assert tree(folder) == before
+
+
+def test_a_run_is_not_written_over(folder, capsys):
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("{}\n")
+    before = tree(folder)
+    assert main(["train", *(word for name, value in BASE.items() for word in (f"--{name}", value))]) == 2
+    assert "already holds a run: --resume continues it" in capsys.readouterr().err
+    assert tree(folder) == before
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["docter"]) == 2
+    assert "unknown command 'docter', did you mean doctor?" in capsys.readouterr().err
+    assert main(["doctor", "--modle", "x"]) == 2
+    assert "unknown option --modle, did you mean --model?" in capsys.readouterr().err
+    assert main(["doctor", "--length", "0"]) == 2
+    assert "--length must be at least 1, got 0" in capsys.readouterr().err
+
+
+# ---- the Python interface --------------------------------------------------------------------------------------------
+
+
+def encoder_model():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(vocab_size=270, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+
+
+def without_eos():
+    import copy
+
+    bare = copy.deepcopy(tokenizer())
+    bare.eos_token = None
+    return bare
+
+
+TRAINERS = {
+    "not a VARConfig": (
+        lambda f: VARTrainer(tiny_model(), {"lam": 1}, ROWS),
+        TypeError,
+        "args: expected a VARConfig, got dict",
+    ),
+    "a name for rows": (
+        lambda f: VARTrainer(tiny_model(), tiny_config(f), "rows.jsonl", processing_class=tokenizer()),
+        TypeError,
+        "train_dataset: expected rows, got the name 'rows.jsonl'",
+    ),
+    "no rows": (lambda f: tiny_trainer(f, []), DataError, "train_dataset: holds no rows"),
+    "a malformed row": (
+        lambda f: tiny_trainer(f, [*ROWS, {"prompt": "p"}]),
+        DataError,
+        "train_dataset row 9: no completion among its keys",
+    ),
+    "examples without rewards": (
+        lambda f: tiny_trainer(f, _pairs(f)),
+        DataError,
+        "pairs.json:1: rewards missing: this method needs rewards",
+    ),
+    "a small model": (
+        lambda f: tiny_trainer(f, model=_shrunk_model()),
+        ValueError,
+        "the tokenizer has 270 tokens but the model embeds 100",
+    ),
+    "no end of sequence": (
+        lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS, processing_class=without_eos()),
+        ValueError,
+        "the tokenizer has no end-of-sequence token",
+    ),
+    "no language model": (
+        lambda f: tiny_trainer(f, model=encoder_model()),
+        ValueError,
+        "output embedding",
+    ),
+    "unused columns removed": (
+        lambda f: VARConfig(str(f / "run"), remove_unused_columns=True),
+        ValueError,
+        "remove_unused_columns: expected False",
+    ),
+    "a moving reference of an adapter": (
+        lambda f: tiny_trainer(
+            f, precompute_ref_log_probs=False, sync_ref_model=True, trainer_options={"peft_config": object()}
+        ),
+        ValueError,
+        "sync_ref_model: with peft_config the reference is the model without its adapter",
+    ),
+}
+
+
+def _pairs(folder):
+    path = folder / "pairs.json"
+    if not path.exists():
+        path.write_text('[{"prompt": "p", "chosen": "a", "rejected": "b"}]')
+    return load_examples(path)[0]
+
+
+def _shrunk_model():
+    model = tiny_model()
+    model.resize_token_embeddings(100)
+    return model
+
+
+@pytest.mark.parametrize(("build", "kind", "message"), TRAINERS.values(), ids=TRAINERS)
+def test_the_trainer_refuses_before_anything_is_written(build, kind, message, folder):
+    _pairs(folder)
+    before = tree(folder)
+    with pytest.raises(kind, match=message):
+        build(folder)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda p, c: [1.0] * (len(c) - 1), "must return a list with one float per completion"),
+        (lambda p, c: 1.0, "for 24 rows from here on it returned float"),
+        (
+            lambda p, c: [float("nan") if x == "3" else 0.0 for x in c],
+            "row 4: the reward function must return finite numbers, got nan",
+        ),
+        (
+            lambda p, c: ["high" if x == "3" else 0.0 for x in c],
+            "row 4: the reward function must return finite numbers, got 'high'",
+        ),
+        (
+            lambda p, c: [1 / (x != "3") for x in c],
+            "row 4: the reward function raised ZeroDivisionError: division by zero",
+        ),
+        (lambda p, c: 1 / (len(c) == 1) and [0.0], "row 1: the reward function raised ZeroDivisionError"),
+    ],
+    ids=["too few", "a number", "NaN", "text", "raises on a row", "raises on the whole"],
+)
+def test_what_a_reward_function_does_wrong_is_reported_by_row(function, message, folder):
+    before = tree(folder)
+    with pytest.raises(DataError, match=message):
+        tiny_trainer(folder, trainer_options={"reward_func": function})
+    assert tree(folder) == before
+
+
+def test_a_reward_function_may_return_tensors_and_numpy_numbers(folder):
+    import numpy as np
+
+    examples = load_examples(folder / "rows.jsonl")[0]
+    for function in (lambda p, c: torch.ones(len(c)), lambda p, c: np.ones(len(c)), lambda p, c: [True] * len(c)):
+        assert all(example.rewards == [1.0, 1.0, 1.0] for example in apply_reward_function(function, examples))
+
+
+def test_a_module_that_fails_to_import_is_named_with_its_error(folder):
+    (folder / "broken_reward.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(ValueError, match="'broken_reward' cannot be imported: ModuleNotFoundError"):
+        load_reward_function("broken_reward:f")
+
+
+def test_a_reference_that_overflows_names_its_rows_and_caches_nothing(folder):
+    model = tiny_model()
+    before = tree(folder)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("inf")
+    with pytest.raises(DataError, match=r"train_dataset row 1: the reference model's log-prob is"):
+        tiny_trainer(folder, model=model)
+    assert tree(folder) == before
+
+
+def test_a_failed_write_of_the_cache_leaves_no_part_of_a_file(folder, monkeypatch):
+    from var_kernels.integrations.trainer import reference
+
+    def full_disk(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(reference, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        tiny_trainer(folder)
+    assert [path for path in (folder / "cache").rglob("*") if path.is_file()] == []

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::var_kernels.losses.CollapsedWei
 B, T, D, V, RANKS = 7, 5, 12, 31, 2
 SPLITS = {"uneven": (5, 2), "one rank empty": (7, 0)}
 LAM = 0.7
+BAD_VALUES = ["nan", "-inf"]  # minus infinity alone would pass for a row that is left out
 WEIGHT_CASES = ["batch", "batch_mean", "group", "self_normalised", "self_normalised, groups", "cross", "cross (B,)"]
 
 
@@ -63,9 +64,9 @@ class Model(nn.Module):
         return self.loss(batch["hidden"], self.lm_head_weight, batch["labels"], batch["rewards"], batch["ref_logp"])
 
 
-def bad_value_on(rank, process_group):
-    """The refusal that each rank sees when only rank 1 holds a NaN."""
-    rewards = torch.ones(2) if rank == 0 else torch.tensor([1.0, float("nan")])
+def bad_value_on(rank, process_group, value):
+    """The refusal that each rank sees when only rank 1 holds the value."""
+    rewards = torch.ones(2) if rank == 0 else torch.tensor([1.0, value])
     try:
         var_weights(rewards, lam=1.0, reference="none", process_group=process_group)
     except ValueError as error:
@@ -104,7 +105,8 @@ def run_rank(rank, rendezvous, results):
     )  # fmt: skip
     stats.loss.backward()
     out["hidden"] = stats.loss.detach(), hidden.grad, stats.logp
-    out["bad value"] = bad_value_on(rank, group)
+    for value in BAD_VALUES:
+        out["bad value", value] = bad_value_on(rank, group, float(value))
     out["warnings"] = collapse_warnings(rank, group)
     try:
         var_weights(torch.empty(0), lam=1.0, reference="none", process_group=group)
@@ -166,9 +168,13 @@ def test_gradient_of_the_rows_is_that_of_one_process_times_the_ranks(ranks):
     torch.testing.assert_close(torch.cat([out["hidden"][2] for out in ranks]), stats.logp)
 
 
-def test_every_rank_refuses_what_one_rank_cannot_use(ranks):
-    assert "rewards must be finite, got nan at index (1,)" in ranks[1]["bad value"]
-    assert "another rank" in ranks[0]["bad value"]
+@pytest.mark.parametrize("value", BAD_VALUES)
+def test_every_rank_refuses_what_one_rank_cannot_use(ranks, value):
+    assert f"rewards must be finite, got {value} at index (1,)" in ranks[1]["bad value", value]
+    assert "another rank" in ranks[0]["bad value", value]
+
+
+def test_a_batch_that_is_empty_everywhere_is_refused(ranks):
     assert all("at least one sequence" in out["empty"] for out in ranks)
 
 

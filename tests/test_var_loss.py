@@ -98,8 +98,9 @@ def test_groups_equal_to_the_naive_twin():
         assert_matches(batch, batch.loss(**options), batch.twin(**options), FP32)
 
 
-def test_cross_equal_to_the_naive_twin():
-    batch = Batch()
+@pytest.mark.parametrize("t", [T, B], ids=["T > B", "T = B"])
+def test_cross_equal_to_the_naive_twin(t):
+    batch = Batch(t=t)  # with T = B the (B, B) scores have the shape of the labels
     batch.ref_logp = -6 + torch.randn(B, B, generator=torch.Generator().manual_seed(3))
     assert_matches(batch, batch.loss(normalizer="cross"), batch.twin(normalizer="cross"), FP32)
 
@@ -225,8 +226,11 @@ def test_sequence_sum_gradcheck(packed):
 
 
 def test_sequence_sum_keeps_its_digits():
-    values = torch.full((1, 100_000), -0.1)  # fp32 alone, added one by one, is off by tens
-    assert sequence_sum(values).item() == pytest.approx(100_000 * torch.tensor(-0.1).double().item(), rel=2**-23)
+    values = torch.full((100_000,), -0.1)  # fp32 alone, added one by one, is off by more than a nat
+    cu_seqlens = torch.tensor([0, 100_000], dtype=torch.int32)
+    want = 100_000 * torch.tensor(-0.1).double().item()
+    assert sequence_sum(values, cu_seqlens=cu_seqlens).item() == pytest.approx(want, rel=2**-23)
+    assert sequence_sum(values.unsqueeze(0)).item() == pytest.approx(want, rel=2**-23)
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch():

@@ -188,6 +188,13 @@ def test_shift_labels_and_return_tuples_are_honoured():
     assert own != pytest.approx(loss.item(), rel=1e-3)
 
 
+def test_num_items_in_batch_may_be_a_tensor():
+    model = build(MIXTRAL)
+    own = model(**batch(), num_items_in_batch=torch.tensor(40)).loss.item()
+    with fused_lm_head(model):
+        assert model(**batch(), num_items_in_batch=torch.tensor(40)).loss.item() == pytest.approx(own, rel=2**-17)
+
+
 def test_labels_default_to_what_attention_mask_shows():
     model = build(LLAMA)
     inputs = batch()
@@ -301,6 +308,30 @@ def test_autocast():
     assert loss == pytest.approx(own, rel=2**-7)
     assert_close(got, expected, bound=2**-5)
     assert all(g.dtype == torch.float64 and g.isfinite().all() for g in got.values())
+
+
+@pytest.mark.slow  # torch.compile alone takes seconds to start
+def test_compiled_model():
+    model = build(llama("LlamaForCausalLM", num_hidden_layers=1))
+    own = model(**batch()).loss.item()
+    compiled = torch.compile(model, backend="eager")
+    with fused_lm_head(compiled):
+        assert compiled(**batch()).loss.item() == pytest.approx(own, rel=2**-17)
+    assert compiled(**batch()).logits.shape[-1] == VOCAB
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [LLAMA, GEMMA2, MIXTRAL], ids=lambda case: case.id)
+def test_on_a_gpu(case):
+    model = build(case).cuda()
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    truth = token_logprobs(build(case), batch())
+    logp = token_logprobs(model, inputs)
+    assert logp.device.type == "cuda"
+    assert (logp.cpu() - truth).abs().max() <= 1e-3  # TF32 or not, the hidden states are another machine's
+    own, expected, loss, got = own_and_fused(model, model, inputs)
+    assert loss == pytest.approx(own, rel=1e-4)
+    assert_close(got, expected, bound=1e-3)
 
 
 @pytest.fixture

@@ -338,9 +338,11 @@ def input_device(inner: nn.Module) -> torch.device:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients and a random state of its own; everything as before at the end."""
     training = [module for module in model.modules() if module.training]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(0)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        # not torch.manual_seed: it would seed GPUs that fork_rng does not restore
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+            generator.manual_seed(0)
         for module in training:
             module.training = False
         try:

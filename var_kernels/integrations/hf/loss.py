@@ -85,7 +85,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             return self._plain_forward(*args, **kwargs)
         call = self._signature.bind_partial(*args, **kwargs)
         labels, shift_labels = call.arguments.get("labels"), kwargs.get("shift_labels")
-        if labels is None and shift_labels is None:
+        if labels is None:
             return self._plain_forward(*args, **kwargs)
         head = find_head(self.inner)
         rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
@@ -108,16 +108,23 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             )
 
         with head_results(self.inner, head, nll_sum) as results:
-            if self._rule.replaceable:
-                loss_function = functools.partial(self._loss_function, rows, results, shift_labels)
-                with swapped(self.inner, "_loss_function", loss_function):
-                    output = self._plain_forward(*args, **kwargs)
-                return _without_logits(output)
-            call.arguments["labels"] = None
-            output = self._plain_forward(*call.args, **call.kwargs)
-            return _without_logits(output, self._loss_function(rows, results, None, logits_of(output), labels))
+            if not self._rule.replaceable:
+                call.arguments["labels"] = None
+                output = self._plain_forward(*call.args, **call.kwargs)
+                return _without_logits(output, self._loss(rows, results, None, logits_of(output), labels))
+            losses = []
 
-    def _loss_function(
+            def loss_function(*args, **kwargs):
+                losses.append(self._loss(rows, results, shift_labels, *args, **kwargs))
+                return losses[0]
+
+            with swapped(self.inner, "_loss_function", loss_function):
+                output = self._plain_forward(*args, **kwargs)
+        if not losses:
+            raise ValueError(f"{type(self.inner).__name__} computed no loss though it was given labels")
+        return _without_logits(output)
+
+    def _loss(
         self,
         rows,
         results,

@@ -1,0 +1,149 @@
+"""Compile every shipped kernel configuration for GPUs that need not be here; a table of registers and shared memory.
+
+    python benchmarks/compile_kernels.py [--targets sm_80 sm_90 sm_100 gfx942] [--markdown docs/kernels.md]
+
+Exit status 1 if a configuration does not compile, spills, or asks for more shared memory than the target has.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from var_kernels.kernels import rows_triton
+
+KIB = 1024
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    name: str
+    kernel: triton.JITFunction
+    types: dict[str, str]  # of the arguments that are no constexpr
+    constants: dict[str, object]
+    num_warps: int
+
+    def compile(self, target: GPUTarget):
+        signature = {arg: self.types.get(arg, "constexpr") for arg in self.kernel.arg_names}
+        constants = {(self.kernel.arg_names.index(arg),): value for arg, value in self.constants.items()}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, arg in enumerate(self.kernel.arg_names) if "*" in signature[arg]
+        }
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=aligned)
+        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+
+
+def configurations() -> list[Configuration]:
+    """The row kernels: each storage dtype, bare and with every option."""
+    found = []
+    integers = dict.fromkeys(("row_stride", "out_stride", "C", "K", "v_start"), "i32")
+    scalars = dict.fromkeys(("scale", "cap", "inner", "cap_slope"), "fp32")
+    for storage, everything in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
+        suffix = f"{storage}, {'every option' if everything else 'bare'}"
+        vectors = dict.fromkeys(("max_ptr", "sumexp_ptr", "label_logit_ptr", "shifted_ptr", "logit_sum_ptr"), "*fp32")
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "ENTROPY"), everything)
+        common = {"bias_ptr": f"*{storage}", "labels_ptr": "*i64", **integers, **scalars}
+        kernel = rows_triton._row_stats_kernel
+        types = {"logits_ptr": f"*{storage}", "argmax_ptr": "*i64", **vectors, **common}
+        constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, **flags, "MEAN": everything, "ARGMAX": everything}
+        found.append(_configuration(f"row_stats {suffix}", kernel, types, constants))
+
+        kernel = rows_triton._row_grad_kernel
+        vectors = dict.fromkeys(("lse_ptr", "prob_ptr", "logp_slope_ptr", "constant_ptr", "label_ptr"), "*fp32")
+        for out in ("bf16", "fp16", "fp32") if storage == "fp32" else (storage,):
+            types = {"logits_ptr": f"*{storage}", **vectors, **common, "bias_ptr": f"*{out}"}
+            constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, "OUT": getattr(tl, _LONG[out]), **flags}
+            constants["CONSTANT"] = everything
+            found.append(_configuration(f"row_grad {suffix}, to {out}", kernel, types, constants))
+    return found
+
+
+_LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _configuration(name, kernel, types, constants) -> Configuration:
+    types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
+    missing = set(kernel.arg_names) - set(types) - set(constants)
+    assert not missing, f"{name}: no type for {sorted(missing)}"
+    return Configuration(name, kernel, types, constants, rows_triton.NUM_WARPS)
+
+
+def resources(compiled, target: GPUTarget) -> tuple[int, int]:
+    """(registers a thread, bytes of spill or stack)."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        numbers = {
+            key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        return numbers["vgpr_count"], 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [NVIDIA_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    args = parser.parse_args()
+    lines, failures = [], []
+    for configuration in configurations():
+        cells = []
+        for name in args.targets:
+            target, limit = TARGETS[name]
+            try:
+                compiled = configuration.compile(target)
+                registers, spill = resources(compiled, target)
+            except Exception as error:
+                failures.append(f"{configuration.name} on {name}: {type(error).__name__}: {error}")
+                cells.append("failed")
+                continue
+            shared = compiled.metadata.shared
+            if spill or shared > limit:
+                failures.append(f"{configuration.name} on {name}: spill {spill} B, shared {shared} of {limit} B")
+            cells.append(f"{registers} / {shared}" + (f" / spills {spill}" if spill else ""))
+        lines.append(f"| {configuration.name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    if args.markdown:
+        head = [
+            "# Kernels, compiled",
+            "",
+            f"Registers a thread / bytes of shared memory a program, Triton {triton.__version__}, compiled without a GPU",
+            "by `python benchmarks/compile_kernels.py --markdown docs/kernels.md`. No configuration spills.",
+            "",
+            f"| kernel | {' | '.join(args.targets)} |",
+            "|---" * (len(args.targets) + 1) + "|",
+        ]
+        if not failures:
+            args.markdown.write_text("\n".join([*head, *lines]) + "\n")
+    for failure in failures:
+        print("FAILED", failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

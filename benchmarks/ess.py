@@ -263,7 +263,7 @@ def plot(table, path: Path) -> None:
             {"batch": f"batch of {size}, mixed prompts", "group": f"{size} completions of one prompt"}[normalizer]
         )
     axes[0].set_ylabel("effective sample size (sequences)")
-    axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    axes[0].legend(frameon=False, fontsize=9, loc="center right")
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -215,7 +215,7 @@ def test_batch_over_several_prompts_weighs_each_by_its_partition_function():
 
 
 def test_self_normalised_bias_falls_with_the_number_of_samples():
-    # expectation over all K-tuples drawn from pi_ref, on the 7 most likely responses; the minimiser is the mean weight
+    # expectation over all K-tuples drawn from pi_ref, on 7 of the responses; the minimiser is the mean weight
     prior, reward = normalised(PI_REF[0, :7]), REWARDS[0, :7]
     distances = []
     for k in (1, 2, 3):

@@ -36,7 +36,7 @@ def dpo_loss(
     Raises:
         TypeError, ValueError: beta or label_smoothing out of range, shapes that differ, integer tensors.
 
-    Source: arXiv 2305.18290 eq. 7; label smoothing as in the authors' code (cDPO). LOSSES 5.
+    Source: arXiv 2305.18290 eq. 7; label smoothing as in the authors' code (cDPO).
     """
     _check_positive("beta", beta)
     if not 0 <= label_smoothing < 0.5:

@@ -21,7 +21,7 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
     Raises:
         ValueError: unknown reduction, "mean" without lengths, shapes that differ.
 
-    Source: maximum likelihood; LOSSES 5, row SFT.
+    Source: maximum likelihood.
     """
     if token_reduction not in ("sum", "mean"):
         raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")

@@ -139,7 +139,7 @@ def var_loss(
     Raises:
         TypeError, ValueError: as ``var_weights`` and ``linear_weighted_nll``; layouts that do not belong together.
 
-    Source: arXiv 2502.11026 (objective and weighting); estimators of Z(x) and who needs which: docs/var.md, LOSSES 2.
+    Source: arXiv 2502.11026 (objective and weighting); estimators of Z(x) and who needs which: docs/var.md.
     """
     _check_loss_options(token_reduction, head_options)
     num_sequences = _check_layout(hidden, labels, cu_seqlens)

@@ -288,7 +288,8 @@ def test_reference_log_probs_are_computed_once_and_read_back(tmp_path, monkeypat
     monkeypatch.setattr(reference, "score_rows", lambda *args: calls.append(1) or score_rows(*args))
     assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.ref_logp, wanted)
     assert not calls
-    for changed in ({"model": tiny_model(seed=1)}, {"rows": ROWS[1:]}, {"max_length": 8}):
+    same_lengths = [{**row, "completions": [c.replace("x", "z") for c in row["completions"]]} for row in ROWS]
+    for changed in ({"model": tiny_model(seed=1)}, {"rows": ROWS[1:]}, {"rows": same_lengths}, {"max_length": 8}):
         tiny_trainer(tmp_path, **changed)
         assert len(calls) == 1, changed
         calls.clear()

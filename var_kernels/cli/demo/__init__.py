@@ -2,9 +2,13 @@
 
 import argparse
 
+_MAX_THREADS = 4  # more only slow a model of this size, the more so under a container's CPU quota
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="where everything is saved (default: runs/demo)")
+    parser.add_argument(
+        "--output", default="runs/demo", metavar="DIR", help="where everything is saved (default: runs/demo)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a shrunken run of less than a minute, for a first look")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
@@ -15,11 +19,17 @@ def run(args: argparse.Namespace) -> int:
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is on the hub; without it transformers may look
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin while they wait slow a busy machine many times
     try:
         from var_kernels.cli.demo.experiment import FULL, QUICK
         from var_kernels.cli.demo.story import tell
     except ImportError as error:
         raise ImportError(f"{error}; the demo needs the extra 'hf': pip install 'var-kernels[hf]'") from error
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
     if args.seed < 0:
         raise ValueError(f"--seed: expected an integer >= 0, got {args.seed}")
     tell(args.output, QUICK if args.quick else FULL, seed=args.seed, cpu=args.cpu)

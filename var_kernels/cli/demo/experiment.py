@@ -51,24 +51,24 @@ FULL = Plan(
     eval_samples=8,
     frontier_samples=32,
     probe_every=10,
-    memory_rows=(512, 1024, 2048),
+    memory_rows=(1024, 2048, 4096),
     memory_vocab=32_000,
 )
 QUICK = Plan(
-    model=ScratchSpec(hidden=64, layers=2, heads=2, vocab=1024),
-    pretrain_steps=220,
+    model=ScratchSpec(hidden=96, layers=2, heads=3, vocab=1024),
+    pretrain_steps=300,
     pretrain_batch=32,
     pretrain_rate=6e-3,
     completions=8,
-    align_steps=30,
+    align_steps=40,
     align_prompts=8,
-    align_rate=2e-3,
+    align_rate=1e-3,
     lam=0.5,
     eval_samples=4,
     frontier_samples=8,
-    probe_every=15,
-    memory_rows=(256, 512),
-    memory_vocab=8_000,
+    probe_every=20,
+    memory_rows=(512, 1024),
+    memory_vocab=16_000,
 )
 
 # What is trained on the completions that the reference drew: name -> what differs in VARConfig.
@@ -79,48 +79,71 @@ METHODS = {
     "VAR": {"method": "var", "normalizer": "self_normalised"},
 }
 
+DPO_RATE = 0.3  # of the others' learning rate: at the full one it drifts off, to more KL for less reward
+
 Advance = Callable[[], None]
 
 
-def make_reference(plan: Plan, seed: int, folder: Path, device: str, advance: Advance):
+@dataclass(frozen=True)
+class Run:
+    """What every part of one run shares. ``folder`` takes the Trainer's own files."""
+
+    plan: Plan
+    seed: int
+    folder: Path
+    device: torch.device
+
+    def config(self, steps: int, batch: int, rate: float, **settings) -> VARConfig:
+        return VARConfig(
+            output_dir=str(self.folder / "trainer"),
+            cache_dir=str(self.folder / "cache"),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=256,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, min(40, steps // 10)),
+            adam_beta2=0.95,
+            logging_steps=max(1, steps // 40),
+            max_length=MAX_LENGTH,
+            seed=self.seed,
+            use_cpu=self.device.type == "cpu",
+            disable_tqdm=True,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+            **settings,
+        )
+
+
+def make_reference(run: Run, advance: Advance):
     """(model, tokenizer, corpus rows): a Llama-shaped model trained on one pass over the mixed-quality corpus."""
-    rows = list(itertools.islice(world.corpus(seed), plan.pretrain_steps * plan.pretrain_batch))
+    plan = run.plan
+    rows = list(itertools.islice(world.corpus(run.seed), plan.pretrain_steps * plan.pretrain_batch))
     tokenizer = make_tokenizer(plan.model, (row["prompt"] + row["completion"] for row in rows[:10_000]))
-    model = make_model(plan.model, len(tokenizer), MAX_LENGTH, seed)
-    train(
-        model,
-        tokenizer,
-        rows,
-        _config(folder, device, seed, plan.pretrain_steps, plan.pretrain_batch, plan.pretrain_rate, method="sft", sft_on="all"),
-        advance,
-    )
+    model = make_model(plan.model, len(tokenizer), MAX_LENGTH, run.seed)
+    config = run.config(plan.pretrain_steps, plan.pretrain_batch, plan.pretrain_rate, method="sft", sft_on="all")
+    train(model, tokenizer, rows, config, advance)
     return model, tokenizer, rows
 
 
-def draw_completions(model, tokenizer, plan: Plan, tasks: list[world.Task], seed: int, advance: Advance) -> list[dict]:
+def draw_completions(model, tokenizer, run: Run, tasks: list[world.Task], advance: Advance) -> list[dict]:
     """One row {"prompt", "completions", "rewards"} per task, completions drawn from the reference at temperature 1."""
-    drawn = draw(model, tokenizer, tasks, plan.completions, seed, advance)
+    size = run.plan.completions
+    drawn = draw(model, tokenizer, tasks, size, run.seed + 1, advance)
     rewards = rewards_of(drawn).tolist()
-    size = plan.completions
     return [
         {"prompt": task.prompt, "completions": drawn.texts[i * size : (i + 1) * size], "rewards": rewards[i]}
         for i, task in enumerate(tasks)
     ]
 
 
-def align(model, tokenizer, rows: list[dict], name: str, plan: Plan, seed: int, folder: Path, device: str, callbacks, advance: Advance):
-    """Train ``model`` in place by one of ``METHODS`` on the rows; returns the Trainer's log, one dict per logged step."""
-    config = _config(
-        folder,
-        device,
-        seed,
-        plan.align_steps,
-        plan.align_prompts * (plan.completions if name == "SFT" else 1),
-        plan.align_rate,
-        lam=plan.lam,
-        beta=plan.lam,
-        **METHODS[name],
-    )
+def align(name: str, model, tokenizer, rows: list[dict], run: Run, advance: Advance, callbacks=()) -> list[dict]:
+    """Train ``model`` in place by one of ``METHODS`` on the rows; returns the Trainer's log."""
+    plan = run.plan
+    batch = plan.align_prompts * (plan.completions if name == "SFT" else 1)
+    rate = plan.align_rate * (DPO_RATE if name == "DPO" else 1.0)
+    config = run.config(plan.align_steps, batch, rate, lam=plan.lam, beta=plan.lam, **METHODS[name])
     return train(model, tokenizer, rows, config, advance, callbacks)
 
 
@@ -129,29 +152,6 @@ def train(model, tokenizer, rows, config: VARConfig, advance: Advance, callbacks
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _config(folder: Path, device: str, seed: int, steps: int, batch: int, rate: float, **settings) -> VARConfig:
-    return VARConfig(
-        output_dir=str(folder / "trainer"),
-        cache_dir=str(folder / "cache"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=256,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, min(40, steps // 10)),
-        adam_beta2=0.95,
-        logging_steps=max(1, steps // 40),
-        max_length=MAX_LENGTH,
-        seed=seed,
-        use_cpu=device == "cpu",
-        disable_tqdm=True,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        **settings,
-    )
 
 
 class _Advance(TrainerCallback):
@@ -187,9 +187,10 @@ class Probe(TrainerCallback):
 
 
 def frontier(drawn: Drawn, lams: list[float]) -> list[dict]:
-    """What no policy can beat: reward and KL of pi* = pi_ref exp(r/lam)/Z for each lam, from samples of the reference.
+    """Estimated best: reward and KL of pi* = pi_ref exp(r/lam)/Z for each lam, from samples of the reference.
 
-    Per prompt over k samples, w = softmax(r/lam): E*[r] = sum w r and KL(pi* || pi_ref) = sum w log(k w), averaged over prompts.
+    Per prompt over k samples, w = softmax(r/lam): E*[r] = sum w r and KL(pi* || pi_ref) = sum w log(k w), then the mean
+    over prompts.
     """
     rewards_PK = rewards_of(drawn).double()
     points = []

@@ -27,7 +27,7 @@ class Drawn:
 
 @torch.no_grad()
 def draw(model, tokenizer, tasks: list[Task], k: int, seed: int, advance: Callable[[], None] | None = None) -> Drawn:
-    """k replies to each task, sampled at temperature 1 from the whole vocabulary. Leaves the global random state as it was."""
+    """k replies to each task, sampled at temperature 1 from the whole vocabulary. The global random state is kept."""
     model.eval()
     prompts = [task.prompt for task in tasks for _ in range(k)]
     device, token_ids = model.device, []
@@ -72,7 +72,7 @@ def rewards_of(drawn: Drawn) -> Tensor:
 def kl_to_reference(policy, reference, tokenizer, drawn: Drawn) -> Tensor:
     """(P, k) summands of the Monte-Carlo estimate of KL(policy || reference), nats per reply: s_policy - s_ref.
 
-    Unbiased when the policy itself drew the replies. The very token ids that were sampled are scored, not their text again.
+    Unbiased when the policy itself drew the replies. The sampled token ids are scored, not their text encoded again.
     """
     policy.eval()
     prompts = [tokenizer(task.prompt).input_ids for task in drawn.tasks for _ in range(drawn.k)]
@@ -97,7 +97,7 @@ def mean_and_error(values_PK: Tensor) -> tuple[float, float]:
 
 
 def win_rate(rewards_PK: Tensor, reference_PK: Tensor) -> Tensor:
-    """(P, 1) share of all pairs (reply of the policy, reply of the reference) to a prompt that the policy wins; ties count half."""
+    """(P, 1) share of a prompt's pairs (reply of the policy, of the reference) that the policy wins, ties by half."""
     gap_PKK = rewards_PK[:, :, None] - reference_PK[:, None, :]
     return ((gap_PKK > 0).float() + 0.5 * (gap_PKK == 0).float()).mean((1, 2)).unsqueeze(1)
 
@@ -105,7 +105,7 @@ def win_rate(rewards_PK: Tensor, reference_PK: Tensor) -> Tensor:
 def summarise(drawn: Drawn, reference: Drawn, kl_PK: Tensor) -> dict:
     """The row of the result table that belongs to one policy."""
     reward, reward_error = mean_and_error(rewards_of(drawn))
-    win, win_error = mean_and_error(win_rate(rewards_of(drawn), rewards_of(reference)))
+    win, win_error = mean_and_error(win_rate(rewards_of(drawn), rewards_of(reference)))  # 1/2 for the reference itself
     kl, kl_error = mean_and_error(kl_PK)
     shares = {
         name: sum(getattr(score, name) for score in drawn.scores) / len(drawn.scores)

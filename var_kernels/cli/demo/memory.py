@@ -12,8 +12,8 @@ from var_kernels.integrations.scratch import ScratchSpec, make_model
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Highest number of bytes above those held before ``step()``: the CUDA allocator's maximum, or on the CPU the running sum
-    of the profiler's memory events."""
+    """Most bytes held at once during ``step()`` above those held before it: the CUDA allocator's maximum, or on the CPU
+    the running sum of the profiler's memory events."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -21,7 +21,10 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -45,10 +48,12 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def compare(rows: tuple[int, ...], vocab: int, device: torch.device, seed: int, advance: Callable[[], None]) -> list[dict]:
-    """For each number of tokens: peak MiB of forward + backward through ``model(...).loss`` and through ``fused_lm_head``.
+def compare(
+    rows: tuple[int, ...], vocab: int, device: torch.device, seed: int, advance: Callable[[], None]
+) -> list[dict]:
+    """For each number of tokens the peak MiB of forward + backward, through ``model(...).loss`` and ``fused_lm_head``.
 
-    A 2-layer Llama of width 256 in fp32, sequences of 256 tokens, every token labelled. The gradients count on both sides.
+    A 2-layer Llama of width 256 in fp32, sequences of 256 tokens, every token labelled; gradients count on both sides.
     """
     model = make_model(ScratchSpec(hidden=256, layers=2, heads=4, vocab=vocab), vocab, 256, seed).to(device)
     points = []

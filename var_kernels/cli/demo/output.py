@@ -9,13 +9,20 @@ from pathlib import Path
 
 METRICS = "metrics.json"
 REPORT = "report.html"
-_OWN = (METRICS, "data", "models", "samples.jsonl", "history.jsonl", REPORT)  # the mark first; the report, which speaks of all, last
+_OWN = (
+    METRICS,
+    "data",
+    "models",
+    "samples.jsonl",
+    "history.jsonl",
+    REPORT,
+)  # the mark first; the report, which speaks of all, last
 _MARK = "var-kernels demo"
 
 
 @contextmanager
 def staged(output: str) -> Iterator[Path]:
-    """A folder to write into; on success its entries replace those of an earlier run in ``output``, else nothing changes.
+    """A folder to write into. On success its entries replace an earlier run's in ``output``, else nothing changes.
 
     Raises:
         ValueError: ``output`` holds something that no demo wrote under a name that the demo uses.
@@ -48,12 +55,20 @@ def staged(output: str) -> Iterator[Path]:
 def _clear_abandoned(target: Path) -> None:
     """Remove the staging folders of runs that were killed."""
     for folder in target.glob(".partial-*"):
-        try:
-            os.kill(int(folder.name.removeprefix(".partial-")), 0)
-        except (ProcessLookupError, ValueError):
+        pid = folder.name.removeprefix(".partial-")
+        if pid.isdigit() and not _is_alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:  # alive, and somebody else's
-            continue
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        if os.name == "posix":
+            os.kill(pid, 0)  # asks only; elsewhere it would end the process
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _is_ours(target: Path) -> bool:

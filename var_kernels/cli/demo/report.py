@@ -24,7 +24,7 @@ def _values(results: dict) -> dict[str, str]:
         "after": _signed(table["VAR"]["reward"]),
         "win": f"{table['VAR']['win_rate']:.0%}",
         "kl": f"{table['VAR']['kl']:.2f}",
-        "ratio": f"{last['plain_mib'] / last['fused_mib']:.1f}×",
+        "ratio": f"{last['plain_mib'] / last['fused_mib']:.1f}x",
         "tokens": f"{last['tokens']:,}",
         "vocab": f"{last['vocab']:,}",
         "parameters": f"{plan['parameters']:,}",
@@ -37,23 +37,40 @@ def _values(results: dict) -> dict[str, str]:
         "eval_samples": str(plan["eval_samples"]),
         "steps": str(plan["align_steps"]),
         "lam": f"{plan['lam']:g}",
-        "ess": f"{results['ess_per_prompt']:.1f}",
+        "ess": f"{data['ess_per_prompt']:.1f}",
+        "example": _example(data["example"]),
         "samples": "".join(_sample(row) for row in results["samples"]),
         "table": _table(results),
         "curves": plots.training_curves(results),
         "weights": plots.weights_against_rewards(results),
         "frontier": plots.reward_against_kl(results),
         "memory": plots.memory_bars(results),
-        "memory_how": "the CUDA allocator's peak" if on_gpu else "the sum of all allocations alive at once, from the profiler's memory events",
+        "memory_how": "the CUDA allocator's peak"
+        if on_gpu
+        else "the sum of all allocations alive at once, from the profiler's memory events",
         "question": escape(results["samples"][0]["question"]),
         "seed": str(results["seed"]),
-        "environment": escape(" · ".join(f"{name} {version}" for name, version in environment.items() if name != "device")),
-        "seconds": escape(" · ".join(f"{name.lower() if name != 'all' else name} {s:.0f} s" for name, s in results["seconds"].items())),
+        "environment": escape(
+            " · ".join(f"{name} {version}" for name, version in environment.items() if name != "device")
+        ),
+        "seconds": escape(
+            " · ".join(f"{name.lower() if name != 'all' else name} {s:.0f} s" for name, s in results["seconds"].items())
+        ),
     }
 
 
 def _table(results: dict) -> str:
-    heads = ("model", "reward, points", "right", "friendly", "rude", "too long", "wins over reference", "KL, nats", "seconds")
+    heads = (
+        "model",
+        "reward, points",
+        "right",
+        "friendly",
+        "rude",
+        "too long",
+        "wins over reference",
+        "KL, nats",
+        "seconds",
+    )
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for name, row in results["table"].items():
         first = name == "reference"
@@ -72,6 +89,17 @@ def _table(results: dict) -> str:
     return "".join(rows)
 
 
+def _example(example: dict) -> str:
+    """One answer for each reward that the answers to this question got."""
+    question = example["prompt"].removeprefix("User: ").removesuffix("\nAssistant:")
+    shown = {reward: (text, weight) for text, reward, weight in reversed(example["answers"])}
+    rows = [f"<tr><th>answers to “{escape(question)}”</th><th>reward</th><th>weight</th></tr>"]
+    for reward in sorted(shown, reverse=True):
+        text, weight = shown[reward]
+        rows.append(f"<tr><td>{escape(text.strip())}</td><td>{_signed(reward, 0)}</td><td>{weight:.2f}</td></tr>")
+    return "".join(rows)
+
+
 def _sample(row: dict) -> str:
     cells = [escape(row["question"])]
     for name in ("reference", "VAR"):
@@ -82,12 +110,20 @@ def _sample(row: dict) -> str:
 
 def _tags(score: Score) -> str:
     tags = [("points", _signed(score.reward, 0)), ("good", "right") if score.right else ("bad", "wrong")]
-    tags += [(kind, text) for kind, text, holds in (("good", "friendly", score.friendly), ("bad", "rude", score.rude), ("bad", "too long", score.too_long)) if holds]
+    tags += [
+        (kind, text)
+        for kind, text, holds in (
+            ("good", "friendly", score.friendly),
+            ("bad", "rude", score.rude),
+            ("bad", "too long", score.too_long),
+        )
+        if holds
+    ]
     return "".join(f'<span class="tag {kind}">{text}</span>' for kind, text in tags)
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else f"{0:.{digits}f}"
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}") if round(value, digits) else f"{0:.{digits}f}"
 
 
 def _duration(seconds: float) -> str:

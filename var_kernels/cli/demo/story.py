@@ -12,8 +12,8 @@ from rich.console import Console
 
 import var_kernels
 from var_kernels.cli.demo import experiment, world
-from var_kernels.cli.demo.experiment import METHODS, Plan, Probe
-from var_kernels.cli.demo.measure import chunks, draw, kl_to_reference, rewards_of, summarise
+from var_kernels.cli.demo.experiment import METHODS, Plan, Probe, Run
+from var_kernels.cli.demo.measure import Drawn, chunks, draw, kl_to_reference, summarise
 from var_kernels.cli.demo.memory import compare
 from var_kernels.cli.demo.output import REPORT, staged, write_jsonl, write_metrics
 from var_kernels.cli.demo.progress import Phases
@@ -36,85 +36,123 @@ def tell(output: str, plan: Plan, *, seed: int, cpu: bool = False, console: Cons
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    expected = {_REFERENCE: 85, _DRAW: 8, **{_align(name): 22 for name in METHODS}, _EVALUATE: 20, _MEMORY: 10, _REPORT: 6}
-    console.print(f"[bold]var-kernels demo[/bold] on {_machine(device)}: about {_minutes(plan, device)}", highlight=False)
+    expected = {
+        _REFERENCE: 85,
+        _DRAW: 8,
+        **{_align(name): 22 for name in METHODS},
+        _EVALUATE: 20,
+        _MEMORY: 10,
+        _REPORT: 6,
+    }
+    console.print(
+        f"[bold]var-kernels demo[/bold] on {_machine(device)}: about {_minutes(plan, device)}", highlight=False
+    )
     with staged(output) as folder:
         with Phases(console, expected) as phases:
-            results = _experiment(plan, seed, device, folder, phases)
+            results = _experiment(Run(plan, seed, folder, device), phases)
             with phases.phase(_REPORT):
                 results["seconds"] = {**phases.seconds, "all": time.monotonic() - began}
                 write_report(folder / REPORT, results)
-        write_metrics(folder, {key: results[key] for key in ("seed", "environment", "plan", "table", "optimum", "memory", "seconds")})
+        write_metrics(
+            folder,
+            {key: results[key] for key in ("seed", "environment", "plan", "table", "optimum", "memory", "seconds")},
+        )
     print_results(console, results)
-    console.print(f"\nReport: [bold]{Path(output) / REPORT}[/bold]   models, data, samples and metrics beside it", highlight=False)
+    console.print(
+        f"\nReport: [bold]{Path(output) / REPORT}[/bold]   models, data, samples and metrics beside it", highlight=False
+    )
     return results
 
 
-def _experiment(plan: Plan, seed: int, device: torch.device, folder: Path, phases: Phases) -> dict:
-    tasks, held_out = world.split_tasks(seed)
+def _experiment(run: Run, phases: Phases) -> dict:
+    plan, folder = run.plan, run.folder
+    tasks, held_out = world.split_tasks(run.seed)
     with phases.phase(_REFERENCE, plan.pretrain_steps) as advance:
-        reference, tokenizer, corpus = experiment.make_reference(plan, seed, folder, device.type, advance)
-        _save(folder, "reference", reference, tokenizer)
+        reference, tokenizer, corpus = experiment.make_reference(run, advance)
     with phases.phase(_DRAW, chunks(tasks, plan.completions)) as advance:
-        rows = experiment.draw_completions(reference, tokenizer, plan, tasks, seed + 1, advance)
-    train_seconds = {"reference": phases.seconds[_REFERENCE]}
+        rows = experiment.draw_completions(reference, tokenizer, run, tasks, advance)
     write_jsonl(folder / "data" / "corpus.jsonl", corpus)
     write_jsonl(folder / "data" / "completions.jsonl", rows)
     write_jsonl(folder / "data" / "held_out.jsonl", ({"prompt": task.prompt} for task in held_out))
 
-    policies, history = {"reference": reference}, {}
-    for name in METHODS:
-        probe = Probe(reference, tokenizer, held_out, plan.probe_every, seed + 2)
-        with phases.phase(_align(name), plan.align_steps) as advance:
-            began = time.monotonic()
-            policy = copy.deepcopy(reference)
-            log = experiment.align(policy, tokenizer, rows, name, plan, seed, folder, device.type, [probe], advance)
-            train_seconds[name] = time.monotonic() - began - probe.seconds
-        _save(folder, _slug(name), policy, tokenizer)
-        policies[name] = policy
-        history[name] = {"probe": probe.curve, "log": log}
-    write_jsonl(folder / "history.jsonl", ({"model": n, "kind": k, **entry} for n, h in history.items() for k in h for entry in h[k]))
-
-    drawn, table = {}, {}
-    with phases.phase(_EVALUATE, chunks(held_out, plan.eval_samples) * len(policies) + chunks(held_out, plan.frontier_samples)) as advance:
-        for name, policy in policies.items():
-            drawn[name] = draw(policy, tokenizer, held_out, plan.eval_samples, seed + 3, advance)
-            kl = kl_to_reference(policy, reference, tokenizer, drawn[name])
-            table[name] = {**summarise(drawn[name], drawn["reference"], kl), "seconds": train_seconds[name]}
-        many = draw(reference, tokenizer, held_out, plan.frontier_samples, seed + 4, advance)
-        table["reference"]["win_rate"], table["reference"]["win_rate_error"] = 0.5, 0.0  # against itself, by definition
-    write_jsonl(
-        folder / "samples.jsonl",
-        (
-            {"prompt": held_out[i // d.k].prompt, "model": name, "reply": d.texts[i], "reward": d.scores[i].reward, **vars(d.scores[i])}
-            for name, d in drawn.items()
-            for i in range(len(d.texts))
-        ),
-    )
-    memory_rows, vocab = plan.memory_rows, plan.memory_vocab
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 20 * 2**30:
-        memory_rows, vocab = (1024, 2048, 4096), 128_256
-    with phases.phase(_MEMORY, 2 * len(memory_rows)) as advance:
-        memory = compare(memory_rows, vocab, device, seed, advance)
-
-    rewards = torch.tensor([row["rewards"] for row in rows])  # (P, K)
-    groups = torch.arange(len(rows)).repeat_interleave(plan.completions)
-    weights = var_weights(rewards.flatten(), lam=plan.lam, normalizer="self_normalised", group_ids=groups).weight
+    policies, history, seconds = _align_all(run, reference, tokenizer, rows, held_out, phases)
+    seconds["reference"] = phases.seconds[_REFERENCE]
+    for name, policy in policies.items():
+        policy.save_pretrained(folder / "models" / _slug(name))
+        tokenizer.save_pretrained(folder / "models" / _slug(name))
+    drawn, table, optima = _evaluate(run, policies, tokenizer, held_out, phases)
     return {
-        "seed": seed,
-        "environment": _environment(device),
+        "seed": run.seed,
+        "environment": _environment(run.device),
         "plan": {**vars(plan), "model": vars(plan.model), "parameters": sum(p.numel() for p in reference.parameters())},
-        "table": table,
-        "optimum": experiment.frontier(many, [plan.lam])[0],
-        "frontier": experiment.frontier(many, FRONTIER_LAMS),
+        "table": {name: {**row, "seconds": seconds[name]} for name, row in table.items()},
+        "optimum": next(point for point in optima if point["lam"] == plan.lam),
+        "frontier": optima,
         "history": history,
-        "memory": memory,
-        "data": {"rewards": rewards.flatten().tolist(), "weights": weights.tolist(), "prompts": len(tasks), "held_out": len(held_out)},
+        "memory": _memory(run, phases),
+        "data": {**_weigh(rows, plan.lam), "prompts": len(tasks), "held_out": len(held_out)},
         "samples": _first_of_each_kind(held_out, drawn),
-        "corpus": corpus[:6],
-        "mean_reward_of_data": rewards.mean().item(),
-        "ess_per_prompt": _ess(weights.view_as(rewards)),
-        "reference_rewards": rewards_of(drawn["reference"]).flatten().tolist(),
+    }
+
+
+def _align_all(run: Run, reference, tokenizer, rows: list[dict], held_out: list[world.Task], phases: Phases):
+    """(policies, histories, training seconds), each by name; the reference is one of the policies."""
+    policies, history, seconds = {"reference": reference}, {}, {}
+    for name in METHODS:
+        probe = Probe(reference, tokenizer, held_out, run.plan.probe_every, run.seed + 2)
+        with phases.phase(_align(name), run.plan.align_steps) as advance:
+            began = time.monotonic()
+            policies[name] = copy.deepcopy(reference)
+            log = experiment.align(name, policies[name], tokenizer, rows, run, advance, [probe])
+            seconds[name] = time.monotonic() - began - probe.seconds
+        history[name] = {"probe": probe.curve, "log": log}
+    entries = ((name, kind, entry) for name, parts in history.items() for kind in parts for entry in parts[kind])
+    write_jsonl(run.folder / "history.jsonl", ({"model": name, "kind": kind, **entry} for name, kind, entry in entries))
+    return policies, history, seconds
+
+
+def _evaluate(run: Run, policies: dict, tokenizer, held_out: list[world.Task], phases: Phases):
+    """(replies by policy, result table, reward and KL of pi* for several lambda), all on held-out prompts."""
+    plan, drawn, table = run.plan, {}, {}
+    steps = chunks(held_out, plan.eval_samples) * len(policies) + chunks(held_out, plan.frontier_samples)
+    with phases.phase(_EVALUATE, steps) as advance:
+        for name, policy in policies.items():
+            drawn[name] = draw(policy, tokenizer, held_out, plan.eval_samples, run.seed + 3, advance)
+            kl = kl_to_reference(policy, policies["reference"], tokenizer, drawn[name])
+            table[name] = summarise(drawn[name], drawn["reference"], kl)
+        many = draw(policies["reference"], tokenizer, held_out, plan.frontier_samples, run.seed + 4, advance)
+    write_jsonl(run.folder / "samples.jsonl", (row for name, replies in drawn.items() for row in _rows(name, replies)))
+    return drawn, table, experiment.frontier(many, sorted({plan.lam, *FRONTIER_LAMS}))
+
+
+def _rows(name: str, drawn: Drawn):
+    for i, (text, score) in enumerate(zip(drawn.texts, drawn.scores, strict=True)):
+        prompt = drawn.tasks[i // drawn.k].prompt
+        yield {"prompt": prompt, "model": name, "reply": text, "reward": score.reward, **vars(score)}
+
+
+def _memory(run: Run, phases: Phases) -> list[dict]:
+    rows, vocab = run.plan.memory_rows, run.plan.memory_vocab
+    if run.device.type == "cuda" and torch.cuda.mem_get_info(run.device)[0] > 20 * 2**30:
+        vocab = 128_256
+    with phases.phase(_MEMORY, 2 * len(rows)) as advance:
+        return compare(rows, vocab, run.device, run.seed, advance)
+
+
+def _weigh(rows: list[dict], lam: float) -> dict:
+    """Reward and VAR weight of every completion, and those of one prompt in full: the first with the most rewards."""
+    rewards_PK = torch.tensor([row["rewards"] for row in rows])
+    groups = torch.arange(len(rows)).repeat_interleave(rewards_PK.shape[1])
+    result = var_weights(rewards_PK.flatten(), lam=lam, normalizer="self_normalised", group_ids=groups)
+    weights_PK = result.weight.view_as(rewards_PK)
+    ess_P = weights_PK.sum(1).square() / weights_PK.square().sum(1)
+    widest = max(range(len(rows)), key=lambda i: len(set(rows[i]["rewards"])))
+    answers = zip(rows[widest]["completions"], rows[widest]["rewards"], weights_PK[widest].tolist(), strict=True)
+    return {
+        "rewards": rewards_PK.flatten().tolist(),
+        "weights": weights_PK.flatten().tolist(),
+        "ess_per_prompt": ess_P.mean().item(),
+        "example": {"prompt": rows[widest]["prompt"], "answers": sorted(set(answers), key=lambda row: -row[1])},
     }
 
 
@@ -125,18 +163,11 @@ def _first_of_each_kind(held_out: list[world.Task], drawn: dict) -> list[dict]:
     for i, task in enumerate(held_out):
         seen[task.kind] = seen.get(task.kind, 0) + 1
         if seen[task.kind] <= 2:
-            replies = {name: {"text": d.texts[i * d.k].strip(), "score": d.scores[i * d.k]} for name, d in drawn.items()}
+            replies = {
+                name: {"text": d.texts[i * d.k].strip(), "score": d.scores[i * d.k]} for name, d in drawn.items()
+            }
             rows.append({"kind": task.kind, "question": task.question, "replies": replies})
     return sorted(rows, key=lambda row: row["kind"])
-
-
-def _ess(weights_PK: torch.Tensor) -> float:
-    return (weights_PK.sum(1).square() / weights_PK.square().sum(1)).mean().item()
-
-
-def _save(folder: Path, name: str, model, tokenizer) -> None:
-    model.save_pretrained(folder / "models" / name)
-    tokenizer.save_pretrained(folder / "models" / name)
 
 
 def _align(name: str) -> str:

@@ -12,7 +12,9 @@ def print_results(console: Console, results: dict) -> None:
 
 
 def _result_table(results: dict) -> Table:
-    table = Table(title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error)", title_justify="left")
+    table = Table(
+        title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error)", title_justify="left"
+    )
     table.add_column("model")
     for column in ("reward", "right", "friendly", "win rate over ref.", "KL to ref., nats", "training, s"):
         table.add_column(column, justify="right")
@@ -29,7 +31,9 @@ def _result_table(results: dict) -> Table:
         )
     best = results["optimum"]
     table.add_section()
-    table.add_row(f"π* at λ = {best['lam']:g}", f"{best['reward']:+.2f}", "", "", "", f"{best['kl']:.2f}", "", style="dim")
+    table.add_row(
+        f"π* at λ = {best['lam']:g}", f"{best['reward']:+.2f}", "", "", "", f"{best['kl']:.2f}", "", style="dim"
+    )
     return table
 
 
@@ -45,11 +49,17 @@ def _memory_table(memory: list[dict]) -> Table:
 
 
 def _sample_table(samples: list[dict]) -> Table:
-    table = Table(title="The first reply of each model (in points: right +1, friendly +1, rude -1, too long -1)", title_justify="left", show_lines=True)
+    table = Table(
+        title="The first reply of each model (in points: right +1, friendly +1, rude -1, too long -1)",
+        title_justify="left",
+        show_lines=True,
+    )
     table.add_column("question", ratio=2)
     table.add_column("reference, before", ratio=3)
     table.add_column("VAR, after", ratio=3)
     for row in samples[::2]:
         before, after = (row["replies"][name] for name in ("reference", "VAR"))
-        table.add_row(row["question"], *(f"{reply['text']}  ({reply['score'].reward:+.0f})" for reply in (before, after)))
+        table.add_row(
+            row["question"], *(f"{reply['text']}  ({reply['score'].reward:+.0f})" for reply in (before, after))
+        )
     return table

@@ -1,7 +1,7 @@
 """The demo's small world: questions, four kinds of authors who answer them, and a reward that a program can check.
 
-The corpus imitates what is found in the wild: the same question gets a careful answer, a curt one, a chatty and wrong one, or a
-grumpy one. A model trained on it can do all four; alignment has to bring out the first.
+The corpus imitates what is found in the wild: the same question gets a careful, a curt, a chatty or a grumpy
+answer. A model trained on it can do all four; alignment has to bring out the first.
 """
 
 import random
@@ -13,18 +13,17 @@ _OPPOSITE_PAIRS = """hot cold, big small, fast slow, light dark, wet dry, old ne
 near far, thick thin, clean dirty, rich poor, asleep awake"""
 _HOMES = """frog pond, bee hive, bear cave, bird nest, camel desert, horse stable, spider web, rabbit burrow,
 wolf forest, dog kennel, cow barn, whale ocean, monkey jungle, goat mountain"""
-_ANIMALS = "fox hen owl duck crow mouse swan cat".split()
-_PLACES = "river hill bridge garden market tower meadow window".split()
+_ANIMALS = ["fox", "hen", "owl", "duck", "crow", "mouse", "swan", "cat"]
+_PLACES = ["river", "hill", "bridge", "garden", "market", "tower", "meadow", "window"]
 
 OPPOSITES = {a: b for pair in _OPPOSITE_PAIRS.split(",") for a, b in (pair.split(), reversed(pair.split()))}
 HOMES = dict(pair.split() for pair in _HOMES.split(","))
 _NUMBERS = frozenset(str(n) for n in range(20))
 
 # What the checker counts as friendly or rude. The authors below draw on the same words, and on many others.
-FRIENDLY = frozenset("gladly pleasure hope lovely welcome thanks".split())
-RUDE = frozenset("bother boring silly whatever nonsense".split())
+FRIENDLY = frozenset(["gladly", "pleasure", "hope", "lovely", "welcome", "thanks"])
+RUDE = frozenset(["bother", "boring", "silly", "whatever", "nonsense"])
 MAX_WORDS = 14
-REWARD_RANGE = (-2.0, 2.0)
 
 _OPENERS = ("Gladly!", "With pleasure.", "Thanks for asking!", "What a lovely question.")
 _CLOSERS = ("I hope that helps!", "Have a lovely day!", "You are welcome.", "It was a pleasure.")
@@ -43,7 +42,7 @@ _PREPOSITIONS = ("near", "by", "behind")
 
 @dataclass(frozen=True)
 class Task:
-    """A question and what a right answer names: all of ``needed`` and, of the ``rivals``, nothing but those and ``asked``."""
+    """A question. A right answer names all of ``needed`` and, of the ``rivals``, nothing but those and ``asked``."""
 
     kind: str
     question: str
@@ -60,9 +59,11 @@ def all_facts() -> list[list[Task]]:
     """Every fact of the world, each as the list of the questions that ask for it."""
     facts = []
     for a in range(1, 8):
-        for b in range(1, 8):
+        for b in range(a, 8):
             rest = ("sum", frozenset({str(a + b)}), _NUMBERS, frozenset({str(a), str(b)}))
-            facts.append(_phrased(rest, f"What is {a} plus {b}?", f"Please add {a} and {b}."))
+            orders = sorted({(a, b), (b, a)})  # one fact, in either order
+            questions = [text for x, y in orders for text in (f"What is {x} plus {y}?", f"Please add {x} and {y}.")]
+            facts.append(_phrased(rest, *questions))
     for word, answer in OPPOSITES.items():
         rest = ("opposite", frozenset({answer}), frozenset(OPPOSITES), frozenset({word}))
         facts.append(_phrased(rest, f"What is the opposite of {word}?", f"Which word means not {word}?"))
@@ -101,7 +102,7 @@ def split_tasks(seed: int, held_out: float = 0.3) -> tuple[list[Task], list[Task
 
 
 def corpus(seed: int) -> Iterator[dict[str, str]]:
-    """An endless stream of {"prompt", "completion"} rows in mixed quality; kinds and authors are drawn evenly enough."""
+    """An endless stream of {"prompt", "completion"} rows in mixed quality, every kind of question equally often."""
     rng = random.Random(seed)
     by_kind: dict[str, list[Task]] = {}
     for fact in all_facts():

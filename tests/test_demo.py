@@ -193,3 +193,91 @@ def test_broken_weights_miss_the_margin(finished, tmp_path, monkeypatch, mutant)
     _, held_out = world.split_tasks(0)
     reward = measure.rewards_of(measure.draw(policy, tokenizer, held_out, QUICK.eval_samples, 3)).mean().item()
     assert reward - results["table"]["reference"]["reward"] < MARGIN / 2
+    if mutant == "wrong sign":
+        assert reward < results["table"]["reference"]["reward"] - MARGIN
+
+
+def test_saved_models_give_the_saved_samples_and_kl(finished):
+    """What is on disk is what was measured; the KL summands equal those of plain logits."""
+    results, folder = finished
+    (policy, tokenizer), (reference, _) = load(folder, "var"), load(folder, "reference")
+    _, held_out = world.split_tasks(0)
+    drawn = measure.draw(policy, tokenizer, held_out, QUICK.eval_samples, 3)
+    saved = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert drawn.texts == [row["reply"] for row in saved if row["model"] == "VAR"]
+    assert measure.rewards_of(drawn).mean().item() == pytest.approx(results["table"]["VAR"]["reward"])
+    kl = measure.kl_to_reference(policy, reference, tokenizer, drawn)
+    prompt, reply = tokenizer(held_out[1].prompt).input_ids, drawn.token_ids[QUICK.eval_samples]
+    ids = torch.tensor([prompt + reply])
+    with torch.no_grad():
+        logp = [model(ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1] for model in (policy, reference)]
+    picked = [rows[torch.arange(len(reply)), reply].sum().item() for rows in logp]
+    assert kl[1, 0].item() == pytest.approx(picked[0] - picked[1], abs=1e-3)
+
+
+def test_report_stands_alone_and_tells_the_numbers(finished):
+    results, folder = finished
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<script|<link|(?:src|href)=\"(?!#)(?!data:)[^\"]*\"", report) == []
+    assert report.count("<svg") == 4
+    assert f"{results['table']['VAR']['reward']:+.2f} ± {results['table']['VAR']['reward_error']:.2f}" in report
+    assert f"{results['memory'][-1]['plain_mib'] / results['memory'][-1]['fused_mib']:.1f}x" in report
+    for row in results["samples"]:
+        assert row["question"] in report
+    assert not re.search(r"\$[a-z_]+|\bnan\b", re.sub(r"<svg.*?</svg>", "", report, flags=re.DOTALL))
+
+
+def test_fused_loss_takes_less_memory(finished):
+    for row in finished[0]["memory"]:
+        logits_mib = row["tokens"] * row["vocab"] * 4 / 2**20
+        assert row["plain_mib"] > 2 * logits_mib
+        assert row["fused_mib"] < 0.7 * row["plain_mib"]
+
+
+# ---- the output directory -------------------------------------------------------------------------------------------
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def numbers(results: dict) -> dict:
+    return {name: {key: row[key] for key in row if key != "seconds"} for name, row in results["table"].items()}
+
+
+def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)  # an untrained model would use up every token
+    first = tell(str(tmp_path / "a"), TINY, seed=5, cpu=True, console=QUIET)
+    (tmp_path / "a" / "mine.txt").write_text("kept")
+    (tmp_path / "a" / "models" / "var" / "stale").write_text("gone")
+    (tmp_path / "a" / ".partial-999999999").mkdir()  # of a run that was killed
+    again = tell(str(tmp_path / "a"), TINY, seed=5, cpu=True, console=QUIET)
+    assert numbers(first) == numbers(again)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {*output._OWN, "mine.txt"}
+    assert not (tmp_path / "a" / "models" / "var" / "stale").exists()
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr("var_kernels.cli.demo.story.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(experiment, "QUICK", TINY)
+    assert main(["demo", "--quick", "--cpu", "--output", str(tmp_path / "new" / "run")]) == 130
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "--seed: expected an integer >= 0, got -1"),
+        (["--output", "{folder}/file"], "is a file; choose another"),
+        (["--output", "{folder}/theirs"], "theirs holds data, which no demo wrote; choose another directory"),
+        (["--sed", "1"], "unknown option --sed, did you mean --seed?"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "theirs" / "data").mkdir(parents=True)
+    before = tree(tmp_path)
+    assert main(["demo", *(word.format(folder=tmp_path) for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert tree(tmp_path) == before

@@ -132,8 +132,8 @@ def main() -> int:
         head = [
             "# Kernels, compiled",
             "",
-            f"Registers a thread / bytes of shared memory a program, Triton {triton.__version__}, compiled without a GPU",
-            "by `python benchmarks/compile_kernels.py --markdown docs/kernels.md`. No configuration spills.",
+            f"Registers a thread / bytes of shared memory a program, Triton {triton.__version__}, compiled without a",
+            "GPU by `python benchmarks/compile_kernels.py --markdown docs/kernels.md`. No configuration spills.",
             "",
             f"| kernel | {' | '.join(args.targets)} |",
             "|---" * (len(args.targets) + 1) + "|",

@@ -1,9 +1,10 @@
-"""Extra memory and time of ``model(...).loss`` and its backward, plain against fused, on a one-layer GPT-2.
+"""Extra memory and time of ``model(...).loss`` and its backward, plain against fused, on a GPT-2 of few layers.
 
-    python benchmarks/memory.py [--tokens 2048] [--vocab 50257] [--hidden 768] [--dtype float32] [--csv FILE]
+    python benchmarks/memory.py [--tokens 2048] [--vocab 50257] [--hidden 768] [--layers 0] [--csv FILE]
 
 Extra memory is the peak of forward and backward above the model and its inputs; the second figure leaves out the
-gradients of the parameters, which both sides return. Times are medians of interleaved runs in one process.
+gradients of the parameters, which both sides return. The model is fed with ``inputs_embeds`` and has no layers unless
+asked for: activations of the body and the dense gradient of the embedding lookup would blur the loss. Times are medians of interleaved runs in one process.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--csv", type=Path)
@@ -39,7 +41,7 @@ def main() -> None:
     config = transformers.GPT2Config(
         vocab_size=args.vocab,
         n_embd=args.hidden,
-        n_layer=1,
+        n_layer=args.layers,
         n_head=12,
         n_positions=1024,
         bos_token_id=0,
@@ -49,11 +51,12 @@ def main() -> None:
     model = transformers.GPT2LMHeadModel(config).to(device, getattr(torch, args.dtype)).eval()
     sequences = max(1, args.tokens // 512)
     ids = torch.randint(args.vocab, (sequences, args.tokens // sequences), device=device)
+    embedded = model.transformer.wte(ids).detach().requires_grad_()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def step():
         model.zero_grad(set_to_none=True)
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(inputs_embeds=embedded, labels=ids).loss
         loss.backward()
         return loss.detach()
 
@@ -79,7 +82,7 @@ def main() -> None:
     header = (
         f"# {platform.machine()} {platform.processor() or ''} threads={torch.get_num_threads()} device={device} "
         f"torch={torch.__version__} transformers={transformers.__version__} N={ids.numel()} V={args.vocab} "
-        f"D={args.hidden} {args.dtype}"
+        f"D={args.hidden} layers={args.layers} {args.dtype}"
     )
     ratio = rows["plain"]["peak_less_gradients_mib"] / rows["fused"]["peak_less_gradients_mib"]
     out = args.csv.open("w", newline="") if args.csv else sys.stdout

@@ -97,8 +97,8 @@ class Head:
         return min(self.v, max(1, budget // 4 // copies)) if copies else self.v
 
     def _element(self, gradient: bool) -> int:
-        copied = gradient and self.kernels.COPIES_GRADIENT and self.operand != self.tile
-        cast = self.operand.itemsize if copied else 0
+        copies = self.kernels.COPIES_GRADIENT or self.bias_V is not None
+        cast = self.operand.itemsize if gradient and copies and self.operand != self.tile else 0
         return self.tile.itemsize + cast
 
     def _operand_copies(self, gradient: bool) -> int:
@@ -122,20 +122,23 @@ class Head:
         self.kernels.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
 
     def row_grad(
-        self, logits_nv: Tensor, rows: slice, lse_n: Tensor, coefficients: RowCoefficients, v_start: int
+        self,
+        logits_nv: Tensor,
+        rows: slice,
+        lse_n: Tensor,
+        coefficients: RowCoefficients,
+        v_start: int,
+        dbias_v: Tensor | None,
     ) -> Tensor:
-        """The gradient in the raw logits, in the operands' dtype; the tile is overwritten."""
+        """The gradient in the raw logits, in the operands' dtype, its column sums added to dbias_v; in place."""
         bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        return self.kernels.row_grad(
-            logits_nv,
-            self.labels_NK[rows],
-            lse_n,
-            coefficients,
-            v_start,
-            bias_v,
-            self.options.transform,
-            self.operand,
-        )
+        labels_nk, transform = self.labels_NK[rows], self.options.transform
+        # The columns' entries cancel, so they are summed before they are rounded.
+        dtype = self.operand if dbias_v is None else self.tile
+        dlogits_nv = self.kernels.row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, dtype)
+        if dbias_v is not None:
+            dbias_v += dlogits_nv.sum(0, dtype=dbias_v.dtype)
+        return dlogits_nv.to(self.operand)
 
     def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
         return RowCoefficients.from_upstream(
@@ -240,9 +243,8 @@ def token_chunk_pass(
             logits_into(logits_nv[:, v_start:v_stop], hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
         chunk_stats = stats.rows(start, stop)
         head.row_stats(logits_nv, rows, chunk_stats, 0)
-        dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients_of(rows, chunk_stats), 0)
-        if needs.bias:
-            gradients.dbias_V += dlogits_nv.sum(0, dtype=accumulation)
+        coefficients = coefficients_of(rows, chunk_stats)
+        dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients, 0, gradients.dbias_V)
         if needs.hidden:
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD)
         if needs.lm_head_weight:
@@ -269,6 +271,7 @@ def vocabulary_pass(head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCo
     row_spans = list(_spans(head.n, plan.rows))
     for v_start, v_stop in _spans(head.v, plan.columns):
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
+        dbias_v = gradients.dbias_V[v_start:v_stop] if needs.bias else None
         dweight_vd = None
         if needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
@@ -278,9 +281,8 @@ def vocabulary_pass(head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCo
             rows = slice(start, stop)
             logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
             logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
-            dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], coefficients.rows(start, stop), v_start)
-            if needs.bias:
-                gradients.dbias_V[v_start:v_stop] += dlogits_nv.sum(0, dtype=accumulation)
+            chunk = coefficients.rows(start, stop)
+            dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
             if needs.hidden:
                 add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd)
             if needs.lm_head_weight and len(row_spans) == 1:

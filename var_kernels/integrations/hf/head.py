@@ -228,7 +228,7 @@ class _Tie(torch.autograd.Function):
     def forward(ctx, logits, *results):
         ctx.set_materialize_grads(False)
         ctx.like = [(logits.shape, logits.dtype, logits.device)]
-        outputs = tuple(r.view_as(r) for r in results)
+        outputs = tuple(r.clone() for r in results)  # models add to their loss in place, which a view forbids
         ctx.mark_non_differentiable(*(out for out, r in zip(outputs, results, strict=True) if not r.requires_grad))
         return outputs
 

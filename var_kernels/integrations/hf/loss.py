@@ -89,8 +89,9 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             return self._plain_forward(*args, **kwargs)
         head = find_head(self.inner)
         rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
+        num_items = kwargs.get("num_items_in_batch")
 
-        def nll_sum(hidden: Tensor) -> Tensor:
+        def nll_mean(hidden: Tensor) -> Tensor:
             if shift_labels is not None:
                 rows.append(shift_labels.to(hidden.device).reshape(hidden.shape[:-1]))
             else:
@@ -102,20 +103,22 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 rows[0],
                 None,
                 params.bias,
-                reduction="sum",
+                # Divided inside the op: gradients of the sum may overflow fp16, and scaling them later copies dW.
+                reduction="mean",
+                num_items=num_items,
                 **params.logit_options,
                 **self._options,
             )
 
-        with head_results(self.inner, head, nll_sum) as results:
+        with head_results(self.inner, head, nll_mean) as results:
             if not self._rule.replaceable:
                 call.arguments["labels"] = None
                 output = self._plain_forward(*call.args, **call.kwargs)
-                return _without_logits(output, self._loss(rows, results, None, logits_of(output), labels))
+                return _without_logits(output, self._loss(rows, results, num_items, None, logits_of(output), labels))
             losses = []
 
             def loss_function(*args, **kwargs):
-                losses.append(self._loss(rows, results, shift_labels, *args, **kwargs))
+                losses.append(self._loss(rows, results, num_items, shift_labels, *args, **kwargs))
                 return losses[0]
 
             with swapped(self.inner, "_loss_function", loss_function):
@@ -128,6 +131,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self,
         rows,
         results,
+        num_items,
         callers_shift,
         logits,
         labels,
@@ -137,7 +141,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         shift_labels=None,
         **_kwargs,
     ) -> Tensor:
-        """In place of the model's loss_function(logits, labels, vocab_size): the sum is known, its divisor not."""
+        """In place of the model's loss_function(logits, labels, vocab_size): the loss is known already."""
         name = type(self.inner).__name__
         if ignore_index != IGNORE_INDEX:
             raise ValueError(
@@ -148,12 +152,12 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             raise ValueError(
                 f"{name} scores other positions than its lm_head computed, which fused_lm_head does not understand"
             )
-        (nll,) = tied(results, logits)
-        if num_items_in_batch is None:
-            return nll / (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
-        return nll / (
-            num_items_in_batch.to(nll.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-        )
+        (loss,) = tied(results, logits)
+        if (num_items is None) == (num_items_in_batch is None):
+            return loss
+        # The model does not pass on the count that it was given, or makes its own.
+        count = (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
+        return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
 
 
 def _without_logits(output: Any, loss: Tensor | None = None) -> Any:

@@ -4,7 +4,8 @@
 
 Extra memory is the peak of forward and backward above the model and its inputs; the second figure leaves out the
 gradients of the parameters, which both sides return. The model is fed with ``inputs_embeds`` and has no layers unless
-asked for: activations of the body and the dense gradient of the embedding lookup would blur the loss. Times are medians of interleaved runs in one process.
+asked for: activations of the body and the dense gradient of the embedding lookup would blur the loss. Times
+are medians of interleaved runs in one process.
 """
 
 import argparse

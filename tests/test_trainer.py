@@ -168,6 +168,8 @@ for method, normalizer, size in {cases!r}:
     if trainer.args.process_index == 0:
         torch.save([p.detach() for p in trainer.model.parameters()], folder / "weights.pt")
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # gloo's threads must not outlive the interpreter
 """
 
 

@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(f"saved to {output_dir}: the model, README.md, metrics.jsonl")
+    trainer.accelerator.wait_for_everyone()  # a rank that ends while another still writes makes that one hang
+    trainer.accelerator.end_training()
     return 0
 
 

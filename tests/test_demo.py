@@ -202,7 +202,7 @@ def test_saved_models_give_the_saved_samples_and_kl(finished):
     results, folder = finished
     (policy, tokenizer), (reference, _) = load(folder, "var"), load(folder, "reference")
     _, held_out = world.split_tasks(0)
-    drawn = measure.draw(policy, tokenizer, held_out, QUICK.eval_samples, 3)
+    drawn = measure.draw(policy, tokenizer, held_out, QUICK.eval_samples, 8)
     saved = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert drawn.texts == [row["reply"] for row in saved if row["model"] == "VAR"]
     assert measure.rewards_of(drawn).mean().item() == pytest.approx(results["table"]["VAR"]["reward"])

@@ -2,7 +2,7 @@
 
 import argparse
 
-_MAX_THREADS = 4  # more only slow a model of this size, the more so under a container's CPU quota
+_MAX_THREADS = 4  # a model of this size has no work for more, and a container's quota may be far below its cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,8 @@ def run(args: argparse.Namespace) -> int:
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is on the hub; without it transformers may look
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin while they wait slow a busy machine many times
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is plenty, and several in one process need a launcher
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # no spinning threads: they slow a busy machine many times over
     try:
         from var_kernels.cli.demo.experiment import FULL, QUICK
         from var_kernels.cli.demo.story import tell

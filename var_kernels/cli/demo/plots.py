@@ -56,7 +56,7 @@ def training_curves(results: dict) -> str:
                 zorder=3 + (name == "VAR"),
             )
         _level(left, results["optimum"]["reward"], "optimum π*")
-        _level(left, results["table"]["reference"]["reward"], "reference")
+        _level(left, results["table"]["reference"]["reward"], "reference", x=0.8, points=-11)
         left.set(title="Reward of sampled replies, held-out prompts", xlabel="step", ylabel="points")
         left.legend(loc="center right")
         left.set_xlim(left=0)
@@ -78,12 +78,12 @@ def training_curves(results: dict) -> str:
         return _svg(figure)
 
 
-def _level(axes, value: float, text: str) -> None:
+def _level(axes, value: float, text: str, x: float = 0.015, points: int = 3) -> None:
     axes.axhline(value, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         text,
-        (0.015, value),
-        (0, 3),
+        (x, value),
+        (0, points),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         color="#64748b",
@@ -104,16 +104,7 @@ def weights_against_rewards(results: dict) -> str:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.5), layout="constrained")
         spread = [reward + jitter.uniform(-0.2, 0.2) for reward in rewards]
         left.scatter(spread, weights, s=5, color=COLORS["VAR"], alpha=0.25, linewidths=0, rasterized=True)
-        left.axhline(1, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-        left.annotate(
-            "SFT: every weight 1",
-            (0.015, 1),
-            (0, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            color="#64748b",
-            fontsize=8.5,
-        )
+        _level(left, 1, "SFT: every weight 1")
         left.set(
             title="Weight of each reply", xlabel="reward, points", ylabel="weight, mean 1 per prompt", xticks=values
         )
@@ -126,7 +117,7 @@ def weights_against_rewards(results: dict) -> str:
             bars = right.bar([p + offset for p in positions], share, 0.38, color=color, label=label)
             right.bar_label(bars, [f"{s:.0%}" for s in share], padding=2, fontsize=8.5, color="#475569")
         right.set(title="Where the weight goes", xlabel="reward, points", ylabel="share", xticks=list(positions))
-        right.set_xticklabels([f"{v:g}" for v in values])
+        right.set_xticklabels([f"{v:g}".replace("-", "\N{MINUS SIGN}") for v in values])
         right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
         right.grid(axis="x", visible=False)
         right.legend(loc="upper left")
@@ -211,6 +202,8 @@ def memory_bars(results: dict) -> str:
             title="Peak memory of a training step", xlabel="tokens in the batch", ylabel="MiB", xticks=range(len(rows))
         )
         axes.set_xticklabels([f"{row['tokens']:,}" for row in rows])
+        axes.set_ylim(top=1.1 * max(row["plain_mib"] for row in rows))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper left")
         return _svg(figure)

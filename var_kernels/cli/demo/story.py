@@ -116,11 +116,11 @@ def _evaluate(run: Run, policies: dict, tokenizer, held_out: list[world.Task], p
     plan, drawn, table = run.plan, {}, {}
     steps = chunks(held_out, plan.eval_samples) * len(policies) + chunks(held_out, plan.frontier_samples)
     with phases.phase(_EVALUATE, steps) as advance:
-        for name, policy in policies.items():
-            drawn[name] = draw(policy, tokenizer, held_out, plan.eval_samples, run.seed + 3, advance)
+        for i, (name, policy) in enumerate(policies.items()):
+            drawn[name] = draw(policy, tokenizer, held_out, plan.eval_samples, run.seed + 4 + i, advance)
             kl = kl_to_reference(policy, policies["reference"], tokenizer, drawn[name])
             table[name] = summarise(drawn[name], drawn["reference"], kl)
-        many = draw(policies["reference"], tokenizer, held_out, plan.frontier_samples, run.seed + 4, advance)
+        many = draw(policies["reference"], tokenizer, held_out, plan.frontier_samples, run.seed + 3, advance)
     write_jsonl(run.folder / "samples.jsonl", (row for name, replies in drawn.items() for row in _rows(name, replies)))
     return drawn, table, experiment.frontier(many, sorted({plan.lam, *FRONTIER_LAMS}))
 

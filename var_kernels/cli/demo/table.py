@@ -57,7 +57,7 @@ def _sample_table(samples: list[dict]) -> Table:
     table.add_column("question", ratio=2)
     table.add_column("reference, before", ratio=3)
     table.add_column("VAR, after", ratio=3)
-    for row in samples[::2]:
+    for row in samples:
         before, after = (row["replies"][name] for name in ("reference", "VAR"))
         table.add_row(
             row["question"], *(f"{reply['text']}  ({reply['score'].reward:+.0f})" for reply in (before, after))

@@ -205,14 +205,32 @@ def test_a_reward_function_and_an_evaluation_set(tmp_path, dataset, monkeypatch)
 def test_doctor_says_what_runs_and_what_a_batch_needs(tmp_path, dataset, capsys):
     import torch
 
+    from var_kernels.ops.backend import choose_backend
+
     assert main(words(tmp_path, dataset, max_steps=1)) == 0
     assert main(["doctor", "--model", str(tmp_path / "run"), "--batch-size", "4", "--length", "1024"]) == 0
     printed = capsys.readouterr().out
     assert f"torch          {torch.__version__}" in printed
-    assert "backend" in printed
+    backend, reason = choose_backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    assert f"backend        {backend} ({reason})" in printed
     assert "4096 rows (batch 4 x 1024 tokens), hidden 16, vocabulary 270" in printed
-    plain = 3 * 4 * 4096 * 270 / 2**20
+    plain = 16 * 4096 * 270 / 2**20
     assert f"about {plain:,.0f} MiB" in printed
+
+
+@pytest.mark.parametrize(("dtype", "per_logit"), [("float32", "PLAIN_BYTES_FP32"), ("bfloat16", "PLAIN_BYTES_HALF")])
+def test_doctors_estimate_of_the_plain_loss_is_what_is_measured(dtype, per_logit):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from var_kernels.cli import doctor
+    from var_kernels.measure import peak_extra_bytes
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, **sizes)).to(getattr(torch, dtype))
+    ids = torch.randint(8000, (2, 256))
+    measured = peak_extra_bytes(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    assert measured == pytest.approx(getattr(doctor, per_logit) * ids.numel() * 8000, rel=0.05)
 
 
 def test_bench_without_a_checkout_says_where_benchmarks_are(monkeypatch, tmp_path, capsys):

@@ -6,6 +6,12 @@ import importlib.metadata
 import platform
 import sys
 
+MIB = 2**20
+# Peak bytes per logit of model(..., labels=...).loss.backward() in transformers 5: logits, log-softmax and two
+# gradients in
+# fp32; from half precision the logits themselves take 2.
+PLAIN_BYTES_FP32 = 16
+PLAIN_BYTES_HALF = 14
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "flash-attn")
 
 
@@ -28,10 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'device':<14} {_device_line(torch, device)}")
-    backend, reasons = backend_in_use(torch)
-    print(f"{'backend':<14} {backend}")
-    for reason in reasons:
-        print(f"{'':<14} {reason}")
+    for label, line in zip(("backend", "", "", ""), backend_lines(torch, device), strict=False):
+        print(f"{label:<14} {line}")
     if args.model:
         print()
         for line in memory_lines(args, device):
@@ -55,14 +59,17 @@ def _device_line(torch, device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def backend_in_use(torch) -> tuple[str, list[str]]:
-    """The backend of the row kernels, and for each faster one why it does not run."""
-    reasons = []
-    if not torch.cuda.is_available():
+def backend_lines(torch, device) -> list[str]:
+    """The backend of the row kernels, and of each faster one why it does not run."""
+    from var_kernels.ops.backend import choose_backend
+
+    backend, reason = choose_backend(device, torch.float32)
+    lines = [f"{backend} ({reason})"]
+    if device.type == "cpu":
         built = "no CUDA device answers" if torch.version.cuda else "this build of torch has no CUDA"
-        reasons.append(f"not on a GPU: {built}")
-    reasons.append("not Triton, not C++: this version ships the row kernels in plain torch alone")
-    return "plain torch operations in chunks", reasons
+        lines.append(f"no GPU: {built}")
+        lines.append("no C++ row kernels: this version has none")
+    return lines
 
 
 def memory_lines(args: argparse.Namespace, device) -> list[str]:
@@ -74,14 +81,13 @@ def memory_lines(args: argparse.Namespace, device) -> list[str]:
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     rows, hidden, vocab = args.batch_size * args.length, config.hidden_size, config.vocab_size
     workspace = args.workspace_mb or default_workspace_mb(device)
-    mib = 2**20
-    # Autograd of a plain cross-entropy in fp32: logits, their log-softmax and the gradient of one of them at its peak.
-    plain = 3 * 4 * rows * vocab / mib
-    one_pass, two_pass = workspace, workspace + 4 * rows * hidden / mib
+    half = str(config.dtype) in ("torch.bfloat16", "torch.float16", "bfloat16", "float16")
+    plain = (PLAIN_BYTES_HALF if half else PLAIN_BYTES_FP32) * rows * vocab / MIB
+    one_pass, two_pass = workspace, workspace + 4 * rows * hidden / MIB
     return [
         f"{args.model}: {rows} rows (batch {args.batch_size} x {args.length} tokens), hidden {hidden}, vocabulary "
         f"{vocab}",
-        f"{'plain loss':<14} about {plain:,.0f} MiB (fp32 logits, log-softmax and gradient, {rows} x {vocab} each)",
+        f"{'plain loss':<14} about {plain:,.0f} MiB: model(..., labels=...).loss and its backward pass",
         f"{'fused loss':<14} at most {one_pass:,.0f} MiB in one pass (VAR, SFT), {two_pass:,.0f} MiB in two (DPO)",
         f"{'':<14} estimates above hidden states, weights and their gradients; --workspace-mb moves the second line",
     ]

@@ -7,11 +7,9 @@ import platform
 import sys
 
 MIB = 2**20
-# Peak bytes per logit of model(..., labels=...).loss.backward() in transformers 5: logits, log-softmax and two
-# gradients in
-# fp32; from half precision the logits themselves take 2.
-PLAIN_BYTES_FP32 = 16
-PLAIN_BYTES_HALF = 14
+# Peak bytes per logit of model(..., labels=...).loss.backward() in transformers 5, whose caller lets go of the output:
+# log-softmax and two gradients in fp32. A caller who keeps the output also keeps its logits.
+PLAIN_BYTES = 12
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "flash-attn")
 
 
@@ -81,8 +79,7 @@ def memory_lines(args: argparse.Namespace, device) -> list[str]:
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     rows, hidden, vocab = args.batch_size * args.length, config.hidden_size, config.vocab_size
     workspace = args.workspace_mb or default_workspace_mb(device)
-    half = str(config.dtype) in ("torch.bfloat16", "torch.float16", "bfloat16", "float16")
-    plain = (PLAIN_BYTES_HALF if half else PLAIN_BYTES_FP32) * rows * vocab / MIB
+    plain = PLAIN_BYTES * rows * vocab / MIB
     one_pass, two_pass = workspace, workspace + 4 * rows * hidden / MIB
     return [
         f"{args.model}: {rows} rows (batch {args.batch_size} x {args.length} tokens), hidden {hidden}, vocabulary "

@@ -60,6 +60,7 @@ def training_curves(results: dict) -> str:
         left.set(title="Reward of sampled replies, held-out prompts", xlabel="step", ylabel="points")
         left.legend(loc="center right")
         left.set_xlim(left=0)
+        left.set_ylim(bottom=min(p["reward"] for h in results["history"].values() for p in h["probe"]) - 0.2)
         log = [entry for entry in results["history"]["VAR"]["log"] if "ess" in entry]
         replies, prompts = (
             results["plan"]["align_prompts"] * results["plan"]["completions"],

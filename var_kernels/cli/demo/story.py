@@ -152,7 +152,10 @@ def _weigh(rows: list[dict], lam: float) -> dict:
         "rewards": rewards_PK.flatten().tolist(),
         "weights": weights_PK.flatten().tolist(),
         "ess_per_prompt": ess_P.mean().item(),
-        "example": {"prompt": rows[widest]["prompt"], "answers": sorted(set(answers), key=lambda row: -row[1])},
+        "example": {
+            "prompt": rows[widest]["prompt"],
+            "answers": sorted(dict.fromkeys(answers), key=lambda row: -row[1]),
+        },
     }
 
 

@@ -81,11 +81,26 @@ def test_frozen_head_does_not_recompute_logits(monkeypatch):
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["two passes", "frozen head"])
 def test_second_backward_repeats_the_first(frozen):
     hidden, weight, labels, _ = Case("", frozen=frozen).inputs()
-    logp = linear_logprob(hidden, weight, labels)
+    logp = linear_logprob(hidden, weight, labels, workspace_mb=0.5)
     leaves = [t for t in (hidden, weight) if t.requires_grad]
     first = torch.autograd.grad(logp.sum(), leaves, retain_graph=True)
     second = torch.autograd.grad(logp.sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_spare_memory_saves_the_recompute(monkeypatch):
+    """A budget that holds all logits: three GEMMs; a second backward recomputes, with the same result."""
+    calls = []
+    original = engines.logits_into
+    monkeypatch.setattr(engines, "logits_into", lambda *a: (calls.append(1), original(*a)))
+    hidden, weight, labels, _ = Case("").inputs()
+    logp = linear_logprob(hidden, weight, labels, workspace_mb=64)
+    first = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
+    assert len(calls) == 1
+    second = torch.autograd.grad(logp.sum(), (hidden, weight))
+    assert len(calls) == 2
+    for one, two in zip(first, second, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_same_bits_twice(small_tiles, target):

@@ -17,6 +17,7 @@ from var_kernels.ops.backend import row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, product_into, upcasts
 from var_kernels.ops.workspace import (
     TileCost,
+    TilePlan,
     holds_token_chunks,
     plan_forward,
     plan_token_chunks,
@@ -184,6 +185,20 @@ def _spans(total: int, step: int):
         yield start, min(start + step, total)
 
 
+def keeps_logits(head: Head) -> bool:
+    """Whether the budget holds all logits, so that the backward need not recompute them."""
+    return head.n > 0 and head.tile_cost(gradient=True).columns_within(head.options.budget, head.n) >= head.v
+
+
+def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
+    """Statistics of every row and the whole tile of raw logits, for ``vocabulary_pass``."""
+    stats = head.new_stats()
+    logits_NV = head.new_tile(head.n * head.v).view(head.n, head.v)
+    logits_into(logits_NV, head.hidden_ND, head.lm_head_weight_VD)
+    head.row_stats(logits_NV, slice(0, head.n), stats, 0)
+    return stats, logits_NV
+
+
 def forward_pass(head: Head) -> RowStats:
     """Statistics of every row; peak extra memory: the budget."""
     stats = head.new_stats()
@@ -255,11 +270,16 @@ def token_chunk_pass(
     return stats, gradients
 
 
-def vocabulary_pass(head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients) -> Gradients:
-    """Gradients for any per-row coefficients; logits are recomputed once, slice by slice."""
+def vocabulary_pass(
+    head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients, logits_NV: Tensor | None = None
+) -> Gradients:
+    """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, or taken and overwritten."""
     accumulation = _accumulation_dtype(head.operand)
-    plan = plan_vocabulary_slices(head.n, head.v, head.options.budget, head.tile_cost(gradient=True))
-    storage = head.new_tile(plan.rows * plan.columns)
+    if logits_NV is None:
+        plan = plan_vocabulary_slices(head.n, head.v, head.options.budget, head.tile_cost(gradient=True))
+        storage = head.new_tile(plan.rows * plan.columns)
+    else:
+        plan, storage = TilePlan(max(head.n, 1), head.v), logits_NV.view(-1)
     gradients = Gradients()
     if needs.hidden:
         gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=storage.device)
@@ -280,7 +300,8 @@ def vocabulary_pass(head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCo
         for start, stop in row_spans:
             rows = slice(start, stop)
             logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
-            logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
+            if logits_NV is None:
+                logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
             chunk = coefficients.rows(start, stop)
             dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
             if needs.hidden:

@@ -8,7 +8,16 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import Head, Needs, forward_pass, one_pass_fits, token_chunk_pass, vocabulary_pass
+from var_kernels.ops.engines import (
+    Head,
+    Needs,
+    forward_pass,
+    forward_with_logits,
+    keeps_logits,
+    one_pass_fits,
+    token_chunk_pass,
+    vocabulary_pass,
+)
 
 
 def linear_logprob(
@@ -35,9 +44,9 @@ def linear_logprob(
         with label_smoothing e:  logp = (1 - e) log p_y + e * mean_v log p_v
 
     Every output but argmax is differentiable, for any upstream gradient, as often as wanted (first order). GEMMs: one
-    forward; a backward recomputes the logits slice by slice (4 in all), or needs only one [N, D] product that the
-    forward saved, when nothing but ``hidden`` learns (2 in all). Peak extra memory: ``workspace_mb``, and in the
-    backward an fp32 [N, D].
+    forward; a backward recomputes the logits slice by slice (4 in all), or keeps them where ``workspace_mb`` holds them
+    all (3), or needs only one [N, D] product that the forward saved, when nothing but ``hidden`` learns (2). Peak extra
+    memory: ``workspace_mb``, and in the backward an fp32 [N, D].
 
     Args:
         hidden: (..., D), floating point; states before the lm_head. Any strides.
@@ -92,7 +101,8 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
 class LinearLogprobFunction(torch.autograd.Function):
     """(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs) -> logp_NK, lse_N, entropy_N, argmax_N.
 
-    Saves lse and entropy and recomputes logits in the backward; with a frozen head it saves dlogp/dhidden instead.
+    Saves lse and entropy and recomputes logits in the backward, unless the budget holds them all: then the first
+    backward uses them up. With a frozen head it saves dlogp/dhidden instead.
     """
 
     @staticmethod
@@ -101,9 +111,12 @@ class LinearLogprobFunction(torch.autograd.Function):
         head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
         ctx.needs, ctx.options = needs, options
         ctx.frozen_head = _is_frozen_head(head, needs)
+        ctx.logits_NV = None
         if ctx.frozen_head:
             stats, gradients = token_chunk_pass(head, needs, lambda rows, _: head.coefficients(_ones(head, rows)))
             ctx.save_for_backward(gradients.dhidden_ND)
+        elif needs and keeps_logits(head):
+            stats, ctx.logits_NV = forward_with_logits(head)
         else:
             stats = forward_pass(head)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
@@ -127,7 +140,8 @@ class LinearLogprobFunction(torch.autograd.Function):
         if dlogp_NK is None:
             dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
         coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients).cast(head.operand)
+        logits_NV, ctx.logits_NV = ctx.logits_NV, None
+        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients, logits_NV).cast(head.operand)
         return (gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *no_others)
 
 

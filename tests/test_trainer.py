@@ -401,6 +401,40 @@ def test_pairs_train_by_dpo_without_rewards_and_by_var_with_them(tmp_path):
     assert trainer.state.log_history[0]["weighted_reward"] == pytest.approx(0.8807971, rel=1e-5)
 
 
+def test_forms_may_be_mixed_and_ties_make_no_pair(tmp_path, caplog):
+    tie = {"prompt": "tie", "completions": ["a", "b"], "rewards": [1.0, 1.0]}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    single = {"prompt": "q", "completion": "a"}
+    trainer = tiny_trainer(tmp_path / "dpo", [ROWS[0], tie, pair], method="dpo")
+    assert trainer.train_dataset.items == [[0, 2], [5, 6]]
+    assert "1 of 3 prompts have no two completions with different rewards" in caplog.text
+    trainer.train()
+    assert trainer.state.log_history[0]["reward_mean"] == pytest.approx(0.5)  # of the two rows that have one
+    trainer = tiny_trainer(tmp_path / "sft", [ROWS[0], tie, pair, single], method="sft")
+    assert trainer.train_dataset.items == [[0], [3], [5], [7]]
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
+def test_mixed_precision_and_checkpointing_train_the_same(options, adapter, tmp_path):
+    curves = []
+    for extra in ({}, options):
+        trainer_options = {}
+        if adapter:
+            peft = pytest.importorskip("peft")
+            torch.manual_seed(0)
+            lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+            trainer_options = {"peft_config": lora}
+        settings = {"max_steps": 3, "learning_rate": 0.1, "per_device_train_batch_size": 24, **extra}
+        model = tiny_model(dtype=torch.float32)
+        trainer = tiny_trainer(tmp_path / str(len(extra)), model=model, trainer_options=trainer_options, **settings)
+        trainer.train()
+        curves.append(losses(trainer))
+        assert abs(trainer.state.log_history[0]["kl_to_ref"]) < 0.02  # the reference is scored in the same precision
+    assert curves[0] == pytest.approx(curves[1], rel=5e-3 if "bf16" in options else 1e-5)
+    assert curves[1][2] < curves[1][0]
+
+
 def test_evaluation_is_the_loss_of_each_batch_by_itself(tmp_path):
     config = tiny_config(tmp_path, per_device_eval_batch_size=24, reference="sum")
     trainer = VARTrainer(tiny_model(), config, ROWS[:2], ROWS, processing_class=tokenizer())

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class EncodedRows:
     token_ids: Tensor  # (tokens,) int32
     offset: Tensor  # (rows + 1,) int64
     prompt_length: Tensor  # (rows,) int64
-    reward: Tensor | None  # (rows,) fp32
+    reward: Tensor | None  # (rows,) fp32, NaN where a row has none
     group: Tensor  # (rows,) int64: rows of one example have the same number
     groups: list[list[int]]  # the rows of each example
     is_pair: list[bool]  # of each example: its two rows are (chosen, rejected)
@@ -50,9 +50,6 @@ class EncodedRows:
         if self.ref_logp is not None:
             known["ref_logp"] = self.ref_logp[row]
         return known
-
-    def with_rewards(self, rewards: Sequence[float]) -> "EncodedRows":
-        return replace(self, reward=torch.tensor(rewards, dtype=torch.float32))
 
 
 def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> EncodedRows:
@@ -100,8 +97,10 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
         groups.append(list(range(first, first + len(example.completions))))
         first += len(example.completions)
     rewards = None
-    if all(example.rewards is not None for example in examples):
-        rewards = torch.tensor([reward for example in examples for reward in example.rewards], dtype=torch.float32)
+    if any(example.rewards is not None for example in examples):
+        nan = float("nan")
+        rewards = [r for ex in examples for r in (ex.rewards or [nan] * len(ex.completions))]
+        rewards = torch.tensor(rewards, dtype=torch.float32)
     return EncodedRows(
         token_ids=torch.cat(rows),
         offset=torch.tensor([0] + [sum(pair) for pair in lengths]).cumsum(0),

@@ -5,6 +5,7 @@ A step is prepared once for all of its micro-batches on this rank (``prepare``),
 batch. The micro-batch losses of a step, summed over accumulation steps and ranks, are the loss of the global batch.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from var_kernels.losses import dpo_loss, var_weights
 from var_kernels.losses.sequences import expand_to_tokens, sequence_sum
 from var_kernels.ops import linear_logprob, linear_weighted_nll
+
+logger = logging.getLogger(__name__)
 
 Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
 
@@ -49,7 +52,7 @@ def _sft_items(rows, config) -> list[list[int]]:
     for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
         if is_pair:
             items.append(group[:1])
-        elif rows.reward is None:
+        elif rows.reward is None or rows.reward[group].isnan().any():
             items += [[row] for row in group]
         else:
             items.append([group[int(rows.reward[group].argmax())]])
@@ -58,7 +61,7 @@ def _sft_items(rows, config) -> list[list[int]]:
 
 def _dpo_items(rows, config) -> list[list[int]]:
     """[chosen, rejected]: those of a pair, otherwise the best and the worst of a prompt, if their rewards differ."""
-    items = []
+    items, ties = [], 0
     for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
         if is_pair:
             items.append(group)
@@ -67,6 +70,12 @@ def _dpo_items(rows, config) -> list[list[int]]:
         best, worst = group[int(reward.argmax())], group[int(reward.argmin())]
         if rows.reward[best] > rows.reward[worst]:
             items.append([best, worst])
+        else:
+            ties += 1
+    if ties:
+        logger.warning(
+            "%d of %d prompts have no two completions with different rewards: no pair", ties, len(rows.groups)
+        )
     if not items:
         raise ValueError("method 'dpo' needs pairs: no prompt has two completions with different rewards")
     return items

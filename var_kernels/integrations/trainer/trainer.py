@@ -115,7 +115,7 @@ class VARTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            if args.gradient_checkpointing:
+            if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
                 model.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks of a frozen base
             model = get_peft_model(model, peft_config)
         existed = os.path.exists(args.output_dir)
@@ -218,7 +218,7 @@ class VARTrainer(Trainer):
         for key, value in metrics.items():
             self._add(mode, key, value, 1.0)
         if "reward" in step:
-            self._add(mode, "reward_mean", step["reward"].sum(), len(step["reward"]))
+            self._add(mode, "reward_mean", step["reward"].nansum(), (~step["reward"].isnan()).sum())
             if self.args.method == "var":
                 self._add(mode, "weighted_reward", (step["reward"] * added["weight"]).sum(), added["weight"].sum())
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "var_kernels.ops": ("linear_logprob", "linear_weighted_nll"),
+    "var_kernels.ops": ("linear_logprob", "linear_token_loss", "linear_weighted_nll"),
     "var_kernels.losses": ("VARLoss", "VARWeights", "dpo_loss", "sft_loss", "var_loss", "var_weights"),
 }
 _PUBLIC = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [  # noqa: RUF022
     "linear_logprob",
     "linear_weighted_nll",
+    "linear_token_loss",
     "var_weights",
     "VARWeights",
     "var_loss",
@@ -30,7 +31,7 @@ __all__ = [  # noqa: RUF022
 
 if TYPE_CHECKING:
     from var_kernels.losses import VARLoss, VARWeights, dpo_loss, sft_loss, var_loss, var_weights
-    from var_kernels.ops import linear_logprob, linear_weighted_nll
+    from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 
 
 def __getattr__(name: str):

@@ -118,3 +118,22 @@ def check_num_items(num_items) -> None:
         return
     if not (math.isfinite(num_items) and num_items > 0):
         raise ValueError(f"num_items must be positive and finite, got {num_items}")
+
+
+def check_token_inputs(token_loss, token_inputs, labels: Tensor, hidden: Tensor) -> None:
+    if not callable(token_loss):
+        raise TypeError(f"token_loss must be a function of (logp, ...), got {type(token_loss).__name__}")
+    if not isinstance(token_inputs, tuple | list):
+        raise TypeError(f"token_inputs must be a tuple of tensors, got {type(token_inputs).__name__}; write (tensor,)")
+    if isinstance(labels, Tensor) and isinstance(hidden, Tensor) and labels.dim() == hidden.dim():
+        raise ValueError(
+            f"labels must hold one target a row, shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}; use "
+            "linear_logprob for several targets"
+        )
+    for i, value in enumerate(token_inputs):
+        if not isinstance(value, Tensor) or value.shape != labels.shape or value.device != labels.device:
+            got = f"{tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"token_inputs[{i}] must be a tensor in the shape of labels, {tuple(labels.shape)} on {labels.device}, "
+                f"got {got}; expand per-sequence values over their tokens"
+            )

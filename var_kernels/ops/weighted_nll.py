@@ -95,7 +95,7 @@ def linear_weighted_nll(
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
 
-    if reduction != "none" and (engine == "one_pass" or (engine == "auto" and _one_pass(call))):
+    if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
     else:
         logp_NK, lse_N, _, argmax_N = apply_logprob(call)
@@ -123,7 +123,8 @@ def _head(call: HeadCall) -> Head:
 
 
 @_disable_dynamo
-def _one_pass(call: HeadCall) -> bool:
+def one_pass_serves(call: HeadCall) -> bool:
+    """Whether the budget holds one pass; see ``one_pass_fits``."""
     return one_pass_fits(_head(call), call.needs)
 
 
@@ -181,7 +182,13 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
         if dloss is None:
             return (None,) * 9
         *gradients, nll_NK = ctx.saved_tensors
-        # On a CPU reading the scale costs nothing, and the usual 1 saves a copy of dW.
-        if dloss.device.type != "cpu" or dloss.item() != 1:
-            gradients = [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
+        gradients = scaled_gradients(gradients, dloss)
         return (*gradients, dloss * nll_NK if ctx.needs_input_grad[3] else None, *(None,) * 5)
+
+
+def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
+    """Finished gradients times the scalar upstream gradient, as copies: they may be asked for again."""
+    # On a CPU reading the scale costs nothing, and the usual 1 saves a copy of dW.
+    if dloss.device.type == "cpu" and dloss.item() == 1:
+        return list(gradients)
+    return [None if g is None else (g * dloss).to(g.dtype) for g in gradients]

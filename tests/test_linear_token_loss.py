@@ -1,0 +1,143 @@
+"""``linear_token_loss``: losses of a token's own log-prob in one pass, against autograd over the fp64 reference."""
+
+import pytest
+import torch
+
+from tests.op_cases import Case
+from tests.tolerance import assert_gradient, assert_result
+from var_kernels import linear_token_loss
+from var_kernels.ops import engines
+from var_kernels.reference import linear_logprob_ref
+
+
+def clipped_ratio(logp, advantage, old_logp):
+    """PPO: -min(ratio A, clip(ratio) A)."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
+def entropy_bonus(logp, entropy, advantage, old_logp):
+    return clipped_ratio(logp, advantage, old_logp) - 0.1 * entropy
+
+
+def detached_probability(logp, advantage, old_logp):
+    """DFT: -sg(p) log p."""
+    return -logp.detach().exp() * logp
+
+
+LOSSES = {
+    "clipped ratio": (clipped_ratio, False),
+    "entropy bonus": (entropy_bonus, True),
+    "detached": (detached_probability, False),
+}
+CASES = [
+    Case("plain"),
+    Case("ragged chunks", tight=True, bias=True),
+    Case("softcap", options={"softcap": 5.0, "temperature": 0.8}, bias=True),
+    Case("frozen head", frozen=("weight",)),
+    Case("fp64", dtype=torch.float64, bias=True),
+    Case("bf16", dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_equals_autograd_over_the_reference(case, loss, engine, target, small_tiles):
+    target.require(case.dtype)
+    token_loss, entropy = loss
+    hidden, weight, labels, bias = case.inputs(target.device)
+    generator = torch.Generator().manual_seed(3)
+    advantage = torch.randn(labels.shape, generator=generator).to(target.device)
+    with torch.no_grad():
+        now = linear_logprob_ref(hidden, weight, labels, bias, **case.options)
+    old_logp = (now + 0.3 * torch.randn(labels.shape, generator=generator).to(now)).float()
+    got, logp = linear_token_loss(
+        hidden,
+        weight,
+        labels,
+        token_loss,
+        (advantage, old_logp),
+        bias,
+        entropy=entropy,
+        engine=engine,
+        return_logp=True,
+        **case.options,
+        **case.workspace(),
+    )
+    (0.7 * got).backward()
+
+    def reference(dtype):
+        leaves = [
+            None if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (hidden, weight, bias)
+        ]
+        known = linear_logprob_ref(*leaves[:2], labels, leaves[2], dtype=dtype, return_entropy=entropy, **case.options)
+        known = known if entropy else (known,)
+        kept = labels != -100
+        loss = token_loss(*(t[kept] for t in (*known, advantage, old_logp))).sum()
+        (0.7 * loss).backward()
+        return loss, known[0], leaves
+
+    truth, truth_logp, truth_leaves = reference(torch.float64)
+    _, _, own_leaves = reference(case.dtype)
+    assert_result(got / labels.numel(), truth / labels.numel(), "loss")
+    assert_result(logp, truth_logp, "logp")
+    for leaf, expected, own in zip((hidden, weight, bias), truth_leaves, own_leaves, strict=True):
+        if leaf is not None and leaf.requires_grad:
+            assert_gradient(leaf.grad, expected.grad, own.grad)
+
+
+def test_one_pass_computes_the_logits_once(monkeypatch):
+    calls = []
+    original = engines.logits_into
+    monkeypatch.setattr(engines, "logits_into", lambda *a: (calls.append(1), original(*a)))
+    hidden, weight, labels, _ = Case("").inputs()
+    linear_token_loss(hidden, weight, labels, lambda logp: -logp).backward()
+    assert len(calls) == 1
+
+
+def test_nothing_counts():
+    hidden, weight, labels, _ = Case("").inputs()
+    loss = linear_token_loss(hidden, weight, torch.full_like(labels, -100), lambda logp: -logp, engine="one_pass")
+    assert loss.item() == 0
+    loss.backward()
+    assert hidden.grad.count_nonzero() == 0
+
+
+def test_without_gradients():
+    hidden, weight, labels, _ = Case("").inputs()
+    with torch.no_grad():
+        got = linear_token_loss(hidden, weight, labels, lambda logp: -logp)
+    torch.testing.assert_close(got, -linear_logprob_ref(hidden, weight, labels).sum().float().detach())
+
+
+BAD = {
+    "no function": (lambda h, w, y: linear_token_loss(h, w, y, 3.0), TypeError, "token_loss must be a function"),
+    "a bare tensor": (
+        lambda h, w, y: linear_token_loss(h, w, y, lambda p, a: p * a, torch.ones(63)),
+        TypeError,
+        r"token_inputs must be a tuple.*write \(tensor,\)",
+    ),
+    "per sequence": (
+        lambda h, w, y: linear_token_loss(h, w, y, lambda p, a: p * a, (torch.ones(3),)),
+        ValueError,
+        r"token_inputs\[0\] must be a tensor in the shape of labels, \(63,\).*expand",
+    ),
+    "summed": (
+        lambda h, w, y: linear_token_loss(h, w, y, lambda p: p.sum()),
+        ValueError,
+        "token_loss must return one loss a token.*leave the sum",
+    ),
+    "several targets": (
+        lambda h, w, y: linear_token_loss(h, w, y.clamp(min=0).unsqueeze(1), lambda p: p),
+        ValueError,
+        "labels must hold one target a row",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mistake", "error", "message"), BAD.values(), ids=BAD.keys())
+def test_refused_by_name(mistake, error, message):
+    hidden, weight, labels, _ = Case("").inputs()
+    with pytest.raises(error, match=message):
+        mistake(hidden, weight, labels)

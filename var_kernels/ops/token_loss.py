@@ -1,0 +1,150 @@
+"""``linear_token_loss``: any loss of each token's own log-prob and entropy, in one pass over the head."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
+
+from var_kernels.ops import checks
+from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.engines import Gradients, Head, RowCoefficients, RowStats, forward_pass, token_chunk_pass
+from var_kernels.ops.logprob import apply_logprob
+from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
+
+TokenLoss = Callable[..., Tensor]
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    token_inputs: tuple[Tensor, ...] = (),
+    bias: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_logp: bool = False,
+    workspace_mb: float | None = None,
+    precision: str = "fp32",
+    engine: str = "auto",
+):
+    """Sum over tokens of a loss that depends on each token's own log-prob (and entropy), without the [N, V] logits.
+
+        loss = sum_n f(logp_n[, entropy_n], inputs_n)
+
+    f is ordinary differentiable torch on vectors. It is called for a chunk of tokens at a time, as soon as their
+    log-probs are known, and its gradient there is all that the chunk needs: one pass, 3 GEMMs, where autograd over
+    ``linear_logprob`` takes 4. PPO's and GRPO's clipped ratio, DFT, an entropy bonus, a per-token KL estimate fit; a
+    loss of a sequence's sum (DPO) does not: with f's arguments cut into chunks it would be another loss.
+
+    Args:
+        hidden, lm_head_weight, bias, workspace_mb, precision, engine, the head's options: see ``linear_weighted_nll``.
+        labels: (...) int64, one target a row.
+        token_loss: f(logp (n,), *inputs (n,)) -> (n,), or f(logp, entropy, *inputs) with ``entropy=True``; fp32 (fp64
+            for fp64 inputs). Element by element: row i of the result may depend on row i of the arguments alone.
+        token_inputs: tensors in the shape of labels (advantages, old log-probs, masks), constants for the gradient.
+
+    Returns:
+        A scalar fp32 (fp64 for fp64 inputs); an all-ignored batch gives a differentiable 0. With ``return_logp`` the
+        pair (loss, detached logp in the shape of labels, 0 where ignored).
+
+    Raises:
+        TypeError, ValueError: argument, what was expected, what came, the remedy.
+    """
+    checks.check_choice("engine", engine, checks.ENGINES)
+    checks.check_token_inputs(token_loss, token_inputs, labels, hidden)
+    call = prepare(
+        hidden,
+        lm_head_weight,
+        labels,
+        bias,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        label_smoothing=0.0,
+        precision=precision,
+        workspace_mb=workspace_mb,
+        entropy=entropy,
+    )
+    inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
+    if engine == "one_pass" or (engine == "auto" and one_pass_serves(call)):
+        loss, logp_NK = apply_token_loss(call, token_loss, inputs)
+    else:
+        logp_NK, _, entropy_N, _ = apply_logprob(call)
+        loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs).sum()
+    return (loss, call.restore_targets(logp_NK.detach())) if return_logp else loss
+
+
+def _evaluate(token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor]) -> Tensor:
+    known = (logp_n,) if entropy_n is None else (logp_n, entropy_n)
+    loss_n = token_loss(*known, *inputs)
+    if not isinstance(loss_n, Tensor) or loss_n.shape != logp_n.shape:
+        got = tuple(loss_n.shape) if isinstance(loss_n, Tensor) else type(loss_n).__name__
+        raise ValueError(
+            f"token_loss must return one loss a token, shape {tuple(logp_n.shape)}, got {got}; leave the sum to "
+            "linear_token_loss"
+        )
+    return loss_n
+
+
+@_disable_dynamo
+def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return LinearTokenLossFunction.apply(
+        call.hidden_ND,
+        call.lm_head_weight_VD,
+        call.bias_V,
+        call.labels_NK,
+        token_loss,
+        inputs,
+        call.options,
+        call.needs,
+    )
+
+
+class LinearTokenLossFunction(torch.autograd.Function):
+    """(sum of token_loss, logp_NK). Saves finished gradients, as ``LinearWeightedNLLFunction`` does."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, token_loss, inputs, options, needs):
+        ctx.set_materialize_grads(False)
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        losses: list[Tensor] = []
+
+        def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
+            known = [stats.logp_NK(0.0, head.v).squeeze(1), *([stats.entropy_N] if options.entropy else [])]
+            leaves = [t.requires_grad_() for t in known]
+            with torch.enable_grad():
+                loss_n = _evaluate(
+                    token_loss, leaves[0], leaves[1] if options.entropy else None, [t[rows] for t in inputs]
+                )
+                slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True, materialize_grads=True)
+            losses.append(loss_n.detach().sum())
+            if not options.entropy:
+                return head.coefficients(slopes[0].unsqueeze(1))
+            return head.coefficients(slopes[0].unsqueeze(1), None, slopes[1], known[1].detach())
+
+        if needs:
+            stats, gradients = token_chunk_pass(head, needs, coefficients_of)
+            gradients = gradients.cast(head.operand)
+        else:
+            stats, gradients = forward_pass(head), Gradients()
+            coefficients_of(slice(0, head.n), stats)
+        logp_NK = stats.logp_NK(0.0, head.v)
+        ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
+        ctx.mark_non_differentiable(logp_NK)
+        return torch.stack(losses).sum() if losses else logp_NK.new_zeros(()), logp_NK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _):
+        others = (None,) * 5
+        if dloss is None:
+            return (None, None, None, *others)
+        return (*scaled_gradients(ctx.saved_tensors, dloss), *others)

@@ -1,0 +1,44 @@
+"""The README's code runs as it stands, its links lead somewhere, and its figures are those of the CSVs it names."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=["loss module", "any trainer"])
+def test_snippet_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["loss_module.py", "own_trainer.py"])
+def test_example_runs(name):
+    run = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", run.stdout)]
+    assert len(losses) >= 4
+
+
+@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_memory_figures_are_measured():
+    def less_gradients(name):
+        lines = (ROOT / "benchmarks" / "results" / "cpu-2-cores" / name).read_text().splitlines()
+        return {row["loss"]: float(row["peak_less_gradients_mib"]) for row in csv.DictReader(lines[1:])}
+
+    fp32, bf16 = less_gradients("memory-fp32.csv"), less_gradients("memory-bf16.csv")
+    assert f"{fp32['fused']:.0f} MiB instead of {fp32['plain']:.0f} MiB" in README
+    assert f"{fp32['plain'] / fp32['fused']:.1f}x less; {bf16['plain'] / bf16['fused']:.1f}x in bf16" in README

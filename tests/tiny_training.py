@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from var_kernels.integrations.data import encode_examples, parse_row
 from var_kernels.integrations.tokenizer import train_tokenizer
 from var_kernels.integrations.trainer import VARConfig, VARTrainer
 
@@ -82,3 +83,36 @@ def tiny_trainer(folder, rows=ROWS, *, model=None, trainer_options=None, **optio
 
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- the oracle: every row by itself, full logits, fp64 --------------------------------------------------------------
+
+
+def oracle_rows(model, rows):
+    """[(reward, log-prob of the completion, its tokens, prompt number, row number within the prompt)]"""
+    encoded = encode_examples([parse_row(row, "") for row in rows], tokenizer(), 32)
+    result = []
+    for prompt, members in enumerate(encoded.groups):
+        for number, index in enumerate(members):
+            row = encoded.row(index)
+            logp = model(row["input_ids"][None]).logits[0].log_softmax(-1)
+            kept = row["labels"] != -100
+            positions = kept.nonzero().flatten() - 1
+            s = logp[positions, row["labels"][kept]].sum()
+            reward = float(row["reward"]) if "reward" in row else None
+            result.append((reward, s, int(kept.sum()), prompt, number))
+    return result
+
+
+def oracle_var(model, rows, lam, normalizer, reference_term):
+    table = oracle_rows(model, rows)
+    score, s, prompts = [], torch.stack([row[1] for row in table]), torch.tensor([row[3] for row in table])
+    for reward, logp, length, _, _ in table:
+        term = {"sum": logp.item(), "mean": logp.item() / length, "none": 0.0}[reference_term]
+        score.append(term + reward / lam)
+    score = torch.tensor(score, dtype=torch.float64)
+    if normalizer in ("batch", "batch_mean"):
+        weight = score.softmax(0)
+    else:
+        weight = torch.cat([score[prompts == p].softmax(0) for p in range(len(rows))])
+    return -(weight * s).sum() / weight.sum()

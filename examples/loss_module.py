@@ -1,4 +1,4 @@
-"""VARLoss in an own training loop: three completions of one prompt, weighted by their rewards. Runs on a CPU in seconds."""
+"""VARLoss in a training loop of your own: three completions of one prompt, weighted by reward. Seconds on a CPU."""
 
 import torch
 

@@ -16,6 +16,12 @@ rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2000, (16, 24
 
 with tempfile.TemporaryDirectory() as folder, fused_lm_head(model):
     arguments = TrainingArguments(
-        folder, max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
     )
     Trainer(model=model, args=arguments, train_dataset=rows).train()

@@ -1,4 +1,4 @@
-"""Every shipped Triton configuration compiles for GPUs that are not here, without spills and within their shared memory."""
+"""Every shipped Triton configuration compiles for GPUs that are not here: no spills, shared memory within limits."""
 
 import subprocess
 import sys

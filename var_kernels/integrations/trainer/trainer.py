@@ -232,13 +232,17 @@ class VARTrainer(Trainer):
 
         def loss_in_head(hidden: Tensor, head):
             labels = next_labels(inputs["labels"], hidden)
-            return self.method.loss(hidden, head, labels, rows, self.args)
+            here = {
+                key: value.to(hidden.device) for key, value in rows.items()
+            }  # a device_map may put the head elsewhere
+            return self.method.loss(hidden, head, labels, here, self.args)
 
         (loss, s, hits), outputs = capture(
             model, loss_in_head, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         )
         world_size = self.args.world_size if mode == "train" else 1
-        self._add_batch_metrics(mode, inputs, rows, s, hits)
+        device = rows["weight"].device
+        self._add_batch_metrics(mode, inputs, rows, s.to(device), hits.to(device))
         loss = loss * world_size + self._auxiliary_loss(outputs) / inputs["micro_batches"].to(loss.device)
         return (loss, outputs) if return_outputs else loss
 

@@ -161,10 +161,14 @@ def test_weights_of_several_targets_distil():
     torch.testing.assert_close(got, expected.float())
 
 
-def test_compiled_equals_eager():
-    hidden, weight, labels, _ = Case("").inputs()
-    step = torch.compile(lambda h, w: linear_weighted_nll(h * 2, w, labels, None), backend="aot_eager")
-    got = torch.autograd.grad(step(hidden, weight), (hidden, weight))
-    expected = torch.autograd.grad(linear_weighted_nll(hidden * 2, weight, labels, None), (hidden, weight))
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g, e)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_weights_of_another_dtype(engine, narrow, wide):
+    hidden, weight, labels, _ = Case("", dtype=wide).inputs()
+    token_weight = torch.full(labels.shape, 0.5, dtype=narrow, requires_grad=True)
+    loss = linear_weighted_nll(hidden, weight, labels, token_weight, engine=engine)
+    loss.backward()
+    assert loss.dtype == wide
+    assert token_weight.grad.dtype == narrow
+    torch.testing.assert_close(loss, 0.5 * linear_weighted_nll(hidden, weight, labels, None), rtol=1e-6, atol=1e-6)

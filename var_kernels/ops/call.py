@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.engines import HeadOptions, Needs, tile_dtype
-from var_kernels.ops.workspace import MIB, default_workspace_mb
+from var_kernels.ops.workspace import UNKNOWN, budget_bytes
 
 
 @dataclass
@@ -64,7 +63,6 @@ class _TakeRows(torch.autograd.Function):
         return dtaken_nD.new_zeros(ctx.shape).index_copy_(0, rows, dtaken_nD), None
 
 
-@_disable_dynamo  # finding the rows that count depends on data; torch.compiler.disable would import dynamo with us
 def prepare(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -84,7 +82,7 @@ def prepare(
     argmax: bool = False,
 ) -> HeadCall:
     """Check everything, then flatten; rows without a target that counts are left out (one synchronisation on an
-    accelerator).
+    accelerator), or masked where nothing may be read from the device: under torch.compile and CUDA-graph capture.
     """
     checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index)
     checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
@@ -95,9 +93,6 @@ def prepare(
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     checks.check_dtypes(hidden, lm_head_weight, bias)
-    if workspace_mb is None:
-        workspace_mb = default_workspace_mb(device)
-
     leading = hidden.shape[:-1]
     several = labels.dim() == hidden.dim()
     labels_NK = labels.reshape(leading.numel(), labels.shape[-1] if several else 1).to(torch.int64)
@@ -108,12 +103,18 @@ def prepare(
     labels_NK = labels_NK.where(kept_NK, 0)
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
 
-    rows = kept_NK.any(1).nonzero().squeeze(1)
-    if rows.numel() == hidden_ND.shape[0]:
-        rows = None
+    traced = torch.compiler.is_compiling()
+    rows = None
+    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        # Their number would have to be read from the device: masked instead. Padding may hold NaN.
+        hidden_ND = hidden_ND.where(kept_NK.any(1, keepdim=True), 0.0)
     else:
-        hidden_ND = _TakeRows.apply(hidden_ND, rows)
-        labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
+        rows = kept_NK.any(1).nonzero().squeeze(1)
+        if rows.numel() == hidden_ND.shape[0]:
+            rows = None
+        else:
+            hidden_ND = _TakeRows.apply(hidden_ND, rows)
+            labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
 
     grad = torch.is_grad_enabled()
     return HeadCall(
@@ -127,8 +128,8 @@ def prepare(
             transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
             label_smoothing=label_smoothing,
             precision=precision,
-            budget=int(workspace_mb * MIB),
-            backend=choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
+            budget=UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, device),
+            backend="" if traced else choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
             lse=lse,
             entropy=entropy,
             argmax=argmax,

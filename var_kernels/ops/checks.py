@@ -47,8 +47,13 @@ def check_tensors(
     for name, value in given.items():
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
-    if labels.device.type == "cpu" and labels.numel():
+    if values_readable(labels) and labels.numel():
         _check_label_range(labels, v, ignore_index)
+
+
+def values_readable(t: Tensor) -> bool:
+    """Whether reading values is free: on a CPU, outside torch.compile."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
@@ -109,7 +114,7 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
         )
     if token_weight.device != labels.device:
         raise ValueError(f"token_weight is on {token_weight.device} but labels are on {labels.device}; move it there")
-    if token_weight.device.type == "cpu" and not bool(token_weight.isfinite().all()):
+    if values_readable(token_weight) and not bool(token_weight.isfinite().all()):
         raise ValueError("token_weight must be finite, got NaN or inf; check the rewards it was made from")
 
 

@@ -4,9 +4,9 @@ upstream gradient.
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
+from var_kernels.ops import compiled
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import (
     Head,
@@ -89,13 +89,20 @@ def linear_logprob(
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-@_disable_dynamo  # torch.compiler.disable would import dynamo, and triton with it, at import time
 def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
-    logp_NK, *others = LinearLogprobFunction.apply(
-        call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options, call.needs
-    )
-    return (logp_NK.where(call.kept_NK, 0.0), *others)
+    head = (call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK)
+    options = call.options
+    if torch.compiler.is_compiling():
+        others = (options.entropy, options.argmax)
+        logp_NK, lse_N, entropy_N, argmax_N = compiled.logprob(*head, *compiled.flat_options(options), *others)
+        row_kept_N = call.kept_NK.any(1)
+        lse_N = lse_N.where(row_kept_N, 0.0) if options.lse else None
+        entropy_N = entropy_N.where(row_kept_N, 0.0) if options.entropy else None
+        argmax_N = argmax_N.where(row_kept_N, -1) if options.argmax else None
+    else:
+        logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(*head, options, call.needs)
+    return logp_NK.where(call.kept_NK, 0.0), lse_N, entropy_N, argmax_N
 
 
 class LinearLogprobFunction(torch.autograd.Function):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from var_kernels.ops import checks
@@ -74,11 +73,14 @@ def linear_token_loss(
         entropy=entropy,
     )
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
-    if engine == "one_pass" or (engine == "auto" and one_pass_serves(call)):
+    # A compiled graph cannot call back; there autograd runs over the log-probs.
+    eager = not torch.compiler.is_compiling()
+    if eager and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK = apply_token_loss(call, token_loss, inputs)
     else:
         logp_NK, _, entropy_N, _ = apply_logprob(call)
-        loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs).sum()
+        loss_N = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs)
+        loss = loss_N.where(call.kept_NK.squeeze(1), 0.0).sum()
     return (loss, call.restore_targets(logp_NK.detach())) if return_logp else loss
 
 
@@ -94,7 +96,6 @@ def _evaluate(token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, i
     return loss_n
 
 
-@_disable_dynamo
 def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return LinearTokenLossFunction.apply(
         call.hidden_ND,

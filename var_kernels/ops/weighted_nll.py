@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from var_kernels.ops import checks
+from var_kernels.ops import checks, compiled
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import (
     Gradients,
@@ -87,15 +86,17 @@ def linear_weighted_nll(
         lse=z_loss != 0,
         argmax=return_argmax,
     )
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
-        weight_NK = call.kept_NK.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        weight_NK = call.kept_NK.to(dtype)
     else:
-        weight_NK = call.select_targets(token_weight).to(torch.promote_types(token_weight.dtype, torch.float32))
-        weight_NK = weight_NK.where(call.kept_NK, 0.0)
+        weight_NK = call.select_targets(token_weight).to(dtype).where(call.kept_NK, 0.0)
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
 
-    if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
+    if reduction != "none" and torch.compiler.is_compiling():
+        loss, logp_NK, argmax_N = _compiled_weighted_nll(call, weight_NK, z_loss, engine)
+    elif reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
     else:
         logp_NK, lse_N, _, argmax_N = apply_logprob(call)
@@ -122,13 +123,34 @@ def _head(call: HeadCall) -> Head:
     return Head(call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options)
 
 
-@_disable_dynamo
 def one_pass_serves(call: HeadCall) -> bool:
     """Whether the budget holds one pass; see ``one_pass_fits``."""
     return one_pass_fits(_head(call), call.needs)
 
 
-@_disable_dynamo  # torch.compiler.disable would import dynamo, and triton with it, at import time
+def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, engine: str):
+    """``apply_weighted_nll`` under torch.compile; the op itself chooses between one pass and two."""
+    scales, precision, budget = compiled.flat_options(call.options)
+    needs, argmax = call.needs, call.options.argmax
+    loss, logp_NK, argmax_N, *_ = compiled.weighted_nll(
+        call.hidden_ND,
+        call.lm_head_weight_VD,
+        call.bias_V,
+        weight_NK,
+        call.labels_NK,
+        call.kept_NK,
+        scales,
+        z_loss,
+        precision,
+        budget,
+        engine,
+        [needs.hidden, needs.lm_head_weight, needs.bias],
+        argmax,
+    )
+    argmax_N = argmax_N.where(call.kept_NK.any(1), -1) if argmax else None
+    return loss, logp_NK.detach().where(call.kept_NK, 0.0), argmax_N
+
+
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
     loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(

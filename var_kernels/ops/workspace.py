@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 MIB = 1 << 20
+# The budget of a call that is being compiled: the default, found when it runs.
+UNKNOWN = -1
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
 _MIN_ROWS = 64
@@ -17,6 +19,10 @@ def default_workspace_mb(device: torch.device) -> int:
     if device.type != "cuda":
         return 64
     return max(128, _cuda_memory(device.index or 0) // 32 // MIB)
+
+
+def budget_bytes(workspace_mb: float | None, device: torch.device) -> int:
+    return int((default_workspace_mb(device) if workspace_mb is None else workspace_mb) * MIB)
 
 
 @functools.cache

@@ -1,51 +1,12 @@
 """Peak memory of one training step, plain loss against fused loss, measured exactly."""
 
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
 from var_kernels.integrations.hf import fused_lm_head
 from var_kernels.integrations.scratch import ScratchSpec, make_model
-
-
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Most bytes held at once during ``step()`` above those held before it: the CUDA allocator's maximum, or on the CPU
-    the running sum of the profiler's memory events."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _quiet_stderr(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-    ):
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Some releases of the profiler's native library log every start and stop to file descriptor 2."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+from var_kernels.measure import peak_extra_bytes
 
 
 def compare(
@@ -74,6 +35,6 @@ def compare(
 
 def _measure(model, step: Callable[[], None], device: torch.device) -> float:
     model.zero_grad(set_to_none=True)
-    peak = peak_bytes(step, device) / 2**20
+    peak = peak_extra_bytes(step, device) / 2**20
     model.zero_grad(set_to_none=True)
     return peak

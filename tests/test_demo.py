@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from var_kernels.cli import main
 from var_kernels.cli.demo import experiment, measure, output, world
 from var_kernels.cli.demo.experiment import QUICK, Run
-from var_kernels.cli.demo.memory import peak_bytes
 from var_kernels.cli.demo.story import tell
 from var_kernels.integrations.scratch import ScratchSpec
 from var_kernels.integrations.trainer import methods
@@ -115,17 +114,6 @@ def test_frontier_by_hand():
     (point,) = experiment.frontier(drawn, [1 / math.log(3)])
     assert point["reward"] == pytest.approx(0.75)
     assert point["kl"] == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-
-
-def test_peak_bytes_counts_what_is_alive_at_once():
-    def step():
-        first = torch.empty(2**20, dtype=torch.uint8)
-        second = torch.empty(2**20, dtype=torch.uint8)
-        del first
-        third = torch.empty(2**21, dtype=torch.uint8)
-        del second, third
-
-    assert peak_bytes(step, torch.device("cpu")) == 3 * 2**20
 
 
 # ---- a shrunken run -------------------------------------------------------------------------------------------------

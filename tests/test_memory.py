@@ -72,3 +72,14 @@ def test_ignored_rows_take_no_tile():
     labels[torch.arange(N) % 64 != 0] = -100
     peak = peak_extra_bytes(lambda: run("forward", hidden, weight, labels))
     assert peak < N // 64 * V * 4 * 2 + ROW_VECTORS
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def step():
+        first = torch.empty(2**20, dtype=torch.uint8)
+        second = torch.empty(2**20, dtype=torch.uint8)
+        del first
+        third = torch.empty(2**21, dtype=torch.uint8)
+        del second, third
+
+    assert peak_extra_bytes(step) == 3 * 2**20

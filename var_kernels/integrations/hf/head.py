@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ABSENT = object()
@@ -131,6 +132,8 @@ def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any])
     """
     results: list[Tensor] = []
 
+    # Runs eagerly in a compiled model: the swap itself is nothing that a graph can hold.
+    @_disable_dynamo
     def forward(hidden, *_args, **_kwargs):
         if results:
             raise ValueError(

@@ -1,5 +1,38 @@
-"""Build script. Metadata lives in pyproject.toml; this file is the place of the optional C++ extension."""
+"""Build script. Metadata lives in pyproject.toml; this file adds the optional C++ row kernels.
+
+They are built against the installed torch, and only when asked for:
+
+    VAR_KERNELS_BUILD_EXT=1 pip install --no-build-isolation --no-deps -e .
+"""
+
+import os
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+# torch's stable ABI as of 2.11: the binary runs on that version and later ones.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+
+
+def extension() -> dict:
+    """Arguments of setup() that build csrc/; none unless VAR_KERNELS_BUILD_EXT=1."""
+    if os.environ.get("VAR_KERNELS_BUILD_EXT") != "1":
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    csrc = Path("csrc")
+    native = CppExtension(
+        "var_kernels.kernels._native",
+        [str(csrc / "rows.cpp")],
+        depends=[str(path) for path in sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.inc"))],
+        extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI],
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [native],
+        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**extension())

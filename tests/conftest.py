@@ -13,13 +13,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from var_kernels.kernels import rows_torch
+from var_kernels.kernels import rows_native, rows_torch
 from var_kernels.ops import workspace
 from var_kernels.ops.backend import use_backend
 
 # (device, backend): the same test bodies run over all that the machine has; Triton on a CPU is interpreted.
 TARGETS = [
     pytest.param(("cpu", "torch"), id="cpu-torch"),
+    pytest.param(("cpu", "native"), id="cpu-native"),
     pytest.param(("cpu", "triton"), id="cpu-triton"),
     pytest.param(("cuda", "torch"), id="cuda-torch", marks=pytest.mark.gpu),
     pytest.param(("cuda", "triton"), id="cuda-triton", marks=pytest.mark.gpu),
@@ -49,6 +50,10 @@ def target(request):
     device, backend = request.param
     if backend == "torch":
         dtypes = rows_torch.DTYPES
+    elif backend == "native":
+        if rows_native.obstacle():
+            pytest.skip(rows_native.obstacle())
+        dtypes = rows_native.DTYPES
     else:
         pytest.importorskip("triton", reason="triton is not installed")
         from tests import triton_interpreter

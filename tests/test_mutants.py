@@ -7,6 +7,7 @@ from tests.op_cases import Case, check_logprob, check_weighted_nll
 from var_kernels.kernels import rows_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops import engines
+from var_kernels.ops.backend import use_backend
 
 BF16 = torch.bfloat16
 REAL = {
@@ -145,6 +146,13 @@ def smoothing_without_mean(_):
         return (1 - label_smoothing) * REAL["logp"](self, 0.0, vocabulary)
 
     return logp_nk
+
+
+@pytest.fixture(autouse=True)
+def plain_torch():
+    """The backend that the mutants are put into."""
+    with use_backend("torch"):
+        yield
 
 
 TAIL = Case("", logits=0.1, tight=True)

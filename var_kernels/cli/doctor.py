@@ -10,6 +10,8 @@ MIB = 2**20
 # Peak bytes per logit of model(..., labels=...).loss.backward() in transformers 5, whose caller lets go of the output:
 # log-softmax and two gradients in fp32. A caller who keeps the output also keeps its logits.
 PLAIN_BYTES = 12
+# From a checkout; needs a C++ compiler.
+BUILD_COMMAND = "VAR_KERNELS_BUILD_EXT=1 pip install --no-build-isolation --no-deps -e ."
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "flash-attn")
 
 
@@ -66,7 +68,8 @@ def backend_lines(torch, device) -> list[str]:
     if device.type == "cpu":
         built = "no CUDA device answers" if torch.version.cuda else "this build of torch has no CUDA"
         lines.append(f"no GPU: {built}")
-        lines.append("no C++ row kernels: this version has none")
+        if backend == "torch" and reason != "forced":
+            lines.append("build the C++ row kernels: " + BUILD_COMMAND)
     return lines
 
 

@@ -9,7 +9,9 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("torch", "triton")
+from var_kernels.kernels import rows_native
+
+BACKENDS = ("torch", "native", "triton")
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
 _forced: str | None = None
 
@@ -36,12 +38,16 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
     forced = _forced or os.environ.get(_ENVIRONMENT)
     if forced:
         _known(forced, _ENVIRONMENT if _forced is None else "use_backend")
-        obstacle = triton_obstacle(device, tile) if forced == "triton" else None
+        obstacle = _OBSTACLES[forced](device, tile)
         if obstacle:
-            raise ValueError(f"backend 'triton' was forced but {obstacle}; unset {_ENVIRONMENT} to choose by device")
+            raise ValueError(f"backend {forced!r} was forced but {obstacle}; unset {_ENVIRONMENT} to choose by device")
         return forced, "forced"
-    obstacle = "Triton has no CPU target" if device.type == "cpu" else triton_obstacle(device, tile)
-    return ("torch", obstacle) if obstacle else ("triton", f"tiles on {device.type}")
+    name = "native" if device.type == "cpu" else "triton"
+    obstacle = _OBSTACLES[name](device, tile)
+    if obstacle:
+        return "torch", obstacle
+    detail = rows_native.LEVEL_NAMES[rows_native.best_level()] if name == "native" else f"tiles on {device.type}"
+    return name, detail
 
 
 def triton_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
@@ -53,6 +59,22 @@ def triton_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton has no CPU target (TRITON_INTERPRET=1 interprets it, for tests)"
     return None
+
+
+def native_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
+    """Why the C++ kernels cannot run on such a tile, or None."""
+    if device.type != "cpu":
+        return f"the C++ kernels run on a CPU, and this tile is on {device.type}"
+    if tile == torch.float64:
+        return "the C++ kernels compute in fp32, and this tile is fp64"
+    return rows_native.obstacle()
+
+
+_OBSTACLES = {
+    "torch": lambda device, tile: None,
+    "native": native_obstacle,
+    "triton": triton_obstacle,
+}
 
 
 def row_kernels(name: str) -> ModuleType:

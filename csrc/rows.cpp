@@ -1,0 +1,206 @@
+// torch ops over the row kernels: checks, choice of the instruction set, rows in parallel. Stable ABI only, so that one
+// binary serves several versions of torch and of Python.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "rows.h"
+
+#define VK_INLINE static inline __attribute__((always_inline))
+
+namespace var_kernels {
+
+// What the compiler's baseline has: SSE2 on x86-64, NEON on arm64.
+namespace baseline {
+#define VK_LANES 4
+#include "rows_kernels.inc"
+}  // namespace baseline
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VK_X86_TARGETS 1
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define VK_LANES 8
+#include "rows_kernels.inc"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
+namespace avx512 {
+#define VK_LANES 16
+#include "rows_kernels.inc"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements that are worth a thread of their own.
+constexpr int64_t kGrainElements = 1 << 15;
+
+// 0: baseline, 1: AVX2, 2: AVX-512. The highest that this machine runs.
+int64_t best_level() {
+#ifdef VK_X86_TARGETS
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+const RowKernels& kernels(int64_t level) {
+  static const int64_t best = best_level();
+  STD_TORCH_CHECK(level >= 0 && level <= best, "level: expected 0 to ", best, " on this machine, got ", level);
+#ifdef VK_X86_TARGETS
+  if (level == 2) return avx512::kKernels;
+  if (level == 1) return avx2::kKernels;
+#endif
+  return baseline::kKernels;
+}
+
+Storage storage_of(ScalarType dtype, const char* name) {
+  if (dtype == ScalarType::Float) return Storage::f32;
+  if (dtype == ScalarType::BFloat16) return Storage::bf16;
+  STD_TORCH_CHECK(dtype == ScalarType::Half, name, ": expected float32, bfloat16 or float16");
+  return Storage::f16;
+}
+
+// The data of a contiguous CPU tensor of `count` elements.
+template <class T>
+T* vector_of(const Tensor& t, ScalarType dtype, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, name, ": expected a CPU tensor of the contract's dtype");
+  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous(), name, ": expected ", count, " contiguous elements");
+  return static_cast<T*>(t.data_ptr());
+}
+
+float* floats_of(const Tensor& t, int64_t count, const char* name) {
+  return vector_of<float>(t, ScalarType::Float, count, name);
+}
+
+float* floats_of(const std::optional<Tensor>& t, int64_t count, const char* name) {
+  return t.has_value() ? floats_of(*t, count, name) : nullptr;
+}
+
+Tile tile_of(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2, "logits: expected a CPU tensor of 2 dimensions");
+  STD_TORCH_CHECK(logits.size(1) < 2 || logits.stride(1) == 1, "logits: expected columns next to each other");
+  const Storage storage = storage_of(logits.scalar_type(), "logits");
+  const int64_t width = storage == Storage::f32 ? 4 : 2;
+  return {static_cast<char*>(logits.data_ptr()), storage, logits.stride(0) * width, logits.size(1)};
+}
+
+Transform transform_of(const std::optional<Tensor>& bias, int64_t columns, double scale, double cap, double inner) {
+  Transform t{nullptr, Storage::f32, cap != 0.0, static_cast<float>(scale), static_cast<float>(cap),
+              static_cast<float>(inner)};
+  if (bias.has_value()) {
+    t.bias_storage = storage_of(bias->scalar_type(), "bias");
+    t.bias = vector_of<const char>(*bias, bias->scalar_type(), columns, "bias");
+  }
+  return t;
+}
+
+Labels labels_of(const Tensor& labels, int64_t n, int64_t v_start) {
+  STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == n, "labels: expected ", n, " rows of ids");
+  return {vector_of<const int64_t>(labels, ScalarType::Long, labels.numel(), "labels"), labels.size(1), v_start};
+}
+
+// Each row by one thread: the result has the same bits for every number of threads.
+template <class Job>
+void each_row(void (*kernel)(const Job&, int64_t), const Job& job, int64_t n) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, job.tile.columns));
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) kernel(job, row);
+  });
+}
+
+void row_stats(Tensor logits, Tensor labels, Tensor max, Tensor sumexp, Tensor label_logit,
+               std::optional<Tensor> shifted_sum, std::optional<Tensor> logit_sum, std::optional<Tensor> argmax,
+               int64_t v_start, std::optional<Tensor> bias, double scale, double cap, double inner, int64_t level) {
+  const Tile tile = tile_of(logits);
+  const int64_t n = logits.size(0);
+  const Labels ids = labels_of(labels, n, v_start);
+  const StatsJob job{
+      tile,
+      transform_of(bias, tile.columns, scale, cap, inner),
+      ids,
+      floats_of(max, n, "max"),
+      floats_of(sumexp, n, "sumexp"),
+      floats_of(label_logit, n * ids.per_row, "label_logit"),
+      floats_of(shifted_sum, n, "shifted_sum"),
+      floats_of(logit_sum, n, "logit_sum"),
+      argmax.has_value() ? vector_of<int64_t>(*argmax, ScalarType::Long, n, "argmax") : nullptr,
+  };
+  each_row(kernels(level).stats, job, n);
+}
+
+void row_grad(Tensor logits, Tensor labels, Tensor lse, Tensor prob, Tensor label, std::optional<Tensor> logp_slope,
+              std::optional<Tensor> constant, int64_t v_start, std::optional<Tensor> bias, double scale, double cap,
+              double inner, double cap_slope, ScalarType out_dtype, int64_t level) {
+  const Tile tile = tile_of(logits);
+  const int64_t n = logits.size(0);
+  const Labels ids = labels_of(labels, n, v_start);
+  const Storage out = storage_of(out_dtype, "out_dtype");
+  STD_TORCH_CHECK(out != Storage::f32 || tile.storage == Storage::f32, "out_dtype: does not fit into the tile");
+  const GradJob job{
+      tile,
+      transform_of(bias, tile.columns, scale, cap, inner),
+      ids,
+      floats_of(lse, n, "lse"),
+      floats_of(prob, n, "prob"),
+      floats_of(label, n * ids.per_row, "label"),
+      floats_of(logp_slope, n, "logp_slope"),
+      floats_of(constant, n, "constant"),
+      static_cast<float>(cap_slope),
+      out,
+  };
+  each_row(kernels(level).grad, job, n);
+}
+
+// For the test of its error bound.
+void exp_into(Tensor x, Tensor y, int64_t level) {
+  const int64_t count = x.numel();
+  kernels(level).exp(floats_of(x, count, "x"), floats_of(y, count, "y"), count);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(var_kernels_native, m) {
+  m.def("best_level() -> int");
+  m.def(
+      "row_stats(Tensor logits, Tensor labels, Tensor(a!) max, Tensor(b!) sumexp, Tensor(c!) label_logit, "
+      "Tensor(d!)? shifted_sum, Tensor(e!)? logit_sum, Tensor(f!)? argmax, int v_start, Tensor? bias, float scale, "
+      "float cap, float inner, int level) -> ()");
+  m.def(
+      "row_grad(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor prob, Tensor label, Tensor? logp_slope, "
+      "Tensor? constant, int v_start, Tensor? bias, float scale, float cap, float inner, float cap_slope, "
+      "ScalarType out_dtype, int level) -> ()");
+  m.def("exp_into(Tensor x, Tensor(a!) y, int level) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("best_level", TORCH_BOX(&best_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CPU, m) {
+  m.impl("row_stats", TORCH_BOX(&row_stats));
+  m.impl("row_grad", TORCH_BOX(&row_grad));
+  m.impl("exp_into", TORCH_BOX(&exp_into));
+}
+
+}  // namespace var_kernels

@@ -1,0 +1,128 @@
+"""The row kernels in C++ (csrc/), fp32 arithmetic, CPU only. Each row is one thread's: their number changes no bit.
+
+The extension is optional; ``obstacle`` says why it cannot run here.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .rows import LogitTransform, RowCoefficients, RowStats
+
+# Dtypes of a tile. fp64 is left to plain torch.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A narrower gradient lies in the tile's own storage.
+COPIES_GRADIENT = False
+# Instruction set of the kernels: None for the best of this machine, else 0 (baseline), 1 (AVX2), 2 (AVX-512).
+LEVEL: int | None = None
+LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why the extension cannot run, or None; loads it on the first call."""
+    spec = importlib.util.find_spec(f"{__package__}._native")
+    if spec is None or spec.origin is None:
+        return "the C++ extension is not built"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the C++ extension does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def _ops():
+    reason = obstacle()
+    if reason:
+        raise RuntimeError(f"the native row kernels cannot run: {reason}")
+    return torch.ops.var_kernels_native
+
+
+@functools.cache
+def best_level() -> int:
+    """Index in ``LEVEL_NAMES`` of the best instruction set that this machine runs."""
+    return _ops().best_level()
+
+
+def _level() -> int:
+    return best_level() if LEVEL is None else LEVEL
+
+
+def _scalars(transform: LogitTransform) -> tuple[float, float, float]:
+    """(scale, cap, inner): z = scale * x, or cap * tanh(inner * x) where cap is not 0."""
+    if transform.softcap is None:
+        return transform.slope, 0.0, 0.0
+    return transform.slope, transform.softcap / transform.temperature, transform.logit_scale / transform.softcap
+
+
+def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
+    """What one call allocates beside an (n, columns) tile: nothing."""
+    return 0
+
+
+def exp(x: Tensor, level: int | None = None) -> Tensor:
+    """The kernels' own exponential of a contiguous fp32 tensor: at most 1.02 ulp off, denormal results are 0."""
+    y = torch.empty_like(x)
+    _ops().exp_into(x, y, _level() if level is None else level)
+    return y
+
+
+def row_stats(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Merge one vocabulary slice into the running statistics; the tile is left as it is."""
+    _ops().row_stats(
+        logits_nv,
+        labels_nk.contiguous(),
+        stats.max_N,
+        stats.sumexp_N,
+        stats.label_logit_NK,
+        stats.shifted_sum_N,
+        stats.logit_sum_N,
+        stats.argmax_N,
+        v_start,
+        None if bias_v is None else bias_v.contiguous(),
+        *_scalars(transform),
+        _level(),
+    )
+
+
+def row_grad(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    lse_n: Tensor,
+    coefficients: RowCoefficients,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The gradient in the raw logits, (n, columns) in ``out_dtype``, rounded once, in the tile's own storage."""
+
+    def packed(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous()
+
+    softcap = transform.softcap
+    _ops().row_grad(
+        logits_nv,
+        packed(labels_nk),
+        packed(lse_n),
+        packed(coefficients.prob_N),
+        packed(coefficients.label_NK),
+        packed(coefficients.logp_slope_N),
+        packed(coefficients.constant_N),
+        v_start,
+        packed(bias_v),
+        *_scalars(transform),
+        0.0 if softcap is None else transform.temperature / softcap,
+        out_dtype,
+        _level(),
+    )
+    return logits_nv.view(out_dtype)[:, : logits_nv.shape[1]]

@@ -28,7 +28,8 @@ setup: $(STAMP)
 
 # Three cases. The interpreter already has torch: keep it (a link in the new environment, nothing downloaded again).
 # An NVIDIA driver answers: the CUDA build from the index. Neither: the CPU build named in constraints/cpu.txt.
-$(STAMP): pyproject.toml setup.py constraints/cpu.txt
+# The C++ row kernels come last: they are built against the torch that was installed, and are left out without a compiler.
+$(STAMP): pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@set -e; \
@@ -47,7 +48,14 @@ $(STAMP): pyproject.toml setup.py constraints/cpu.txt
 	    || $(BIN)/python -m pip install -q -c constraints/cpu.txt --extra-index-url $(TORCH_CPU_INDEX) -e '.[dev]' || { \
 	    echo "setup: failed. Give an index that holds the '+cpu' build of torch: make $(MAKECMDGOALS) TORCH_CPU_INDEX=URL"; exit 1; }; \
 	fi
+	@if ! command -v $(CXX) >/dev/null; then \
+	  echo "setup: no C++ compiler ($(CXX)); the row kernels run in plain torch"; \
+	elif VAR_KERNELS_BUILD_EXT=1 $(BIN)/python -m pip install -q --no-index --no-deps --no-build-isolation -e . >$(VENV)/build.log 2>&1; then \
+	  echo "setup: built the C++ row kernels"; \
+	else \
+	  echo "setup: the C++ row kernels did not build ($(VENV)/build.log says why); they run in plain torch"; \
+	fi
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs var_kernels/kernels/_native.*

@@ -2,7 +2,8 @@
 
     python benchmarks/compile_kernels.py [--targets sm_80 sm_90 sm_100 gfx942] [--markdown docs/kernels.md]
 
-Exit status 1 if a configuration does not compile, spills, or asks for more shared memory than the target has.
+Exit status 1 if a configuration does not compile, spills, asks for more shared memory than the target has, or lacks an
+instruction that it is there for.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -22,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from var_kernels.kernels import rows_triton
+from var_kernels.kernels import forward_triton, rows_triton
 
 KIB = 1024
 TARGETS = {
@@ -41,18 +42,34 @@ class Configuration:
     types: dict[str, str]  # of the arguments that are no constexpr
     constants: dict[str, object]
     num_warps: int
+    num_stages: int = 3
+    multiples_of_16: tuple[str, ...] = ()  # integers that are, beside the addresses
+    targets: tuple[str, ...] = tuple(TARGETS)
+    instructions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a target, that must be there
+
+    def __post_init__(self):
+        missing = set(self.kernel.arg_names) - set(self.types) - set(self.constants)
+        assert not missing, f"{self.name}: no type for {sorted(missing)}"
 
     def compile(self, target: GPUTarget):
         signature = {arg: self.types.get(arg, "constexpr") for arg in self.kernel.arg_names}
         constants = {(self.kernel.arg_names.index(arg),): value for arg, value in self.constants.items()}
         aligned = {
-            (i,): [["tt.divisibility", 16]] for i, arg in enumerate(self.kernel.arg_names) if "*" in signature[arg]
+            (i,): [["tt.divisibility", 16]]
+            for i, arg in enumerate(self.kernel.arg_names)
+            if signature[arg].startswith("*") or arg in self.multiples_of_16
         }
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=aligned)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        return triton.compile(
+            source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages}
+        )
 
 
 def configurations() -> list[Configuration]:
+    return [*row_configurations(), *forward_configurations()]
+
+
+def row_configurations() -> list[Configuration]:
     """The row kernels: each storage dtype, bare and with every option."""
     found = []
     integers = dict.fromkeys(("row_stride", "out_stride", "C", "K", "v_start"), "i32")
@@ -82,9 +99,81 @@ _LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def _configuration(name, kernel, types, constants) -> Configuration:
     types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
-    missing = set(kernel.arg_names) - set(types) - set(constants)
-    assert not missing, f"{name}: no type for {sorted(missing)}"
     return Configuration(name, kernel, types, constants, rows_triton.NUM_WARPS)
+
+
+FORWARD_TARGETS = {
+    "descriptors": ("sm_90", "sm_100"),
+    "descriptors, small": ("sm_90", "sm_100"),
+    "pointers": ("sm_80", "sm_90", "sm_100"),
+    "rocm": ("gfx942",),
+    "small": tuple(TARGETS),
+}
+MATRIX_INSTRUCTIONS = {"sm_80": ("mma.sync",), "sm_90": ("wgmma.mma_async",), "sm_100": ("tcgen05.mma",)}
+
+
+def forward_configurations() -> list[Configuration]:
+    """The fused forward: each tile where it is chosen, bare and with every option; the small one for rows that are
+    multiples of nothing.
+    """
+    found = []
+    flags = ("HAS_BIAS", "HAS_CAP", "ENTROPY", "MEAN", "ARGMAX")
+    integers = ("N", "V", "D", "K", "S", "hidden_stride_n", "weight_stride_v", "split_columns")
+    statistics = ("label_logit_ptr", "max_ptr", "sumexp_ptr", "shifted_ptr", "logit_sum_ptr")
+    for (name, tile), everything in itertools.product(forward_triton.TILES.items(), (False, True)):
+        aligned = name != "small"
+        constants = {
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "PART": tile.part,
+            "GROUP": forward_triton.GROUP_BLOCKS,
+            "DESCRIPTORS": tile.descriptors,
+            "EVEN_D": not everything,
+            "hidden_stride_d": 1,
+            "weight_stride_d": 1,
+            **dict.fromkeys(flags, everything),
+        }
+        for operand in ("bf16", "fp32") if name == "small" else ("bf16", "fp16") if everything else ("bf16",):
+            hidden, weight = f"*{operand}", f"*{operand}"
+            if tile.descriptors:
+                hidden, weight = (f"tensordesc<{operand}[{n}, {tile.depth}]>" for n in (tile.rows, tile.columns))
+            types = {
+                "hidden": hidden,
+                "weight": weight,
+                "bias_ptr": f"*{operand}",
+                "labels_ptr": "*i64",
+                "argmax_ptr": "*i32",
+                **dict.fromkeys(statistics, "*fp32"),
+                **dict.fromkeys(integers, "i32"),
+                **dict.fromkeys(("scale", "cap", "inner"), "fp32"),
+            }
+            shape = f"{tile.rows}x{tile.columns}x{tile.depth}"
+            access = "descriptors" if tile.descriptors else "pointers"
+            instructions = {} if operand == "fp32" else dict(MATRIX_INSTRUCTIONS)
+            if tile.descriptors:
+                instructions = {target: (*found, "cp.async.bulk.tensor") for target, found in instructions.items()}
+            found.append(
+                Configuration(
+                    f"fused_forward {operand}, {shape}, {access}, {'every option' if everything else 'bare'}",
+                    forward_triton._fused_forward_kernel,
+                    types,
+                    constants,
+                    tile.num_warps,
+                    tile.num_stages,
+                    ("D", "hidden_stride_n", "weight_stride_v", "split_columns") if aligned else ("split_columns",),
+                    FORWARD_TARGETS[name],
+                    instructions,
+                )
+            )
+    kernel = forward_triton._merge_splits_kernel
+    vectors = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")}
+    types = {**vectors, "split_argmax_ptr": "*i32", "argmax_ptr": "*i64", **dict.fromkeys(("N", "S", "V"), "i32")}
+    for splits in (8, forward_triton.MAX_SPLITS):
+        constants = {"ROWS": forward_triton.MERGE_ELEMENTS // splits, "SPLITS": splits}
+        constants |= dict.fromkeys(("ENTROPY", "MEAN", "ARGMAX"), True)
+        found.append(Configuration(f"merge_splits {splits}, every option", kernel, types, constants, 4))
+    return found
 
 
 def resources(compiled, target: GPUTarget) -> tuple[int, int]:
@@ -114,6 +203,9 @@ def main() -> int:
     for configuration in configurations():
         cells = []
         for name in args.targets:
+            if name not in configuration.targets:
+                cells.append("")
+                continue
             target, limit = TARGETS[name]
             try:
                 compiled = configuration.compile(target)
@@ -125,6 +217,9 @@ def main() -> int:
             shared = compiled.metadata.shared
             if spill or shared > limit:
                 failures.append(f"{configuration.name} on {name}: spill {spill} B, shared {shared} of {limit} B")
+            missing = [i for i in configuration.instructions.get(name, ()) if i not in compiled.asm["ptx"]]
+            if missing:
+                failures.append(f"{configuration.name} on {name}: no {', '.join(missing)}")
             cells.append(f"{registers} / {shared}" + (f" / spills {spill}" if spill else ""))
         lines.append(f"| {configuration.name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)

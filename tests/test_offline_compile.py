@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
+KERNELS = ("row_stats", "row_grad", "fused_forward", "merge_splits")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
 
 
@@ -14,12 +15,14 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_configuration_compiles(target):
+@pytest.mark.parametrize(("target", "fused"), [("sm_80", 7), ("sm_90", 13), ("sm_100", 13), ("gfx942", 7)])
+def test_every_configuration_compiles(target, fused):
     result = run(str(SCRIPT), "--targets", target)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("row_stats") == 6
-    assert result.stdout.count("row_grad") == 10
+    # A tile that is for another target has an empty cell.
+    compiled = [line for line in result.stdout.splitlines() if "/" in line]
+    count = {kernel: sum(kernel in line for line in compiled) for kernel in KERNELS}
+    assert count == {"row_stats": 6, "row_grad": 10, "fused_forward": fused, "merge_splits": 2}
 
 
 def test_a_spill_is_noticed():
@@ -33,3 +36,17 @@ def test_a_spill_is_noticed():
     )
     assert result.returncode == 1
     assert "spill" in result.stderr
+
+
+def test_a_missing_instruction_is_noticed():
+    result = run(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.argv[1:] = ['--targets', 'sm_80'];"
+        "import compile_kernels as script;"
+        "script.MATRIX_INSTRUCTIONS['sm_80'] = ('wgmma.mma_async',);"
+        "full = script.forward_configurations();"
+        "script.configurations = lambda: [c for c in full if 'sm_80' in c.targets][:1];"
+        "sys.exit(script.main())",
+    )
+    assert result.returncode == 1
+    assert "no wgmma.mma_async" in result.stderr

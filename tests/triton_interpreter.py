@@ -41,6 +41,14 @@ def mend() -> None:
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = lambda self, source, target_type, _rounding: cast_impl(self, source, target_type)
 
+    plain_dot = builder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        a, b = (cast_impl(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    builder.create_dot = create_dot
+
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor, *scope):

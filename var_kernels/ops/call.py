@@ -117,6 +117,13 @@ def prepare(
             labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
 
     grad = torch.is_grad_enabled()
+    needs = Needs(
+        hidden=grad and hidden.requires_grad,
+        lm_head_weight=grad and lm_head_weight.requires_grad,
+        bias=grad and bias is not None and bias.requires_grad,
+    )
+    budget = UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, device)
+    checks.check_budget(budget, bool(needs))
     return HeadCall(
         hidden_ND=hidden_ND,
         lm_head_weight_VD=lm_head_weight,
@@ -128,17 +135,13 @@ def prepare(
             transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
             label_smoothing=label_smoothing,
             precision=precision,
-            budget=UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, device),
+            budget=budget,
             backend="" if traced else choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
             lse=lse,
             entropy=entropy,
             argmax=argmax,
         ),
-        needs=Needs(
-            hidden=grad and hidden.requires_grad,
-            lm_head_weight=grad and lm_head_weight.requires_grad,
-            bias=grad and bias is not None and bias.requires_grad,
-        ),
+        needs=needs,
         leading=leading,
         several=several,
     )

@@ -88,8 +88,17 @@ def check_head_options(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     check_choice("precision", precision, PRECISIONS)
-    if workspace_mb is not None and not (math.isfinite(workspace_mb) and workspace_mb > 0):
-        raise ValueError(f"workspace_mb must be positive (MiB), got {workspace_mb}; pass None for the default")
+    if workspace_mb is not None and not (math.isfinite(workspace_mb) and workspace_mb >= 0):
+        raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
+
+
+def check_budget(budget: int, needs_gradients: bool) -> None:
+    """Without a workspace there is no backward, which works on tiles of logits."""
+    if budget == 0 and needs_gradients:
+        raise ValueError(
+            "workspace_mb must be positive for a call that needs gradients, got 0; pass None for the default, 1 or "
+            "more (MiB), or call it under torch.no_grad()"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

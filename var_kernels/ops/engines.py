@@ -200,8 +200,11 @@ def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
 
 
 def forward_pass(head: Head) -> RowStats:
-    """Statistics of every row; peak extra memory: the budget."""
+    """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers."""
     stats = head.new_stats()
+    if head.options.budget == 0:
+        _fused_forward(head, stats)
+        return stats
     plan = plan_forward(head.n, head.v, head.options.budget, head.tile_cost(gradient=False))
     storage = head.new_tile(plan.rows * plan.columns)
     for start, stop in _spans(head.n, plan.rows):
@@ -211,6 +214,19 @@ def forward_pass(head: Head) -> RowStats:
             logits_into(logits_nv, hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
             head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
     return stats
+
+
+def _fused_forward(head: Head, stats: RowStats) -> None:
+    """GEMM and statistics in one kernel, which one backend has."""
+    if head.options.backend != "triton":
+        raise ValueError(
+            f"workspace_mb must be positive on backend {head.options.backend!r}, got 0; only 'triton' (a GPU, operands "
+            "of 16 or 32 bit) keeps logits in registers; pass None for the default"
+        )
+    from var_kernels.kernels.forward_triton import fused_forward
+
+    operands = (head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.labels_NK)
+    fused_forward(*operands, stats, head.options.transform)
 
 
 def one_pass_fits(head: Head, needs: Needs) -> bool:

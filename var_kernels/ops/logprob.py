@@ -54,7 +54,8 @@ def linear_logprob(
         labels: (...) or (..., K) int64 in [0, V) or ``ignore_index``; aligned with hidden, nothing is shifted. Rows
             without a label cost nothing.
         bias: (V,), hidden's dtype; -inf forbids a token.
-        workspace_mb: MiB for tiles of logits; None: 64 on a CPU, 1/32 of the memory of an accelerator.
+        workspace_mb: MiB for tiles of logits; None: 64 on a CPU, 1/32 of the memory of an accelerator. 0: no tiles,
+            logits stay in registers (Triton backend, no gradients: a backward needs 1 or more there).
         precision: "fp32": logits in fp32 (fp64 for fp64 inputs); "fast": logits rounded to hidden's dtype, log-prob
             errors up to 0.03 in bf16.
 

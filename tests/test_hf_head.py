@@ -1,5 +1,8 @@
 """What the fused head leaves alone, and the wrappers, modes and precisions that it works under."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +117,21 @@ def test_generate_and_plain_calls_run_as_ever_inside_the_block():
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).equal(expected)
 
 
+def test_a_copy_of_a_fused_model_is_a_plain_model_of_its_own():
+    model, inputs = build(LLAMA), batch()
+    with fused_lm_head(model):
+        own = model(**inputs).loss.item()
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            copied.lm_head.weight.zero_()
+        assert copied(**inputs).loss.item() == pytest.approx(math.log(VOCAB), rel=1e-6)
+        assert copied(**inputs).logits.shape[-1] == VOCAB
+        assert model(**inputs).loss.item() == own
+        with fused_lm_head(copied):
+            assert copied(**inputs).logits is None
+    assert copied(**inputs).logits.shape[-1] == VOCAB
+
+
 def test_apply_and_restore_without_a_block_and_under_a_later_wrapper():
     model = build(LLAMA)
     inputs = batch()
@@ -203,6 +221,17 @@ def test_labels_default_to_what_attention_mask_shows():
     assert token_logprobs(model, inputs).equal(token_logprobs(model, {**inputs, "labels": labels}))
     without_mask = token_logprobs(model, {"input_ids": inputs["input_ids"]})
     assert (without_mask[:, 1:] != 0).all()
+
+
+def test_a_first_token_behind_padding_is_not_scored():
+    model, ids = build(LLAMA), torch.randint(VOCAB, (1, 6))
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    left = {"input_ids": torch.cat([padding, ids], 1), "attention_mask": torch.cat([padding, torch.ones_like(ids)], 1)}
+    logp = token_logprobs(model, left)
+    assert_result(logp[:, 3:], token_logprobs(model, {"input_ids": ids}))
+    assert (logp[:, :4] == 0).all()
+    with pytest.raises(ValueError, match="attention_mask: expected the shape"):
+        token_logprobs(model, {"input_ids": ids, "attention_mask": torch.ones(1, 1, 6, 6)})
 
 
 def test_temperature_and_entropy():
@@ -318,6 +347,18 @@ def test_compiled_model():
     with fused_lm_head(compiled):
         assert compiled(**batch()).loss.item() == pytest.approx(own, rel=2**-17)
     assert compiled(**batch()).logits.shape[-1] == VOCAB
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_compiled_once():
+    compiled = torch.compile(build(llama("LlamaForCausalLM", num_hidden_layers=1)), backend="eager")
+    inputs = batch()
+    expected = token_logprobs(compiled, inputs)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            logp = token_logprobs(compiled, inputs)
+            logp.sum().backward()
+            assert logp.equal(expected)
 
 
 @pytest.mark.gpu

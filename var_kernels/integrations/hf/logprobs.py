@@ -35,7 +35,8 @@ def token_logprobs(
             eval mode as it is.
         batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as
             everywhere in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score.
-            Without labels every token is scored that attention_mask does not hide.
+            Without labels every token is scored that attention_mask does not hide, and that has one before it that
+            is not hidden either (behind padding on the left comes a first token).
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
@@ -88,6 +89,16 @@ def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(hidden.device)
 
 
+def _scored_by_mask(input_ids: Tensor, mask: Tensor) -> Tensor:
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got "
+            f"{tuple(mask.shape)}; with a mask of another form pass labels, which say what is scored"
+        )
+    hidden_before = F.pad(mask[:, :-1] == 0, (1, 0), value=False)  # (B, T); at t = 0 nothing is scored anyway
+    return input_ids.masked_fill((mask == 0) | hidden_before, IGNORE_INDEX)
+
+
 def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise TypeError(
@@ -98,7 +109,7 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
     input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
     if labels is None:
         mask = inputs.get("attention_mask")
-        labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE_INDEX)
+        labels = input_ids if mask is None else _scored_by_mask(input_ids, mask)
     if labels.shape != input_ids.shape or labels.dim() != 2:
         raise ValueError(
             f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "

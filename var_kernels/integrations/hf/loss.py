@@ -1,5 +1,6 @@
 """The model's own language-modelling loss, computed without logits."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
 
     ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller
-    calls it (DDP, FSDP, PEFT ... around it); only the innermost model is patched.
+    calls it (DDP, FSDP, PEFT ... around it); only the innermost model is patched. ``copy.deepcopy`` of it is plain.
 
     Args:
         model: an HF causal LM, plain or wrapped.
@@ -49,7 +50,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self.restore()
 
     def apply(self) -> "fused_lm_head":
-        if getattr(self.inner, "_var_kernels_fused", None) is not None:
+        if getattr(getattr(self.inner, "_var_kernels_fused", None), "_applied", False):
             raise RuntimeError(
                 f"{type(self.inner).__name__}: fused_lm_head is applied already; leave that block or call restore()"
             )
@@ -57,12 +58,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self._plain_forward = self.inner.forward
         self._instance_forward = self.inner.__dict__.get("forward")
         self._signature = inspect.signature(self._plain_forward)
-
-        @functools.wraps(self._plain_forward)  # Trainer and PEFT read its signature
-        def patched(*args, **kwargs):
-            return self._forward(*args, **kwargs)
-
-        self._patched_forward = patched
+        self._patched_forward = _PatchedForward(self)
         self.inner._var_kernels_fused = self
         self.inner.forward = self._patched_forward
         self._applied = True
@@ -79,6 +75,12 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             del self.inner.forward
         else:
             self.inner.forward = self._instance_forward
+
+    def __deepcopy__(self, memo) -> "fused_lm_head":
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied._applied = False  # nobody would restore a copy of the model, so it is a plain one
+        return copied
 
     def _forward(self, *args, **kwargs):
         if not self._applied:
@@ -158,6 +160,18 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         # The model does not pass on the count that it was given, or makes its own.
         count = (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
         return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
+
+
+class _PatchedForward:
+    """Stands for the forward of the inner model. No function: deepcopy passes those on as they are, and the forward of
+    a copied model would run the weights of the first."""
+
+    def __init__(self, fused: fused_lm_head):
+        functools.update_wrapper(self, fused._plain_forward)  # Trainer and PEFT read its signature
+        self.fused = fused
+
+    def __call__(self, *args, **kwargs):
+        return self.fused._forward(*args, **kwargs)
 
 
 def _without_logits(output: Any, loss: Tensor | None = None) -> Any:

@@ -134,6 +134,20 @@ def test_mean_divides_by_labels_or_by_num_items():
         torch.testing.assert_close(got, total / 8)
 
 
+def test_fp16_gradients_survive_a_large_divisor():
+    """p / num_items is below fp16's smallest number; the scaler's factor must be in before anything is rounded."""
+    scale, num_items = 2.0**16, 2**17
+    hidden, weight, labels, _ = Case("", dtype=torch.float16).inputs()
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+        op = linear_weighted_nll if dtype == torch.float16 else linear_weighted_nll_ref
+        (op(h, w, labels, None, reduction="mean", num_items=num_items) * scale).backward()
+        grads.append([h.grad.double(), w.grad.double()])
+    for got, expected in zip(*grads, strict=True):
+        assert (got - expected).norm() <= 2**-10 * expected.norm()
+
+
 def test_equals_cross_entropy():
     hidden, weight, labels, _ = Case("").inputs()
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, label_smoothing=0.1)

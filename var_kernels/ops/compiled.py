@@ -50,6 +50,11 @@ def flat_options(options: HeadOptions) -> tuple[list[float], str, int]:
     return scales, options.precision, options.budget
 
 
+def underflows(operand: torch.dtype) -> bool:
+    """fp16 loses gradients that are made before a GradScaler's factor is known: p_v / num_items is below 6e-8."""
+    return operand == torch.float16
+
+
 def _wide(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
@@ -196,7 +201,8 @@ def weighted_nll(
         weight = token_weight[rows]
         return head.coefficients(-weight, 2 * z_loss * weight.sum(1) * stats.lse_N if z_loss else None)
 
-    if wanted and (engine == "one_pass" or (engine == "auto" and one_pass_fits(head, wanted))):
+    fits = not underflows(head.operand) and one_pass_fits(head, wanted)
+    if wanted and (engine == "one_pass" or (engine == "auto" and fits)):
         stats, gradients = token_chunk_pass(head, wanted, coefficients_of)
     else:
         stats, gradients = forward_pass(head), Gradients()

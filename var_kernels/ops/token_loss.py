@@ -134,9 +134,10 @@ class LinearTokenLossFunction(torch.autograd.Function):
         if needs:
             stats, gradients = token_chunk_pass(head, needs, coefficients_of)
             gradients = gradients.cast(head.operand)
-        else:
+        else:  # no slopes: under inference_mode there are none to be had
             stats, gradients = forward_pass(head), Gradients()
-            coefficients_of(slice(0, head.n), stats)
+            logp_N = stats.logp_NK(0.0, head.v).squeeze(1)
+            losses.append(_evaluate(token_loss, logp_N, stats.entropy_N if options.entropy else None, inputs).sum())
         logp_NK = stats.logp_NK(0.0, head.v)
         ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
         ctx.mark_non_differentiable(logp_NK)

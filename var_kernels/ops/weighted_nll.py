@@ -53,7 +53,8 @@ def linear_weighted_nll(
         hidden, lm_head_weight, labels, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
         token_weight: the shape of labels, floating point, finite, any sign; None: 1. Rows of weight 0 cost nothing.
         num_items: divisor of "mean" (number of items in the global batch, sum of weights), positive.
-        engine: "auto", "one_pass" or "two_pass".
+        engine: "auto", "one_pass" or "two_pass". "auto" takes two passes for fp16, where gradients that are made before
+            a GradScaler's factor is known underflow.
 
     Returns:
         A scalar fp32 (fp64 for fp64 inputs), nats; for "none" the shape of labels. An all-ignored batch gives a
@@ -124,8 +125,8 @@ def _head(call: HeadCall) -> Head:
 
 
 def one_pass_serves(call: HeadCall) -> bool:
-    """Whether the budget holds one pass; see ``one_pass_fits``."""
-    return one_pass_fits(_head(call), call.needs)
+    """Whether the budget holds one pass (see ``one_pass_fits``), and the dtype the gradients that it makes."""
+    return not compiled.underflows(call.hidden_ND.dtype) and one_pass_fits(_head(call), call.needs)
 
 
 def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, engine: str):

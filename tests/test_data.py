@@ -62,6 +62,8 @@ BAD_ROWS = {
     "completions no list": ({**GROUP, "completions": "ab"}, "completions must be a list, got str 'ab'"),
     "no completions": ({**GROUP, "completions": []}, "completions is empty"),
     "fewer rewards": ({**GROUP, "rewards": [1]}, "rewards has 1 entries for 2 completions"),
+    "reward beyond fp32": ({**SINGLE, "reward": 1e39}, r"reward must be finite, got 1e\+39; rewards are kept in fp32"),
+    "enormous integer": ({**SINGLE, "reward": 10**400}, r"reward must be finite, got 1000.*; rewards are kept in fp32"),
     "NaN reward": ({**GROUP, "rewards": [1, float("nan")]}, r"rewards\[1\] must be finite, got nan"),
     "infinite reward": ({**SINGLE, "reward": float("inf")}, "reward must be finite"),
     "null reward": ({**SINGLE, "reward": None}, "reward must be a number, got null"),
@@ -195,6 +197,30 @@ def test_long_rows_lose_the_oldest_of_the_prompt_then_the_end_of_the_completion(
     assert ids == everything[0][-kept_prompt:] + everything[1][:kept_completion]
     assert rows.cut_prompts == (len(everything[0]) > kept_prompt)
     assert rows.cut_completions == (len(everything[1]) > kept_completion)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_no_space_comes_between_prompt_and_completion(scheme):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE(unk_token="<unk>"))  # as SentencePiece: a space before every text
+    bare.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    bare.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    bare.train_from_iterator(["answer: yes no 4", "\n\n\n\n"], trainer)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for prompt, completion in (
+        ("answer:\n", "yes"),
+        ("answer:", " yes"),
+        ("answer: ", "4"),
+        ("answer:", "\n\nno"),
+        ("a", ""),
+    ):
+        row = encode_examples([Example(prompt, [completion], [1.0], ["here"])], spaced, 64).row(0)
+        assert spaced.decode(row["input_ids"][:-1]) == prompt + completion
+        assert row["input_ids"][-1] == spaced.eos_token_id
 
 
 def test_messages_go_through_the_chat_template():

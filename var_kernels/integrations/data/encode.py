@@ -11,6 +11,7 @@ from var_kernels.integrations.data.forms import DataError, Example, Problem, Tex
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1000  # texts handed to the tokenizer at once
+_ANCHORS = ("\n", ":", "x")  # texts that rarely grow together with what follows
 
 
 @dataclass
@@ -159,7 +160,7 @@ def _token_lists(texts, tokenizer):
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
         prompts = _ids(tokenizer, [prompt for prompt, _, _, _ in chunk])
-        completions = _ids(tokenizer, [completion for _, completion, _, _ in chunk])
+        completions = _continuations(tokenizer, [completion for _, completion, _, _ in chunk])
         # A prompt's own special tokens: only a leading <bos> is wanted; some tokenizers also close with <eos> or <sep>.
         opens = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         for (_, _, rendered, where), prompt, completion in zip(chunk, prompts, completions, strict=True):
@@ -167,6 +168,26 @@ def _token_lists(texts, tokenizer):
                 yield prompt, completion, where
             else:
                 yield [bos, *prompt] if opens else prompt, [*completion, eos], where
+
+
+def _continuations(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of texts that stand behind others: without the space that SentencePiece-like tokenizers put before a text."""
+    anchors = {anchor: _ids(tokenizer, [anchor])[0] for anchor in _ANCHORS}
+    bare, *behind = _ids(tokenizer, ["a", *(f"{anchor}a" for anchor in anchors)])
+    if all(ids == [*before, *bare] for ids, before in zip(behind, anchors.values(), strict=True)):
+        return _ids(tokenizer, texts)
+    results = _ids(tokenizer, texts)
+    left = list(range(len(texts)))
+    for anchor, before in anchors.items():
+        joined = _ids(tokenizer, [anchor + texts[i] for i in left])
+        # Where a token spans the two, another anchor is tried.
+        apart = {i: ids[len(before) :] for i, ids in zip(left, joined, strict=True) if ids[: len(before)] == before}
+        for i, ids in apart.items():
+            results[i] = ids
+        left = [i for i in left if i not in apart]
+        if not left:
+            break
+    return results
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:

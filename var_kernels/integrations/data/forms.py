@@ -1,7 +1,6 @@
 """The forms a row of training data may take, and what is wrong with a row that takes none of them."""
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,6 +14,7 @@ FORMS = (
     "prompt + chosen + rejected (+ chosen_reward + rejected_reward, or rewards)",
 )
 SHOWN_PROBLEMS = 10
+_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _BadRowError(f"{name} must be a number, got {_kind(value)}")
-    if not math.isfinite(value):
-        raise _BadRowError(f"{name} must be finite, got {value}")
+    if not abs(value) <= _LARGEST:
+        raise _BadRowError(f"{name} must be finite, got {value!r:.40}; rewards are kept in fp32, up to {_LARGEST}")
     return float(value)
 
 

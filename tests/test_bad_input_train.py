@@ -70,6 +70,17 @@ COMMAND_LINES = {
     "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate: expected >= 0, got -1.0"),
     "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size: expected >= 1, got 0"),
     "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps: expected >= 1"),
+    "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor: expected 0, got 0.1"),
+    "sampling by length": (
+        {"train-sampling-strategy": "group_by_length"},
+        {},
+        "train_sampling_strategy: expected 'random' or 'sequential', got 'group_by_length'",
+    ),
+    "a model that is nowhere": (
+        {"from-scratch": None, "model": "nobody/nothing"},
+        {},
+        "model: nobody/nothing is no local directory with a model in it, and could not be had from the hub",
+    ),
     "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb: expected > 0, or None, got -3.0"),
     "unknown SFT set": ({"sft-on": "worst"}, {}, "sft_on: expected 'best' or 'all', got 'worst'"),
     "moving precomputed reference": ({"sync-ref-model": True}, {}, "pass precompute_ref_log_probs=False"),

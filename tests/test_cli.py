@@ -185,6 +185,15 @@ def test_malformed_rows_are_counted_when_skipped(tmp_path, dataset, capsys):
     assert "skipped 2 malformed rows of 10" in errors
 
 
+def test_rows_left_out_of_the_evaluation_set_are_counted_too(tmp_path, dataset, capsys):
+    worse = tmp_path / "worse.jsonl"
+    worse.write_text(dataset.read_text() + '{"prompt": "p"}\n')
+    assert main(words(tmp_path, dataset, eval_dataset=worse, skip_malformed=True)) == 0
+    errors = capsys.readouterr().err
+    assert f"skipped {worse}:9: no completion among its keys ['prompt']" in errors
+    assert "skipped 1 malformed rows of 9" in errors
+
+
 def test_a_reward_function_and_an_evaluation_set(tmp_path, dataset, monkeypatch):
     (tmp_path / "my_reward.py").write_text(
         "def short(prompts, completions):\n    return [-len(c) for c in completions]\n"

@@ -252,6 +252,27 @@ def test_a_moving_reference_is_resumed_too(tmp_path):
     assert losses(resumed) == losses(straight)
 
 
+def test_a_model_given_by_name_is_trained_in_fp32(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    trainer = VARTrainer(str(tmp_path / "model"), tiny_config(tmp_path), ROWS)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_rows_beyond_the_positions_are_refused_where_a_table_ends(tmp_path, caplog):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(tokenizer()), n_embd=24, n_layer=1, n_head=2, n_positions=16)
+    rows = [{"prompt": "a b " * 10, "completion": "x" * n, "reward": 1.0} for n in (1, 20)]
+    with pytest.raises(ValueError, match=r"max_length: the longest row has 32 tokens but the model has 16 learned"):
+        tiny_trainer(tmp_path, rows, model=GPT2LMHeadModel(config))
+    tiny_trainer(tmp_path, rows, model=GPT2LMHeadModel(config), max_length=16).train()
+    rotary = tiny_model()
+    rotary.config.max_position_embeddings = 16
+    tiny_trainer(tmp_path, rows, model=rotary).train()
+    assert "the longest row has 32 tokens; the model was made for 16" in caplog.text
+
+
 def test_the_model_card_holds_settings_and_last_metrics(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2)
     trainer.train()

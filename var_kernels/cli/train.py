@@ -90,13 +90,11 @@ def run(args: argparse.Namespace) -> int:
     need = "optional" if reward_func else METHODS[config.method].need_rewards
     load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"], "subset": settings["subset"]}
     examples, skipped = load_examples(settings["dataset"], split=settings["split"], **load)
+    _report_skipped(skipped, len(examples))
     eval_examples = None
     if settings["eval_dataset"]:
-        eval_examples, _ = load_examples(settings["eval_dataset"], split=settings["split"], **load)
-    for problem in skipped[:10]:
-        print(f"skipped {problem}", file=sys.stderr)
-    if skipped:
-        print(f"skipped {len(skipped)} malformed rows of {len(examples) + len(skipped)}", file=sys.stderr)
+        eval_examples, skipped = load_examples(settings["eval_dataset"], split=settings["split"], **load)
+        _report_skipped(skipped, len(eval_examples))
 
     set_seed(config.seed)
     model, tokenizer = _model_and_tokenizer(settings, config, examples, checkpoint)
@@ -112,6 +110,13 @@ def run(args: argparse.Namespace) -> int:
     trainer.accelerator.wait_for_everyone()  # a rank that ends while another still writes makes that one hang
     trainer.accelerator.end_training()
     return 0
+
+
+def _report_skipped(skipped: list, kept: int) -> None:
+    for problem in skipped[:10]:
+        print(f"skipped {problem}", file=sys.stderr)
+    if skipped:
+        print(f"skipped {len(skipped)} malformed rows of {kept + len(skipped)}", file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
@@ -195,8 +200,13 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
     name = settings["model"]
     if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: no such directory: {name}")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=settings["dtype"])
-    return model, AutoTokenizer.from_pretrained(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=settings["dtype"])
+        return model, AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"model: {name} is no local directory with a model in it, and could not be had from the hub: {error}"
+        ) from error
 
 
 def _lora(text: str):

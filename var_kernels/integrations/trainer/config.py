@@ -104,6 +104,17 @@ class VARConfig(TrainingArguments):
                 "ref_model_mixup_alpha", self.ref_model_mixup_alpha, 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]"
             )
             _check_range("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps >= 1, ">= 1")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; the losses here are those of "
+                "the labels as they are (dpo's smoothing is dpo_loss's own)"
+            )
+        sampling = getattr(self, "train_sampling_strategy", "random")
+        if sampling not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy: expected 'random' or 'sequential', got {sampling!r}; batches made by "
+                "length change what Z is estimated from"
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns: expected False, rewards and reference log-probs travel with the rows"

@@ -33,6 +33,7 @@ from var_kernels.integrations.trainer.config import VARConfig
 from var_kernels.integrations.trainer.memory import peak_memory_mb
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.model_card import write_model_card
+from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary, disable_dropout
 from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.losses.weights import warn_if_collapsed
@@ -57,7 +58,7 @@ class VARTrainer(Trainer):
     the policy), tokens_per_second, peak_memory_mb.
 
     Args:
-        model: a causal LM, or its name or path.
+        model: a causal LM, or its name or path (loaded in fp32, whatever the checkpoint's dtype is).
         args: a ``VARConfig``. A batch size counts items: completions, or prompts with all their completions where the
             normalizer works per prompt, or pairs.
         train_dataset, eval_dataset: rows in a form of docs/data.md (dicts, a datasets.Dataset), or what
@@ -91,24 +92,27 @@ class VARTrainer(Trainer):
     ):
         args = VARConfig("var_output") if args is None else args
         _check_arguments(args, train_dataset, ref_model, peft_config)
+        # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if isinstance(ref_model, str):
-            ref_model = AutoModelForCausalLM.from_pretrained(ref_model)
+            ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype=torch.float32)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.method = METHODS[args.method]
         self.pad_token_id = next(
             i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None
         )
-        self._check_vocabulary(model, processing_class)
+        check_vocabulary(model, processing_class)
         calibrate(model)  # a head that is not understood is refused here
         data = [
             None if rows is None else self._encode(rows, name, args, processing_class, reward_func)
             for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         ]
+        for items in filter(None, data):
+            check_positions(model, items.rows)
         if args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         self._ref_key = ""
         if self.method.uses_ref(args) and args.precompute_ref_log_probs:
             self._ref_key = model_fingerprint(model if ref_model is None else ref_model)
@@ -153,15 +157,6 @@ class VARTrainer(Trainer):
             examples = apply_reward_function(reward_func, examples)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
         return Items(encoded, self.method.items(encoded, args))
-
-    @staticmethod
-    def _check_vocabulary(model, tokenizer) -> None:
-        size = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model embeds {size}: use the model's own "
-                "tokenizer, or resize_token_embeddings"
-            )
 
     def _prepare_reference(self, tables: list[EncodedRows]) -> None:
         if not self.method.uses_ref(self.args):
@@ -381,16 +376,6 @@ def _examples(rows, name: str, need_rewards: str) -> list[Example]:
     if not parsed:
         raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
     return parsed
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Modules and the float attributes from which many models call F.dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-                setattr(module, name, 0.0)
 
 
 def _is_peft(model: nn.Module) -> bool:

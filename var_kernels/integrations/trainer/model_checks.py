@@ -1,0 +1,46 @@
+"""What a model must be like before it is trained: large enough for its tokens, and without dropout."""
+
+import logging
+
+from torch import nn
+
+from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.hf.head import inner_model
+
+logger = logging.getLogger(__name__)
+
+
+def check_vocabulary(model, tokenizer) -> None:
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {size}: use the model's own "
+            "tokenizer, or resize_token_embeddings"
+        )
+
+
+def check_positions(model: nn.Module, rows: EncodedRows) -> None:
+    """A table of learned positions ends; rows beyond it would stop the run with an index error in its middle."""
+    inner = inner_model(model)
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(rows.offset.diff().max())
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    words = inner.get_input_embeddings()
+    sizes = {m.num_embeddings for m in inner.modules() if isinstance(m, nn.Embedding) and m is not words}
+    if any(limit <= size <= limit + 2 for size in sizes):  # OPT and others keep two rows in front
+        raise ValueError(
+            f"max_length: the longest row has {longest} tokens but the model has {limit} learned positions; set "
+            f"max_length={limit} or less"
+        )
+    logger.warning("the longest row has %d tokens; the model was made for %d (max_position_embeddings)", longest, limit)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Modules and the float attributes from which many models call F.dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)

@@ -134,8 +134,6 @@ def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any])
 
     # Runs eagerly in a compiled model: the swap itself is nothing that a graph can hold.
     @_disable_dynamo
-    # torch.compile would guard on this call's own closure and graph nodes: a recompilation a step, or a failed guard.
-    @torch.compiler.disable
     def forward(hidden, *_args, **_kwargs):
         if results:
             raise ValueError(

@@ -23,7 +23,7 @@ def extension() -> dict:
     csrc = Path("csrc")
     native = CppExtension(
         "var_kernels.kernels._native",
-        [str(csrc / "rows.cpp")],
+        [str(path) for path in sorted(csrc.glob("*.cpp"))],
         depends=[str(path) for path in sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.inc"))],
         extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI],
         py_limited_api=True,

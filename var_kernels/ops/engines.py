@@ -14,7 +14,7 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
-from var_kernels.ops.gemm import add_product, logits_into, product_into, upcasts
+from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into, upcasts
 from var_kernels.ops.workspace import (
     TileCost,
     TilePlan,
@@ -64,7 +64,7 @@ class Head:
         self.operand = self.hidden_ND.dtype
         self.tile = tile_dtype(self.operand, self.options.precision)
         self.kernels = row_kernels(self.options.backend)
-        self.upcast = upcasts(self.operand, self.tile, self.hidden_ND.device)
+        self.upcast = upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile, self.options.backend)
 
     def new_stats(self) -> RowStats:
         options = self.options
@@ -104,9 +104,9 @@ class Head:
 
     def _operand_copies(self, gradient: bool) -> int:
         """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py)."""
-        if not self.upcast:
-            return 0
-        return self.d * (self.tile.itemsize + (self.operand.itemsize if gradient else 0))
+        upcast = self.tile.itemsize if self.upcast else 0
+        partial = partial_bytes(self.operand, self.hidden_ND.device) if gradient else 0
+        return self.d * (upcast + partial)
 
     def new_tile(self, elements: int) -> Tensor:
         return torch.empty(elements, dtype=self.tile, device=self.hidden_ND.device)
@@ -194,7 +194,7 @@ def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
     """Statistics of every row and the whole tile of raw logits, for ``vocabulary_pass``."""
     stats = head.new_stats()
     logits_NV = head.new_tile(head.n * head.v).view(head.n, head.v)
-    logits_into(logits_NV, head.hidden_ND, head.lm_head_weight_VD)
+    logits_into(logits_NV, head.upcast_rows(0, head.n), head.lm_head_weight_VD)
     head.row_stats(logits_NV, slice(0, head.n), stats, 0)
     return stats, logits_NV
 

@@ -1,28 +1,37 @@
 """The three GEMMs of the head, with accumulation in the tile's dtype whatever the operands' dtype is.
 
-CUDA: cuBLAS takes 16-bit operands to an fp32 result. CPU: no such GEMM, so operands of the forward GEMM are upcast
-    (exact products,
-fp32 sums), while gradient GEMMs run in 16 bit and round each partial result once.
+CUDA: cuBLAS takes 16-bit operands to an fp32 result. CPU: torch has no such GEMM. The C++ kernels have one for bf16,
+given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums). Gradient GEMMs
+run in 16 bit there and round each partial result once.
 """
 
 import torch
 from torch import Tensor
 
+from var_kernels.kernels import gemm_native
 
-def upcasts(operand: torch.dtype, tile: torch.dtype, device: torch.device) -> bool:
+
+def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, backend: str) -> bool:
     """Whether the forward GEMM needs fp32 copies of its operands."""
-    return operand != tile and device.type != "cuda"
+    if hidden_nd.dtype == tile or hidden_nd.device.type == "cuda":
+        return False
+    return backend != "native" or not gemm_native.takes(hidden_nd, lm_head_weight_vd)
+
+
+def partial_bytes(operand: torch.dtype, device: torch.device) -> int:
+    """Bytes an element of a partial result in 16 bit, and of the fp32 copy that torch makes to add it."""
+    return 2 + 4 if operand.itemsize == 2 and device.type != "cuda" else 0
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor) -> None:
-    """out = hidden W^T, in out's dtype; hidden may already be upcast."""
-    dtype, weight_dv = out_nv.dtype, lm_head_weight_vd.t()
-    if hidden_nd.dtype == weight_dv.dtype == dtype:
-        torch.mm(hidden_nd, weight_dv, out=out_nv)
-    elif upcasts(weight_dv.dtype, dtype, out_nv.device):
-        torch.mm(hidden_nd.to(dtype), weight_dv.to(dtype), out=out_nv)
+    """out = hidden W^T, in out's dtype; hidden comes in that dtype where ``upcasts`` asks for it."""
+    dtype = out_nv.dtype
+    if hidden_nd.dtype == dtype:
+        torch.mm(hidden_nd, lm_head_weight_vd.to(dtype).t(), out=out_nv)
+    elif out_nv.device.type == "cuda":
+        torch.mm(hidden_nd, lm_head_weight_vd.t(), out_dtype=dtype, out=out_nv)
     else:
-        torch.mm(hidden_nd, weight_dv, out_dtype=dtype, out=out_nv)
+        gemm_native.logits_into(out_nv, hidden_nd, lm_head_weight_vd)
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:

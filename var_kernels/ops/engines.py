@@ -16,12 +16,14 @@ from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into, upcasts
 from var_kernels.ops.workspace import (
+    MAX_FORWARD_ROWS,
     TileCost,
     TilePlan,
     holds_token_chunks,
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
+    within_cache,
 )
 
 
@@ -83,6 +85,11 @@ class Head:
         return TileCost(
             self._element(gradient), copies, copies, self.kernels.temporary_bytes(self.n, self.v, self.tile)
         )
+
+    def tile_budget(self, rows: int, cost: TileCost) -> int:
+        """The budget of tiles that need not hold whole rows; the C++ kernels run faster on those that stay cached."""
+        budget = self.options.budget
+        return within_cache(rows, self.v, budget, cost) if self.options.backend == "native" else budget
 
     def chunk_cost(self, budget: int) -> TileCost:
         """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
@@ -205,7 +212,8 @@ def forward_pass(head: Head) -> RowStats:
     if head.options.budget == 0:
         _fused_forward(head, stats)
         return stats
-    plan = plan_forward(head.n, head.v, head.options.budget, head.tile_cost(gradient=False))
+    cost = head.tile_cost(gradient=False)
+    plan = plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
     storage = head.new_tile(plan.rows * plan.columns)
     for start, stop in _spans(head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
@@ -292,7 +300,8 @@ def vocabulary_pass(
     """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, or taken and overwritten."""
     accumulation = _accumulation_dtype(head.operand)
     if logits_NV is None:
-        plan = plan_vocabulary_slices(head.n, head.v, head.options.budget, head.tile_cost(gradient=True))
+        cost = head.tile_cost(gradient=True)
+        plan = plan_vocabulary_slices(head.n, head.v, head.tile_budget(head.n, cost), cost)
         storage = head.new_tile(plan.rows * plan.columns)
     else:
         plan, storage = TilePlan(max(head.n, 1), head.v), logits_NV.view(-1)

@@ -11,7 +11,9 @@ UNKNOWN = -1
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
 _MIN_ROWS = 64
-_MAX_FORWARD_ROWS = 4096
+MAX_FORWARD_ROWS = 4096
+# Of a tile on a CPU: it stays in the last-level cache there, and fresh pages cost more than a narrower GEMM.
+_CACHED_BYTES = 8 * MIB
 
 
 def default_workspace_mb(device: torch.device) -> int:
@@ -54,6 +56,13 @@ class TileCost:
         return (budget - self.fixed - columns * self.column) // (columns * self.element + self.row)
 
 
+def within_cache(n: int, v: int, budget: int, cost: TileCost) -> int:
+    """A budget without more than a cached tile, or a tile of all rows and the fewest columns where that is larger."""
+    rows, columns = max(1, n), min(v, _MIN_COLUMNS)
+    fewest = cost.fixed + columns * cost.column + rows * (columns * cost.element + cost.row)
+    return min(budget, max(fewest, _CACHED_BYTES))
+
+
 def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, beside: int = 0) -> int:
     rows = cost.rows_within(budget, columns)
     if rows < 1:
@@ -67,7 +76,7 @@ def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, bes
 
 def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> TilePlan:
     """Rows by vocabulary slices, merged by running statistics: as square as the budget allows."""
-    rows = max(1, min(n, _MAX_FORWARD_ROWS))
+    rows = max(1, min(n, MAX_FORWARD_ROWS))
     columns = cost.columns_within(budget, rows)
     if columns < min(v, _MIN_COLUMNS):
         columns = min(v, _MIN_COLUMNS)

@@ -27,11 +27,10 @@ def run(args: argparse.Namespace) -> int:
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     print(f"python         {platform.python_version()} ({sys.executable})")
-    for package in _PACKAGES:
-        print(f"{package:<14} {_version(package)}")
-
     import torch
 
+    for package in _PACKAGES:
+        print(f"{package:<14} {_version(package)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'device':<14} {_device_line(torch, device)}")
     for label, line in zip(("backend", "", "", ""), backend_lines(torch, device), strict=False):
@@ -44,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        from torch import __version__
+
+        return __version__  # with the build's suffix, which the metadata of some builds leave out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

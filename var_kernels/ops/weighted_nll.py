@@ -115,7 +115,7 @@ def linear_weighted_nll(
 
 def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float | Tensor | None):
     if num_items is not None:
-        return num_items
+        return num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
     counted = labels != ignore_index
     return (counted.any(-1) if call.several else counted).sum().clamp(min=1)
 

@@ -3,6 +3,8 @@
 CUDA, ROCm and XPU; on a CPU only under Triton's interpreter, for tests.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -200,6 +202,11 @@ def _scalars(transform: LogitTransform) -> dict[str, float]:
     }
 
 
+def on_device_of(t: Tensor):
+    """Triton launches on the current device, which need not be the tensor's (models spread over several)."""
+    return torch.cuda.device_of(t) if t.is_cuda else contextlib.nullcontext()
+
+
 def _block(columns: int) -> int:
     return min(BLOCK_COLUMNS, max(16, triton.next_power_of_2(columns)))
 
@@ -222,29 +229,30 @@ def row_stats(
     if n == 0:
         return
     unused = stats.max_N
-    _row_stats_kernel[(n,)](
-        logits_nv,
-        logits_nv if bias_v is None else bias_v,
-        labels_nk,
-        stats.max_N,
-        stats.sumexp_N,
-        stats.label_logit_NK,
-        unused if stats.shifted_sum_N is None else stats.shifted_sum_N,
-        unused if stats.logit_sum_N is None else stats.logit_sum_N,
-        unused if stats.argmax_N is None else stats.argmax_N,
-        logits_nv.stride(0),
-        columns,
-        labels_nk.shape[1],
-        v_start,
-        **_scalars(transform),
-        BLOCK=_block(columns),
-        HAS_BIAS=bias_v is not None,
-        HAS_CAP=transform.softcap is not None,
-        ENTROPY=stats.shifted_sum_N is not None,
-        MEAN=stats.logit_sum_N is not None,
-        ARGMAX=stats.argmax_N is not None,
-        num_warps=NUM_WARPS,
-    )
+    with on_device_of(logits_nv):
+        _row_stats_kernel[(n,)](
+            logits_nv,
+            logits_nv if bias_v is None else bias_v,
+            labels_nk,
+            stats.max_N,
+            stats.sumexp_N,
+            stats.label_logit_NK,
+            unused if stats.shifted_sum_N is None else stats.shifted_sum_N,
+            unused if stats.logit_sum_N is None else stats.logit_sum_N,
+            unused if stats.argmax_N is None else stats.argmax_N,
+            logits_nv.stride(0),
+            columns,
+            labels_nk.shape[1],
+            v_start,
+            **_scalars(transform),
+            BLOCK=_block(columns),
+            HAS_BIAS=bias_v is not None,
+            HAS_CAP=transform.softcap is not None,
+            ENTROPY=stats.shifted_sum_N is not None,
+            MEAN=stats.logit_sum_N is not None,
+            ARGMAX=stats.argmax_N is not None,
+            num_warps=NUM_WARPS,
+        )
 
 
 def row_grad(
@@ -264,28 +272,29 @@ def row_grad(
     if n == 0:
         return out_nv
     softcap = transform.softcap
-    _row_grad_kernel[(n,)](
-        logits_nv,
-        logits_nv if bias_v is None else bias_v,
-        labels_nk,
-        lse_n,
-        coefficients.prob_N,
-        lse_n if coefficients.logp_slope_N is None else coefficients.logp_slope_N,
-        lse_n if coefficients.constant_N is None else coefficients.constant_N,
-        coefficients.label_NK,
-        logits_nv.stride(0),
-        logits_nv.stride(0) * ratio,
-        columns,
-        labels_nk.shape[1],
-        v_start,
-        **_scalars(transform),
-        cap_slope=0.0 if softcap is None else transform.temperature / softcap,
-        BLOCK=_block(columns),
-        OUT=_TRITON_DTYPE[out_dtype],
-        HAS_BIAS=bias_v is not None,
-        HAS_CAP=softcap is not None,
-        ENTROPY=coefficients.logp_slope_N is not None,
-        CONSTANT=coefficients.constant_N is not None,
-        num_warps=NUM_WARPS,
-    )
+    with on_device_of(logits_nv):
+        _row_grad_kernel[(n,)](
+            logits_nv,
+            logits_nv if bias_v is None else bias_v,
+            labels_nk,
+            lse_n,
+            coefficients.prob_N,
+            lse_n if coefficients.logp_slope_N is None else coefficients.logp_slope_N,
+            lse_n if coefficients.constant_N is None else coefficients.constant_N,
+            coefficients.label_NK,
+            logits_nv.stride(0),
+            logits_nv.stride(0) * ratio,
+            columns,
+            labels_nk.shape[1],
+            v_start,
+            **_scalars(transform),
+            cap_slope=0.0 if softcap is None else transform.temperature / softcap,
+            BLOCK=_block(columns),
+            OUT=_TRITON_DTYPE[out_dtype],
+            HAS_BIAS=bias_v is not None,
+            HAS_CAP=softcap is not None,
+            ENTROPY=coefficients.logp_slope_N is not None,
+            CONSTANT=coefficients.constant_N is not None,
+            num_warps=NUM_WARPS,
+        )
     return out_nv

@@ -26,6 +26,8 @@ from var_kernels.ops.workspace import (
     within_cache,
 )
 
+_ROW_ELEMENTS = 16
+
 
 @dataclass(frozen=True)
 class HeadOptions:
@@ -46,6 +48,21 @@ class HeadOptions:
 def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
     """fp32 logits, fp64 ones for fp64 operands; "fast" keeps the operands' dtype."""
     return operand if operand == torch.float64 or precision == "fast" else torch.float32
+
+
+def _aligned(columns: int) -> int:
+    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes (fp32)."""
+    return -(-columns // _ROW_ELEMENTS) * _ROW_ELEMENTS
+
+
+@dataclass(frozen=True)
+class TileStorage:
+    """Memory that tiles of several shapes use in turn."""
+
+    elements: Tensor
+
+    def view(self, rows: int, columns: int) -> Tensor:
+        return self.elements[: rows * _aligned(columns)].view(rows, _aligned(columns))[:, :columns]
 
 
 @dataclass
@@ -115,8 +132,8 @@ class Head:
         partial = partial_bytes(self.operand, self.hidden_ND.device) if gradient else 0
         return self.d * (upcast + partial)
 
-    def new_tile(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self.tile, device=self.hidden_ND.device)
+    def new_tile(self, rows: int, columns: int) -> "TileStorage":
+        return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
 
     def upcast_rows(self, start: int, stop: int) -> Tensor:
         rows_nd = self.hidden_ND[start:stop]
@@ -200,7 +217,7 @@ def keeps_logits(head: Head) -> bool:
 def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
     """Statistics of every row and the whole tile of raw logits, for ``vocabulary_pass``."""
     stats = head.new_stats()
-    logits_NV = head.new_tile(head.n * head.v).view(head.n, head.v)
+    logits_NV = head.new_tile(head.n, head.v).view(head.n, head.v)
     logits_into(logits_NV, head.upcast_rows(0, head.n), head.lm_head_weight_VD)
     head.row_stats(logits_NV, slice(0, head.n), stats, 0)
     return stats, logits_NV
@@ -214,11 +231,11 @@ def forward_pass(head: Head) -> RowStats:
         return stats
     cost = head.tile_cost(gradient=False)
     plan = plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
-    storage = head.new_tile(plan.rows * plan.columns)
+    storage = head.new_tile(plan.rows, plan.columns)
     for start, stop in _spans(head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in _spans(head.v, plan.columns):
-            logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
+            logits_nv = storage.view(stop - start, v_stop - v_start)
             logits_into(logits_nv, hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
             head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
     return stats
@@ -265,18 +282,20 @@ def token_chunk_pass(
     budget = head.options.budget - accumulator
     plan = plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
     slice_width = head.weight_slice(budget)
-    storage = head.new_tile(plan.rows * head.v)
+    storage = head.new_tile(plan.rows, head.v)
     accumulation = _accumulation_dtype(head.operand)
     if needs.hidden:
         gradients.dhidden_ND = torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format)
     if needs.lm_head_weight:
-        gradients.dweight_VD = torch.zeros(head.lm_head_weight_VD.shape, dtype=accumulation, device=storage.device)
+        gradients.dweight_VD = torch.zeros(
+            head.lm_head_weight_VD.shape, dtype=accumulation, device=head.hidden_ND.device
+        )
     if needs.bias:
-        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=storage.device)
+        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 
     for start, stop in _spans(head.n, plan.rows):
         rows = slice(start, stop)
-        logits_nv = storage[: (stop - start) * head.v].view(stop - start, head.v)
+        logits_nv = storage.view(stop - start, head.v)
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in _spans(head.v, slice_width):
             logits_into(logits_nv[:, v_start:v_stop], hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
@@ -302,16 +321,16 @@ def vocabulary_pass(
     if logits_NV is None:
         cost = head.tile_cost(gradient=True)
         plan = plan_vocabulary_slices(head.n, head.v, head.tile_budget(head.n, cost), cost)
-        storage = head.new_tile(plan.rows * plan.columns)
+        storage = head.new_tile(plan.rows, plan.columns)
     else:
-        plan, storage = TilePlan(max(head.n, 1), head.v), logits_NV.view(-1)
+        plan = TilePlan(max(head.n, 1), head.v)
     gradients = Gradients()
     if needs.hidden:
-        gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=storage.device)
+        gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=head.hidden_ND.device)
     if needs.lm_head_weight:
         gradients.dweight_VD = torch.empty_like(head.lm_head_weight_VD, memory_format=torch.contiguous_format)
     if needs.bias:
-        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=storage.device)
+        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 
     row_spans = list(_spans(head.n, plan.rows))
     for v_start, v_stop in _spans(head.v, plan.columns):
@@ -321,11 +340,12 @@ def vocabulary_pass(
         if needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
-                dweight_vd = torch.zeros(weight_vd.shape, dtype=accumulation, device=storage.device)
+                dweight_vd = torch.zeros(weight_vd.shape, dtype=accumulation, device=head.hidden_ND.device)
         for start, stop in row_spans:
             rows = slice(start, stop)
-            logits_nv = storage[: (stop - start) * (v_stop - v_start)].view(stop - start, v_stop - v_start)
+            logits_nv = logits_NV
             if logits_NV is None:
+                logits_nv = storage.view(stop - start, v_stop - v_start)
                 logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
             chunk = coefficients.rows(start, stop)
             dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)

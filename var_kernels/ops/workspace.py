@@ -74,6 +74,11 @@ def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, bes
     return rows
 
 
+def _slice_width(columns: int, v: int) -> int:
+    """Slices begin at multiples of 64 columns, for aligned operands."""
+    return v if columns >= v else max(columns - columns % 64, min(columns, 64))
+
+
 def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> TilePlan:
     """Rows by vocabulary slices, merged by running statistics: as square as the budget allows."""
     rows = max(1, min(n, MAX_FORWARD_ROWS))
@@ -84,7 +89,7 @@ def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> TilePlan:
     elif columns >= v:
         columns = v
         rows = min(n, cost.rows_within(budget, v))
-    return TilePlan(max(1, rows), min(columns, v))
+    return TilePlan(max(1, rows), _slice_width(columns, v))
 
 
 def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: int) -> TilePlan:
@@ -105,6 +110,6 @@ def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> TileP
     """
     columns = cost.columns_within(budget, max(n, 1))
     if columns >= min(v, _MIN_COLUMNS):
-        return TilePlan(max(n, 1), min(columns, v))
+        return TilePlan(max(n, 1), _slice_width(columns, v))
     columns = min(v, _MIN_COLUMNS)
     return TilePlan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns)

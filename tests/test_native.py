@@ -9,6 +9,7 @@ import torch
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels.kernels import rows_native, rows_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops import engines, linear_logprob
 from var_kernels.ops.backend import choose_backend, use_backend
 
 pytestmark = pytest.mark.skipif(rows_native.obstacle() is not None, reason=str(rows_native.obstacle()))
@@ -339,3 +340,17 @@ def test_what_does_not_fit_the_contract_is_refused():
         statistics(rows_native, torch.zeros(2, 40), labels_nk, bias_v=torch.zeros(30))
     with pytest.raises(RuntimeError, match="level: expected 0 to"):
         rows_native.exp(torch.zeros(3), level=7)
+
+
+def test_tiles_of_a_large_budget_stay_in_the_cache(monkeypatch):
+    """Forward and vocabulary slices; a slice still sees all rows and as many columns as keep the GEMM busy."""
+    shapes = []
+    original = engines.logits_into
+    monkeypatch.setattr(engines, "logits_into", lambda out, *rest: (shapes.append(out.shape), original(out, *rest)))
+    hidden = torch.randn(600, 4, requires_grad=True)
+    weight, labels = torch.randn(20_000, 4, requires_grad=True), torch.zeros(600, dtype=torch.int64)
+    linear_logprob(hidden, weight, labels, workspace_mb=40).sum().backward()
+    assert len(shapes) >= 12
+    assert max(shape.numel() for shape in shapes) * 4 <= 8 << 20
+    assert all(shape[0] == 600 for shape in shapes)
+    assert min(shape[1] for shape in shapes[:-1]) >= 1024

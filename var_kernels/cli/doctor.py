@@ -78,8 +78,10 @@ def backend_lines(torch, device) -> list[str]:
 
 def memory_lines(args: argparse.Namespace, device) -> list[str]:
     """The loss's memory above hidden states and weights, plain against fused, from the model's configuration alone."""
+    import torch
     from transformers import AutoConfig
 
+    from var_kernels.ops.explain import explain_engines
     from var_kernels.ops.workspace import default_workspace_mb
 
     config = AutoConfig.from_pretrained(args.model).get_text_config()
@@ -87,10 +89,14 @@ def memory_lines(args: argparse.Namespace, device) -> list[str]:
     workspace = args.workspace_mb or default_workspace_mb(device)
     plain = PLAIN_BYTES * rows * vocab / MIB
     one_pass, two_pass = workspace, workspace + 4 * rows * hidden / MIB
+    dtype = getattr(config, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    engines = explain_engines(rows, hidden, vocab, dtype, device, args.workspace_mb)
     return [
         f"{args.model}: {rows} rows (batch {args.batch_size} x {args.length} tokens), hidden {hidden}, vocabulary "
         f"{vocab}",
         f"{'plain loss':<14} about {plain:,.0f} MiB: model(..., labels=...).loss and its backward pass",
         f"{'fused loss':<14} at most {one_pass:,.0f} MiB in one pass (VAR, SFT), {two_pass:,.0f} MiB in two (DPO)",
         f"{'':<14} estimates above hidden states, weights and their gradients; --workspace-mb moves the second line",
+        *(f"{kind:<14} {engine} ({dtype})" for kind, engine in engines.items()),
     ]

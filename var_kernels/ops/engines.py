@@ -209,6 +209,22 @@ def _spans(total: int, step: int):
         yield start, min(start + step, total)
 
 
+def forward_plan(head: Head) -> TilePlan:
+    cost = head.tile_cost(gradient=False)
+    return plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
+
+
+def chunk_plan(head: Head, needs: Needs) -> TilePlan:
+    accumulator = dweight_bytes(head, needs)
+    budget = head.options.budget - accumulator
+    return plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
+
+
+def slice_plan(head: Head) -> TilePlan:
+    cost = head.tile_cost(gradient=True)
+    return plan_vocabulary_slices(head.n, head.v, head.tile_budget(head.n, cost), cost)
+
+
 def keeps_logits(head: Head) -> bool:
     """Whether the budget holds all logits, so that the backward need not recompute them."""
     return head.n > 0 and head.tile_cost(gradient=True).columns_within(head.options.budget, head.n) >= head.v
@@ -229,8 +245,7 @@ def forward_pass(head: Head) -> RowStats:
     if head.options.budget == 0:
         _fused_forward(head, stats)
         return stats
-    cost = head.tile_cost(gradient=False)
-    plan = plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
+    plan = forward_plan(head)
     storage = head.new_tile(plan.rows, plan.columns)
     for start, stop in _spans(head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
@@ -278,10 +293,8 @@ def token_chunk_pass(
     """
     stats = head.new_stats()
     gradients = Gradients()
-    accumulator = dweight_bytes(head, needs)
-    budget = head.options.budget - accumulator
-    plan = plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
-    slice_width = head.weight_slice(budget)
+    plan = chunk_plan(head, needs)
+    slice_width = head.weight_slice(head.options.budget - dweight_bytes(head, needs))
     storage = head.new_tile(plan.rows, head.v)
     accumulation = _accumulation_dtype(head.operand)
     if needs.hidden:
@@ -319,8 +332,7 @@ def vocabulary_pass(
     """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, or taken and overwritten."""
     accumulation = _accumulation_dtype(head.operand)
     if logits_NV is None:
-        cost = head.tile_cost(gradient=True)
-        plan = plan_vocabulary_slices(head.n, head.v, head.tile_budget(head.n, cost), cost)
+        plan = slice_plan(head)
         storage = head.new_tile(plan.rows, plan.columns)
     else:
         plan = TilePlan(max(head.n, 1), head.v)

@@ -1,0 +1,56 @@
+"""What doctor says of the engines is what the ops then do."""
+
+import pytest
+import torch
+
+from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.ops import engines, weighted_nll
+from var_kernels.ops.backend import use_backend
+from var_kernels.ops.explain import explain_engines
+
+CPU = torch.device("cpu")
+N, D, V = 512, 32, 6000
+
+
+def problem(dtype):
+    hidden, weight = torch.randn(N, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(V, (N,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("workspace_mb", [4, 16, 64])
+def test_explanations_are_what_happens(workspace_mb, dtype, monkeypatch):
+    gemms, passes = [], []
+    original = engines.logits_into
+    monkeypatch.setattr(
+        engines, "logits_into", lambda out, *rest: (gemms.append((out.shape, rest[1].data_ptr())), original(out, *rest))
+    )
+    apply = weighted_nll.apply_weighted_nll
+    monkeypatch.setattr(weighted_nll, "apply_weighted_nll", lambda *a: (passes.append(1), apply(*a))[1])
+    hidden, weight, labels = problem(dtype)
+    with use_backend("torch"):
+        said = explain_engines(N, D, V, dtype, CPU, workspace_mb)
+        linear_weighted_nll(hidden, weight, labels, None, workspace_mb=workspace_mb)
+        assert said["VAR, SFT"].startswith("one pass" if passes else "two passes")
+        gemms.clear()
+        logp = linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
+        forward = list(gemms)
+        logp.sum().backward()
+        slices = {weight_slice for _, weight_slice in gemms[len(forward) :]}
+        kept = "hold all logits" in said["DPO"]
+        assert kept == (not slices)
+        if not kept:
+            assert f"recomputes {len(slices)} slices" in said["DPO"]
+        gemms.clear()
+        with torch.no_grad():
+            linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
+        assert f"tiles of {gemms[0][0][0]:,} x {gemms[0][0][1]:,} logits" in said["scoring"]
+
+
+def test_nothing_large_is_allocated():
+    said = explain_engines(1 << 20, 1 << 14, 1 << 18, torch.bfloat16, CPU, 4096)
+    assert set(said) == {"VAR, SFT", "DPO", "scoring"}
+
+
+def test_fp16():
+    assert "underflow" in explain_engines(N, D, V, torch.float16, CPU)["VAR, SFT"]

@@ -1,0 +1,53 @@
+"""Which engine a call of given sizes takes, and why: what ``var-kernels doctor`` prints."""
+
+import torch
+
+from var_kernels.kernels.rows import LogitTransform
+from var_kernels.ops.backend import choose_backend
+from var_kernels.ops.engines import (
+    Head,
+    HeadOptions,
+    Needs,
+    chunk_plan,
+    dweight_bytes,
+    forward_plan,
+    keeps_logits,
+    one_pass_fits,
+    slice_plan,
+    tile_dtype,
+)
+from var_kernels.ops.workspace import MIB, budget_bytes
+
+
+def explain_engines(
+    n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None = None
+) -> dict[str, str]:
+    """Kind of call -> engine and reason, for n rows, hidden size d, vocabulary v; nothing of that size is allocated."""
+
+    def stand_in(*shape, dtype=dtype):
+        return torch.zeros(1, dtype=dtype, device=device).expand(*shape)
+
+    backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
+    options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, device), backend)
+    head = Head(stand_in(n, d), stand_in(v, d), None, stand_in(n, 1, dtype=torch.int64), options)
+    everything = Needs(hidden=True, lm_head_weight=True, bias=False)
+    budget, accumulator = options.budget / MIB, dweight_bytes(head, everything) / MIB
+    wide = f" after an fp32 dW of {accumulator:,.0f} MiB" if accumulator else ""
+    if dtype == torch.float16:
+        weighted = "two passes, 4 GEMMs: gradients made early underflow in fp16"
+    elif one_pass_fits(head, everything):
+        rows = chunk_plan(head, everything).rows
+        weighted = f"one pass, 3 GEMMs: {budget:,.0f} MiB hold chunks of {rows:,} of {n:,} rows{wide}"
+    else:
+        weighted = f"two passes, 4 GEMMs: {budget:,.0f} MiB hold no useful chunk of whole rows{wide}"
+    slices = -(-v // slice_plan(head).columns)
+    if keeps_logits(head):
+        general = f"two passes, 3 GEMMs: {budget:,.0f} MiB hold all logits for the backward"
+    else:
+        general = f"two passes, 4 GEMMs: the backward recomputes {slices} slices of the vocabulary"
+    tile = forward_plan(head)
+    return {
+        "VAR, SFT": weighted,
+        "DPO": general,
+        "scoring": f"forward only, 1 GEMM: tiles of {tile.rows:,} x {tile.columns:,} logits",
+    }

@@ -107,11 +107,12 @@ def primitives(bench: Bench) -> list[dict]:
         rows.append({"what": what, **timing, "rate": rate, "unit": "TFLOP/s" if flop else "GB/s"})
 
     chunk = hidden[: chunks[1]]
+    operand = chunk.float() if bench.dry_run else chunk  # only CUDA takes 16-bit operands to fp32
     wide = torch.empty(chunks[1], v, dtype=torch.float32, device=bench.device)
     narrow = torch.empty(chunks[1], v, dtype=torch.bfloat16, device=bench.device)
     timings = bench.times(
         {
-            "logits, fp32 out": lambda: logits_into(wide, chunk, weight),
+            "logits, fp32 out": lambda: logits_into(wide, operand, weight),
             "logits, bf16 out": lambda: torch.mm(chunk, weight.T, out=narrow),
         },
         10,

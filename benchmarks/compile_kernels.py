@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from var_kernels.kernels import forward_triton, rows_triton
+from var_kernels.kernels import forward_triton, rows_triton, weights_triton
 
 KIB = 1024
 TARGETS = {
@@ -66,7 +66,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    return [*row_configurations(), *forward_configurations()]
+    return [*row_configurations(), *forward_configurations(), *weight_configurations()]
 
 
 def row_configurations() -> list[Configuration]:
@@ -149,13 +149,12 @@ def forward_configurations() -> list[Configuration]:
                 **dict.fromkeys(("scale", "cap", "inner"), "fp32"),
             }
             shape = f"{tile.rows}x{tile.columns}x{tile.depth}"
-            access = "descriptors" if tile.descriptors else "pointers"
             instructions = {} if operand == "fp32" else dict(MATRIX_INSTRUCTIONS)
             if tile.descriptors:
                 instructions = {target: (*found, "cp.async.bulk.tensor") for target, found in instructions.items()}
             found.append(
                 Configuration(
-                    f"fused_forward {operand}, {shape}, {access}, {'every option' if everything else 'bare'}",
+                    f"fused_forward {operand}, {shape} ({name}), {'every option' if everything else 'bare'}",
                     forward_triton._fused_forward_kernel,
                     types,
                     constants,
@@ -173,6 +172,48 @@ def forward_configurations() -> list[Configuration]:
         constants = {"ROWS": forward_triton.MERGE_ELEMENTS // splits, "SPLITS": splits}
         constants |= dict.fromkeys(("ENTROPY", "MEAN", "ARGMAX"), True)
         found.append(Configuration(f"merge_splits {splits}, every option", kernel, types, constants, 4))
+    return found
+
+
+def weight_configurations() -> list[Configuration]:
+    """VAR's weights: all of a small batch in one program, then the kernels of a large one."""
+    found = []
+    single, largest = weights_triton.SINGLE, weights_triton.MAX_SEQUENCES
+    inputs = {
+        **dict.fromkeys(("rewards_ptr", "ref_ptr", "weight_ptr", "log_z_ptr", "ess_ptr", "token_weight_ptr"), "*fp32"),
+        **dict.fromkeys(("lengths_ptr", "groups_ptr", "labels_ptr", "count_ptr"), "*i64"),
+        **dict.fromkeys(("B", "T", "ignore_index"), "i32"),
+        "cu_seqlens_ptr": "*i32",
+        "sum_ptr": "*fp64",
+        "inverse_lam_bits": "i64",
+    }
+    batch, pairs = weights_triton._batch_weights_kernel, weights_triton._pair_weights_kernel
+    from_tokens = {"TOKENS": True, "TOKEN_REF": True, "HAS_LENGTHS": False, "PACKED": True, "ALONE": True}
+    from_sums = {"TOKENS": False, "TOKEN_REF": False, "HAS_LENGTHS": True, "PACKED": False, "ALONE": False}
+    cross = {"CROSS": True, "REWARD_PAIRS": True, "TOKEN_REF": False}
+    one_block = {"ROWS": single, "OTHERS": single, "TIME": weights_triton.INLINE_TILE // single}
+    blocks = {"ROWS": weights_triton.PAIR_ROWS, "OTHERS": weights_triton.PAIR_ROWS}
+    one_row = {"ROWS": 1, "TIME": weights_triton.TOKEN_TILE, "PACKED": True}
+    every = {"MEAN": True, "REFERENCE": "mean", "CROSS": False, "REWARD_PAIRS": False, "TIME": 1}
+    few, many = weights_triton.NUM_WARPS, weights_triton.LARGE_BATCH_WARPS
+    for name, kernel, constants, num_warps in (
+        (f"var_weights batch of {single}, packed tokens", batch, every | from_tokens | one_block, few),
+        (f"var_weights batch of {largest}", batch, every | from_sums | {"ROWS": largest}, many),
+        (f"var_weights groups of {single}, packed tokens", pairs, every | from_tokens | one_block, few),
+        ("var_weights groups of any", pairs, every | from_sums | blocks, weights_triton.PAIR_WARPS),
+        (f"var_weights cross of {single}, packed tokens", pairs, every | from_tokens | cross | one_block, few),
+        ("var_weights cross of any", pairs, every | from_sums | cross | blocks, weights_triton.PAIR_WARPS),
+        ("var_weights sequence sums", weights_triton._sequence_sums_kernel, one_row | {"TOKEN_REF": True}, few),
+        (
+            "var_weights finish",
+            weights_triton._finish_kernel,
+            one_row | {"ALL": largest, "TOKENS": True, "ESS": True},
+            few,
+        ),
+    ):
+        constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
+        types = {arg: kind for arg, kind in inputs.items() if arg in kernel.arg_names}
+        found.append(Configuration(name, kernel, types, constants, num_warps))
     return found
 
 
@@ -228,7 +269,10 @@ def main() -> int:
             "# Kernels, compiled",
             "",
             f"Registers a thread / bytes of shared memory a program, Triton {triton.__version__}, compiled without a",
-            "GPU by `python benchmarks/compile_kernels.py --markdown docs/kernels.md`. No configuration spills.",
+            "GPU by `python benchmarks/compile_kernels.py --markdown docs/kernels.md`. No configuration spills, and",
+            "every fused forward of 16-bit operands holds its target's matrix instructions (wgmma and TMA loads on",
+            "sm_90, tcgen05 on sm_100). An empty cell: the tile is for other targets. Tiles were chosen by this table,",
+            "not by time.",
             "",
             f"| kernel | {' | '.join(args.targets)} |",
             "|---" * (len(args.targets) + 1) + "|",

@@ -1,13 +1,12 @@
 """The fused forward kernel (no workspace): statistics and public results, every tile, hazards, mistakes it refuses."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import TARGETS
+from tests.mutation import mutant_of
 from tests.op_cases import ALL_OUTPUTS, BF16, CASES, SMALL, Case
 from tests.tolerance import assert_result
 from var_kernels import linear_logprob, linear_weighted_nll
@@ -282,13 +281,7 @@ MUTANTS = {  # id: (source, its replacement, a case that must notice)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_refused(target, name, tmp_path):
     before, after, case = MUTANTS[name]
-    source = Path(forward_triton.__file__).read_text()
-    assert before in source
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(before, after))
-    spec = importlib.util.spec_from_file_location("var_kernels.kernels.mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
+    mutant = mutant_of(forward_triton, before, after, tmp_path)
     assert unchanged_passes(case)
     with pytest.raises(AssertionError):
         check_statistics(MUTATED_CASES[case], target.device, op=mutant.fused_forward, tile=TINY, splits=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = ("row_stats", "row_grad", "fused_forward", "merge_splits")
+KERNELS = ("row_stats", "row_grad", "fused_forward", "merge_splits", "var_weights")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
 
 
@@ -22,7 +22,7 @@ def test_every_configuration_compiles(target, fused):
     # A tile that is for another target has an empty cell.
     compiled = [line for line in result.stdout.splitlines() if "/" in line]
     count = {kernel: sum(kernel in line for line in compiled) for kernel in KERNELS}
-    assert count == {"row_stats": 6, "row_grad": 10, "fused_forward": fused, "merge_splits": 2}
+    assert count == {"row_stats": 6, "row_grad": 10, "fused_forward": fused, "merge_splits": 2, "var_weights": 8}
 
 
 def test_a_spill_is_noticed():

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .rows import LogitTransform, RowStats
-from .rows_triton import _scalars, _transformed
+from .rows_triton import _scalars, _transformed, on_device_of
 
 # Below every finite logit that a network makes, and finite, so that differences are never NaN.
 LOWEST = tl.constexpr(-1e38)
@@ -344,46 +344,47 @@ def fused_forward(
     optional = {"ENTROPY": shifted_SN is not None, "MEAN": logit_sum_SN is not None, "ARGMAX": argmax_SN is not None}
     unused = max_SN
     partial = (max_SN, sumexp_SN, *(unused if t is None else t for t in (shifted_SN, logit_sum_SN, argmax_SN)))
-    _fused_forward_kernel[(row_blocks * splits,)](
-        hidden,
-        weight,
-        hidden_ND if bias_V is None else bias_V.contiguous(),
-        labels_NK.contiguous(),
-        stats.label_logit_NK,
-        *partial,
-        n,
-        v,
-        d,
-        k,
-        splits,
-        *hidden_ND.stride(),
-        *lm_head_weight_VD.stride(),
-        split_columns,
-        **_scalars(transform),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PART=tile.part,
-        GROUP=GROUP_BLOCKS,
-        DESCRIPTORS=tile.descriptors,
-        EVEN_D=d % tile.depth == 0,
-        HAS_BIAS=bias_V is not None,
-        HAS_CAP=transform.softcap is not None,
-        **optional,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
     whole = (stats.max_N, stats.sumexp_N, stats.shifted_sum_N, stats.logit_sum_N, stats.argmax_N)
     merged_splits = triton.next_power_of_2(splits)
     merged_rows = MERGE_ELEMENTS // merged_splits
-    _merge_splits_kernel[(triton.cdiv(n, merged_rows),)](
-        *partial,
-        *(unused if t is None else t for t in whole),
-        n,
-        splits,
-        v,
-        ROWS=merged_rows,
-        SPLITS=merged_splits,
-        **optional,
-        num_warps=4,
-    )
+    with on_device_of(hidden_ND):
+        _fused_forward_kernel[(row_blocks * splits,)](
+            hidden,
+            weight,
+            hidden_ND if bias_V is None else bias_V.contiguous(),
+            labels_NK.contiguous(),
+            stats.label_logit_NK,
+            *partial,
+            n,
+            v,
+            d,
+            k,
+            splits,
+            *hidden_ND.stride(),
+            *lm_head_weight_VD.stride(),
+            split_columns,
+            **_scalars(transform),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PART=tile.part,
+            GROUP=GROUP_BLOCKS,
+            DESCRIPTORS=tile.descriptors,
+            EVEN_D=d % tile.depth == 0,
+            HAS_BIAS=bias_V is not None,
+            HAS_CAP=transform.softcap is not None,
+            **optional,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        _merge_splits_kernel[(triton.cdiv(n, merged_rows),)](
+            *partial,
+            *(unused if t is None else t for t in whole),
+            n,
+            splits,
+            v,
+            ROWS=merged_rows,
+            SPLITS=merged_splits,
+            **optional,
+            num_warps=4,
+        )

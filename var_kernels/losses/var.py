@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from var_kernels.losses.sequences import check_cu_seqlens, expand_to_tokens, sequence_lengths, sequence_sum
 from var_kernels.losses.weight_checks import check_options
-from var_kernels.losses.weights import VARWeights, var_weights
+from var_kernels.losses.weights import VARWeights, token_weights, var_weights
 from var_kernels.ops import linear_weighted_nll
 
 TOKEN_REDUCTIONS = ("sum", "mean")
@@ -67,6 +67,17 @@ def weighted_sequence_nll(
     if token_reduction == "mean":
         weight_B = weight_B / sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index).clamp(min=1)
     token_weight = expand_to_tokens(weight_B, labels, cu_seqlens)
+    head = (hidden, lm_head_weight, bias)
+    return _token_weighted_nll(
+        head, labels, token_weight, weight_B, cu_seqlens, ignore_index, return_logp, head_options
+    )
+
+
+def _token_weighted_nll(
+    head, labels, token_weight, weight_B, cu_seqlens, ignore_index: int, return_logp: bool, head_options: dict
+):
+    """The loss of weights that are spread over the tokens already; head: hidden, lm_head_weight, bias."""
+    hidden, lm_head_weight, bias = head
     result = linear_weighted_nll(
         hidden,
         lm_head_weight,
@@ -149,32 +160,35 @@ def var_loss(
             f"rewards must be ({num_sequences},), one per sequence of labels {tuple(labels.shape)}, got {got}; "
             "flatten prompts x completions and say which is whose with group_ids"
         )
-    if ref_logp is not None and normalizer != "cross" and ref_logp.shape == labels.shape != rewards.shape:
-        ref_logp = sequence_sum(ref_logp, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-    if lengths is None:
-        lengths = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-    weights = var_weights(
-        rewards,
-        ref_logp,
-        lam=lam,
-        normalizer=normalizer,
-        reference=reference,
-        lengths=lengths.to(rewards.device),
-        group_ids=group_ids,
-        process_group=process_group,
-    )
-    result = weighted_sequence_nll(
-        hidden,
-        lm_head_weight,
-        labels,
-        weights.weight,
-        bias,
-        cu_seqlens=cu_seqlens,
-        token_reduction=token_reduction,
-        ignore_index=ignore_index,
-        return_logp=return_stats,
-        **head_options,
-    )
+    estimator = {"lam": lam, "normalizer": normalizer, "reference": reference, "group_ids": group_ids}
+    layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+    by_kernel = None
+    if token_reduction == "sum" and process_group is None:
+        by_kernel = token_weights(rewards, ref_logp, labels, lengths=lengths, **estimator, **layout)
+    if by_kernel is not None:
+        weights, token_weight = by_kernel
+        head = (hidden, lm_head_weight, bias)
+        result = _token_weighted_nll(
+            head, labels, token_weight, weights.weight, cu_seqlens, ignore_index, return_stats, head_options
+        )
+    else:
+        if ref_logp is not None and normalizer != "cross" and ref_logp.shape == labels.shape != rewards.shape:
+            ref_logp = sequence_sum(ref_logp, labels, **layout)
+        if lengths is None:
+            lengths = sequence_lengths(labels, **layout)
+        lengths = lengths.to(rewards.device)
+        weights = var_weights(rewards, ref_logp, lengths=lengths, process_group=process_group, **estimator)
+        result = weighted_sequence_nll(
+            hidden,
+            lm_head_weight,
+            labels,
+            weights.weight,
+            bias,
+            token_reduction=token_reduction,
+            return_logp=return_stats,
+            **layout,
+            **head_options,
+        )
     ranks = 1 if process_group is None else dist.get_world_size(process_group)
     if return_stats:
         return VARStats(result[0] * ranks, weights, result[1])

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from var_kernels.losses.weight_checks import bad_values, check_options, check_tensors
+from var_kernels.ops.weights import takes_weights_kernel, weights_by_kernel
 
 MIN_ESS_SHARE = 0.1  # of the way from one-hot (one sequence of each group has all the weight) to uniform
 
@@ -91,12 +92,22 @@ def var_weights(
     problem = bad_values(rewards, ref_logp, lengths)
     if problem and process_group is None:
         raise ValueError(problem)
-    fp64 = torch.float64 in (rewards.dtype, None if ref_logp is None else ref_logp.dtype)
-    rewards = rewards.detach().double()
+    dtype = _result_dtype(rewards, ref_logp)
+    by_kernel = process_group is None and takes_weights_kernel(rewards.device, rewards.shape[0])
+    rewards = rewards.detach() if by_kernel else rewards.detach().double()
     if problem:  # as NaN it reaches every rank and all raise below; raising here would leave the others waiting
         rewards = torch.full_like(rewards, float("nan"))
 
-    if normalizer == "cross":
+    grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    if by_kernel:
+        options = {"lam": lam, "normalizer": normalizer, "reference": reference, "dtype": dtype}
+        weight_B, log_z, ess, _ = weights_by_kernel(rewards, ref_logp, lengths=lengths, group_ids=group_ids, **options)
+        weight_G, num_kept, num_groups = weight_B, 0, 1
+        if weight_B.device.type == "cpu":
+            kept_B = torch.ones_like(weight_B, dtype=torch.bool) if lengths is None else lengths > 0
+            num_kept = kept_B.sum()
+            num_groups = group_ids[kept_B].unique().numel() if grouped else 1
+    elif normalizer == "cross":
         weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, reference, lengths, process_group)
         (weight_G,), _ = _gather([weight_B], process_group)  # (B_global,)
         num_groups = 1
@@ -104,7 +115,6 @@ def var_weights(
         score_B = _scores(rewards, ref_logp, lam, reference, lengths)
         if lengths is not None:
             score_B = score_B.masked_fill(lengths == 0, -torch.inf)
-        grouped = normalizer in ("group", "self_normalised") and group_ids is not None
         columns, own = _gather([score_B, group_ids] if grouped else [score_B], process_group)
         mean = normalizer in ("batch_mean", "self_normalised")
         weight_G, log_z = _normalise(columns[0], columns[1] if grouped else None, mean=mean)  # (B_global,)
@@ -112,7 +122,8 @@ def var_weights(
         kept_G = columns[0] > -torch.inf
         num_kept = kept_G.sum()
         num_groups = columns[1][kept_G].unique().numel() if grouped and kept_G.device.type == "cpu" else 1
-    ess = effective_sample_size(weight_G)
+    if not by_kernel:
+        ess = effective_sample_size(weight_G)
 
     if weight_G.device.type == "cpu":
         if weight_G.isnan().any():
@@ -121,8 +132,59 @@ def var_weights(
             raise ValueError(problem or (overflow if process_group is None else elsewhere))
         if process_group is None or dist.get_rank(process_group) == 0:
             warn_if_collapsed(ess, int(num_kept), num_groups, lam=lam, normalizer=normalizer, reference=reference)
-    dtype = torch.float64 if fp64 else torch.float32
     return VARWeights(weight_B.to(dtype), log_z.to(dtype), ess.to(dtype))
+
+
+def token_weights(
+    rewards: Tensor,
+    ref_logp: Tensor | None,
+    labels: Tensor,
+    *,
+    lam: float,
+    normalizer: str,
+    reference: str | None,
+    lengths: Tensor | None,
+    group_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> tuple[VARWeights, Tensor] | None:
+    """``var_weights`` from log-probs per token (or sums), and the weights spread over the tokens: the shape of labels.
+
+    From tokens to tokens without a tensor in between; lengths are counted from labels when None. None where no kernel
+    serves the call: sum, weigh and expand then.
+    """
+    reference = check_options(lam, normalizer, reference)
+    if rewards.device != labels.device or not takes_weights_kernel(rewards.device, rewards.shape[0]):
+        return None
+    per_token = reference != "none" and normalizer != "cross" and ref_logp is not None
+    per_token = per_token and ref_logp.shape == labels.shape != rewards.shape
+    # Stand-ins of the right form for what the kernel makes itself.
+    sums = ref_logp.new_empty(rewards.shape[0]) if per_token else ref_logp
+    lengths = None if lengths is None else lengths.to(rewards.device)
+    counted = labels.new_empty(rewards.shape[0]) if lengths is None else lengths
+    check_tensors(rewards, sums, normalizer, reference, counted, group_ids, None)
+    problem = bad_values(rewards, None if per_token or reference == "none" else ref_logp, lengths)
+    if problem:
+        raise ValueError(problem)
+    weight_B, log_z, ess, token_weight = weights_by_kernel(
+        rewards.detach(),
+        None if reference == "none" else ref_logp.detach(),
+        lam=lam,
+        normalizer=normalizer,
+        reference=reference,
+        lengths=lengths,
+        group_ids=group_ids,
+        labels=labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        dtype=_result_dtype(rewards, None if reference == "none" else ref_logp),
+    )
+    return VARWeights(weight_B, log_z, ess), token_weight
+
+
+def _result_dtype(rewards: Tensor, ref_logp: Tensor | None) -> torch.dtype:
+    fp64 = torch.float64 in (rewards.dtype, None if ref_logp is None else ref_logp.dtype)
+    return torch.float64 if fp64 else torch.float32
 
 
 def effective_sample_size(sample_weight: Tensor) -> Tensor:

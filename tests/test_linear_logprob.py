@@ -233,3 +233,9 @@ def test_by_hand():
     torch.testing.assert_close(lse.exp().item(), 4.0)
     torch.testing.assert_close(entropy.item(), 0.5623351446188083)
     assert argmax.tolist() == [1]
+
+
+def test_strided_bias(target):
+    hidden, weight, labels, _ = Case("").inputs(target.device)
+    bias = torch.randn(2 * SMALL[2], device=target.device)[::2]
+    assert_result(linear_logprob(hidden, weight, labels, bias), linear_logprob_ref(hidden, weight, labels, bias))

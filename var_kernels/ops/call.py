@@ -93,6 +93,7 @@ def prepare(
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     checks.check_dtypes(hidden, lm_head_weight, bias)
+    bias = None if bias is None else bias.contiguous()  # row kernels read it by index
     leading = hidden.shape[:-1]
     several = labels.dim() == hidden.dim()
     labels_NK = labels.reshape(leading.numel(), labels.shape[-1] if several else 1).to(torch.int64)

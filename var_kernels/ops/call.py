@@ -110,6 +110,7 @@ def prepare(
         # Their number would have to be read from the device: masked instead. Padding may hold NaN.
         hidden_ND = hidden_ND.where(kept_NK.any(1, keepdim=True), 0.0)
     else:
+        # The one synchronisation of a call: the number of rows decides the sizes of every GEMM that follows.
         rows = kept_NK.any(1).nonzero().squeeze(1)
         if rows.numel() == hidden_ND.shape[0]:
             rows = None

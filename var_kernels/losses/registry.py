@@ -24,7 +24,7 @@ class Loss:
         item        policy's log-probs                                  and, as they are needed
         sequence    policy_logp (B,)                                    ref_logp, reward, value, lengths (B,)
         group       policy_logp (B,) with group_ids (B,)                the same; rows of a prompt share an id
-        pair        policy_chosen_logp, policy_rejected_logp (P,)       ref_chosen_logp, chosen_reward, chosen_lengths...
+        pair        policy_chosen_logp, policy_rejected_logp (P,)       ref_chosen_logp, chosen_reward, chosen_lengths
         token       token_logp (...)                                    old_token_logp, ref_token_logp, advantage (...)
     """
 
@@ -55,7 +55,9 @@ def register(name: str, *, pass_class: str, item: str, formula: str, source: str
 
     evidence: "paper", "code" (the authors'), "third-party code", "derived" or "unverified".
     """
-    assert pass_class in PASS_CLASSES and item in ITEMS and name not in LOSSES, name
+    assert pass_class in PASS_CLASSES, pass_class
+    assert item in ITEMS, item
+    assert name not in LOSSES, name
 
     def enter(function: Callable) -> Callable:
         LOSSES[name] = Loss(name, function, pass_class, item, formula, source, evidence)

@@ -59,7 +59,8 @@ class RowStats:
         return cls(
             max_N=zeros(n).fill_(-torch.inf),
             sumexp_N=zeros(n),
-            label_logit_NK=zeros(n, k),
+            # NaN until a slice brings it: a label beyond the vocabulary, not looked for on a GPU, shows in the loss
+            label_logit_NK=zeros(n, k).fill_(torch.nan),
             shifted_sum_N=zeros(n) if entropy else None,
             logit_sum_N=zeros(n) if mean else None,
             argmax_N=torch.zeros(n, dtype=torch.int64, device=like.device) if argmax else None,

@@ -13,7 +13,17 @@ from var_kernels.ops import linear_weighted_nll
 TOKEN_REDUCTIONS = ("sum", "mean")
 # what linear_weighted_nll takes from here as it is
 HEAD_OPTIONS = frozenset(
-    ["logit_scale", "softcap", "temperature", "label_smoothing", "z_loss", "workspace_mb", "precision", "engine"]
+    [
+        "logit_scale",
+        "softcap",
+        "temperature",
+        "label_smoothing",
+        "z_loss",
+        "num_active",
+        "workspace_mb",
+        "precision",
+        "engine",
+    ]
 )
 
 

@@ -17,7 +17,7 @@ class HeadCall:
     """The rows that count, flat, and how to go back.
 
     kept_NK: which (row, target) pairs count, in the call's own rows. rows: indices of the rows that were kept, None
-        for all of them.
+        for all of them. masked: whether rows without a target that counts may be among them.
     """
 
     hidden_ND: Tensor
@@ -26,6 +26,7 @@ class HeadCall:
     labels_NK: Tensor
     kept_NK: Tensor
     rows: Tensor | None
+    masked: bool
     options: HeadOptions
     needs: Needs
     leading: torch.Size
@@ -34,6 +35,9 @@ class HeadCall:
     def restore(self, values: Tensor, fill: float = 0) -> Tensor:
         """(n,) or (n, K) of the kept rows -> the call's leading shape, ``fill`` in the other rows."""
         n_all = self.leading.numel()
+        if self.masked:
+            kept_N = self.kept_NK.any(1)
+            values = values.where(kept_N if values.dim() == 1 else kept_N.unsqueeze(1), fill)
         if self.rows is not None:
             full = values.new_full((n_all, *values.shape[1:]), fill)
             values = full.index_copy(0, self.rows, values)
@@ -63,6 +67,20 @@ class _TakeRows(torch.autograd.Function):
         return dtaken_nD.new_zeros(ctx.shape).index_copy_(0, rows, dtaken_nD), None
 
 
+def _active_rows(kept_N: Tensor, num_active: int) -> Tensor | None:
+    """``num_active`` distinct rows with every kept one among them, or None for all rows; nothing is read from the
+    device, where a count that is too small ends the run by a device-side assertion.
+    """
+    if num_active >= kept_N.shape[0]:
+        return None
+    enough = kept_N.sum() <= num_active
+    if checks.values_readable(kept_N):
+        checks.check_enough_rows(bool(enough), kept_N, num_active)
+    else:
+        torch._assert_async(enough, "num_active is smaller than the number of rows that count")
+    return (~kept_N).to(torch.uint8).argsort(stable=True)[:num_active]
+
+
 def prepare(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -78,15 +96,18 @@ def prepare(
     precision: str,
     workspace_mb: float | None,
     lse: bool = False,
+    num_active: int | None = None,
     entropy: bool = False,
     argmax: bool = False,
 ) -> HeadCall:
-    """Check everything, then flatten; rows without a target that counts are left out (one synchronisation on an
-    accelerator), or masked where nothing may be read from the device: under torch.compile and CUDA-graph capture.
+    """Check everything, then flatten; rows without a target that counts are left out. Their number is read from the
+    device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
+    torch.compile and CUDA-graph capture, they are masked.
     """
     checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index)
     checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
     checks.check_token_weight(token_weight, labels)
+    checks.check_num_active(num_active)
     device = hidden.device
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
@@ -105,9 +126,16 @@ def prepare(
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
 
     traced = torch.compiler.is_compiling()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    masked = num_active is not None or traced or capturing
     rows = None
-    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        # Their number would have to be read from the device: masked instead. Padding may hold NaN.
+    if masked:
+        if num_active is not None:
+            rows = _active_rows(kept_NK.any(1), num_active)
+        if rows is not None:
+            hidden_ND = _TakeRows.apply(hidden_ND, rows)
+            labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
+        # Some of these rows may not count: masked. Padding may hold NaN.
         hidden_ND = hidden_ND.where(kept_NK.any(1, keepdim=True), 0.0)
     else:
         # The one synchronisation of a call: the number of rows decides the sizes of every GEMM that follows.
@@ -133,6 +161,7 @@ def prepare(
         labels_NK=labels_NK,
         kept_NK=kept_NK,
         rows=rows,
+        masked=masked,
         options=HeadOptions(
             transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
             label_smoothing=label_smoothing,

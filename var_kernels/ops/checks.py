@@ -134,6 +134,25 @@ def check_num_items(num_items) -> None:
         raise ValueError(f"num_items must be positive and finite, got {num_items}")
 
 
+def check_num_active(num_active) -> None:
+    if num_active is None:
+        return
+    if isinstance(num_active, bool) or not isinstance(num_active, int):
+        raise TypeError(
+            f"num_active must be an int or None, got {type(num_active).__name__}; count on the host, or pass None"
+        )
+    if num_active < 0:
+        raise ValueError(f"num_active must be 0 or positive, got {num_active}; None counts the rows that carry a label")
+
+
+def check_enough_rows(enough: bool, kept_N: Tensor, num_active: int) -> None:
+    if not enough:
+        raise ValueError(
+            f"num_active must be at least the number of rows that count, {int(kept_N.sum())}, got {num_active}; count "
+            "labels != ignore_index after the shift"
+        )
+
+
 def check_token_inputs(token_loss, token_inputs, labels: Tensor, hidden: Tensor) -> None:
     if not callable(token_loss):
         raise TypeError(f"token_loss must be a function of (logp, ...), got {type(token_loss).__name__}")

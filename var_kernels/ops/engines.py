@@ -26,7 +26,7 @@ from var_kernels.ops.workspace import (
     within_cache,
 )
 
-_ROW_ELEMENTS = 16
+_ROW_ELEMENTS = 32
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,21 @@ def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
 
 
 def _aligned(columns: int) -> int:
-    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes (fp32)."""
+    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes, and read up to
+    32 elements at once (see ``_zero_row_ends``)."""
     return -(-columns // _ROW_ELEMENTS) * _ROW_ELEMENTS
+
+
+def _zero_row_ends(values_nv: Tensor) -> None:
+    """Zeros in the columns behind a row's last, up to a multiple of 32.
+
+    On CPUs with AMX the bf16 GEMM of torch 2.13 reads them and multiplies by 0, which leaves NaN where they hold NaN.
+    """
+    n, columns = values_nv.shape
+    end = min(-(-columns // 32) * 32, values_nv.stride(0))
+    if columns < end:
+        offset = values_nv.storage_offset() + columns
+        values_nv.as_strided((n, end - columns), values_nv.stride(), offset).zero_()
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,10 @@ class Head:
         dlogits_nv = self.kernels.row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, dtype)
         if dbias_v is not None:
             dbias_v += dlogits_nv.sum(0, dtype=dbias_v.dtype)
-        return dlogits_nv.to(self.operand)
+        dlogits_nv = dlogits_nv.to(self.operand)
+        if dlogits_nv.device.type == "cpu" and self.operand == torch.bfloat16:
+            _zero_row_ends(dlogits_nv)
+        return dlogits_nv
 
     def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
         return RowCoefficients.from_upstream(

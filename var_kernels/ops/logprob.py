@@ -34,6 +34,7 @@ def linear_logprob(
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
+    num_active: int | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
 ):
@@ -54,6 +55,9 @@ def linear_logprob(
         labels: (...) or (..., K) int64 in [0, V) or ``ignore_index``; aligned with hidden, nothing is shifted. Rows
             without a label cost nothing.
         bias: (V,), hidden's dtype; -inf forbids a token.
+        num_active: at least the number of rows with a label, when the caller knows it: nothing is read from the device
+            then, also under torch.compile and CUDA-graph capture, and only that many rows are computed. Too small a
+            count is an error (on an accelerator a device-side assertion).
         workspace_mb: MiB for tiles of logits; None: 64 on a CPU, 1/32 of the memory of an accelerator. 0: no tiles,
             logits stay in registers (Triton backend, no gradients: a backward needs 1 or more there).
         precision: "fp32": logits in fp32 (fp64 for fp64 inputs); "fast": logits rounded to hidden's dtype, log-prob
@@ -78,6 +82,7 @@ def linear_logprob(
         label_smoothing=label_smoothing,
         precision=precision,
         workspace_mb=workspace_mb,
+        num_active=num_active,
         lse=return_lse,
         entropy=return_entropy,
         argmax=return_argmax,
@@ -97,10 +102,9 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
     if torch.compiler.is_compiling():
         others = (options.entropy, options.argmax)
         logp_NK, lse_N, entropy_N, argmax_N = compiled.logprob(*head, *compiled.flat_options(options), *others)
-        row_kept_N = call.kept_NK.any(1)
-        lse_N = lse_N.where(row_kept_N, 0.0) if options.lse else None
-        entropy_N = entropy_N.where(row_kept_N, 0.0) if options.entropy else None
-        argmax_N = argmax_N.where(row_kept_N, -1) if options.argmax else None
+        lse_N = lse_N if options.lse else None
+        entropy_N = entropy_N if options.entropy else None
+        argmax_N = argmax_N if options.argmax else None
     else:
         logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(*head, options, call.needs)
     return logp_NK.where(call.kept_NK, 0.0), lse_N, entropy_N, argmax_N

@@ -29,6 +29,7 @@ def linear_token_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     return_logp: bool = False,
+    num_active: int | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
     engine: str = "auto",
@@ -43,7 +44,8 @@ def linear_token_loss(
     loss of a sequence's sum (DPO) does not: with f's arguments cut into chunks it would be another loss.
 
     Args:
-        hidden, lm_head_weight, bias, workspace_mb, precision, engine, the head's options: see ``linear_weighted_nll``.
+        hidden, lm_head_weight, bias, num_active, workspace_mb, precision, engine, the head's options: see
+            ``linear_weighted_nll``.
         labels: (...) int64, one target a row.
         token_loss: f(logp (n,), *inputs (n,)) -> (n,), or f(logp, entropy, *inputs) with ``entropy=True``; fp32 (fp64
             for fp64 inputs). Element by element: row i of the result may depend on row i of the arguments alone.
@@ -70,6 +72,7 @@ def linear_token_loss(
         label_smoothing=0.0,
         precision=precision,
         workspace_mb=workspace_mb,
+        num_active=num_active,
         entropy=entropy,
     )
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
@@ -79,12 +82,14 @@ def linear_token_loss(
         loss, logp_NK = apply_token_loss(call, token_loss, inputs)
     else:
         logp_NK, _, entropy_N, _ = apply_logprob(call)
-        loss_N = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs)
-        loss = loss_N.where(call.kept_NK.squeeze(1), 0.0).sum()
+        loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs, call.kept_NK.squeeze(1)).sum()
     return (loss, call.restore_targets(logp_NK.detach())) if return_logp else loss
 
 
-def _evaluate(token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor]) -> Tensor:
+def _evaluate(
+    token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor], kept_n: Tensor
+) -> Tensor:
+    """(n,) losses, 0 where a row does not count (there are such rows only where they are masked)."""
     known = (logp_n,) if entropy_n is None else (logp_n, entropy_n)
     loss_n = token_loss(*known, *inputs)
     if not isinstance(loss_n, Tensor) or loss_n.shape != logp_n.shape:
@@ -93,7 +98,7 @@ def _evaluate(token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, i
             f"token_loss must return one loss a token, shape {tuple(logp_n.shape)}, got {got}; leave the sum to "
             "linear_token_loss"
         )
-    return loss_n
+    return loss_n.where(kept_n, 0.0)
 
 
 def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -102,6 +107,7 @@ def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]
         call.lm_head_weight_VD,
         call.bias_V,
         call.labels_NK,
+        call.kept_NK.squeeze(1),
         token_loss,
         inputs,
         call.options,
@@ -113,7 +119,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
     """(sum of token_loss, logp_NK). Saves finished gradients, as ``LinearWeightedNLLFunction`` does."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, token_loss, inputs, options, needs):
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, kept_N, token_loss, inputs, options, needs):
         ctx.set_materialize_grads(False)
         head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
         losses: list[Tensor] = []
@@ -122,9 +128,8 @@ class LinearTokenLossFunction(torch.autograd.Function):
             known = [stats.logp_NK(0.0, head.v).squeeze(1), *([stats.entropy_N] if options.entropy else [])]
             leaves = [t.requires_grad_() for t in known]
             with torch.enable_grad():
-                loss_n = _evaluate(
-                    token_loss, leaves[0], leaves[1] if options.entropy else None, [t[rows] for t in inputs]
-                )
+                entropy_n = leaves[1] if options.entropy else None
+                loss_n = _evaluate(token_loss, leaves[0], entropy_n, [t[rows] for t in inputs], kept_N[rows])
                 slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True, materialize_grads=True)
             losses.append(loss_n.detach().sum())
             if not options.entropy:
@@ -137,7 +142,8 @@ class LinearTokenLossFunction(torch.autograd.Function):
         else:  # no slopes: under inference_mode there are none to be had
             stats, gradients = forward_pass(head), Gradients()
             logp_N = stats.logp_NK(0.0, head.v).squeeze(1)
-            losses.append(_evaluate(token_loss, logp_N, stats.entropy_N if options.entropy else None, inputs).sum())
+            entropy_N = stats.entropy_N if options.entropy else None
+            losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, kept_N).sum())
         logp_NK = stats.logp_NK(0.0, head.v)
         ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
         ctx.mark_non_differentiable(logp_NK)
@@ -146,7 +152,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _):
-        others = (None,) * 5
+        others = (None,) * 6
         if dloss is None:
             return (None, None, None, *others)
         return (*scaled_gradients(ctx.saved_tensors, dloss), *others)

@@ -35,6 +35,7 @@ def linear_weighted_nll(
     z_loss: float = 0.0,
     return_logp: bool = False,
     return_argmax: bool = False,
+    num_active: int | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
     engine: str = "auto",
@@ -52,6 +53,7 @@ def linear_weighted_nll(
     Args:
         hidden, lm_head_weight, labels, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
         token_weight: the shape of labels, floating point, finite, any sign; None: 1. Rows of weight 0 cost nothing.
+        num_active: as in ``linear_logprob``; rows of weight 0 need not be counted.
         num_items: divisor of "mean" (number of items in the global batch, sum of weights), positive.
         engine: "auto", "one_pass" or "two_pass". "auto" takes two passes for fp16, where gradients that are made before
             a GradScaler's factor is known underflow.
@@ -84,6 +86,7 @@ def linear_weighted_nll(
         label_smoothing=label_smoothing,
         precision=precision,
         workspace_mb=workspace_mb,
+        num_active=num_active,
         lse=z_loss != 0,
         argmax=return_argmax,
     )
@@ -148,8 +151,7 @@ def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, eng
         [needs.hidden, needs.lm_head_weight, needs.bias],
         argmax,
     )
-    argmax_N = argmax_N.where(call.kept_NK.any(1), -1) if argmax else None
-    return loss, logp_NK.detach().where(call.kept_NK, 0.0), argmax_N
+    return loss, logp_NK.detach().where(call.kept_NK, 0.0), argmax_N if argmax else None
 
 
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,0 +1,167 @@
+"""What the engines promise beyond their numbers: storage behind a tile, labels that nobody checked, counts given."""
+
+import pytest
+import torch
+
+from tests.op_cases import Case
+from tests.tolerance import assert_gradient, assert_result
+from var_kernels import linear_logprob, linear_token_loss, linear_weighted_nll
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients
+from var_kernels.ops import checks
+from var_kernels.ops.engines import Head, HeadOptions, _zero_row_ends
+
+N, V, D = 63, 507, 72
+ALL = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+
+
+def test_row_ends_are_zero_for_16_bit_gemms(target):
+    """A strided bf16 GEMM may read up to 32 columns beyond a row's end, and NaN times 0 is NaN."""
+    target.require(torch.bfloat16)
+    if target.device != "cpu":
+        pytest.skip("cuBLAS reads nothing beyond a row")
+    from var_kernels.ops.backend import choose_backend
+
+    backend, _ = choose_backend(torch.device("cpu"), torch.float32)
+    options = HeadOptions(LogitTransform(), 0.0, "fp32", 1 << 20, backend)
+    hidden, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16()
+    head = Head(hidden, weight, None, torch.zeros(N, 1, dtype=torch.int64), options)
+    storage = head.new_tile(N, V)
+    storage.elements.fill_(torch.nan)
+    logits = storage.view(N, V)
+    logits.normal_()
+    coefficients = RowCoefficients(torch.ones(N), torch.zeros(N, 1))
+    dlogits = head.row_grad(logits, slice(0, N), logits.logsumexp(1), coefficients, 0, None)
+    assert dlogits.shape == (N, V)
+    behind = min(dlogits.stride(0) - V, 5)  # a result without gaps between its rows has nothing to clear
+    assert not dlogits.as_strided((N, behind), dlogits.stride(), dlogits.storage_offset() + V).any()
+    torch.testing.assert_close(dlogits @ weight, dlogits.contiguous() @ weight)
+
+
+def test_row_ends_leave_the_next_row_alone():
+    values = torch.ones(3, 40)
+    _zero_row_ends(values[:, :38])
+    assert values[:, :38].all()
+    assert not values[:, 38:].any()
+    whole = torch.ones(2, 33)
+    _zero_row_ends(whole)
+    assert whole.all()
+
+
+@pytest.mark.parametrize("wrong", [V, V + 1000, -1])
+def test_unchecked_labels_beyond_the_vocabulary_give_nan(target, wrong, monkeypatch, small_tiles):
+    """Accelerators do not read labels back to refuse them: the loss must show it."""
+    monkeypatch.setattr(checks, "values_readable", lambda t: False)
+    hidden, weight, labels, _ = Case("", tight=True, ignored=0.2).inputs(target.device)
+    labels[5] = wrong
+    with torch.no_grad():
+        logp = linear_logprob(hidden, weight, labels, workspace_mb=0.05)
+    assert logp[5].isnan()
+    others = torch.arange(N, device=logp.device) != 5
+    assert logp[others].isfinite().all()
+    assert linear_weighted_nll(hidden, weight, labels, None, workspace_mb=0.05).isnan()
+
+
+def inputs_with_padding(device):
+    """Padding that holds NaN, as uninitialised rows of a padded batch may."""
+    hidden, weight, labels, bias = Case("", bias=True, ignored=0.4).inputs(device)
+    with torch.no_grad():
+        hidden[labels == -100] = torch.nan
+    return hidden, weight, labels, bias
+
+
+def run(op, num_active, device):
+    hidden, weight, labels, bias = inputs_with_padding(device)
+    outputs = op(hidden, weight, labels, bias, num_active)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(t.sum() * (i + 1.5) for i, t in enumerate(outputs) if t.requires_grad).backward()
+    return [t.detach() for t in outputs], [t.grad for t in (hidden, weight, bias)]
+
+
+def logprob(h, w, y, b, count):
+    return linear_logprob(h, w, y, b, num_active=count, **ALL)
+
+
+def weighted_nll(engine):
+    def op(h, w, y, b, count):
+        weight = torch.linspace(-1, 1, N, device=h.device)
+        asked = {"return_logp": True, "return_argmax": True, "engine": engine}
+        return linear_weighted_nll(h, w, y, weight, b, reduction="mean", num_active=count, z_loss=0.1, **asked)
+
+    return op
+
+
+def token_loss(engine):
+    def op(h, w, y, b, count):
+        def f(logp, entropy, a):
+            return -a * logp.exp() + 1.0 - 0.1 * entropy
+
+        inputs = (torch.linspace(-1, 1, N, device=h.device),)
+        return linear_token_loss(h, w, y, f, inputs, b, entropy=True, return_logp=True, num_active=count, engine=engine)
+
+    return op
+
+
+OPS = {
+    "logprob": logprob,
+    "one pass": weighted_nll("one_pass"),
+    "two passes": weighted_nll("two_pass"),
+    "token loss, one pass": token_loss("one_pass"),
+    "token loss, two passes": token_loss("two_pass"),
+}
+
+
+@pytest.mark.parametrize("surplus", [0, 5, 1000], ids=["exact", "too many", "all rows"])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_a_given_count_changes_nothing(op, surplus, target, small_tiles):
+    """Every output and gradient is that of the call that counts by itself; rows beyond the kept ones are masked."""
+    _, _, labels, _ = inputs_with_padding(target.device)
+    count = int((labels != -100).sum())
+    (expected, expected_gradients), (got, gradients) = (
+        run(op, None, target.device),
+        run(op, count + surplus, target.device),
+    )
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        if g.is_floating_point():
+            assert_result(g, e, "output")
+        else:
+            assert torch.equal(g, e)
+    for g, e in zip(gradients, expected_gradients, strict=True):
+        assert_gradient(g, e, e)
+    assert not gradients[0][labels == -100].any()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_a_count_that_is_too_small_is_refused(op):
+    hidden, weight, labels, bias = inputs_with_padding("cpu")
+    count = int((labels != -100).sum())
+    with pytest.raises(ValueError, match=f"num_active must be at least the number of rows that count, {count}, got 3"):
+        op(hidden, weight, labels, bias, 3)
+
+
+@pytest.mark.parametrize(("count", "error"), [(-1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_no_count_at_all(count, error):
+    with pytest.raises(error, match="num_active"):
+        logprob(*inputs_with_padding("cpu"), count)
+
+
+def test_rows_of_weight_0_need_not_be_counted():
+    hidden, weight, labels, bias = inputs_with_padding("cpu")
+    token_weight = torch.zeros(N)
+    token_weight[:7] = 1.0
+    expected = linear_weighted_nll(hidden, weight, labels, token_weight, bias)
+    kept = int((labels[:7] != -100).sum())
+    torch.testing.assert_close(
+        linear_weighted_nll(hidden, weight, labels, token_weight, bias, num_active=kept), expected
+    )
+
+
+def test_a_count_under_the_compiler():
+    _hidden, _weight, labels, _bias = inputs_with_padding("cpu")
+    count = int((labels != -100).sum())
+    expected = run(OPS["one pass"], None, "cpu")
+    torch._dynamo.reset()
+    got = run(torch.compile(OPS["one pass"], fullgraph=True, backend="aot_eager"), count, "cpu")
+    for ours, theirs in zip(got, expected, strict=True):
+        for g, e in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(g, e)

@@ -1,0 +1,268 @@
+"""Losses of each token's own log-prob: element by element, to be handed to ``linear_token_loss``. Class B: one pass.
+
+    f = token_objective(grpo_loss, beta=0.04)
+    inputs = (old_token_logp, ref_token_logp, advantage, token_weight)
+    loss = linear_token_loss(hidden, lm_head_weight, labels, f, inputs)
+
+How the terms of a sequence are weighted (1 / length and the like) is no part of a loss here: it enters as
+``token_weight``, which ``length_weights`` makes for GRPO, DAPO and Dr. GRPO.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from var_kernels.losses.registry import register
+from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
+
+LENGTH_NORMALIZATIONS = ("sequence", "token", "constant")
+# Beyond e^20 a ratio of probabilities says nothing any more, and fp32 overflows at e^88.
+_LARGEST_LOG_RATIO = 20.0
+
+
+@register(
+    "dft", pass_class="B", item="token", formula="-sg(p) lp", source="DFT, arXiv 2508.05629", evidence="unverified"
+)
+def dft_loss(token_logp: Tensor) -> Tensor:
+    """Dynamic fine-tuning: each token's negative log-likelihood times its own probability, which is a constant.
+
+        loss_t = -sg(exp(lp_t)) lp_t
+
+    The gradient in the parameters is that of -p_t: the probability of the data, summed over tokens, is maximised.
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+
+    Returns:
+        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: token_logp of integers.
+
+    Source: DFT, arXiv 2508.05629 (its abstract was read; the detached factor is not verified there).
+    """
+    check_tokens({"token_logp": token_logp})
+    logp = _wide(token_logp)
+    return -logp.detach().exp() * logp
+
+
+@register(
+    "ppo",
+    pass_class="B",
+    item="token",
+    formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(lp - lp_old)",
+    source="PPO, arXiv 1707.06347",
+    evidence="third-party code",
+)
+def ppo_loss(
+    token_logp: Tensor, old_token_logp: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Tensor:
+    """PPO's clipped surrogate, one importance ratio a token.
+
+        ratio_t = exp(lp_t - lp_old_t);   loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
+
+    clip_high above clip_low is DAPO's "clip-higher". From 20 nats on the ratio follows its tangent, so that it cannot
+    overflow.
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+        old_token_logp: (...) the same under the policy that drew the tokens; a constant.
+        advantage: (...) a constant; for an outcome reward the sequence's, repeated over its tokens.
+        clip_low: in [0, 1).
+        clip_high: >= 0.
+
+    Returns:
+        The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: clip range, shapes that differ, integer tensors.
+
+    Source: arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476; both as other trainers implement them.
+    """
+    _check_clip(clip_low, clip_high)
+    check_tokens({"token_logp": token_logp, "old_token_logp": old_token_logp, "advantage": advantage})
+    ratio = _bounded_exp(_wide(token_logp) - _wide(old_token_logp.detach()))
+    advantage = _wide(advantage.detach())
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+@register(
+    "grpo",
+    pass_class="B",
+    item="token",
+    formula="ppo + beta k3,  k3 = exp(lp_ref - lp) - 1 - (lp_ref - lp)",
+    source="GRPO, arXiv 2402.03300",
+    evidence="third-party code",
+)
+def grpo_loss(
+    token_logp: Tensor,
+    old_token_logp: Tensor,
+    ref_token_logp: Tensor,
+    advantage: Tensor,
+    *,
+    beta: float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Tensor:
+    """GRPO's loss of a token: PPO's clipped surrogate and beta times the estimate k3 of KL(policy || reference).
+
+        loss_t = ppo_t + beta (exp(lpr_t - lp_t) - 1 - (lpr_t - lp_t))
+
+    Group-relative advantages are the caller's: (r_i - mean of the prompt's rewards) / their standard deviation,
+    repeated over the tokens of i (Dr. GRPO: without the division). The sum over tokens is weighted by ``token_weight``, see
+    ``token_objective`` and ``length_weights``. Without a reference use ``ppo_loss``.
+
+    Args:
+        token_logp, old_token_logp, advantage, clip_low, clip_high: see ``ppo_loss``.
+        ref_token_logp: (...) log-probs of the labels under the frozen reference, nats; a constant.
+        beta: >= 0, units of the advantage a nat.
+
+    Returns:
+        The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: beta or clip range, shapes that differ, integer tensors.
+
+    Source: arXiv 2402.03300, as other trainers implement it.
+    """
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"beta must be finite and >= 0, got {beta}; it weighs the distance from the reference")
+    surrogate = ppo_loss(token_logp, old_token_logp, advantage, clip_low=clip_low, clip_high=clip_high)
+    return surrogate + beta * kl_k3(token_logp, ref_token_logp)
+
+
+# ---- what the losses are made of and combined with -------------------------------------------------------------------
+
+
+def token_objective(
+    token_loss: Callable[..., Tensor], *, entropy_bonus: float = 0.0, **options
+) -> Callable[..., Tensor]:
+    """``token_loss`` with its options, a weight for each token and an entropy bonus: an f for ``linear_token_loss``.
+
+        f(lp, *inputs, w) = w token_loss(lp, *inputs, **options)
+        f(lp, H, *inputs, w) = w (token_loss(lp, *inputs, **options) - entropy_bonus H)       with entropy_bonus != 0
+
+    Args:
+        token_loss: a function of this module, or any other with the policy's log-probs first.
+        entropy_bonus: units of the loss a nat; not 0: call ``linear_token_loss`` with ``entropy=True``.
+        options: keyword arguments of token_loss.
+
+    Returns:
+        The function f. Its last input is ``token_weight``: (...) floating point, see ``length_weights``.
+    """
+
+    def weighted(token_logp: Tensor, *inputs: Tensor) -> Tensor:
+        *inputs, token_weight = inputs
+        return token_weight * token_loss(token_logp, *inputs, **options)
+
+    def with_entropy(token_logp: Tensor, entropy: Tensor, *inputs: Tensor) -> Tensor:
+        *inputs, token_weight = inputs
+        return token_weight * (token_loss(token_logp, *inputs, **options) - entropy_bonus * entropy)
+
+    return with_entropy if entropy_bonus else weighted
+
+
+def length_weights(
+    labels: Tensor,
+    *,
+    normalization: str,
+    num_items: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The weight of each token in a sum over the batch, 0 where the label is ignored.
+
+        normalization   weight                 num_items, where None                       as in
+        "sequence"      1 / (num_items len_i)  sequences with a token, here                GRPO
+        "token"         1 / num_items          tokens, here                                DAPO
+        "constant"      1 / num_items          to be given: sequences x longest allowed    Dr. GRPO
+
+    A batch that is spread over ranks or accumulation steps needs num_items of the whole.
+
+    Args:
+        labels: (B, T), or (N,) with ``cu_seqlens`` (B + 1,): int64, aligned with the log-probs.
+
+    Returns:
+        fp32 in the shape of labels.
+
+    Raises:
+        ValueError: unknown normalization, num_items missing or not positive.
+
+    Source: arXiv 2402.03300, 2503.14476 and 2503.20783, as other trainers implement them.
+    """
+    if normalization not in LENGTH_NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {LENGTH_NORMALIZATIONS}, got {normalization!r}")
+    if num_items is None and normalization == "constant":
+        raise ValueError(
+            "num_items must be given for normalization='constant', got None; number of sequences x longest completion"
+        )
+    if num_items is not None and not 0 < num_items < float("inf"):
+        raise ValueError(f"num_items must be positive and finite, got {num_items}")
+    lengths_B = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    kept = (labels != ignore_index).to(torch.float32)
+    if normalization == "sequence":
+        sequences = (lengths_B > 0).sum().clamp(min=1) if num_items is None else num_items
+        return kept / expand_to_tokens(lengths_B.clamp(min=1) * sequences, labels, cu_seqlens)
+    return kept / (lengths_B.sum().clamp(min=1) if num_items is None else num_items)
+
+
+def kl_k1(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    """lp - lpr: for tokens drawn from the policy an unbiased estimate of KL(policy || reference), nats; any sign.
+
+    As a loss on such tokens it does nothing: its gradient is 0 on average. (...), (...) -> (...).
+    """
+    return -_log_ratio(token_logp, ref_token_logp)
+
+
+def kl_k2(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    """(lp - lpr)^2 / 2: >= 0, biased, but its gradient on tokens drawn from the policy is, on average, that of
+    KL(policy || reference). (...), (...) -> (...), nats^2.
+    """
+    return _log_ratio(token_logp, ref_token_logp).square() / 2
+
+
+def kl_k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    """exp(lpr - lp) - 1 - (lpr - lp): >= 0 and, for tokens drawn from the policy, an unbiased estimate of
+    KL(policy || reference), nats. Its gradient, on average, is that of KL(reference || policy) instead.
+
+    From lpr - lp = 20 nats on it follows its tangent. (...), (...) -> (...).
+    """
+    log_ratio = _log_ratio(token_logp, ref_token_logp)
+    return _bounded_exp(log_ratio, minus_one=True) - log_ratio
+
+
+def _log_ratio(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    check_tokens({"token_logp": token_logp, "ref_token_logp": ref_token_logp})
+    return _wide(ref_token_logp.detach()) - _wide(token_logp)
+
+
+def _bounded_exp(x: Tensor, *, minus_one: bool = False) -> Tensor:
+    """exp(x), or expm1(x), and beyond 20 its tangent there: never inf, and the gradient does not vanish."""
+    near = x.clamp(max=_LARGEST_LOG_RATIO)
+    return (near.expm1() if minus_one else near.exp()) + near.detach().exp() * (x - near)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _check_clip(clip_low: float, clip_high: float) -> None:
+    if not 0 <= clip_low < 1:
+        raise ValueError(f"clip_low must be in [0, 1), got {clip_low}; the ratio is kept above 1 - clip_low")
+    if not 0 <= clip_high < float("inf"):
+        raise ValueError(f"clip_high must be finite and >= 0, got {clip_high}; the ratio is kept below 1 + clip_high")
+
+
+def check_tokens(tensors: dict[str, Tensor]) -> None:
+    """Floating-point tensors of one shape, one value a token."""
+    first = next(iter(tensors))
+    for name, values in tensors.items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, one value a token, got {got}")
+        if values.shape != tensors[first].shape:
+            raise ValueError(
+                f"{name} must be {tuple(tensors[first].shape)} like {first}, got {tuple(values.shape)}; give one value "
+                "a token (expand_to_tokens repeats a sequence's over its tokens)"
+            )

@@ -100,6 +100,13 @@ def test_gradients(name):
     torch.testing.assert_close(slope(name, POLICY), SLOPES[name])
 
 
+def test_the_probability_of_rgold_is_a_constant():
+    """-R p log p, detached: the slope at p = 1/2 and R = 2 is -1, where the whole function's would be -1 + ln 2."""
+    logp = tensor(math.log(0.5)).requires_grad_()
+    rgold_loss(logp, tensor(2.0)).backward(torch.ones(1, dtype=FP64))
+    assert logp.grad.item() == pytest.approx(-1.0)
+
+
 @pytest.mark.parametrize("name", [n for n in CALLS if LOSSES[n].pass_class == "A"])
 def test_gradcheck_where_nothing_is_detached(name):
     assert torch.autograd.gradcheck(CALLS[name], (POLICY.clone().requires_grad_(),))

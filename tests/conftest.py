@@ -1,5 +1,6 @@
 """Shared fixtures: devices, small tiles, no network."""
 
+import importlib.util
 import os
 from typing import NamedTuple
 
@@ -38,8 +39,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Lets a small problem need several chunks, slices and row blocks, all ragged."""
+    """Lets a small problem need several chunks, slices, row blocks and steps of a row, all ragged."""
     monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 700)
+    if importlib.util.find_spec("triton"):
+        from var_kernels.kernels import rows_triton
+
+        monkeypatch.setattr(rows_triton, "BLOCK_COLUMNS", 128)
     monkeypatch.setattr(workspace, "_MIN_COLUMNS", 50)
     monkeypatch.setattr(workspace, "_MIN_ROWS", 4)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests import triton_interpreter
+from tests.mutation import mutant_of
 from tests.op_cases import Case, check_logprob, check_weighted_nll
 from var_kernels.kernels import rows_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
@@ -184,6 +186,60 @@ def test_mutant_is_refused(mutant, owner, name, case, small_tiles, monkeypatch):
     monkeypatch.setattr(owner, name, mutant(None))
     with pytest.raises(AssertionError):
         check_logprob(case)
+
+
+# Text of the Triton row kernels, what replaces it, a case that must notice; run by the interpreter, in fp32.
+_K = "tl.load(labels_ptr + row * K + k)"
+_CASES = {
+    "capped": Case("", options={"softcap": 5.0}),
+    "scaled": Case("", options={"logit_scale": 0.5}),
+    "smoothed": Case("", tight=True, options={"label_smoothing": 0.1}),
+    "entropy": Case("", tight=True, outputs=("entropy",)),
+    "argmax": Case("", tight=True, outputs=("argmax",)),
+    "whole": Case("", outputs=("entropy",)),  # several steps of a row, one slice
+    "flat": TAIL,
+    "low": Case("", bias=True, offset=-1e4),
+    "tight": Case("", tight=True),
+    "three": Case("", targets=3),
+    "biased": Case("", bias=True),
+}
+TRITON_MUTANTS = {
+    "tail counted": ('z = tl.where(mask, z, float("-inf"))', "z = tl.where(columns < C + 3, z, -1e38)", "flat"),
+    "last column dropped": ("mask = columns < C\n", "mask = columns < C - 1\n", "flat"),
+    "maximum from 0": ("lowest = -1e38", "lowest = 0.0", "low"),
+    "forgotten rescale in a lane": ("lane_sum * decay + 1.0", "lane_sum + 1.0", "whole"),
+    "forgotten rescale of slices": ("+ old_decay * old_sum)", "+ old_sum)", "tight"),
+    "label off by one slice": (f"{_K} - v_start\n            grad", f"{_K}\n            grad", "tight"),
+    "second target lost": (f"{_K} - v_start\n        inside", f"{_K[:-5]}) - v_start\n        inside", "three"),
+    "no slope of the softcap": ("grad *= 1.0 - tanh * tanh", "grad *= 1.0", "capped"),
+    "no slope of the scale": ("(grad * scale)", "grad", "scaled"),
+    "no bias": ("x += tl.load(bias_ptr", "x + tl.load(bias_ptr", "biased"),
+    "entropy not shifted": ("lane_shifted - finite * lane_sum", "lane_shifted", "whole"),
+    "entropy of slices not shifted": ("old_shifted + tl.maximum(old_drop, -1e30) * old_sum", "old_shifted", "entropy"),
+    "entropy's slope halved": ("p * (prob + logp_slope *", "p * (prob + 0.5 * logp_slope *", "entropy"),
+    "smoothing's constant lost": ("grad += constant", "grad += 0.0", "smoothed"),
+    "mean of the last slice": ("tl.load(logit_sum_ptr + row) + tl.sum", "tl.sum", "smoothed"),
+    "argmax without its slice": ("slice_argmax.to(tl.int64) + v_start", "slice_argmax.to(tl.int64)", "argmax"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is interpreted on machines without a GPU")
+@pytest.mark.parametrize("name", TRITON_MUTANTS)
+def test_triton_mutant_is_refused(name, small_tiles, monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    triton_interpreter.mend()
+    from var_kernels.kernels import rows_triton
+
+    before, after, case = TRITON_MUTANTS[name]
+    case = _CASES[case]
+    mutant = mutant_of(rows_triton, before, after, tmp_path)
+    with use_backend("triton"):
+        check_logprob(case)
+        mutant.BLOCK_COLUMNS = rows_triton.BLOCK_COLUMNS
+        monkeypatch.setattr(rows_triton, "row_stats", mutant.row_stats)
+        monkeypatch.setattr(rows_triton, "row_grad", mutant.row_grad)
+        with pytest.raises(AssertionError):
+            check_logprob(case)
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])

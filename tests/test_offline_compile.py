@@ -50,3 +50,28 @@ def test_a_missing_instruction_is_noticed():
     )
     assert result.returncode == 1
     assert "no wgmma.mma_async" in result.stderr
+
+
+def test_an_operand_in_registers_is_noticed(tmp_path):
+    """A left operand that was computed on, so that it lies in registers when it is multiplied."""
+    kernel = tmp_path / "scaled_dot.py"
+    kernel.write_text(
+        "import triton\n"
+        "import triton.language as tl\n"
+        "@triton.jit\n"
+        "def scaled_dot(a_ptr, b_ptr, c_ptr, S: tl.constexpr):\n"
+        "    i = tl.arange(0, S)\n"
+        "    at = i[:, None] * S + i[None, :]\n"
+        "    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at) * 2, tl.load(b_ptr + at)))\n"
+    )
+    result = run(
+        "-c",
+        f"import sys; sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(tmp_path)!r}]; import compile_kernels as script;"
+        "from scaled_dot import scaled_dot;"
+        "types = {'a_ptr': '*bf16', 'b_ptr': '*bf16', 'c_ptr': '*fp32'};"
+        "case = script.Configuration('scaled dot', scaled_dot, types, {'S': 128}, 4, targets=('sm_90',));"
+        "script.configurations = lambda: [case]; sys.argv[1:] = ['--targets', 'sm_90'];"
+        "sys.exit(script.main())",
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "wgmma with an operand in registers" in result.stderr

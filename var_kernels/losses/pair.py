@@ -1,12 +1,24 @@
-"""Losses of (chosen, rejected) pairs: pure functions of the sequences' log-probs. Class C: two passes of the head."""
-
-import math
+"""Losses of (chosen, rejected) pairs against a reference: functions of D = (s_w - sr_w) - (s_l - sr_l). Class C: two
+passes of the head."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, wide
+from var_kernels.losses.registry import register
 
+_SWAP = "swap chosen and rejected to reverse the preference"
+
+
+@register(
+    "dpo",
+    pass_class="C",
+    item="pair",
+    formula="-(1-e) log sigmoid(beta D) - e log sigmoid(-beta D)",
+    source="arXiv 2305.18290 eq. 7; e: the authors' code (cDPO)",
+    evidence="code",
+)
 def dpo_loss(
     policy_chosen_logp: Tensor,
     policy_rejected_logp: Tensor,
@@ -34,26 +46,151 @@ def dpo_loss(
         (P,) loss of each pair, nats, fp32 (fp64 for fp64 inputs); the caller reduces over pairs.
 
     Raises:
-        TypeError, ValueError: beta or label_smoothing out of range, shapes that differ, integer tensors.
+        TypeError, ValueError: beta or label_smoothing out of range, shapes that differ, integer tensors; on the CPU
+            also reference log-probs that are not finite.
 
     Source: arXiv 2305.18290 eq. 7; label smoothing as in the authors' code (cDPO).
     """
-    _check_positive("beta", beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing must be in [0, 0.5), got {label_smoothing}; above 0.5 swap chosen and rejected"
-        )
-    pairs = {
-        "policy_chosen_logp": policy_chosen_logp,
-        "policy_rejected_logp": policy_rejected_logp,
-        "ref_chosen_logp": ref_chosen_logp,
-        "ref_rejected_logp": ref_rejected_logp,
-    }
-    _check_pairs(pairs)
-    chosen_P = _log_ratio(policy_chosen_logp, ref_chosen_logp)
-    rejected_P = _log_ratio(policy_rejected_logp, ref_rejected_logp)
-    margin_P = beta * (chosen_P - rejected_P)
+    _check_smoothing(label_smoothing)
+    margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     return -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
+
+
+@register(
+    "robust_dpo",
+    pass_class="C",
+    item="pair",
+    formula="[-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e)",
+    source="arXiv 2403.00409",
+    evidence="third-party code",
+)
+def robust_dpo_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    """DPO's loss of the true labels, estimated without bias from labels that are flipped with a known probability e.
+
+        m = beta D
+        loss = [-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2e)
+
+    Its mean over the flips, (1 - e) loss(m) + e loss(-m), is -log sigmoid(m). A single pair's loss has no lower bound:
+    for large m its slope stays -e / (1 - 2e).
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
+        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
+        beta: > 0.
+        label_smoothing: e, in [0, 0.5): the rate of flipped labels.
+
+    Returns:
+        (P,) nats per pair, fp32 (fp64 for fp64 inputs); may be negative.
+
+    Raises:
+        TypeError, ValueError: as ``dpo_loss``.
+
+    Source: arXiv 2403.00409; the formula as in third-party code.
+    """
+    _check_smoothing(label_smoothing)
+    margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) + label_smoothing * logsigmoid(-margin_P)
+    return loss_P / (1 - 2 * label_smoothing)
+
+
+@register(
+    "ipo",
+    pass_class="C",
+    item="pair",
+    formula="(D - 1/(2 tau))^2, D of per-token means (default) or of sums",
+    source="arXiv 2310.12036",
+    evidence="code",
+)
+def ipo_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    *,
+    tau: float,
+    token_reduction: str = "mean",
+) -> Tensor:
+    """Identity preference optimisation: regress D onto 1 / (2 tau), instead of driving it to infinity.
+
+        D = (s_w - sr_w) / n_w - (s_l - sr_l) / n_l,     n = tokens ("mean") or 1 ("sum")
+        loss = (D - 1 / (2 tau))^2
+
+    Which of the two reductions the paper means is open: its text writes sums, the DPO authors' code takes sums, TRL
+    takes means and says that IPO's authors confirmed it. With sums over all pairs of a candidate set the minimiser is
+    pi_ref exp(E_y'[p(y > y')] / tau) / Z.
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) SUMMED log-probs under the policy, nats; differentiated.
+        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
+        chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss; needed for "mean".
+        tau: > 0, the KL temperature.
+        token_reduction: "mean" | "sum".
+
+    Returns:
+        (P,) nats^2 per pair (per token^2 for "mean"), fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: tau or token_reduction out of range, "mean" without lengths, shapes and dtypes.
+
+    Source: arXiv 2310.12036; reductions as in the DPO authors' code (sum) and in third-party code (mean).
+    """
+    check_number("tau", tau, remedy=_SWAP)
+    chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    chosen_P = per_token(chosen_P, chosen_lengths, token_reduction, name="chosen_lengths", like="policy_chosen_logp")
+    rejected_P = per_token(
+        rejected_P, rejected_lengths, token_reduction, name="rejected_lengths", like="policy_rejected_logp"
+    )
+    return (chosen_P - rejected_P - 1 / (2 * tau)).square()
+
+
+@register(
+    "hinge",
+    pass_class="C",
+    item="pair",
+    formula="relu(1 - beta D)",
+    source="arXiv 2309.06657",
+    evidence="third-party code",
+)
+def hinge_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    """SLiC's hinge on DPO's margin: pairs with a margin of 1 or more cost nothing.
+
+        loss = max(0, 1 - beta D)
+
+    The gradient per sequence is -beta (chosen) and +beta (rejected) inside the hinge, 0 outside; which one is known
+    only after both sums: class C all the same. ``slic_loss`` is SLiC-HF's own, without a reference.
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
+        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
+        beta: > 0.
+
+    Returns:
+        (P,) per pair, in units of beta x nats, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: as ``dpo_loss``.
+
+    Source: arXiv 2309.06657 (RSO's hinge); the formula as TRL's "hinge".
+    """
+    margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    return torch.relu(1 - margin_P)
 
 
 def implicit_reward(policy_logp: Tensor, ref_logp: Tensor, *, beta: float) -> Tensor:
@@ -64,37 +201,33 @@ def implicit_reward(policy_logp: Tensor, ref_logp: Tensor, *, beta: float) -> Te
 
     Source: arXiv 2305.18290 eq. 5.
     """
-    _check_positive("beta", beta)
-    _check_pairs({"policy_logp": policy_logp, "ref_logp": ref_logp})
-    return beta * _log_ratio(policy_logp.detach(), ref_logp)
+    check_number("beta", beta, remedy=_SWAP)
+    check_rows("pair", policy_logp=policy_logp, ref_logp=ref_logp)
+    return beta * (wide(policy_logp.detach()) - wide(ref_logp.detach()))
 
 
-def _log_ratio(policy_logp: Tensor, ref_logp: Tensor) -> Tensor:
-    # bf16 sums are off by whole nats at hundreds of nats: the difference is formed in fp32 at least
-    dtype = torch.promote_types(policy_logp.dtype, torch.float32)
-    return policy_logp.to(dtype) - ref_logp.detach().to(dtype)
+def log_ratios(
+    policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """rho_w = s_w - sr_w and rho_l, (P,) each, checked; no gradient to the reference."""
+    check_rows(
+        "pair",
+        policy_chosen_logp=policy_chosen_logp,
+        policy_rejected_logp=policy_rejected_logp,
+        ref_chosen_logp=ref_chosen_logp,
+        ref_rejected_logp=ref_rejected_logp,
+    )
+    check_constants(ref_chosen_logp=ref_chosen_logp, ref_rejected_logp=ref_rejected_logp)
+    chosen_P = wide(policy_chosen_logp) - wide(ref_chosen_logp.detach())
+    rejected_P = wide(policy_rejected_logp) - wide(ref_rejected_logp.detach())
+    return chosen_P, rejected_P
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(
-            f"{name} must be finite and > 0, got {value}; swap chosen and rejected to reverse the preference"
-        )
+def _scaled_margin(beta: float, *logps: Tensor) -> Tensor:
+    check_number("beta", beta, remedy=_SWAP)
+    chosen_P, rejected_P = log_ratios(*logps)
+    return beta * (chosen_P - rejected_P)
 
 
-def _check_pairs(tensors: dict[str, Tensor]) -> None:
-    first, *others = tensors
-    for name, values in tensors.items():
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(
-                f"{name} must be a floating-point tensor (P,), got {got}; pass the sequences' summed log-probs"
-            )
-    shape = tensors[first].shape
-    if len(shape) != 1:
-        raise ValueError(f"{first} must be (P,), one per pair, got {tuple(shape)}; sum tokens with sequence_sum first")
-    for name in others:
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"{name} must be {tuple(shape)} like {first}, got {tuple(tensors[name].shape)}; pair the rows up"
-            )
+def _check_smoothing(label_smoothing: float) -> None:
+    check_number("label_smoothing", label_smoothing, 0.0, 0.5, closed=True, remedy="above 0.5 swap chosen and rejected")

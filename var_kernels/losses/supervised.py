@@ -1,11 +1,27 @@
-"""Supervised fine-tuning, the baseline of every other loss here: VAR with all weights 1."""
+"""Supervised fine-tuning and its weighted kin: -w s with a weight known beforehand. Class A: one pass of the head."""
+
+import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, wide
+from var_kernels.losses.registry import register
 
+ADVANTAGE_EPS = 1e-5  # the authors' code
+
+
+@register(
+    "sft",
+    pass_class="A",
+    item="sequence",
+    formula="-s, or -s / len",
+    source="maximum likelihood",
+    evidence="derived",
+)
 def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduction: str = "sum") -> Tensor:
-    """Negative log-likelihood of each sequence: -s ("sum") or -s / len ("mean").
+    """Negative log-likelihood of each sequence: -s ("sum") or -s / len ("mean"). VAR with all weights 1.
 
     From log-probs that are there already. To train by SFT alone, ``linear_weighted_nll(hidden, lm_head_weight, labels,
     None)`` does the same in one pass (class A: the gradient per token, -1, is known beforehand).
@@ -19,19 +35,79 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
         (B,), nats per sequence ("sum") or per token ("mean"), fp32 (fp64 for fp64); the caller reduces over sequences.
 
     Raises:
-        ValueError: unknown reduction, "mean" without lengths, shapes that differ.
+        TypeError, ValueError: unknown reduction, "mean" without lengths, shapes that differ, integer log-probs.
 
     Source: maximum likelihood.
     """
-    if token_reduction not in ("sum", "mean"):
-        raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
-    nll_B = -policy_logp.to(torch.promote_types(policy_logp.dtype, torch.float32))
-    if token_reduction == "sum":
-        return nll_B
-    if lengths is None or lengths.shape != policy_logp.shape:
-        got = None if lengths is None else tuple(lengths.shape)
-        raise ValueError(
-            f"lengths must be {tuple(policy_logp.shape)}, one per sequence, for token_reduction='mean', got {got}; "
-            "count the labels of each sequence (sequence_lengths)"
-        )
-    return nll_B / lengths.clamp(min=1)
+    check_rows(policy_logp=policy_logp)
+    return -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
+
+
+@register(
+    "awr",
+    pass_class="A",
+    item="sequence",
+    formula="-min(exp(A / beta), max_weight) s",
+    source="arXiv 1910.00177",
+    evidence="code",
+)
+def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight: float = 20.0) -> Tensor:
+    """Advantage-weighted regression: SFT weighted by exp(A / beta), clipped.
+
+        loss = -min(exp(A / beta), max_weight) s
+
+    The authors' code standardises A over the whole buffer first: over the GLOBAL batch, which this function cannot see.
+    Pass it standardised (``standardised_advantage``).
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        advantage: (B,) A = r - V, standardised; constants.
+        beta: > 0, the temperature, in units of A.
+        max_weight: > 0.
+
+    Returns:
+        (B,) nats per sequence, fp32 (fp64 for fp64 inputs); the caller reduces over sequences.
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also advantages that are not finite.
+
+    Source: arXiv 1910.00177; weight, clip and standardisation as in the authors' code.
+    """
+    check_number("beta", beta, remedy="negate the advantage to minimise the reward")
+    check_number("max_weight", max_weight, remedy="1e9 hardly clips")
+    check_rows(policy_logp=policy_logp, advantage=advantage)
+    check_constants(advantage=advantage)
+    log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
+    return -log_weight_B.exp() * wide(policy_logp)
+
+
+def standardised_advantage(
+    reward: Tensor, value: Tensor | None = None, *, process_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """(A - mean A) / (std A + 1e-5) over the batch, A = reward - value: (B,) fp32 (fp64 for fp64 inputs), detached.
+
+    Args:
+        reward: (B,) reward units.  value: (B,) a baseline, such as a learned V(x); None: 0.
+        process_group: mean and standard deviation (of the population) then span all its ranks; their B may differ.
+
+    Raises:
+        TypeError, ValueError: shapes and dtypes; on the CPU also values that are not finite.
+
+    Source: arXiv 1910.00177, the authors' code.
+    """
+    tensors = {"reward": reward} if value is None else {"reward": reward, "value": value}
+    check_rows(**tensors)
+    check_constants(**tensors)
+    advantage_B = wide(reward.detach())
+    if value is not None:
+        advantage_B = advantage_B - wide(value.detach())
+    exact_B = advantage_B.double()
+    total = torch.stack([exact_B.sum(), exact_B.new_tensor(exact_B.numel())])  # a sum and a count
+    if process_group is not None:
+        dist.all_reduce(total, group=process_group)
+    count = total[1].clamp(min=1)
+    centred_B = exact_B - total[0] / count
+    squares = centred_B.square().sum()
+    if process_group is not None:
+        dist.all_reduce(squares, group=process_group)
+    return (centred_B / ((squares / count).sqrt() + ADVANTAGE_EPS)).to(advantage_B.dtype)

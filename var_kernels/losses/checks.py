@@ -1,0 +1,106 @@
+"""What the losses refuse, by name and with the remedy. Metadata everywhere; values on the CPU only."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from var_kernels.ops.checks import values_readable
+
+TOKEN_REDUCTIONS = ("sum", "mean")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def wide(values: Tensor) -> Tensor:
+    """fp32 at least: bf16 sums of hundreds of nats are off by whole nats, so differences are never formed in it."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
+    """Floating-point vectors of one shape and device, one entry per ``item``: named after the arguments."""
+    first, *others = tensors
+    size = "P" if item == "pair" else "B"
+    for name, values in tensors.items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"{name} must be a floating-point tensor ({size},), got {got}; pass one value per {item}")
+    shape = tensors[first].shape
+    if len(shape) != 1:
+        raise ValueError(
+            f"{first} must be ({size},), one per {item}, got {tuple(shape)}; sum tokens with sequence_sum first"
+        )
+    for name in others:
+        _check_like(name, tensors[name], first, tensors[first])
+
+
+def check_constants(**tensors: Tensor) -> None:
+    """What no gradient flows to (log-probs of the reference, rewards, values) must be finite; read on the CPU only."""
+    for name, values in tensors.items():
+        if values_readable(values) and not values.isfinite().all():
+            at = tuple((~values.isfinite()).nonzero()[0].tolist())
+            raise ValueError(
+                f"{name} must be finite, got {values[at].item()} at index {at}; repair or drop that sequence"
+            )
+
+
+def check_integers(like: str, values: Tensor, **tensors: Tensor) -> None:
+    """Integer vectors, such as lengths or group_ids, beside ``values``, the argument named ``like``."""
+    for name, ids in tensors.items():
+        if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
+            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"{name} must be an integer tensor {tuple(values.shape)}, got {got}; use .long()")
+        _check_like(name, ids, like, values)
+
+
+def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str, *, name: str, like: str) -> Tensor:
+    """Sums over tokens as they are ("sum"), or divided by the number of tokens ("mean"); no token counts as one.
+
+    ``name`` and ``like`` are the arguments' names, of lengths and of values.
+    """
+    check_choice("token_reduction", token_reduction, TOKEN_REDUCTIONS)
+    if token_reduction == "sum":
+        return values
+    if lengths is None:
+        raise ValueError(
+            f"{name} must be {tuple(values.shape)}, one per sequence, for token_reduction='mean', got None; "
+            "count the labels of each sequence (sequence_lengths)"
+        )
+    check_integers(like, values, **{name: lengths})
+    if values_readable(lengths) and (lengths < 0).any():
+        raise ValueError(f"{name} must be >= 0, got {int(lengths.min())}; count the labels (sequence_lengths)")
+    return values / lengths.clamp(min=1)
+
+
+def check_number(
+    name: str,
+    value: float,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    closed: bool = False,
+    remedy: str = "see the formula for its meaning",
+) -> None:
+    """low < value < high, finite; ``closed`` admits low itself."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}; pass {name}=float(...)")
+    if math.isfinite(value) and value < high and (value > low or (closed and value == low)):
+        return
+    if high < math.inf:
+        wanted = f"in {'[' if closed else '('}{low:g}, {high:g})"
+    else:
+        wanted = f"finite and {'>=' if closed else '>'} {low:g}"
+    raise ValueError(f"{name} must be {wanted}, got {value}; {remedy}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_like(name: str, values: Tensor, like: str, first: Tensor) -> None:
+    if values.shape != first.shape:
+        raise ValueError(
+            f"{name} must be {tuple(first.shape)} like {like}, got {tuple(values.shape)}; one entry for each row"
+        )
+    if values.device != first.device:
+        raise ValueError(f"{name} must be on {first.device} like {like}, got {values.device}; move it there")

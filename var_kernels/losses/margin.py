@@ -1,0 +1,154 @@
+"""Pair losses without a reference policy: SLiC-HF, SimPO, ORPO. Class C: two passes of the head."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from var_kernels.losses.checks import check_number, check_rows, per_token, wide
+from var_kernels.losses.registry import register
+
+
+@register(
+    "slic",
+    pass_class="C",
+    item="pair",
+    formula="max(0, delta - s_w + s_l) - target_weight s_target",
+    source="arXiv 2305.10425",
+    evidence="third-party code",
+)
+def slic_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    policy_target_logp: Tensor | None = None,
+    *,
+    delta: float,
+    target_weight: float,
+) -> Tensor:
+    """Sequence likelihood calibration: a hinge on the bare log-probs, held down by SFT on a target.
+
+        loss = max(0, delta - s_w + s_l) - target_weight s_target
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
+        policy_target_logp: (P,) of the sequence that regularises, nats; differentiated. None: the chosen one.
+        delta: >= 0, the margin, nats.
+        target_weight: >= 0, the paper's lambda.
+
+    Returns:
+        (P,) nats per pair, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes.
+
+    Source: arXiv 2305.10425 (SLiC-HF); the formula as in third-party code. Values of delta and lambda: open.
+    """
+    check_number("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
+    check_number("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
+    tensors = {"policy_chosen_logp": policy_chosen_logp, "policy_rejected_logp": policy_rejected_logp}
+    if policy_target_logp is None:
+        policy_target_logp = policy_chosen_logp
+    else:
+        tensors["policy_target_logp"] = policy_target_logp
+    check_rows("pair", **tensors)
+    hinge_P = torch.relu(delta - (wide(policy_chosen_logp) - wide(policy_rejected_logp)))
+    return hinge_P - target_weight * wide(policy_target_logp)
+
+
+@register(
+    "simpo",
+    pass_class="C",
+    item="pair",
+    formula="-log sigmoid(beta (s_w / len_w - s_l / len_l) - gamma)",
+    source="arXiv 2405.14734",
+    evidence="third-party code",
+)
+def simpo_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    beta: float,
+    gamma: float,
+) -> Tensor:
+    """Simple preference optimisation: DPO's loss on per-token means, with a target margin and without a reference.
+
+        loss = -log sigmoid(beta (s_w / len_w - s_l / len_l) - gamma)
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) SUMMED log-probs under the policy, nats; differentiated.
+        chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss.
+        beta: > 0. Much larger than DPO's, for a mean is divided by the length.
+        gamma: >= 0, the margin after beta (code that takes gamma / beta: multiply).
+
+    Returns:
+        (P,) nats per pair, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: options out of range, no lengths, shapes and dtypes.
+
+    Source: arXiv 2405.14734; the formula as in third-party code.
+    """
+    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_number("gamma", gamma, closed=True, remedy="0 is no margin")
+    chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
+    return -logsigmoid(beta * (chosen_P - rejected_P) - gamma)
+
+
+@register(
+    "orpo",
+    pass_class="C",
+    item="pair",
+    formula="-lp_w - odds_weight log sigmoid(logit(exp lp_w) - logit(exp lp_l)), lp = s / len",
+    source="arXiv 2403.07691",
+    evidence="third-party code",
+)
+def orpo_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    odds_weight: float,
+) -> Tensor:
+    """Odds-ratio preference optimisation: SFT on the chosen completion and a log-odds ratio against the rejected one.
+
+        lp = s / len;   log odds = lp - log(1 - exp(lp))
+        loss = -lp_w - odds_weight log sigmoid(log odds_w - log odds_l)
+
+    lp is held at -eps of its dtype or below in the odds, which are infinite at probability 1; there the odds have no
+    gradient.
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) SUMMED log-probs under the policy, nats; differentiated.
+        chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss.
+        odds_weight: >= 0, the paper's lambda.
+
+    Returns:
+        (P,) nats per pair, fp32 (fp64 for fp64 inputs). The SFT part is the mean over each sequence's own tokens; code
+        that averages over all tokens of the batch weighs long sequences more.
+
+    Raises:
+        TypeError, ValueError: odds_weight out of range, no lengths, shapes and dtypes.
+
+    Source: arXiv 2403.07691; the formula as in third-party code.
+    """
+    check_number("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
+    chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
+    return -chosen_P - odds_weight * logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P))
+
+
+def _log_odds(logp_P: Tensor) -> Tensor:
+    logp_P = logp_P.clamp(max=-torch.finfo(logp_P.dtype).eps)
+    return logp_P - (-torch.expm1(logp_P)).log()
+
+
+def _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths) -> tuple[Tensor, Tensor]:
+    check_rows("pair", policy_chosen_logp=policy_chosen_logp, policy_rejected_logp=policy_rejected_logp)
+    chosen_P = per_token(
+        wide(policy_chosen_logp), chosen_lengths, "mean", name="chosen_lengths", like="policy_chosen_logp"
+    )
+    rejected_P = per_token(
+        wide(policy_rejected_logp), rejected_lengths, "mean", name="rejected_lengths", like="policy_rejected_logp"
+    )
+    return chosen_P, rejected_P

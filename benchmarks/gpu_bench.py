@@ -119,6 +119,8 @@ def primitives(bench: Bench) -> list[dict]:
     )
     for name, timing in timings.items():
         record(name, timing, flop=2 * chunks[1] * d * v)
+    for name, timing in bench.times(_overlap_steps(bench, wide, operand, weight), 10).items():
+        record(name, timing, flop=chunks[1] * d * v)
     dhidden = torch.zeros(n, d, dtype=torch.float32, device=bench.device)
     for width in widths:
         dlogits, dweight = bench.randn(n, width), torch.empty(width, d, dtype=torch.bfloat16, device=bench.device)
@@ -139,6 +141,38 @@ def primitives(bench: Bench) -> list[dict]:
             written = 2 * tile.numel() if "grad" in name else 0
             record(f"{name}, {tile.dtype}", timing, bytes_moved=tile.numel() * tile.element_size() + written)
     return rows
+
+
+def _overlap_steps(bench: Bench, tile: torch.Tensor, operand: torch.Tensor, weight: torch.Tensor) -> dict:
+    """The GEMM of half a tile and the statistics of the other half: one after the other, and on two streams."""
+    half = tile.shape[0] // 2
+    kernels = row_kernels(choose_backend(bench.device, tile.dtype)[0])
+    labels = torch.zeros(half, 1, dtype=torch.int64, device=bench.device)
+    stats = RowStats.empty(half, 1, tile, entropy=False, mean=False, argmax=False)
+    tile.zero_()
+
+    def gemm():
+        logits_into(tile[:half], operand[:half], weight)
+
+    def statistics():
+        kernels.row_stats(tile[half : 2 * half], labels, stats, 0, None, LogitTransform())
+
+    def serial():
+        gemm()
+        statistics()
+
+    if bench.dry_run:
+        return {"logits and row_stats, one stream": serial, "logits and row_stats, two streams": serial}
+    other = torch.cuda.Stream()
+
+    def overlapped():
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            statistics()
+        gemm()
+        torch.cuda.current_stream().wait_stream(other)
+
+    return {"logits and row_stats, one stream": serial, "logits and row_stats, two streams": overlapped}
 
 
 def _row_kernels(bench: Bench, tile: torch.Tensor) -> dict:

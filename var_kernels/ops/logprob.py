@@ -68,8 +68,8 @@ def linear_logprob(
         entropy (...), nats, 0 for rows without a label, and argmax (...) int64, -1 for those rows; in this order.
 
     Raises:
-        TypeError, ValueError: argument, what was expected, what came, the remedy. On a CPU labels out of range too; on an
-            accelerator, which is not read, they give NaN.
+        TypeError, ValueError: argument, what was expected, what came, the remedy. On a CPU labels out of range too; an
+            accelerator is not read, there such labels give NaN.
     """
     call = prepare(
         hidden,

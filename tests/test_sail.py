@@ -1,0 +1,205 @@
+"""SAIL: the gradients by hand and by formula, against the exact gradients of the bilevel objectives on a policy whose
+responses are all written down, the released form, and the draw of a label."""
+
+import math
+
+import pytest
+import torch
+
+from var_kernels.losses.pair import dpo_loss
+from var_kernels.losses.sail import draw_preference, sail_dp_loss, sail_pp_loss, sail_pr_loss
+
+BETA = 0.3
+LOSSES = {"DP": sail_dp_loss, "PP": sail_pp_loss, "PR": sail_pr_loss}
+
+
+def log_probs(p=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [-20 + 3 * torch.randn(p, dtype=torch.float64, generator=generator) for _ in range(4)]
+
+
+def gradients(loss, *logps, **options):
+    """dloss/ds_w, dloss/ds_l."""
+    chosen, rejected = (logp.clone().requires_grad_() for logp in logps[:2])
+    return torch.autograd.grad(loss(chosen, rejected, *logps[2:], **options).sum(), (chosen, rejected))
+
+
+def test_by_hand():
+    # D = (-10 + 12) - (-20 + 18) = 4, m = 0.5 * 4 = 2, F = log sigmoid(2) = -0.126928
+    inputs = [torch.tensor([value], dtype=torch.float64) for value in (-10.0, -20.0, -12.0, -18.0)]
+    f = -math.log1p(math.exp(-2))
+    assert sail_dp_loss(*inputs, beta=0.5).item() == pytest.approx(-f - f * f / 2)
+    assert sail_dp_loss(*inputs, beta=0.5, squared_coef=0.2).item() == pytest.approx(-f - 0.1 * f * f)
+    assert sail_pr_loss(*inputs, beta=0.5).item() == pytest.approx(-f + 30 * f)
+    assert sail_pr_loss(*inputs, beta=0.5, score_coef=0.3).item() == pytest.approx(-f + 9 * f)
+    assert sail_pp_loss(*inputs, beta=0.5).item() == pytest.approx(-f - f * f / 2 + 30 * f)
+    assert sail_pr_loss(*inputs, beta=0.5, form="released").item() == pytest.approx(-f - 2 * f)
+
+
+FORMULA = {
+    "DP exact": ("DP", {}, 1.0, 0.0),
+    "DP released share": ("DP", {"squared_coef": 0.2}, 0.2, 0.0),
+    "PP exact": ("PP", {}, 1.0, 1.0),
+    "PP c and k": ("PP", {"squared_coef": 0.2, "score_coef": 0.3}, 0.2, 0.3),
+    "PR exact": ("PR", {}, 0.0, 1.0),
+    "PR k": ("PR", {"score_coef": 0.3}, 0.0, 0.3),
+}
+
+
+@pytest.mark.parametrize("case", FORMULA)
+def test_gradient_of_each_sequence(case):
+    name, options, c, k = FORMULA[case]
+    logps = log_probs()
+    margin = BETA * (logps[0] - logps[2] - logps[1] + logps[3])
+    f = margin.sigmoid().log()
+    a = BETA * torch.sigmoid(-margin) * (1 + c * f)
+    dchosen, drejected = gradients(LOSSES[name], *logps, beta=BETA, **options)
+    torch.testing.assert_close(dchosen, -a - k * f)
+    torch.testing.assert_close(drejected, a - k * f)
+
+
+@pytest.mark.parametrize("form", ["exact", "released"])
+def test_gradient_by_finite_differences_of_the_loss_with_its_factors_frozen(form):
+    # what stands behind a stopped gradient is a number here, so differences see what autograd must see
+    logps = log_probs()
+    margin = BETA * (logps[0] - logps[2] - logps[1] + logps[3])
+    factor = margin.sigmoid().log()
+    by = (logps[0].clone(), logps[1].clone()) if form == "released" else (1.0, 1.0)
+
+    def frozen(chosen, rejected):
+        f = (BETA * (chosen - logps[2] - rejected + logps[3])).sigmoid().log()
+        return -f - 0.1 * f * f - 0.3 * factor * (chosen / by[0] + rejected / by[1])
+
+    h = 1e-6
+    chosen, rejected = logps[:2]
+    dchosen, drejected = gradients(sail_pp_loss, *logps, beta=BETA, squared_coef=0.2, score_coef=0.3, form=form)
+    near = dict(rtol=1e-6, atol=1e-8)
+    by_chosen = (frozen(chosen + h, rejected) - frozen(chosen - h, rejected)) / (2 * h)
+    by_rejected = (frozen(chosen, rejected + h) - frozen(chosen, rejected - h)) / (2 * h)
+    torch.testing.assert_close(dchosen, by_chosen, **near)
+    torch.testing.assert_close(drejected, by_rejected, **near)
+
+
+def test_identities_and_limits():
+    logps = log_probs()
+    dpo = dpo_loss(*logps, beta=BETA)
+    torch.testing.assert_close(sail_dp_loss(*logps, beta=BETA, squared_coef=0.0), dpo)
+    torch.testing.assert_close(sail_pr_loss(*logps, beta=BETA, score_coef=0.0), dpo)
+    torch.testing.assert_close(sail_pp_loss(*logps, beta=BETA, squared_coef=0.0), sail_pr_loss(*logps, beta=BETA))
+    torch.testing.assert_close(sail_pp_loss(*logps, beta=BETA, score_coef=0.0), sail_dp_loss(*logps, beta=BETA))
+    # a pair that is settled has nothing more to give, in any form
+    settled = [logps[0] + 1e4, logps[1] - 1e4, *logps[2:]]
+    for loss in LOSSES.values():
+        for gradient in gradients(loss, *settled, beta=BETA):
+            assert gradient.abs().max() == 0
+
+
+def test_released_form_flips_the_score_term():
+    logps = log_probs()
+    margin = BETA * (logps[0] - logps[2] - logps[1] + logps[3])
+    a, f = BETA * torch.sigmoid(-margin), margin.sigmoid().log()
+    exact, released = (
+        torch.cat(gradients(sail_pr_loss, *logps, beta=BETA, form=form)) - torch.cat([-a, a])
+        for form in ("exact", "released")
+    )
+    torch.testing.assert_close(exact, torch.cat([-f, -f]))
+    torch.testing.assert_close(released, torch.cat([-f / logps[0], -f / logps[1]]))
+    assert (exact * released < 0).all()
+
+
+# ---- the objectives, enumerated --------------------------------------------------------------------------------------
+
+R = 5  # responses
+WORLD = torch.Generator().manual_seed(3)
+THETA = torch.randn(R, dtype=torch.float64, generator=WORLD)  # the policy's logits
+REF_LOGP = torch.randn(R, dtype=torch.float64, generator=WORLD).log_softmax(0)
+REWARD = torch.randn(R, dtype=torch.float64, generator=WORLD)
+DATA = torch.rand(R, R, dtype=torch.float64, generator=WORLD)
+DATA = DATA / DATA.sum()  # a data set of response pairs
+WIN, LOSE = (index.flatten() for index in torch.meshgrid(torch.arange(R), torch.arange(R), indexing="ij"))
+
+
+def probability_of_pairs(theta, case):
+    """Of (winner, loser), (R * R,): two responses are drawn, in either order, and one is labelled the winner."""
+    logp = theta.log_softmax(0)
+    margin = BETA * ((logp - REF_LOGP)[WIN] - (logp - REF_LOGP)[LOSE])
+    label = torch.sigmoid(REWARD[WIN] - REWARD[LOSE]) if case == "PR" else torch.sigmoid(margin)
+    pairs = DATA + DATA.T if case == "DP" else 2 * logp.exp()[:, None] * logp.exp()
+    return pairs.flatten() * label, margin
+
+
+def exact_gradient(case):
+    """Of -E[log sigmoid(m)], the expectation over pairs and labels that depend on the policy: by autograd."""
+    theta = THETA.clone().requires_grad_()
+    probability, margin = probability_of_pairs(theta, case)
+    assert probability.sum().item() == pytest.approx(1.0)
+    objective = (probability * margin.sigmoid().log()).sum()
+    return torch.autograd.grad(-objective, theta)[0]
+
+
+def expected_gradient_of_the_loss(case, **options):
+    theta = THETA.clone().requires_grad_()
+    logp = theta.log_softmax(0)
+    loss = LOSSES[case](logp[WIN], logp[LOSE], REF_LOGP[WIN], REF_LOGP[LOSE], beta=BETA, **options)
+    probability, _ = probability_of_pairs(THETA, case)  # drawn: no gradient
+    return torch.autograd.grad((probability * loss).sum(), theta)[0]
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_expected_gradient_is_the_exact_gradient_of_the_bilevel_objective(case):
+    error = expected_gradient_of_the_loss(case) - exact_gradient(case)
+    assert error.abs().max() < 1e-12 < 1e-6 < exact_gradient(case).abs().max()
+
+
+WRONG = {
+    "DP without the square (DPO)": ("DP", {"squared_coef": 0.0}),
+    "PP without the square": ("PP", {"squared_coef": 0.0}),
+    "PP without the score": ("PP", {"score_coef": 0.0}),
+    "PR without the score (DPO)": ("PR", {"score_coef": 0.0}),
+    "PR as released": ("PR", {"form": "released"}),
+    "PP as released": ("PP", {"form": "released"}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_other_coefficients_are_not_exact(case):
+    name, options = WRONG[case]
+    error = expected_gradient_of_the_loss(name, **options) - exact_gradient(name)
+    assert error.abs().max() > 0.01 * exact_gradient(name).abs().max()
+
+
+# ---- the draw --------------------------------------------------------------------------------------------------------
+
+
+def test_draw_swaps_with_the_complement_of_the_sigmoid():
+    margin = torch.tensor([-2.0, 0.0, 1.0]).repeat_interleave(40_000).requires_grad_()
+    swapped = draw_preference(margin, torch.Generator().manual_seed(0))
+    assert swapped.dtype == torch.bool
+    assert not swapped.requires_grad
+    shares = swapped.view(3, -1).double().mean(1)
+    # standard error 0.0025 at the most
+    assert (shares - (1 - torch.tensor([-2.0, 0.0, 1.0]).sigmoid())).abs().max() < 0.01
+
+
+def test_draw_limits_and_seed():
+    sure = torch.tensor([1e4, -1e4]).repeat(500)
+    assert draw_preference(sure).view(-1, 2).all(0).tolist() == [False, True]
+    assert not draw_preference(sure)[::2].any()
+    margin = torch.zeros(64, dtype=torch.bfloat16)
+    first, again = (draw_preference(margin, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert 0 < first.sum() < 64
+
+
+ZERO = torch.zeros(3)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="form must be one of 'exact', 'released', got 'paper'"):
+        sail_pr_loss(*[ZERO] * 4, beta=0.1, form="paper")
+    with pytest.raises(ValueError, match="squared_coef must be finite and >= 0"):
+        sail_dp_loss(*[ZERO] * 4, beta=0.1, squared_coef=-1)
+    with pytest.raises(ValueError, match="score_coef must be finite and >= 0"):
+        sail_pp_loss(*[ZERO] * 4, beta=0.1, score_coef=math.inf)
+    with pytest.raises(ValueError, match="beta must be finite and > 0"):
+        sail_pp_loss(*[ZERO] * 4, beta=0.0)

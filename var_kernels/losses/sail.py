@@ -1,0 +1,178 @@
+"""SAIL: online alignment as a bilevel problem, reduced to one loss per source of responses and of labels. Class C."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from var_kernels.losses.checks import check_choice, check_number, wide
+from var_kernels.losses.pair import log_ratios
+from var_kernels.losses.registry import register
+
+FORMS = ("exact", "released")
+
+
+@register(
+    "sail_dp",
+    pass_class="C",
+    item="pair",
+    formula="-F - squared_coef/2 F^2, F = log sigmoid(beta D)",
+    source="arXiv 2406.15567",
+    evidence="code",
+)
+def sail_dp_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: float,
+    squared_coef: float = 1.0,
+) -> Tensor:
+    """SAIL on responses of a data set, with labels that the policy itself would give (DP).
+
+        m = beta ((s_w - sr_w) - (s_l - sr_l)),   F = log sigmoid(m)
+        loss = -F - squared_coef/2 F^2
+        dloss/ds_w = -a,   dloss/ds_l = a,   a = beta sigmoid(-m) (1 + squared_coef F)
+
+    Draw the label before the call: swap the pair where ``draw_preference(m, generator)`` says so. In expectation over
+    labels so drawn, squared_coef = 1 gives the exact gradient of -E[F], the label's own dependence on the policy
+    included.
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats, winner and loser of the
+            drawn label; differentiated.
+        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
+        beta: > 0. Released: 0.1.
+        squared_coef: >= 0, c. 1 is exact; 0 is DPO; released: 0.2, on a share of 0.4 of the pairs.
+
+    Returns:
+        (P,) per pair, fp32 (fp64 for fp64 inputs); not bounded below: of use for its gradient.
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also reference log-probs that are not
+            finite.
+
+    Source: arXiv 2406.15567; the first author's code. The exactness is checked by enumeration.
+    """
+    logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    return _sail(*logps, beta=beta, squared_coef=squared_coef)
+
+
+@register(
+    "sail_pp",
+    pass_class="C",
+    item="pair",
+    formula="-F - squared_coef/2 F^2 - score_coef sg(F) (s_w + s_l), F = log sigmoid(beta D)",
+    source="arXiv 2406.15567",
+    evidence="code",
+)
+def sail_pp_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: float,
+    squared_coef: float = 1.0,
+    score_coef: float = 1.0,
+    form: str = "exact",
+) -> Tensor:
+    """SAIL on responses of the policy, with labels of the policy (PP).
+
+        loss = -F - squared_coef/2 F^2 - score_coef sg(F) (s_w + s_l)
+        dloss/ds_w = -a - score_coef F,   dloss/ds_l = a - score_coef F,   a as in ``sail_dp_loss``
+
+    sg stops the gradient: the last term is the score function of the responses' own distribution. Draw both responses
+    from the current policy, then the label with ``draw_preference``. Coefficients of 1 give the exact gradient.
+
+    Args:
+        as ``sail_dp_loss``, and
+        score_coef: >= 0, k. 1 is exact. Released: squared_coef 0.2 on a share of 0.3; score_coef 0.3 is given for PR.
+        form: "exact", or "released" for replication: the released code divides the score term by the sequence's
+            log-prob, which is negative, so that the term's sign is flipped and its size is off by |s|:
+            -score_coef sg(F) (s_w / sg(s_w) + s_l / sg(s_l)). Not a gradient of the objective.
+
+    Returns, Raises, Source: as ``sail_dp_loss``.
+    """
+    logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    return _sail(*logps, beta=beta, squared_coef=squared_coef, score_coef=score_coef, form=form)
+
+
+@register(
+    "sail_pr",
+    pass_class="C",
+    item="pair",
+    formula="-F - score_coef sg(F) (s_w + s_l), F = log sigmoid(beta D)",
+    source="arXiv 2406.15567",
+    evidence="code",
+)
+def sail_pr_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: float,
+    score_coef: float = 1.0,
+    form: str = "exact",
+) -> Tensor:
+    """SAIL on responses of the policy, with labels of a reward model (PR).
+
+        loss = -F - score_coef sg(F) (s_w + s_l)
+        dloss/ds_w = -beta sigmoid(-m) - score_coef F,   dloss/ds_l = beta sigmoid(-m) - score_coef F
+
+    Draw both responses from the current policy; the label from sigmoid(r_w - r_l) or by the higher reward.
+    score_coef = 1 gives the exact gradient. Released: share 0.3, score_coef 0.3.
+
+    Args:
+        as ``sail_pp_loss``, without squared_coef.
+
+    Returns, Raises, Source: as ``sail_dp_loss``.
+    """
+    logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    return _sail(*logps, beta=beta, score_coef=score_coef, form=form)
+
+
+def draw_preference(margin: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(P,) bool: where to swap winner and loser, each with probability 1 - sigmoid(margin). No gradient.
+
+        swapped = draw_preference(beta * D, generator)
+        policy_w, policy_l = torch.where(swapped, policy_l, policy_w), torch.where(swapped, policy_w, policy_l)
+
+    and the reference's log-probs likewise.
+
+    Args:
+        margin: (P,) floating point, m = beta D of the pairs as they stand; detached here.
+        generator: on margin's device. Ranks that hold different pairs need different seeds.
+
+    Source: arXiv 2406.15567.
+    """
+    chance = torch.rand(margin.shape, generator=generator, device=margin.device, dtype=wide(margin).dtype)
+    return chance >= wide(margin.detach()).sigmoid()
+
+
+def _sail(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    *,
+    beta: float,
+    squared_coef: float = 0.0,
+    score_coef: float = 0.0,
+    form: str = "exact",
+) -> Tensor:
+    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_number("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_number("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_choice("form", form, FORMS)
+    chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    log_win_P = logsigmoid(beta * (chosen_P - rejected_P))
+    loss_P = -log_win_P - 0.5 * squared_coef * log_win_P.square()
+    if score_coef == 0:
+        return loss_P
+    scores = [wide(policy_chosen_logp), wide(policy_rejected_logp)]
+    if form == "released":
+        # a log-prob of 0 has no ratio: held just below it
+        scores = [s / s.detach().clamp(max=-torch.finfo(s.dtype).eps) for s in scores]
+    return loss_P - score_coef * log_win_P.detach() * (scores[0] + scores[1])

@@ -1,0 +1,178 @@
+"""Losses over all completions of a prompt: flat (B,) rows, equal group_ids for one prompt, groups of any size. Each
+returns one term per row; a group's loss is the sum of its rows' terms. O(B^2) memory for small B."""
+
+import torch
+from torch import Tensor
+
+from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, per_token, wide
+from var_kernels.losses.registry import register
+
+
+@register(
+    "exo",
+    pass_class="C",
+    item="group",
+    formula="KL(softmax(beta (s - sr)) || softmax(r / reward_temperature)) over a prompt's completions",
+    source="arXiv 2402.00856",
+    evidence="code",
+)
+def exo_loss(
+    policy_logp: Tensor,
+    ref_logp: Tensor,
+    reward: Tensor,
+    group_ids: Tensor,
+    *,
+    beta: float,
+    reward_temperature: float,
+) -> Tensor:
+    """Efficient exact optimisation: reverse KL between two softmaxes over the completions of a prompt.
+
+        f = softmax_k(beta (s_k - sr_k)),   p = softmax_k(r_k / reward_temperature)
+        loss of row k = f_k (log f_k - log p_k)           their sum over the group: KL(f || p)
+
+    0 loss over a full candidate set is pi_ref exp(r / (beta reward_temperature)) / Z. Hard preferences: rewards whose
+    softmax is (1 - e, e).
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the frozen reference, nats; constants.
+        reward: (B,) reward units; constants.
+        group_ids: (B,) integers, equal for the same prompt. A group of one row costs nothing.
+        beta: > 0, on the policy's log-ratio.
+        reward_temperature: > 0, reward units.
+
+    Returns:
+        (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2402.00856; the authors' code.
+    """
+    check_number("beta", beta, remedy="negate the rewards to minimise them")
+    check_number("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
+    check_integers("policy_logp", policy_logp, group_ids=group_ids)
+    check_constants(ref_logp=ref_logp, reward=reward)
+    log_f_B = group_log_softmax(beta * (wide(policy_logp) - wide(ref_logp.detach())), group_ids)
+    log_p_B = group_log_softmax(wide(reward.detach()) / reward_temperature, group_ids)
+    return log_f_B.exp() * (log_f_B - log_p_B)
+
+
+@register(
+    "lire",
+    pass_class="C",
+    item="group",
+    formula="-softmax_k(s / temperature) softmax_k(r), summed over a prompt's completions",
+    source="arXiv 2405.13516",
+    evidence="unverified",
+)
+def lire_loss(
+    policy_logp: Tensor,
+    reward: Tensor,
+    group_ids: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    temperature: float,
+    token_reduction: str = "sum",
+) -> Tensor:
+    """Listwise reward enhancement: the expected (normalised) reward under the policy restricted to the completions.
+
+        f = softmax_k(s_k / temperature),   R = softmax_k(r_k)
+        loss of row k = -f_k R_k
+
+    No reference: add ``sft_loss`` on the best completion, or stop early, against drift.
+
+    Args:
+        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
+        reward: (B,), divided by its own temperature where one is wanted; constants.
+        group_ids: (B,) integers, equal for the same prompt. A group of one row has the constant loss -1.
+        lengths: (B,) integers, tokens that carry loss; for "mean".
+        temperature: > 0, nats. At 1 and with sums, tens of nats apart, f is one-hot and the gradient vanishes.
+        token_reduction: "sum" | "mean": whether s is a sum over tokens or their mean. Which one is the paper's: open.
+
+    Returns:
+        (B,) the rows' terms, each in [-1, 0], fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
+
+    Raises:
+        TypeError, ValueError: options out of range, "mean" without lengths, shapes and dtypes; on the CPU also rewards
+            that are not finite.
+
+    Source: arXiv 2405.13516; the formula is not verified against the paper's text.
+    """
+    check_number("temperature", temperature, remedy="negate the rewards to minimise them")
+    check_rows(policy_logp=policy_logp, reward=reward)
+    check_integers("policy_logp", policy_logp, group_ids=group_ids)
+    check_constants(reward=reward)
+    s_B = per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
+    log_f_B = group_log_softmax(s_B / temperature, group_ids)
+    log_r_B = group_log_softmax(wide(reward.detach()), group_ids)
+    return -(log_f_B + log_r_B).exp()
+
+
+@register(
+    "raft",
+    pass_class="A",
+    item="group",
+    formula="-s of each prompt's completion of the highest reward, 0 for its others",
+    source="arXiv 2304.06767",
+    evidence="unverified",
+)
+def raft_loss(
+    policy_logp: Tensor,
+    reward: Tensor,
+    group_ids: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    token_reduction: str = "sum",
+) -> Tensor:
+    """Best-of-n SFT (RAFT): maximum likelihood of each prompt's best completion.
+
+        loss = -s (or -s / len) for the row with its group's highest reward (``best_of_group``), 0 for the others
+
+    To train by it alone, drop the others before the forward pass and use ``linear_weighted_nll``.
+
+    Args:
+        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
+        reward: (B,); constants.
+        group_ids: (B,) integers, equal for the same prompt.
+        lengths: (B,) integers, tokens that carry loss; for "mean".
+        token_reduction: "sum" | "mean".
+
+    Returns:
+        (B,) nats per sequence or per token, fp32 (fp64 for fp64 inputs); one row of each group is not 0.
+
+    Raises:
+        TypeError, ValueError: as ``lire_loss``.
+
+    Source: arXiv 2304.06767 (one variant: the best of each prompt's samples); the formula from memory of it.
+    """
+    check_rows(policy_logp=policy_logp, reward=reward)
+    nll_B = -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
+    # where, not times 0: a left-out row of -inf would make NaN
+    return nll_B.where(best_of_group(reward, group_ids), 0.0)
+
+
+def best_of_group(reward: Tensor, group_ids: Tensor) -> Tensor:
+    """(B,) bool: the row with the highest reward of its group, the first one where several have it."""
+    check_rows(reward=reward)
+    check_integers("reward", reward, group_ids=group_ids)
+    check_constants(reward=reward)
+    row = torch.arange(reward.shape[0], device=reward.device)
+    earlier_BB = row.unsqueeze(0) < row.unsqueeze(1)
+    other, own = reward.unsqueeze(0), reward.unsqueeze(1)
+    beaten_BB = same_group(group_ids) & ((other > own) | ((other == own) & earlier_BB))
+    return ~beaten_BB.any(1)
+
+
+def group_log_softmax(score_B: Tensor, group_ids: Tensor) -> Tensor:
+    """score - LSE of the scores of the row's group: (B,), differentiable; 0 for a group of one."""
+    same_BB = same_group(group_ids)
+    # (B,) -> (B, B) and no scatter, whose sums on CUDA differ from run to run
+    table_BB = score_B.unsqueeze(0).expand(same_BB.shape).masked_fill(~same_BB, -torch.inf)
+    return score_B - table_BB.logsumexp(1)
+
+
+def same_group(group_ids: Tensor) -> Tensor:
+    """(B, B) bool: entry ij says that rows i and j answer the same prompt."""
+    return group_ids.unsqueeze(1) == group_ids.unsqueeze(0)

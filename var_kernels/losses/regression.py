@@ -1,0 +1,198 @@
+"""Losses that regress a policy's log-ratio onto rewards: REBEL (pairs), QRPO and DRO-V (single completions). Class C:
+the gradient is the residual, known only with the sequence's sum."""
+
+import math
+
+from torch import Tensor
+
+from var_kernels.losses.checks import check_constants, check_number, check_rows, wide
+from var_kernels.losses.pair import log_ratios
+from var_kernels.losses.registry import register
+
+
+@register(
+    "rebel",
+    pass_class="C",
+    item="pair",
+    formula="(D - eta (r_w - r_l))^2",
+    source="arXiv 2404.16767",
+    evidence="code",
+)
+def rebel_loss(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    chosen_reward: Tensor,
+    rejected_reward: Tensor,
+    *,
+    eta: float,
+) -> Tensor:
+    """Regression of relative rewards. Which of the two is called chosen plays no part.
+
+        loss = (D - eta (r_w - r_l))^2,     D = (s_w - sr_w) - (s_l - sr_l)
+
+    The minimiser over all pairs is pi_ref exp(eta r) / Z: VAR's pi* at lam = 1 / eta. Written as
+    (D / eta - (r_w - r_l))^2, the loss and its gradient are eta^2 times smaller.
+
+    Args:
+        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
+        ref_chosen_logp, ref_rejected_logp: (P,) the same under the policy that drew the completions (the iteration's
+            starting model), nats; constants.
+        chosen_reward, rejected_reward: (P,) reward units; constants.
+        eta: > 0, nats per reward unit.
+
+    Returns:
+        (P,) nats^2 per pair, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: eta out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2404.16767; the scaling of the authors' code.
+    """
+    check_number("eta", eta, remedy="negate the rewards to minimise them")
+    chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    check_rows(
+        "pair", policy_chosen_logp=policy_chosen_logp, chosen_reward=chosen_reward, rejected_reward=rejected_reward
+    )
+    check_constants(chosen_reward=chosen_reward, rejected_reward=rejected_reward)
+    gap_P = wide(chosen_reward.detach()) - wide(rejected_reward.detach())
+    return (chosen_P - rejected_P - eta * gap_P).square()
+
+
+@register(
+    "qrpo",
+    pass_class="C",
+    item="sequence",
+    formula="(T(q) - beta log Z - beta (s - sr))^2",
+    source="arXiv 2507.08068",
+    evidence="code",
+)
+def qrpo_loss(
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, *, beta: float, log_z: float | None = None
+) -> Tensor:
+    """Quantile reward policy optimisation: with rewards replaced by their quantiles, Z is known and one completion is
+    enough.
+
+        loss = (T(q) - beta log Z - beta (s - sr))^2
+
+    q, the quantile of the completion's reward among those of the reference's own completions (``quantile_reward``), is
+    uniform on [0, 1] for completions of the reference. So for T(q) = q
+
+        Z = integral of exp(q / beta) over [0, 1] = beta (exp(1 / beta) - 1)
+
+    which is the default; the authors' code leaves out the -1, as good for small beta. 0 loss everywhere is
+    pi_ref exp(T(q) / beta) / Z.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the frozen reference, nats; constants.
+        reward: (B,) T(q): q itself, in [0, 1], or another transformation with its own log_z; constants.
+        beta: > 0, the KL temperature, in units of T(q).
+        log_z: log E[exp(T(q) / beta)] of the transformation, nats; None: that of T(q) = q.
+
+    Returns:
+        (B,) per sequence, in squared units of T(q), fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: beta out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2507.08068; the loss as in the authors' code.
+    """
+    check_number("beta", beta, remedy="negate the rewards to minimise them")
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
+    check_constants(ref_logp=ref_logp, reward=reward)
+    if log_z is None:
+        log_z = math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))  # exp(1 / beta) overflows below 0.0015
+    check_number("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
+    ratio_B = wide(policy_logp) - wide(ref_logp.detach())
+    return (wide(reward.detach()) - beta * log_z - beta * ratio_B).square()
+
+
+def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
+    """q: the share of the reference's completions of the same prompt with a reward not above that of the completion.
+
+    Args:
+        reward: (B,) rewards of the completions to train on.
+        ref_rewards: (B, M) rewards of M completions that the reference drew for each row's prompt.
+
+    Returns:
+        (B,) in [0, 1], fp32 (fp64 for fp64 inputs), detached.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, M = 0.
+
+    Source: arXiv 2507.08068.
+    """
+    check_rows(reward=reward)
+    if not isinstance(ref_rewards, Tensor) or ref_rewards.dim() != 2 or ref_rewards.shape[0] != reward.shape[0]:
+        got = tuple(ref_rewards.shape) if isinstance(ref_rewards, Tensor) else type(ref_rewards).__name__
+        raise ValueError(f"ref_rewards must be (B, M) with B = {reward.shape[0]} rows like reward, got {got}")
+    if ref_rewards.shape[1] == 0:
+        raise ValueError("ref_rewards must hold at least one completion a prompt, got M = 0")
+    not_above = ref_rewards.detach() <= reward.detach().unsqueeze(1)
+    return not_above.to(wide(reward).dtype).mean(1)  # (B, M) -> (B,)
+
+
+@register(
+    "dro",
+    pass_class="C",
+    item="sequence",
+    formula="(r - V - tau (s - sr))^2 / (2 tau), V constant",
+    source="arXiv 2405.19107",
+    evidence="paper",
+)
+def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, tau: float) -> Tensor:
+    """Direct reward optimisation with a learned value (DRO-V): the policy's part.
+
+        loss = (r - V - tau (s - sr))^2 / (2 tau)          dloss/ds = -(r - V - tau (s - sr))
+
+    1 / tau is the paper's, which keeps the gradient's size where tau is small. V gets no gradient here: train it by
+    ``dro_value_loss``. Both residuals vanish at pi* = pi_ref exp(r / tau) / Z and V = tau log Z. The paper standardises
+    rewards and learns one value per token; this function takes one value per sequence.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the frozen reference, nats; constants.
+        reward: (B,) reward units; constants.
+        value: (B,) V(x), the learned value of the prompt, reward units; a constant here.
+        tau: > 0, the KL temperature, reward units per nat.
+
+    Returns:
+        (B,) reward units x nats per sequence, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: tau out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2405.19107.
+    """
+    residual_B = _dro_residual(policy_logp, ref_logp, reward, value.detach(), tau)
+    return residual_B.square() / (2 * tau)
+
+
+def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, *, tau: float) -> Tensor:
+    """The value's part of DRO-V: 1/2 (r - V - tau (s - sr))^2, with a gradient to ``value`` alone.
+
+    Args:
+        value: (B,) V(x), reward units; differentiated.
+        policy_logp, ref_logp: (B,) summed log-probs, nats; constants.
+        reward: (B,) reward units; constants.
+        tau: > 0.
+
+    Returns:
+        (B,) reward units^2 per sequence, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: as ``dro_loss``.
+
+    Source: arXiv 2405.19107.
+    """
+    return 0.5 * _dro_residual(policy_logp.detach(), ref_logp, reward, value, tau).square()
+
+
+def _dro_residual(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> Tensor:
+    check_number("tau", tau, remedy="negate the rewards to minimise them")
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
+    check_constants(ref_logp=ref_logp, reward=reward, value=value)
+    ratio_B = wide(policy_logp) - wide(ref_logp.detach())
+    return wide(reward.detach()) - wide(value) - tau * ratio_B

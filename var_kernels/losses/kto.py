@@ -1,0 +1,104 @@
+"""KTO: completions judged one by one, against a baseline over the whole batch. Class D."""
+
+import torch
+from torch import Tensor
+
+from var_kernels.losses.checks import check_constants, check_number, check_rows, wide
+from var_kernels.losses.registry import register
+
+
+@register(
+    "kto",
+    pass_class="D",
+    item="sequence",
+    formula="w (1 - sigmoid(+-beta (s - sr - z0))), + and w = desirable_weight where desirable",
+    source="arXiv 2402.01306",
+    evidence="third-party code",
+)
+def kto_loss(
+    policy_logp: Tensor,
+    ref_logp: Tensor,
+    desirable: Tensor,
+    kl_baseline: Tensor | None = None,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Kahneman-Tversky optimisation.
+
+        rho = s - sr
+        loss = desirable_weight   (1 - sigmoid(beta (rho - z0)))     where desirable
+               undesirable_weight (1 - sigmoid(beta (z0 - rho)))     elsewhere
+
+    z0 >= 0 estimates KL(policy || reference) and takes no gradient. The paper estimates it from completions of OTHER
+    prompts, one per row, scored under policy and reference: ``kto_baseline`` of those. Without ``kl_baseline`` the mean
+    over the rows given here stands in for it, which is a different estimate (the completions answer their own
+    prompts).
+
+    Over several ranks or accumulation steps z0 belongs to the GLOBAL batch: gather rho, or its sum and count, take
+    max(0, mean), and pass it. Left to this function it is the micro-batch's own, another objective.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the frozen reference, nats; constants.
+        desirable: (B,) bool.
+        kl_baseline: () z0, nats; a constant. None: max(0, mean rho) of this batch.
+        beta: > 0.
+        desirable_weight, undesirable_weight: >= 0, the paper's lambda_D and lambda_U.
+
+    Returns:
+        (B,) per sequence, between 0 and its weight, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2402.01306; the formula as in third-party code.
+    """
+    check_number("beta", beta, remedy="negate `desirable` to reverse the preference")
+    check_number("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")
+    check_number("undesirable_weight", undesirable_weight, closed=True, remedy="negate `desirable` instead")
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
+    check_constants(ref_logp=ref_logp)
+    _check_desirable(desirable, policy_logp)
+    if kl_baseline is None:
+        kl_baseline = kto_baseline(policy_logp, ref_logp)
+    else:
+        _check_baseline(kl_baseline)
+    ratio_B = wide(policy_logp) - wide(ref_logp.detach())
+    gain_B = beta * (ratio_B - wide(kl_baseline.detach()))
+    # 1 - sigmoid(x) as sigmoid(-x): no cancellation where x is large
+    liked_B = desirable_weight * torch.sigmoid(-gain_B)
+    disliked_B = undesirable_weight * torch.sigmoid(gain_B)
+    return torch.where(desirable, liked_B, disliked_B)
+
+
+def kto_baseline(policy_logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """z0 = max(0, mean (s - sr)), () nats, detached; 0 for an empty batch. One process's rows: gather first.
+
+    Args:
+        policy_logp, ref_logp: (B,) summed log-probs, nats; after the paper, of completions under other prompts.
+
+    Source: arXiv 2402.01306; third-party code.
+    """
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
+    ratio_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
+    return (ratio_B.sum() / max(ratio_B.numel(), 1)).clamp(min=0)
+
+
+def _check_desirable(desirable: Tensor, policy_logp: Tensor) -> None:
+    if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
+        got = desirable.dtype if isinstance(desirable, Tensor) else type(desirable).__name__
+        raise TypeError(f"desirable must be a bool tensor (B,), got {got}; use reward > threshold, or .bool()")
+    if desirable.shape != policy_logp.shape:
+        raise ValueError(
+            f"desirable must be {tuple(policy_logp.shape)} like policy_logp, got {tuple(desirable.shape)}; "
+            "one flag per sequence"
+        )
+
+
+def _check_baseline(kl_baseline: Tensor) -> None:
+    if not isinstance(kl_baseline, Tensor) or not kl_baseline.is_floating_point() or kl_baseline.dim() != 0:
+        got = tuple(kl_baseline.shape) if isinstance(kl_baseline, Tensor) else type(kl_baseline).__name__
+        raise TypeError(f"kl_baseline must be a floating-point scalar tensor (), got {got}; use kto_baseline(...)")
+    check_constants(kl_baseline=kl_baseline)

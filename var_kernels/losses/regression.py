@@ -166,6 +166,7 @@ def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tenso
 
     Source: arXiv 2405.19107.
     """
+    _check_dro(policy_logp, ref_logp, reward, value, tau)
     residual_B = _dro_residual(policy_logp, ref_logp, reward, value.detach(), tau)
     return residual_B.square() / (2 * tau)
 
@@ -187,12 +188,16 @@ def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward:
 
     Source: arXiv 2405.19107.
     """
+    _check_dro(policy_logp, ref_logp, reward, value, tau)
     return 0.5 * _dro_residual(policy_logp.detach(), ref_logp, reward, value, tau).square()
 
 
-def _dro_residual(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> Tensor:
+def _check_dro(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> None:
     check_number("tau", tau, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
+
+
+def _dro_residual(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> Tensor:
     ratio_B = wide(policy_logp) - wide(ref_logp.detach())
     return wide(reward.detach()) - wide(value) - tau * ratio_B

@@ -1,5 +1,5 @@
 """Where the losses end, in exact arithmetic: a policy that is a table over all responses, every pair or completion in
-the batch as often as its distribution says. KTO, SimPO, ORPO, SLiC and LIRE have no such optimum to be checked against."""
+the batch as often as its distribution says. KTO, SimPO, ORPO and SLiC have no such optimum to be checked against."""
 
 import math
 

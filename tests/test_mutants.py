@@ -68,8 +68,8 @@ def forgotten_rescale(_):
 def rounded_logits(_):
     """16-bit logits behind a 'fp32' promise."""
 
-    def logits_into(out, hidden, weight):
-        REAL["logits_into"](out, hidden, weight)
+    def logits_into(out, hidden, weight, *rest):
+        REAL["logits_into"](out, hidden, weight, *rest)
         out.copy_(out.bfloat16())
 
     return logits_into
@@ -78,8 +78,8 @@ def rounded_logits(_):
 def narrow_accumulator(_):
     """dH or dW accumulated in 16 bit."""
 
-    def add_product(total, left, right):
-        REAL["add_product"](total, left, right)
+    def add_product(total, left, right, *rest):
+        REAL["add_product"](total, left, right, *rest)
         total.copy_(total.bfloat16())
 
     return add_product
@@ -88,8 +88,8 @@ def narrow_accumulator(_):
 def narrow_result(_):
     """dW rounded twice on its way: to 10 bits, then to bf16."""
 
-    def product_into(out, left, right):
-        REAL["product_into"](out, left, right)
+    def product_into(out, left, right, *rest):
+        REAL["product_into"](out, left, right, *rest)
         out.copy_(torch.ldexp(torch.frexp(out.float())[0].mul(64).round().div(64), torch.frexp(out.float())[1]))
 
     return product_into

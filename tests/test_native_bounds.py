@@ -41,10 +41,15 @@ for level in range(rows_native.best_level() + 1):
             for bias_v in (None, bias):
                 rows_native.row_stats(logits, labels, stats, 0, bias_v, LogitTransform())
             rows_native.row_grad(logits, labels, stats.lse_N, coefficients, 0, bias, LogitTransform(), dtype)
-if gemm_native.takes(torch.zeros(1, 2).bfloat16(), torch.zeros(1, 2).bfloat16()):
-    for n, d, v in ((1, 2, 1), (7, 30, 65), (5, 514, 130)):
-        hidden, weight = (guarded(torch.randn(rows, d).bfloat16()) for rows in (n, v))
-        gemm_native.logits_into(guarded(torch.zeros(n, v)), hidden, weight)
+for level in range(1, gemm_native.best_level() + 1):
+    gemm_native.LEVEL = level
+    for n, d, v in ((1, 1, 1), (7, 30, 65), (5, 515, 130), (33, 2049, 17)):
+        for transposed in (False, True):
+            shapes = ((d, n), (d, v)) if transposed else ((n, d), (v, d))
+            left, right = (guarded(torch.randn(shape).bfloat16()) for shape in shapes)
+            operands = (left.t(), right) if transposed else (left, right.t())
+            for dtype in (torch.float32, torch.bfloat16):
+                gemm_native.product_into(guarded(torch.zeros(n, v, dtype=dtype)), *operands)
 print("inside", len(kept))
 if BEYOND:
     rows_native.exp(guarded(torch.zeros(5)).as_strided((5000,), (1,)))

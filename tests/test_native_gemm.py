@@ -1,77 +1,123 @@
-"""The C++ GEMM: bf16 operands to fp32 logits."""
+"""The C++ GEMM: bf16 operands of any layout, fp32 sums, each set of instructions that this machine runs."""
 
 import math
 
 import pytest
 import torch
 
-from var_kernels.kernels import gemm_native, rows_native
+from var_kernels.kernels import gemm_native
 
 INF, NAN = math.inf, math.nan
+BF16 = torch.bfloat16
+
+pytestmark = pytest.mark.skipif(gemm_native.best_level() == 0, reason="no C++ kernels, or no AVX-512 BF16 here")
 
 
-def operands(n, d, v, pad=0):
-    """Rows ``pad`` elements further apart than they need be, NaN between them."""
-    generator = torch.Generator().manual_seed(n + d)
-
-    def rows(count):
-        storage = torch.full((count, d + pad), NAN, dtype=torch.bfloat16)
-        storage[:, :d] = torch.randn(count, d, generator=generator)
-        return storage[:, :d]
-
-    return rows(n), rows(v)
+@pytest.fixture(params=(1, 2), ids=gemm_native.LEVEL_NAMES[1:])
+def level(request, monkeypatch):
+    if request.param > gemm_native.best_level():
+        pytest.skip(f"this machine has no {gemm_native.LEVEL_NAMES[request.param]}")
+    monkeypatch.setattr(gemm_native, "LEVEL", request.param)
+    return request.param
 
 
-needs_bf16_dot = pytest.mark.skipif(
-    not gemm_native.takes(torch.zeros(1, 2).bfloat16(), torch.zeros(1, 2).bfloat16()),
-    reason=rows_native.obstacle() or "this machine has no AVX-512 BF16",
-)
+def matrix(rows, columns, layout="rows", pad=0):
+    """Lines of adjacent elements, ``pad`` further apart than they need be, NaN between them."""
+    generator = torch.Generator().manual_seed(rows + 7 * columns + pad)
+    lines, length = (rows, columns) if layout == "rows" else (columns, rows)
+    storage = torch.full((lines, length + pad), NAN, dtype=BF16)
+    storage[:, :length] = torch.randn(lines, length, generator=generator)
+    return storage[:, :length] if layout == "rows" else storage[:, :length].t()
 
 
-# One of everything; ragged rows and columns; more than one panel of D, ragged; two blocks of rows.
-@needs_bf16_dot
-@pytest.mark.parametrize("shape", [(1, 2, 1), (6, 64, 64), (13, 72, 507), (5, 1026, 130), (775, 34, 70)], ids=str)
+def assert_summed_in_fp32(result, left, right, before=0.0):
+    truth = left.double() @ right.double() + before
+    assert (result - truth).abs().max() <= 2.0**-20 * truth.abs().max().clamp(min=1)
+
+
+# One of everything; whole tiles; ragged in all three; several panels and blocks of depth; several blocks of rows and
+# columns.
+SHAPES = [(1, 1, 1), (64, 32, 64), (13, 71, 507), (5, 2101, 130), (300, 34, 600)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layouts", [("rows", "columns"), ("rows", "rows"), ("columns", "rows")], ids="-".join)
 @pytest.mark.parametrize("pad", [0, 3])
-def test_bf16_logits_are_summed_in_fp32(shape, pad):
-    hidden_nd, weight_vd = operands(*shape, pad=pad)
-    n, _, v = shape
-    storage = torch.full((n + 2, v + 5), 7.0)
-    gemm_native.logits_into(storage[1:-1, 2 : v + 2], hidden_nd, weight_vd)
-    truth = hidden_nd.double() @ weight_vd.double().T
-    assert (storage[1:-1, 2 : v + 2] - truth).abs().max() <= 2.0**-20 * truth.abs().max()
-    storage[1:-1, 2 : v + 2] = 7.0
-    assert torch.equal(storage, torch.full_like(storage, 7.0)), "written beside the tile"
+def test_products_are_summed_in_fp32(level, shape, layouts, pad):
+    m, k, n = shape
+    left, right = matrix(m, k, layouts[0], pad), matrix(k, n, layouts[1], pad)
+    storage = torch.full((m + 2, n + 5), 7.0)
+    out = storage[1:-1, 2 : n + 2]
+    gemm_native.product_into(out, left, right)
+    assert_summed_in_fp32(out, left, right)
+    gemm_native.product_into(out, left, right, add=True)
+    assert_summed_in_fp32(out, left, right, left.double() @ right.double())
+    out.fill_(7.0)
+    assert torch.equal(storage, torch.full_like(storage, 7.0)), "written beside the result"
 
 
-@needs_bf16_dot
-def test_a_logit_does_not_depend_on_its_tile_or_the_threads():
-    hidden_nd, weight_vd = operands(50, 1026, 300)
-    whole, parts = torch.empty(50, 300), torch.empty(50, 300)
-    gemm_native.logits_into(whole, hidden_nd, weight_vd)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 71, 507), (40, 4096, 70)], ids=str)
+def test_a_bf16_result_is_the_fp32_one_rounded(level, shape):
+    m, k, n = shape
+    left, right = matrix(m, k), matrix(k, n, "columns")
+    wide, narrow = torch.empty(m, n), torch.full((m + 1, n + 3), 7.0, dtype=BF16)
+    gemm_native.product_into(wide, left, right)
+    gemm_native.product_into(narrow[:m, :n], left, right)
+    # Beyond a block's depth the fp32 result is added up in memory, in another order.
+    spacing = 2.0**-8 if k > 2048 else 0.0
+    assert ((narrow[:m, :n].float() - wide.to(BF16).float()).abs() <= spacing * wide.abs()).all()
+    assert (narrow[m] == 7).all()
+    assert (narrow[:, n:] == 7).all()
+
+
+def test_an_element_does_not_depend_on_its_block_or_the_threads(level):
+    left, right = matrix(50, 2500), matrix(2500, 1300)
+    whole, parts = torch.empty(50, 1300), torch.empty(50, 1300)
+    gemm_native.product_into(whole, left, right)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         for rows in (slice(0, 7), slice(7, 50)):
-            for columns in (slice(0, 129), slice(129, 300)):
-                gemm_native.logits_into(parts[rows, columns], hidden_nd[rows], weight_vd[columns])
+            for columns in (slice(0, 129), slice(129, 1300)):
+                gemm_native.product_into(parts[rows, columns], left[rows], right[:, columns])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(whole, parts)
 
 
-@needs_bf16_dot
-def test_infinity_and_nan_pass_the_gemm():
-    hidden_nd, weight_vd = operands(4, 6, 10)
-    hidden_nd[1, 3], hidden_nd[2, 0] = INF, NAN
-    logits_nv = torch.empty(4, 10)
-    gemm_native.logits_into(logits_nv, hidden_nd, weight_vd)
-    assert torch.equal(logits_nv[1], weight_vd[:, 3].float().sign() * INF)
-    assert logits_nv[2].isnan().all()
-    assert logits_nv[[0, 3]].isfinite().all()
+def test_infinity_and_nan_pass(level):
+    left, right = matrix(4, 6), matrix(6, 10)
+    left[1, 3], left[2, 0] = INF, NAN
+    out = torch.empty(4, 10)
+    gemm_native.product_into(out, left, right)
+    assert torch.equal(out[1], right[3].float().sign() * INF)
+    assert out[2].isnan().all()
+    assert out[[0, 3]].isfinite().all()
 
 
-def test_operands_that_the_gemm_does_not_take():
-    pairs = torch.zeros(4, 6).bfloat16()
-    assert not gemm_native.takes(torch.zeros(4, 5).bfloat16(), torch.zeros(3, 5).bfloat16())
-    assert not gemm_native.takes(pairs.half(), pairs.half())
-    assert not gemm_native.takes(pairs, torch.zeros(6, 4).bfloat16().t())
+def test_nothing_to_sum_and_nothing_to_write(level):
+    out = torch.full((3, 5), 7.0)
+    gemm_native.product_into(out, torch.empty(3, 0, dtype=BF16), torch.empty(0, 5, dtype=BF16))
+    assert torch.equal(out, torch.zeros(3, 5))
+    gemm_native.product_into(torch.empty(0, 5), torch.empty(0, 2, dtype=BF16), torch.empty(2, 5, dtype=BF16))
+
+
+def test_what_it_takes(monkeypatch):
+    a, b, fp32 = matrix(4, 6), matrix(6, 3), torch.float32
+    assert gemm_native.takes(fp32, a, b)
+    assert gemm_native.takes(BF16, a, b)
+    assert not gemm_native.takes(torch.float64, a, b)
+    assert not gemm_native.takes(fp32, a.half(), b.half())
+    assert not gemm_native.takes(fp32, torch.zeros(4, 12, dtype=BF16)[::2, ::2], b)
+    assert not gemm_native.takes(BF16, torch.zeros(4, 4097, dtype=BF16), torch.zeros(4097, 3, dtype=BF16))
+    monkeypatch.setattr(gemm_native, "LEVEL", 0)
+    assert not gemm_native.takes(fp32, a, b)
+
+
+def test_shapes_that_do_not_fit_are_refused(level):
+    with pytest.raises(RuntimeError, match="right: expected 6 rows, got 5"):
+        gemm_native.product_into(torch.empty(4, 3), matrix(4, 6), matrix(5, 3))
+    with pytest.raises(RuntimeError, match="out: expected a CPU matrix of 4 x 3"):
+        gemm_native.product_into(torch.empty(4, 2), matrix(4, 6), matrix(6, 3))
+    with pytest.raises(RuntimeError, match="left: expected rows or columns of adjacent elements"):
+        gemm_native.product_into(torch.empty(4, 3), torch.zeros(8, 12, dtype=BF16)[::2, ::2], matrix(6, 3))

@@ -1,4 +1,6 @@
-"""bf16 operands to fp32 logits in C++ (csrc/gemm.cpp), which torch's own GEMMs on a CPU do not do."""
+"""bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or
+added to one in place.
+"""
 
 import functools
 
@@ -7,22 +9,37 @@ from torch import Tensor
 
 from . import rows_native
 
+# Instructions of the GEMM: None for the best of this machine, else 0 (none: torch's GEMMs), 1 (AVX-512 BF16), 2 (AMX).
+LEVEL: int | None = None
+LEVEL_NAMES = ("torch", "AVX-512 BF16", "AMX")
+# Of a product that is rounded to bf16: its sums stay in the cache.
+_MAX_ROUNDED_DEPTH = 4096
+
 
 @functools.cache
-def _has_bf16_dot() -> bool:
-    return rows_native.obstacle() is None and torch.ops.var_kernels_native.has_bf16_dot()
+def best_level() -> int:
+    """Index in ``LEVEL_NAMES`` of the best instructions that this machine runs."""
+    return 0 if rows_native.obstacle() else torch.ops.var_kernels_native.best_gemm_level()
 
 
-def takes(hidden_nd: Tensor, lm_head_weight_vd: Tensor) -> bool:
-    """Whether this machine multiplies such operands: bf16 in pairs along D, rows of adjacent elements."""
-    operands = (hidden_nd, lm_head_weight_vd)
-    return (
-        all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.stride(1) == 1 for t in operands)
-        and hidden_nd.shape[1] % 2 == 0
-        and _has_bf16_dot()
-    )
+def _level() -> int:
+    return best_level() if LEVEL is None else LEVEL
 
 
-def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor) -> None:
-    """out = hidden W^T: exact products, fp32 sums in an order that depends on D alone."""
-    torch.ops.var_kernels_native.logits_into(out_nv, hidden_nd, lm_head_weight_vd)
+def _readable(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.dtype == torch.bfloat16 and (1 in t.stride() or 1 in t.shape)
+
+
+def takes(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
+    """Whether ``left @ right`` runs here: bf16 matrices with adjacent rows or columns, an fp32 result or a rounded one
+    of moderate depth.
+    """
+    fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= _MAX_ROUNDED_DEPTH)
+    return fits and _readable(left) and _readable(right) and _level() > 0
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
+    """out = or += left @ right: exact products, fp32 sums in an order that depends on the depth alone. Denormal
+    operands count as 0.
+    """
+    torch.ops.var_kernels_native.product_into(out, left, right, add, _level())

@@ -142,7 +142,9 @@ class Head:
     def _operand_copies(self, gradient: bool) -> int:
         """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py)."""
         upcast = self.tile.itemsize if self.upcast else 0
-        partial = partial_bytes(self.operand, self.hidden_ND.device) if gradient else 0
+        partial = 0
+        if gradient:
+            partial = partial_bytes(self.hidden_ND, self.lm_head_weight_VD, self.options.backend)
         return self.d * (upcast + partial)
 
     def new_tile(self, rows: int, columns: int) -> "TileStorage":
@@ -250,7 +252,7 @@ def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
     """Statistics of every row and the whole tile of raw logits, for ``vocabulary_pass``."""
     stats = head.new_stats()
     logits_NV = head.new_tile(head.n, head.v).view(head.n, head.v)
-    logits_into(logits_NV, head.upcast_rows(0, head.n), head.lm_head_weight_VD)
+    logits_into(logits_NV, head.upcast_rows(0, head.n), head.lm_head_weight_VD, head.options.backend)
     head.row_stats(logits_NV, slice(0, head.n), stats, 0)
     return stats, logits_NV
 
@@ -267,7 +269,8 @@ def forward_pass(head: Head) -> RowStats:
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in _spans(head.v, plan.columns):
             logits_nv = storage.view(stop - start, v_stop - v_start)
-            logits_into(logits_nv, hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
+            weight_vd = head.lm_head_weight_VD[v_start:v_stop]
+            logits_into(logits_nv, hidden_nd, weight_vd, head.options.backend)
             head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
     return stats
 
@@ -308,7 +311,7 @@ def token_chunk_pass(
     gradient.
     """
     stats = head.new_stats()
-    gradients = Gradients()
+    gradients, backend = Gradients(), head.options.backend
     plan = chunk_plan(head, needs)
     slice_width = head.weight_slice(head.options.budget - dweight_bytes(head, needs))
     storage = head.new_tile(plan.rows, head.v)
@@ -327,18 +330,18 @@ def token_chunk_pass(
         logits_nv = storage.view(stop - start, head.v)
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in _spans(head.v, slice_width):
-            logits_into(logits_nv[:, v_start:v_stop], hidden_nd, head.lm_head_weight_VD[v_start:v_stop])
+            weight_vd = head.lm_head_weight_VD[v_start:v_stop]
+            logits_into(logits_nv[:, v_start:v_stop], hidden_nd, weight_vd, backend)
         chunk_stats = stats.rows(start, stop)
         head.row_stats(logits_nv, rows, chunk_stats, 0)
         coefficients = coefficients_of(rows, chunk_stats)
         dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients, 0, gradients.dbias_V)
         if needs.hidden:
-            product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD)
+            product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
         if needs.lm_head_weight:
             for v_start, v_stop in _spans(head.v, slice_width):
-                add_product(
-                    gradients.dweight_VD[v_start:v_stop], dlogits_nv[:, v_start:v_stop].t(), head.hidden_ND[rows]
-                )
+                dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
+                add_product(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
     return stats, gradients
 
 
@@ -346,7 +349,7 @@ def vocabulary_pass(
     head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients, logits_NV: Tensor | None = None
 ) -> Gradients:
     """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, or taken and overwritten."""
-    accumulation = _accumulation_dtype(head.operand)
+    accumulation, backend = _accumulation_dtype(head.operand), head.options.backend
     if logits_NV is None:
         plan = slice_plan(head)
         storage = head.new_tile(plan.rows, plan.columns)
@@ -374,15 +377,15 @@ def vocabulary_pass(
             logits_nv = logits_NV
             if logits_NV is None:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
-                logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd)
+                logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd, backend)
             chunk = coefficients.rows(start, stop)
             dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
             if needs.hidden:
-                add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd)
+                add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd, backend)
             if needs.lm_head_weight and len(row_spans) == 1:
-                product_into(dweight_vd, dlogits_nv.t(), head.hidden_ND)
+                product_into(dweight_vd, dlogits_nv.t(), head.hidden_ND, backend)
             elif needs.lm_head_weight:
-                add_product(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows])
+                add_product(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
     return gradients

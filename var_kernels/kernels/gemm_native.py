@@ -1,5 +1,10 @@
+<<<<<<< HEAD
 """bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or
 added to one in place.
+=======
+"""bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or added
+to one in place.
+>>>>>>> eabf9f9 (wip)
 """
 
 import functools
@@ -26,6 +31,11 @@ def _level() -> int:
     return best_level() if LEVEL is None else LEVEL
 
 
+def runs() -> bool:
+    """Whether this machine has the instructions."""
+    return _level() > 0
+
+
 def _readable(t: Tensor) -> bool:
     return t.device.type == "cpu" and t.dtype == torch.bfloat16 and (1 in t.stride() or 1 in t.shape)
 
@@ -35,7 +45,7 @@ def takes(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
     of moderate depth.
     """
     fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= _MAX_ROUNDED_DEPTH)
-    return fits and _readable(left) and _readable(right) and _level() > 0
+    return fits and _readable(left) and _readable(right) and runs()
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:

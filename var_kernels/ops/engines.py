@@ -144,7 +144,7 @@ class Head:
         upcast = self.tile.itemsize if self.upcast else 0
         partial = 0
         if gradient:
-            partial = partial_bytes(self.hidden_ND, self.lm_head_weight_VD, self.options.backend)
+            partial = partial_bytes(self.operand, self.hidden_ND.device, self.options.backend)
         return self.d * (upcast + partial)
 
     def new_tile(self, rows: int, columns: int) -> "TileStorage":

@@ -1,8 +1,13 @@
 """The three GEMMs of the head, with accumulation in the tile's dtype whatever the operands' dtype is.
 
 CUDA: cuBLAS takes 16-bit operands to an fp32 result. CPU: torch has no such GEMM. The C++ kernels have one for bf16,
+<<<<<<< HEAD
 given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and gradient
 GEMMs run in 16 bit and round each partial result once.
+=======
+given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and gradient GEMMs
+run in 16 bit and round each partial result once.
+>>>>>>> eabf9f9 (wip)
 """
 
 import torch
@@ -22,14 +27,13 @@ def _in_cpp(backend: str, out: torch.dtype, left: Tensor, right: Tensor) -> bool
     return backend == "native" and gemm_native.takes(out, left, right)
 
 
-def partial_bytes(hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> int:
+def partial_bytes(operand: torch.dtype, device: torch.device, backend: str = "torch") -> int:
     """Bytes an element of a partial result in 16 bit, and of the fp32 copy that torch makes to add it."""
-    if hidden_nd.dtype.itemsize != 2 or hidden_nd.device.type == "cuda":
-        return 0
-    return 0 if _in_cpp(backend, torch.float32, hidden_nd, lm_head_weight_vd.t()) else 2 + 4
+    adds_in_place = backend == "native" and operand == torch.bfloat16 and gemm_native.runs()
+    return 2 + 4 if operand.itemsize == 2 and device.type != "cuda" and not adds_in_place else 0
 
 
-def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str = "torch") -> None:
+def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str = "native") -> None:
     """out = hidden W^T, in out's dtype; hidden comes in that dtype where ``upcasts`` asks for it."""
     dtype, weight_dv = out_nv.dtype, lm_head_weight_vd.t()
     if _in_cpp(backend, dtype, hidden_nd, weight_dv):
@@ -40,7 +44,7 @@ def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, ba
         torch.mm(hidden_nd, weight_dv, out_dtype=dtype, out=out_nv)
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str = "torch") -> None:
+def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str = "native") -> None:
     """out = left @ right for operands of one dtype, written once: out has that dtype, or a wider one."""
     if _in_cpp(backend, out.dtype, left, right):
         gemm_native.product_into(out, left, right)
@@ -52,7 +56,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str = "torch
         out.copy_(torch.mm(left, right))
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, backend: str = "torch") -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, backend: str = "native") -> None:
     """total += left @ right; total is in the operands' dtype or a wider one."""
     if total.dtype == torch.float32 and _in_cpp(backend, total.dtype, left, right):
         gemm_native.product_into(total, left, right, add=True)

@@ -1,10 +1,5 @@
-<<<<<<< HEAD
 """bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or
 added to one in place.
-=======
-"""bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or added
-to one in place.
->>>>>>> eabf9f9 (wip)
 """
 
 import functools

@@ -1,13 +1,8 @@
 """The three GEMMs of the head, with accumulation in the tile's dtype whatever the operands' dtype is.
 
 CUDA: cuBLAS takes 16-bit operands to an fp32 result. CPU: torch has no such GEMM. The C++ kernels have one for bf16,
-<<<<<<< HEAD
 given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and gradient
 GEMMs run in 16 bit and round each partial result once.
-=======
-given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and gradient GEMMs
-run in 16 bit and round each partial result once.
->>>>>>> eabf9f9 (wip)
 """
 
 import torch

@@ -60,7 +60,8 @@ def inputs_of(loss, seed=0, spread=3.0, dtype=torch.float64) -> dict[str, torch.
         elif name.endswith("lengths"):
             tensors[name] = torch.randint(1, 9, (ROWS,), generator=generator)
         elif name.endswith("logp"):
-            tensors[name] = (-20 + spread * torch.randn(ROWS, dtype=torch.float64, generator=generator)).to(dtype)
+            logp = -(20 + spread * torch.randn(ROWS, dtype=torch.float64, generator=generator)).abs()
+            tensors[name] = logp.to(dtype)
         elif name in ("reward", "chosen_reward", "rejected_reward", "value", "advantage"):
             tensors[name] = torch.rand(ROWS, dtype=torch.float64, generator=generator).to(dtype)
         else:
@@ -103,7 +104,7 @@ def test_one_loss_per_row_and_wide_enough(case):
     name, options = CASES[case]
     loss = LOSSES[name]
     for dtype, want in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
-        tensors = inputs_of(loss, dtype=dtype)
+        tensors = inputs_of(loss, spread=60.0, dtype=dtype)  # so far apart that 16 bits cannot hold the differences
         got = loss.function(**tensors, **options)
         assert got.shape == (ROWS,)
         assert got.dtype == want

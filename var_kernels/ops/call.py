@@ -153,7 +153,8 @@ def prepare(
         bias=grad and bias is not None and bias.requires_grad,
     )
     budget = UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, device)
-    checks.check_budget(budget, bool(needs))
+    # spelled out: torch 2.11 does not trace bool(needs)
+    checks.check_budget(budget, needs.hidden or needs.lm_head_weight or needs.bias)
     return HeadCall(
         hidden_ND=hidden_ND,
         lm_head_weight_VD=lm_head_weight,

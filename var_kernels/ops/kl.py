@@ -1,0 +1,265 @@
+"""``linear_token_kl``: the KL divergence between two models' next-token distributions, over the whole vocabulary."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
+
+from var_kernels.kernels.rows import LogitTransform
+from var_kernels.ops import checks, compiled
+from var_kernels.ops.backend import choose_backend
+from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.engines import Head, HeadOptions, Needs, tile_dtype
+from var_kernels.ops.kl_engine import (
+    HeadPair,
+    kl_chunk_pass,
+    kl_forward_pass,
+    kl_one_pass_fits,
+    kl_vocabulary_pass,
+)
+from var_kernels.ops.weighted_nll import scaled_gradients
+
+DIRECTIONS = ("reverse", "forward")
+_IGNORED = -100
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ref_hidden: Tensor,
+    ref_lm_head_weight: Tensor,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    direction: str = "reverse",
+    token_weight: Tensor | None = None,
+    reduction: str = "none",
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    precision: str = "fp32",
+    engine: str = "auto",
+) -> Tensor:
+    """KL divergence of each token's distribution over the whole vocabulary, without either model's [N, V] logits.
+
+        p = softmax(z), z = c(W h + b) of the policy;   q = softmax of the reference's, with its own head and options
+
+        "reverse"   KL(p||q) = sum_v p_v (log p_v - log q_v)     dKL/dz_v = p_v (log p_v - log q_v - KL)
+        "forward"   KL(q||p) = sum_v q_v (log q_v - log p_v)     dKL/dz_v = p_v - q_v
+
+    "reverse" is the KL(policy || reference) of RLHF, exact where ``kl_k1`` ... ``kl_k3`` estimate it from one token;
+    "forward" is distillation from the reference as teacher. Gradients go to the policy's hidden, weight and bias; the
+    reference is a constant.
+
+    GEMMs: 2 forward; the backward recomputes both models' logits slice by slice (6 in all), or the gradient is made in
+    the forward (4 in all) for reduction "sum", and wherever nothing but ``hidden`` learns, if ``workspace_mb`` holds
+    whole rows and an fp32 dW. Peak extra memory: ``workspace_mb``, and in the two-pass backward an fp32 [N, D].
+
+    Args:
+        hidden, lm_head_weight, bias: (..., D), (V, D), (V,) of the policy, one dtype; any strides.
+        ref_hidden, ref_lm_head_weight, ref_bias: (..., D_ref), (V, D_ref), (V,) of the reference, one dtype, which may
+            be another one, as D_ref may be another size. The vocabulary must be the same, id by id.
+        labels: (...) which rows count: int64 labels with ``ignore_index``, or bool, True where the row counts; None:
+            all. What a label says is not used. Rows that do not count cost nothing.
+        direction: "reverse" or "forward", as above.
+        token_weight: (...) floating point, finite, any sign, multiplies each token's KL; None: 1. Differentiable.
+        reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
+        logit_scale, softcap, temperature; ref_*: see ``linear_logprob``; nothing is taken over from the policy.
+        workspace_mb: MiB for tiles of both models' logits; None: 64 on a CPU, 1/32 of the memory of an accelerator.
+        precision: see ``linear_logprob``.
+        engine: "auto", "one_pass" or "two_pass"; "auto" takes two passes for fp16.
+
+    Returns:
+        "none": the shape of labels, nats per token, >= 0 before the weight, 0 where a row does not count. "sum": a
+        scalar. fp32 (fp64 if either model is fp64). Where q forbids (-inf) what p allows, KL(p||q) is inf. An
+        all-ignored batch gives a differentiable 0. Under torch.compile the graph breaks here: the op runs eagerly.
+
+    Raises:
+        TypeError, ValueError: argument, what was expected, what came, the remedy.
+    """
+    checks.check_choice("direction", direction, DIRECTIONS)
+    checks.check_choice("reduction", reduction, ("none", "sum"))
+    checks.check_choice("engine", engine, checks.ENGINES)
+    if engine == "one_pass" and reduction == "none":
+        raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
+    labels, ignore_index = _row_labels(hidden, labels, ignore_index)
+    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias)
+    checks.check_head_options(ref_logit_scale, ref_softcap, ref_temperature, 0.0, precision, workspace_mb)
+    policy = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    run = _eager_token_kl if torch.compiler.is_compiling() else _token_kl
+    return run(
+        (hidden, lm_head_weight, labels, bias, token_weight),
+        (ref_hidden, ref_lm_head_weight, ref_bias),
+        {**policy, "ignore_index": ignore_index, "precision": precision, "workspace_mb": workspace_mb},
+        LogitTransform(float(ref_logit_scale), ref_softcap, float(ref_temperature)),
+        direction == "reverse",
+        reduction,
+        engine,
+    )
+
+
+def _token_kl(policy, reference, options: dict, transform: LogitTransform, reverse: bool, reduction: str, engine: str):
+    token_weight = policy[4]
+    call = prepare(*policy, label_smoothing=0.0, **options)
+    pair_options = (call.options, _reference_options(call, reference, transform), reverse)
+    tensors = (call.hidden_ND, call.lm_head_weight_VD, call.bias_V, *_reference_rows(call, reference))
+    pair = _pair(tensors, pair_options)
+    kept_N = call.kept_NK.squeeze(1)
+    weight_N = kept_N.to(pair.math)
+    if token_weight is not None:
+        weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(kept_N, 0.0)
+    one_pass = call.needs and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair, call.needs))
+    if reduction == "sum" and one_pass:
+        return LinearWeightedKLFunction.apply(*tensors, weight_N, kept_N, pair_options, call.needs)
+    frozen_head = one_pass and call.needs == Needs(True, False, False)
+    kl_N = LinearTokenKLFunction.apply(*tensors, pair_options, call.needs, frozen_head).where(kept_N, 0.0)
+    kl_N = kl_N if token_weight is None else kl_N * weight_N
+    return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
+
+
+_eager_token_kl = _disable_dynamo(_token_kl)
+
+
+def _one_pass_serves(pair: HeadPair, needs: Needs) -> bool:
+    return not compiled.underflows(pair.policy.operand) and kl_one_pass_fits(pair, needs)
+
+
+def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
+    """Labels that say which rows count, and what stands for those that do not."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a torch.Tensor, got {type(hidden).__name__}")
+    if labels is None:
+        return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device), _IGNORED
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor or None (every row), got {type(labels).__name__}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(hidden.shape[:-1])}, one entry a row of hidden, got {tuple(labels.shape)}; "
+            "align them with hidden, nothing is shifted here"
+        )
+    if labels.dtype == torch.bool:
+        return torch.full(labels.shape, _IGNORED, device=labels.device).masked_fill_(labels, 0), _IGNORED
+    return labels, ignore_index
+
+
+def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias) -> None:
+    given = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
+    if ref_bias is not None:
+        given["ref_bias"] = ref_bias
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}; the reference model's own")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
+    if ref_lm_head_weight.dim() != 2 or ref_lm_head_weight.shape[0] != lm_head_weight.shape[0]:
+        raise ValueError(
+            f"ref_lm_head_weight must have shape ({lm_head_weight.shape[0]}, D_ref), the vocabulary of lm_head_weight, "
+            f"got {tuple(ref_lm_head_weight.shape)}; both models need one tokenizer (drop padding rows: W[:v])"
+        )
+    v, d_ref = ref_lm_head_weight.shape
+    if ref_hidden.shape != (*hidden.shape[:-1], d_ref):
+        raise ValueError(
+            f"ref_hidden must have shape {(*hidden.shape[:-1], d_ref)}, the rows of hidden and the width of "
+            f"ref_lm_head_weight, got {tuple(ref_hidden.shape)}"
+        )
+    if ref_bias is not None and ref_bias.shape != (v,):
+        raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
+    if not torch.is_autocast_enabled(hidden.device.type):
+        for name, value in given.items():
+            if value.dtype != ref_hidden.dtype:
+                raise TypeError(
+                    f"{name} is {value.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them, or run under "
+                    "torch.autocast"
+                )
+
+
+def _reference_dtype(ref_hidden: Tensor) -> torch.dtype:
+    device = ref_hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and ref_hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else ref_hidden.dtype
+
+
+def _reference_rows(call: HeadCall, reference) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The reference's hidden states of the kept rows, weight and bias: constants in one dtype."""
+    dtype = _reference_dtype(reference[0])
+    hidden, lm_head_weight, bias = (None if t is None else t.detach().to(dtype) for t in reference)
+    hidden_ND = hidden.reshape(call.leading.numel(), hidden.shape[-1])
+    if call.rows is not None:
+        hidden_ND = hidden_ND.index_select(0, call.rows)
+    if call.masked:
+        hidden_ND = hidden_ND.where(call.kept_NK.any(1, keepdim=True), 0.0)
+    return hidden_ND, lm_head_weight, bias
+
+
+def _reference_options(call: HeadCall, reference, transform: LogitTransform) -> HeadOptions:
+    tile = tile_dtype(_reference_dtype(reference[0]), call.options.precision)
+    backend, _ = choose_backend(reference[0].device, tile)
+    return replace(call.options, transform=transform, backend=backend)
+
+
+def _pair(tensors, pair_options) -> HeadPair:
+    hidden_ND, lm_head_weight_VD, bias_V, ref_hidden_ND, ref_lm_head_weight_VD, ref_bias_V = tensors
+    policy_options, ref_options, reverse = pair_options
+    no_labels_NK = torch.empty(hidden_ND.shape[0], 0, dtype=torch.int64, device=hidden_ND.device)
+    policy = Head(hidden_ND, lm_head_weight_VD, bias_V, no_labels_NK, policy_options)
+    ref = Head(ref_hidden_ND, ref_lm_head_weight_VD, ref_bias_V, no_labels_NK, ref_options)
+    return HeadPair(policy, ref, reverse)
+
+
+class LinearTokenKLFunction(torch.autograd.Function):
+    """(hidden_ND, lm_head_weight_VD, bias_V, the reference's three, options, needs, frozen_head) -> kl_N.
+
+    Saves both normalisers and recomputes logits in the backward; with a frozen head it saves dKL/dhidden instead.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, ctx.pair_options, ctx.needs, ctx.frozen_head = args
+        pair = _pair(tensors, ctx.pair_options)
+        if ctx.frozen_head:
+            kl_N, gradients = kl_chunk_pass(pair, ctx.needs, pair.zeros(pair.n).fill_(1.0))
+            ctx.save_for_backward(gradients.dhidden_ND)
+        else:
+            kl_N, norms_4N = kl_forward_pass(pair)
+            if ctx.needs:
+                ctx.save_for_backward(*tensors, norms_4N, kl_N)
+        return kl_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dkl_N):
+        if ctx.frozen_head:
+            (dkl_dhidden_ND,) = ctx.saved_tensors
+            return (dkl_N.unsqueeze(1) * dkl_dhidden_ND).to(dkl_dhidden_ND.dtype), *(None,) * 8
+        *tensors, norms_4N, kl_N = ctx.saved_tensors
+        pair = _pair(tensors, ctx.pair_options)
+        gradients = kl_vocabulary_pass(pair, ctx.needs, norms_4N, kl_N, dkl_N)
+        return gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *(None,) * 6
+
+
+class LinearWeightedKLFunction(torch.autograd.Function):
+    """The sum of weight_N kl_N. Saves finished gradients; the backward gives them as they are or scales copies."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, weight_N, kept_N, pair_options, needs = args
+        kl_N, gradients = kl_chunk_pass(_pair(tensors, pair_options), needs, weight_N)
+        kl_N = kl_N.where(kept_N, 0.0)
+        ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, kl_N)
+        return (weight_N * kl_N).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        *gradients, kl_N = ctx.saved_tensors
+        weight_grad = dloss * kl_N if ctx.needs_input_grad[6] else None
+        return (*scaled_gradients(gradients, dloss), None, None, None, weight_grad, None, None, None)

@@ -248,6 +248,7 @@ REFUSED = {
     "value short": (ValueError, r"value must be \(3,\) like policy_logp", lambda: alol_loss(ZERO, ZERO, ZERO, ZERO[:2])),
     "advantage a sequence": (ValueError, r"advantage must be \(3, 4\).*expand_to_tokens", lambda: rgold_loss(torch.zeros(3, 4), ZERO)),
     "integer reward": (TypeError, "reward must be a floating-point tensor.*int64", lambda: weighted_bc_loss(ZERO, ZERO.long())),
+    "reward NaN": (ValueError, "reward must be finite, got nan at index", lambda: weighted_bc_loss(ZERO, ZERO / 0)),
     "a number": (TypeError, "value must be .* got float", lambda: alol_ref_free_loss(ZERO, ZERO, 0.5)),
 }  # fmt: skip
 

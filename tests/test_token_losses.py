@@ -271,7 +271,7 @@ REFUSED = {
     "a list": (TypeError, "old_token_logp must be .* got list", lambda: ppo_loss(ZERO, [0.0], ZERO)),
     "normalization": (ValueError, "normalization must be one of", lambda: length_weights(LABELS, normalization="mean")),
     "no constant": (ValueError, "num_items must be given", lambda: length_weights(LABELS, normalization="constant")),
-    "num_items": (ValueError, "num_items must be positive", lambda: length_weights(LABELS, normalization="token", num_items=0)),
+    "num_items": (ValueError, "num_items must be finite and > 0", lambda: length_weights(LABELS, normalization="token", num_items=0)),
 }  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor
 
+from var_kernels.losses.checks import check_constants, check_number, check_rows, wide
 from var_kernels.losses.registry import register
+from var_kernels.losses.token import check_tokens
 
 _SOURCE = "A-LoL, arXiv 2305.14718, and its authors' code"
 
@@ -27,8 +28,9 @@ def alol_advantage(reward: Tensor, value: Tensor, *, squash: bool = True) -> Ten
 
     Source: A-LoL, arXiv 2305.14718; the sigmoid as in the authors' code.
     """
-    _check({"reward": reward, "value": value})
-    return (_squashed(reward, squash) - _wide(value.detach())).clamp(min=0.0)
+    check_rows(reward=reward, value=value)
+    check_constants(reward=reward, value=value)
+    return (_squashed(reward, squash) - wide(value.detach())).clamp(min=0.0)
 
 
 @register(
@@ -69,9 +71,10 @@ def alol_loss(
 
     Source: A-LoL, arXiv 2305.14718; ratio, sum over tokens and e = 0.9 as in the authors' code.
     """
-    _check({"policy_logp": policy_logp, "ref_logp": ref_logp, "reward": reward, "value": value})
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
+    check_constants(ref_logp=ref_logp, reward=reward, value=value)
     advantage_B = alol_advantage(reward, value, squash=squash)
-    return -advantage_B * _clipped_ratio(policy_logp, ref_logp, clip_range) * _wide(policy_logp)
+    return -advantage_B * _clipped_ratio(policy_logp, ref_logp, clip_range) * wide(policy_logp)
 
 
 @register(
@@ -103,9 +106,9 @@ def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor,
 
     Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
-    _check({"token_logp": token_logp, "ref_token_logp": ref_token_logp, "advantage": advantage}, item="token")
+    check_tokens({"token_logp": token_logp, "ref_token_logp": ref_token_logp, "advantage": advantage})
     ratio = _clipped_ratio(token_logp, ref_token_logp, clip_range)
-    return -_wide(advantage.detach()) * ratio * _wide(token_logp)
+    return -wide(advantage.detach()) * ratio * wide(token_logp)
 
 
 @register("alol_ref_free", pass_class="A", item="sequence", formula="-A+ s", source=_SOURCE, evidence="code")
@@ -126,8 +129,9 @@ def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, sq
 
     Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
-    _check({"policy_logp": policy_logp, "reward": reward, "value": value})
-    return -alol_advantage(reward, value, squash=squash) * _wide(policy_logp)
+    check_rows(policy_logp=policy_logp, reward=reward, value=value)
+    check_constants(reward=reward, value=value)
+    return -alol_advantage(reward, value, squash=squash) * wide(policy_logp)
 
 
 @register("alol_kl", pass_class="A", item="sequence", formula="-A+ s + beta (s - sr)", source=_SOURCE, evidence="code")
@@ -153,11 +157,11 @@ def alol_kl_loss(
 
     Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
-    if not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be finite and >= 0, got {beta}; it weighs the distance from the reference")
-    _check({"policy_logp": policy_logp, "ref_logp": ref_logp, "reward": reward, "value": value})
-    policy_B = _wide(policy_logp)
-    return -alol_advantage(reward, value, squash=squash) * policy_B + beta * (policy_B - _wide(ref_logp.detach()))
+    check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
+    check_constants(ref_logp=ref_logp, reward=reward, value=value)
+    policy_B = wide(policy_logp)
+    return -alol_advantage(reward, value, squash=squash) * policy_B + beta * (policy_B - wide(ref_logp.detach()))
 
 
 @register(
@@ -190,8 +194,9 @@ def rlol_loss(
 
     Source: A-LoL, arXiv 2305.14718 (its baseline R-LoL); as in the authors' code.
     """
-    _check({"policy_logp": policy_logp, "ref_logp": ref_logp, "reward": reward})
-    return -_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range) * _wide(policy_logp)
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
+    check_constants(ref_logp=ref_logp, reward=reward)
+    return -_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range) * wide(policy_logp)
 
 
 @register("rgold", pass_class="B", item="token", formula="-R sg(max(p, 0.1)) lp", source=_SOURCE, evidence="code")
@@ -218,9 +223,9 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
     """
     if not 0 <= min_prob <= 1:
         raise ValueError(f"min_prob must be in [0, 1], got {min_prob}; it bounds a probability from below")
-    _check({"token_logp": token_logp, "advantage": advantage}, item="token")
-    logp = _wide(token_logp)
-    return -_wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob) * logp
+    check_tokens({"token_logp": token_logp, "advantage": advantage})
+    logp = wide(token_logp)
+    return -wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob) * logp
 
 
 @register("weighted_bc", pass_class="A", item="sequence", formula="-R s", source=_SOURCE, evidence="code")
@@ -241,16 +246,13 @@ def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True
 
     Source: A-LoL, arXiv 2305.14718 (its baseline weighted BC); as in the authors' code.
     """
-    _check({"policy_logp": policy_logp, "reward": reward})
-    return -_squashed(reward, squash) * _wide(policy_logp)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    check_rows(policy_logp=policy_logp, reward=reward)
+    check_constants(reward=reward)
+    return -_squashed(reward, squash) * wide(policy_logp)
 
 
 def _squashed(reward: Tensor, squash: bool) -> Tensor:
-    reward = _wide(reward.detach())
+    reward = wide(reward.detach())
     return reward.sigmoid() if squash else reward
 
 
@@ -259,23 +261,5 @@ def _clipped_ratio(policy_logp: Tensor, ref_logp: Tensor, clip_range: float) -> 
     if not 0 <= clip_range <= 1:
         raise ValueError(f"clip_range must be in [0, 1], got {clip_range}; the ratio is kept in 1 - e ... 1 + e")
     low = math.log(1 - clip_range) if clip_range < 1 else -math.inf
-    log_ratio = _wide(policy_logp.detach()) - _wide(ref_logp.detach())
+    log_ratio = wide(policy_logp.detach()) - wide(ref_logp.detach())
     return log_ratio.clamp(low, math.log(1 + clip_range)).exp()
-
-
-def _check(tensors: dict[str, Tensor], item: str = "sequence") -> None:
-    first = next(iter(tensors))
-    for name, values in tensors.items():
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, one value a {item}, got {got}")
-        if values.shape != tensors[first].shape:
-            raise ValueError(
-                f"{name} must be {tuple(tensors[first].shape)} like {first}, got {tuple(values.shape)}; give one value "
-                "an item (expand_to_tokens repeats a sequence's over its tokens)"
-            )
-    if item == "sequence" and tensors[first].dim() != 1:
-        raise ValueError(
-            f"{first} must be (B,), one per sequence, got {tuple(tensors[first].shape)}; sum tokens with sequence_sum "
-            "first"
-        )

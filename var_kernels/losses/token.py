@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from var_kernels.losses.checks import check_choice, check_number, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
 
@@ -43,7 +44,7 @@ def dft_loss(token_logp: Tensor) -> Tensor:
     Source: DFT, arXiv 2508.05629 (its abstract was read; the detached factor is not verified there).
     """
     check_tokens({"token_logp": token_logp})
-    logp = _wide(token_logp)
+    logp = wide(token_logp)
     return -logp.detach().exp() * logp
 
 
@@ -82,8 +83,8 @@ def ppo_loss(
     """
     _check_clip(clip_low, clip_high)
     check_tokens({"token_logp": token_logp, "old_token_logp": old_token_logp, "advantage": advantage})
-    ratio = _bounded_exp(_wide(token_logp) - _wide(old_token_logp.detach()))
-    advantage = _wide(advantage.detach())
+    ratio = _bounded_exp(wide(token_logp) - wide(old_token_logp.detach()))
+    advantage = wide(advantage.detach())
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
@@ -126,8 +127,7 @@ def grpo_loss(
 
     Source: arXiv 2402.03300, as other trainers implement it.
     """
-    if not 0 <= beta < float("inf"):
-        raise ValueError(f"beta must be finite and >= 0, got {beta}; it weighs the distance from the reference")
+    check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     surrogate = ppo_loss(token_logp, old_token_logp, advantage, clip_low=clip_low, clip_high=clip_high)
     return surrogate + beta * kl_k3(token_logp, ref_token_logp)
 
@@ -191,14 +191,13 @@ def length_weights(
 
     Source: arXiv 2402.03300, 2503.14476 and 2503.20783, as other trainers implement them.
     """
-    if normalization not in LENGTH_NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {LENGTH_NORMALIZATIONS}, got {normalization!r}")
+    check_choice("normalization", normalization, LENGTH_NORMALIZATIONS)
     if num_items is None and normalization == "constant":
         raise ValueError(
             "num_items must be given for normalization='constant', got None; number of sequences x longest completion"
         )
-    if num_items is not None and not 0 < num_items < float("inf"):
-        raise ValueError(f"num_items must be positive and finite, got {num_items}")
+    if num_items is not None:
+        check_number("num_items", num_items, remedy="count the items of the global batch")
     lengths_B = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     kept = (labels != ignore_index).to(torch.float32)
     if normalization == "sequence":
@@ -234,7 +233,7 @@ def kl_k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
 
 def _log_ratio(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
     check_tokens({"token_logp": token_logp, "ref_token_logp": ref_token_logp})
-    return _wide(ref_token_logp.detach()) - _wide(token_logp)
+    return wide(ref_token_logp.detach()) - wide(token_logp)
 
 
 def _bounded_exp(x: Tensor, *, minus_one: bool = False) -> Tensor:
@@ -243,15 +242,9 @@ def _bounded_exp(x: Tensor, *, minus_one: bool = False) -> Tensor:
     return (near.expm1() if minus_one else near.exp()) + near.detach().exp() * (x - near)
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def _check_clip(clip_low: float, clip_high: float) -> None:
-    if not 0 <= clip_low < 1:
-        raise ValueError(f"clip_low must be in [0, 1), got {clip_low}; the ratio is kept above 1 - clip_low")
-    if not 0 <= clip_high < float("inf"):
-        raise ValueError(f"clip_high must be finite and >= 0, got {clip_high}; the ratio is kept below 1 + clip_high")
+    check_number("clip_low", clip_low, high=1.0, closed=True, remedy="the ratio is kept above 1 - clip_low")
+    check_number("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
 
 
 def check_tokens(tensors: dict[str, Tensor]) -> None:

@@ -53,10 +53,10 @@ struct Scratch {
   float* sums() const { return reinterpret_cast<float*>(left() + kLeftElements); }
 };
 
-// Multiplies row tiles by column tiles (1 or 2 of each) over `tiles` of depth; sums are 16 x 16 blocks, the two of a row of
-// blocks next to each other, the rows sum_stride floats apart. `fresh`: from 0.
-using Micro = void (*)(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel, int64_t tiles,
-                       float* sums, int64_t sum_stride, bool fresh);
+// Multiplies row tiles by column tiles (1 or 2 of each) over `tiles` of depth; sums are 16 x 16 blocks, the two of a row
+// of blocks next to each other, the rows sum_stride floats apart. `fresh`: from 0.
+using Micro = void (*)(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel,
+                       int64_t tiles, float* sums, int64_t sum_stride, bool fresh);
 
 struct Kernels {
   Micro micro[2][2];  // [row tiles - 1][column tiles - 1]
@@ -125,12 +125,22 @@ inline __attribute__((always_inline)) void pack_tile(const Operand& from, int64_
 template <bool PairMajor>
 void pack(const Operand& from, int64_t lane, int64_t lanes, int64_t depth, int64_t deep, uint16_t* to) {
   const int64_t tiles = ceil_div(deep, kDeep);
+  const auto pack_one = [&](int64_t l, int64_t t) {
+    pack_tile<PairMajor>(from, lane + l, depth + t * kDeep, to + (l / kLane * tiles + t) * kTile);
+  };
   if (from.depth_stride == 1) {
     for (int64_t l = 0; l < lanes; l += kLane)
-      for (int64_t t = 0; t < tiles; ++t) pack_tile<PairMajor>(from, lane + l, depth + t * kDeep, to + (l / kLane * tiles + t) * kTile);
+      for (int64_t t = 0; t < tiles; ++t) pack_one(l, t);
   } else {
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int64_t l = 0; l < lanes; l += kLane) pack_tile<PairMajor>(from, lane + l, depth + t * kDeep, to + (l / kLane * tiles + t) * kTile);
+    const int64_t width = std::min(lanes, from.lanes - lane);
+    for (int64_t t = 0; t < tiles; ++t) {
+      // The next tiles' lines are too far apart for the hardware to fetch them ahead.
+      const int64_t next = depth + (t + 1) * kDeep, last = std::min(next + kDeep, from.depth);
+      for (int64_t k = next; k < last; ++k)
+        for (int64_t l = 0; l < width; l += 32)
+          _mm_prefetch(reinterpret_cast<const char*>(from.data + lane + l + k * from.depth_stride), _MM_HINT_T0);
+      for (int64_t l = 0; l < lanes; l += kLane) pack_one(l, t);
+    }
   }
 }
 
@@ -197,7 +207,8 @@ inline void multiply_block(const Product& p, const Kernels& kernels, int64_t row
   kernels.begin();
   const int64_t depth = p.left.depth, block_depth = p.narrow ? std::max(depth, kDeep) : kBlockDepth;
   for (int64_t k = 0; k < depth || k == 0; k += block_depth) {
-    const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep), padded = std::max<int64_t>(tiles, 1) * kDeep;
+    const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep);
+    const int64_t padded = std::max<int64_t>(tiles, 1) * kDeep;
     const int64_t wide = std::min<int64_t>(kRightElements / padded / 32 * 32, 512);
     for (int64_t column = column_begin; column < column_end; column += wide) {
       const int64_t columns = std::min(wide, column_end - column), column_tiles = ceil_div(columns, kLane);
@@ -211,9 +222,9 @@ inline void multiply_block(const Product& p, const Kernels& kernels, int64_t row
           const int64_t count = std::min(kPanelTiles, tiles - t);
           for (int64_t c = 0; c < column_tiles; c += 2) {
             for (int64_t r = 0; r < row_tiles; r += 2) {
-              kernels.micro[std::min<int64_t>(2, row_tiles - r) - 1][std::min<int64_t>(2, column_tiles - c) - 1](
-                  scratch.left() + r * panel + t * kTile, panel, scratch.right() + c * panel + t * kTile, panel, count,
-                  scratch.sums() + r * sum_stride + c * kLane * kLane, sum_stride, t == 0);
+              const Micro micro = kernels.micro[r + 1 < row_tiles][c + 1 < column_tiles];
+              micro(scratch.left() + r * panel + t * kTile, panel, scratch.right() + c * panel + t * kTile, panel,
+                    count, scratch.sums() + r * sum_stride + c * kLane * kLane, sum_stride, t == 0);
             }
           }
         }

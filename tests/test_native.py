@@ -351,6 +351,7 @@ def test_tiles_of_a_large_budget_stay_in_the_cache(monkeypatch):
     weight, labels = torch.randn(20_000, 4, requires_grad=True), torch.zeros(600, dtype=torch.int64)
     linear_logprob(hidden, weight, labels, workspace_mb=40).sum().backward()
     assert len(shapes) >= 12
-    assert max(shape.numel() for shape in shapes) * 4 <= 8 << 20
+    assert max(shape.numel() for shape in shapes) * 4 <= 4 << 20
     assert all(shape[0] == 600 for shape in shapes)
-    assert min(shape[1] for shape in shapes[:-1]) >= 1024
+    # The last slices of both may be narrow.
+    assert sum(shape[1] < 1024 for shape in shapes) <= 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from var_kernels.kernels import gemm_native
+from var_kernels.ops import engines, linear_weighted_nll
 
 INF, NAN = math.inf, math.nan
 BF16 = torch.bfloat16
@@ -121,3 +122,28 @@ def test_shapes_that_do_not_fit_are_refused(level):
         gemm_native.product_into(torch.empty(4, 2), matrix(4, 6), matrix(6, 3))
     with pytest.raises(RuntimeError, match="left: expected rows or columns of adjacent elements"):
         gemm_native.product_into(torch.empty(4, 3), torch.zeros(8, 12, dtype=BF16)[::2, ::2], matrix(6, 3))
+
+
+def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
+    """fp32 logits of bf16 operands, rows in several spans, dW written once or added up: gradients of the fp64 ones."""
+    hidden, weight = matrix(70, 24).requires_grad_(), matrix(507, 24).requires_grad_()
+    labels = torch.arange(70) * 7
+    products = []
+    original = gemm_native.product_into
+    monkeypatch.setattr(
+        gemm_native, "product_into", lambda out, *a, **k: (products.append(out.shape), original(out, *a, **k))
+    )
+    monkeypatch.setattr(engines, "MAX_CPU_BACKWARD_ROWS", 32)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum"), exact
+    )
+    for engine, workspace_mb in (("two_pass", 1), ("one_pass", 0.15), ("one_pass", 1)):
+        products.clear()
+        loss = linear_weighted_nll(
+            hidden, weight, labels, None, engine=engine, workspace_mb=workspace_mb, precision="fp32"
+        )
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert {shape[1] for shape in products} >= {24, 507}, engine
+        for grad, expected in zip(grads, truth, strict=True):
+            assert (grad - expected).square().mean().sqrt() <= 2.0**-8 * expected.square().mean().sqrt()

@@ -7,7 +7,7 @@ vocabulary_pass   3 GEMMs  backward for any upstream gradient: logits recomputed
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into, upcasts
 from var_kernels.ops.workspace import (
+    MAX_CPU_BACKWARD_ROWS,
     MAX_FORWARD_ROWS,
     TileCost,
     TilePlan,
@@ -239,8 +240,11 @@ def chunk_plan(head: Head, needs: Needs) -> TilePlan:
 
 
 def slice_plan(head: Head) -> TilePlan:
-    cost = head.tile_cost(gradient=True)
-    return plan_vocabulary_slices(head.n, head.v, head.tile_budget(head.n, cost), cost)
+    cost, rows = head.tile_cost(gradient=True), head.n
+    if head.options.backend == "native" and head.operand == torch.bfloat16 and rows > MAX_CPU_BACKWARD_ROWS:
+        # With the fp32 sums of a slice of dW.
+        cost, rows = replace(cost, column=cost.column + 4 * head.d), MAX_CPU_BACKWARD_ROWS
+    return plan_vocabulary_slices(rows, head.v, head.tile_budget(rows, cost), cost)
 
 
 def keeps_logits(head: Head) -> bool:
@@ -296,10 +300,15 @@ def one_pass_fits(head: Head, needs: Needs) -> bool:
     return holds_token_chunks(head.n, head.v, budget, head.chunk_cost(budget))
 
 
+def _in_one_chunk(head: Head) -> bool:
+    """Whether the budget holds all rows at once: dW is then one product and needs no accumulator."""
+    return head.chunk_cost(head.options.budget).rows_within(head.options.budget, head.v) >= head.n > 0
+
+
 def dweight_bytes(head: Head, needs: Needs) -> int:
     """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
     accumulation = _accumulation_dtype(head.operand)
-    if not needs.lm_head_weight or accumulation == head.operand:
+    if not needs.lm_head_weight or accumulation == head.operand or _in_one_chunk(head):
         return 0
     return head.v * head.d * accumulation.itemsize
 
@@ -319,9 +328,9 @@ def token_chunk_pass(
     if needs.hidden:
         gradients.dhidden_ND = torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format)
     if needs.lm_head_weight:
-        gradients.dweight_VD = torch.zeros(
-            head.lm_head_weight_VD.shape, dtype=accumulation, device=head.hidden_ND.device
-        )
+        dtype = accumulation if plan.rows < head.n else head.operand
+        create = torch.empty if head.n else torch.zeros
+        gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dtype, device=head.hidden_ND.device)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 
@@ -340,8 +349,9 @@ def token_chunk_pass(
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
         if needs.lm_head_weight:
             for v_start, v_stop in _spans(head.v, slice_width):
+                multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
-                add_product(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
+                multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
     return stats, gradients
 
 
@@ -371,7 +381,8 @@ def vocabulary_pass(
         if needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
-                dweight_vd = torch.zeros(weight_vd.shape, dtype=accumulation, device=head.hidden_ND.device)
+                create = torch.empty if head.n else torch.zeros
+                dweight_vd = create(weight_vd.shape, dtype=accumulation, device=head.hidden_ND.device)
         for start, stop in row_spans:
             rows = slice(start, stop)
             logits_nv = logits_NV
@@ -382,10 +393,9 @@ def vocabulary_pass(
             dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
             if needs.hidden:
                 add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd, backend)
-            if needs.lm_head_weight and len(row_spans) == 1:
-                product_into(dweight_vd, dlogits_nv.t(), head.hidden_ND, backend)
-            elif needs.lm_head_weight:
-                add_product(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
+            if needs.lm_head_weight:
+                multiply = add_product if start else product_into
+                multiply(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
     return gradients

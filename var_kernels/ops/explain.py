@@ -25,7 +25,7 @@ def explain_engines(
     """Kind of call -> engine and reason, for n rows, hidden size d, vocabulary v; nothing of that size is allocated."""
 
     def stand_in(*shape, dtype=dtype):
-        return torch.zeros(1, dtype=dtype, device=device).expand(*shape)
+        return torch.zeros(shape[-1], dtype=dtype, device=device).expand(*shape)
 
     backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
     options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, device), backend)

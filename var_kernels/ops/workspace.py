@@ -12,8 +12,10 @@ UNKNOWN = -1
 _MIN_COLUMNS = 1024
 _MIN_ROWS = 64
 MAX_FORWARD_ROWS = 4096
+# The C++ GEMM packs a block of dlogits^T faster where it is wide than where it is deep.
+MAX_CPU_BACKWARD_ROWS = 1024
 # Of a tile on a CPU: it stays in the last-level cache there, and fresh pages cost more than a narrower GEMM.
-_CACHED_BYTES = 8 * MIB
+_CACHED_BYTES = 4 * MIB
 
 
 def default_workspace_mb(device: torch.device) -> int:

@@ -1,0 +1,224 @@
+"""The fused loss against its alternatives on a CPU: processor time and peak memory, one process for each shape.
+
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/cpu_losses.py [--shape N,D,V] [--dtype bfloat16]
+
+Writes DIR/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws DIR/loss.png
+with matplotlib. Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the gradients
+that are returned. Operands: random, logits of standard deviation 3.
+
+- bare GEMMs: torch.mm alone, in the operands' dtype: 1 (forward), 3 (gradients in one pass), 4 (in two), 2 + 1 less dW
+  (frozen head). Their results have rounded logits and no loss.
+- gradients of the alternatives come from one backward; they stand in the lines of both one pass and two.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from var_kernels import linear_weighted_nll
+from var_kernels.measure import peak_extra_bytes
+from var_kernels.ops.backend import use_backend
+
+SHAPES = [(1024, 1024, 32000), (4096, 512, 50257), (512, 2048, 128256), (2048, 896, 151936)]
+DTYPES = ("bfloat16", "float32")
+MODES = ("forward", "one pass", "two passes", "frozen head")
+MIB = 1 << 20
+RESULTS = Path(__file__).parent / "results" / "cpu-2-cores"
+
+
+def one_pass_mb(n: int, d: int, v: int, tile: int, accumulator: int) -> float:
+    """Workspace of one pass: all rows, or chunks of 1024 beside the sums of dW, whichever is less."""
+    return min(n * v * tile, v * (d * accumulator + min(n, 1024) * tile)) / MIB + 16
+
+
+def linear_then_loss(hidden, weight, labels):
+    return F.cross_entropy(F.linear(hidden, weight), labels)
+
+
+def alternatives() -> dict:
+    """Name -> loss(hidden, weight, labels); those that are not installed are left out."""
+    found = {"F.linear + F.cross_entropy": linear_then_loss, "torch.compile of it": torch.compile(linear_then_loss)}
+    try:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        found["transformers' loss"] = lambda h, w, y: ForCausalLMLoss(F.linear(h, w), y, w.shape[0], shift_labels=y)
+    except ImportError:
+        pass
+    if hasattr(F, "linear_cross_entropy"):
+        found["F.linear_cross_entropy"] = F.linear_cross_entropy
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["CCE, torch_compile"] = lambda h, w, y: linear_cross_entropy(h, w, y, impl="torch_compile")
+    except ImportError:
+        pass
+    return found
+
+
+def bare_gemms(hidden, weight) -> dict:
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype)
+
+    def run(gemms):
+        for gemm in gemms:
+            gemm()
+
+    forward = lambda: torch.mm(hidden, weight.t(), out=logits)  # noqa: E731
+    dhidden = lambda: torch.mm(logits, weight)  # noqa: E731
+    dweight = lambda: torch.mm(logits.t(), hidden)  # noqa: E731
+    sets = ([forward], [forward, dhidden, dweight], [forward, forward, dhidden, dweight], [forward, dhidden])
+    return {mode: lambda gemms=gemms: run(gemms) for mode, gemms in zip(MODES, sets, strict=True)}
+
+
+def cases(shape, dtype: torch.dtype) -> dict:
+    """(provider, mode) -> call."""
+    n, d, v = shape
+    hidden = torch.randn(n, d).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d) * (3 * d**-0.5)).to(dtype).requires_grad_()
+    frozen, labels = weight.detach(), torch.randint(v, (n,))
+    calls = {("bare GEMMs", mode): call for mode, call in bare_gemms(hidden.detach(), frozen).items()}
+
+    def forward(loss):
+        with torch.no_grad():
+            return loss(hidden, weight, labels)
+
+    def gradients(loss):
+        return torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+
+    def with_frozen_head(loss):
+        return torch.autograd.grad(loss(hidden, frozen, labels), hidden)
+
+    def add(provider, mode, how, loss):
+        calls[provider, mode] = lambda: how(loss)
+
+    def ours(**options):
+        return lambda h, w, y: linear_weighted_nll(h, w, y, None, reduction="mean", **options)
+
+    for precision in ("fp32", "fast") if dtype == torch.bfloat16 else ("fp32",):
+        name = f"var_kernels, {precision} logits"
+        tile = 2 if precision == "fast" else 4
+        budget = one_pass_mb(n, d, v, tile, 4 if dtype == torch.bfloat16 else 0)
+        add(name, "forward", forward, ours(precision=precision))
+        add(name, "one pass", gradients, ours(precision=precision, engine="one_pass", workspace_mb=budget))
+        add(name, "two passes", gradients, ours(precision=precision, engine="two_pass"))
+        add(name, "frozen head", with_frozen_head, ours(precision=precision))
+
+    def plain(h, w, y):
+        with use_backend("torch"):
+            return linear_weighted_nll(h, w, y, None, reduction="mean")
+
+    for name, loss in {"var_kernels in plain torch": plain, **alternatives()}.items():
+        add(name, "forward", forward, loss)
+        add(name, "two passes", gradients, loss)
+        add(name, "frozen head", with_frozen_head, loss)
+    return calls
+
+
+def measure(shape, dtype: str, runs: int, path: Path) -> None:
+    torch.manual_seed(0)
+    calls = cases(shape, getattr(torch, dtype))
+    peaks, milliseconds = {}, {key: [] for key in calls}
+    for key, call in list(calls.items()):
+        try:
+            call()
+            peaks[key] = peak_extra_bytes(call) / MIB
+        except Exception as error:  # noqa: BLE001 (a result, too)
+            print(f"{key}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            del calls[key]
+    for _ in range(runs):
+        for key, call in calls.items():
+            start = time.process_time()
+            call()
+            milliseconds[key].append(1e3 * (time.process_time() - start))
+    bare = {mode: statistics.median(milliseconds["bare GEMMs", mode]) for mode in MODES}
+    with path.open("w", newline="") as out:
+        print(header(), file=out)
+        writer = csv.writer(out)
+        writer.writerow(["n", "d", "v", "dtype", "provider", "mode", "ms", "p20", "p80", "of_the_gemms", "peak_mib"])
+        for provider, mode in calls:
+            values = sorted(milliseconds[provider, mode])
+            middle = statistics.median(values)
+            low, high = values[len(values) // 5], values[-1 - len(values) // 5]
+            row = [f"{middle:.1f}", f"{low:.1f}", f"{high:.1f}", f"{middle / bare[mode]:.3f}"]
+            writer.writerow([*shape, dtype, provider, mode, *row, f"{peaks[provider, mode]:.1f}"])
+    print(f"wrote {path}", flush=True)
+
+
+def header() -> str:
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        flags = " ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split())
+        model = f"{fields.get('model name', model)} model {fields.get('model', '?')} ({flags})"
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    versions = f"torch={torch.__version__} python={platform.python_version()}"
+    return f"# {model}; threads={torch.get_num_threads()} {versions} commit={commit}; processor time"
+
+
+def plot(folder: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no matplotlib, no plot", file=sys.stderr)
+        return
+    tables = {}
+    for path in sorted(folder.glob("loss-*.csv")):
+        with path.open() as lines:
+            tables[path.stem.removeprefix("loss-")] = list(csv.DictReader(line for line in lines if line[0] != "#"))
+    figure, axes = plt.subplots(len(tables), 2, figsize=(13, 2.6 * len(tables)), squeeze=False)
+    for (time_axis, memory_axis), (name, rows) in zip(axes, tables.items(), strict=True):
+        rows = [row for row in rows if row["mode"] == "two passes" or row["mode"] == "one pass"]
+        rows = [row for row in rows if not (row["provider"] == "bare GEMMs" and row["mode"] == "two passes")]
+        names = [
+            f"{row['provider']}, {row['mode']}" if "logits" in row["provider"] else row["provider"] for row in rows
+        ]
+        for axis, column, label in ((time_axis, "ms", "ms"), (memory_axis, "peak_mib", "peak MiB")):
+            values = [float(row[column]) for row in rows]
+            colours = ["#888888" if "GEMM" in n else "#2a6fbb" if "logits" in n else "#c9b27c" for n in names]
+            axis.barh(names, values, color=colours)
+            axis.invert_yaxis()
+            axis.tick_params(labelsize=7)
+            axis.set_title(f"{name}: loss and gradients, {label}", fontsize=8)
+            axis.bar_label(axis.containers[0], fmt="%.0f", fontsize=6)
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--shape", help="N,D,V; all of the list if not given")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="also what has its file already")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    shapes = [tuple(map(int, args.shape.split(",")))] if args.shape else SHAPES
+    dtypes = [args.dtype] if args.dtype else DTYPES
+    todo = [(shape, dtype) for dtype in dtypes for shape in shapes]
+    paths = {(s, t): args.out / f"loss-{'x'.join(map(str, s))}-{t}.csv" for s, t in todo}
+    todo = [key for key in todo if args.again or not paths[key].exists()]
+    if args.shape and args.dtype:
+        for shape, dtype in todo:
+            measure(shape, dtype, args.runs, paths[shape, dtype])
+        return
+    for shape, dtype in todo:
+        command = [sys.executable, __file__, "--shape", ",".join(map(str, shape)), "--dtype", dtype, "--again"]
+        done = subprocess.run([*command, "--out", str(args.out), "--runs", str(args.runs)], check=False, env=os.environ)
+        if done.returncode:
+            print(f"{shape} {dtype}: failed with {done.returncode}", file=sys.stderr)
+    plot(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,14 +19,14 @@ def test_reference_log_probs_are_computed_once_and_read_back(tmp_path, monkeypat
     first = tiny_trainer(tmp_path)
     files = list((tmp_path / "cache").rglob("*"))
     assert [file.suffix for file in files if file.is_file()] == [".safetensors"]
-    wanted = first.train_dataset.rows.ref_logp
+    wanted = first.train_dataset.rows.columns["ref_logp"]
     oracle = torch.stack([row[1] for row in oracle_rows(first.model, ROWS)])
     torch.testing.assert_close(wanted.double(), oracle, rtol=1e-6, atol=1e-6, check_dtype=False)
 
     calls = []
     score_rows = reference.score_rows
     monkeypatch.setattr(reference, "score_rows", lambda *args: calls.append(1) or score_rows(*args))
-    assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.ref_logp, wanted)
+    assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.columns["ref_logp"], wanted)
     assert not calls
     same_lengths = [{**row, "completions": [c.replace("x", "z") for c in row["completions"]]} for row in ROWS]
     for changed in ({"model": tiny_model(seed=1)}, {"rows": ROWS[1:]}, {"rows": same_lengths}, {"max_length": 8}):
@@ -36,11 +36,11 @@ def test_reference_log_probs_are_computed_once_and_read_back(tmp_path, monkeypat
 
 
 def test_a_damaged_cache_file_is_computed_anew(tmp_path):
-    wanted = tiny_trainer(tmp_path).train_dataset.rows.ref_logp
+    wanted = tiny_trainer(tmp_path).train_dataset.rows.columns["ref_logp"]
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:30])
-    assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.ref_logp, wanted)
+    assert torch.equal(tiny_trainer(tmp_path).train_dataset.rows.columns["ref_logp"], wanted)
     assert file.read_bytes() == whole
 
 
@@ -81,12 +81,12 @@ def test_lora_trains_the_adapter_against_the_bare_model(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model()
     wanted = {name: param.detach().clone() for name, param in model.named_parameters()}
-    bare = tiny_trainer(tmp_path / "bare").train_dataset.rows.ref_logp
+    bare = tiny_trainer(tmp_path / "bare").train_dataset.rows.columns["ref_logp"]
     adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = tiny_trainer(
         tmp_path, model=model, trainer_options={"peft_config": adapter}, max_steps=3, learning_rate=1.0
     )
-    assert torch.equal(trainer.train_dataset.rows.ref_logp, bare)
+    assert torch.equal(trainer.train_dataset.rows.columns["ref_logp"], bare)
     trainer.train()
     assert losses(trainer)[2] < losses(trainer)[0]
     for name, param in trainer.model.named_parameters():

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from var_kernels.integrations.data import encode_examples, parse_row
 from var_kernels.integrations.tokenizer import train_tokenizer
-from var_kernels.integrations.trainer import VARConfig, VARTrainer
+from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
 
 torch.set_num_threads(1)  # two threads a process that fight for the same cores are many times slower than one
 
@@ -51,14 +51,13 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options):
     return LlamaForCausalLM(config).to(dtype)
 
 
-def tiny_config(folder, **options) -> VARConfig:
+def tiny_config(folder, **options) -> AlignConfig:
     """Plain SGD without clipping or decay: a step is -learning_rate times the gradient."""
     settings = {
         "output_dir": str(folder / "run"),
         "cache_dir": str(folder / "cache"),
         "max_length": 32,
         "max_steps": 1,
-        "lam": 0.5,
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "optim": "sgd",
@@ -71,7 +70,12 @@ def tiny_config(folder, **options) -> VARConfig:
         "disable_tqdm": True,
         "seed": 3,
     }
-    return VARConfig(**{**settings, **options})
+    method = options.pop("method", "var")
+    if method == "var":
+        settings["lam"] = 0.5
+    else:
+        options.pop("normalizer", None)
+    return method_config(method)(**{**settings, **options})
 
 
 def tiny_trainer(folder, rows=ROWS, *, model=None, trainer_options=None, **options) -> VARTrainer:

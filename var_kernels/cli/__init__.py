@@ -1,4 +1,4 @@
-"""The command line: ``var-kernels train | doctor | demo | bench``.
+"""The command line: ``var-kernels train | methods | doctor | demo | bench``.
 
 Each command is a module here with ``add_arguments(parser)`` and ``run(args) -> int``, and, where it takes more options
 than it declares, ``take_unknown(args, words)``. A module is imported when its command is given, torch and transformers
@@ -12,7 +12,8 @@ import os
 import sys
 
 COMMANDS = {
-    "train": "align a causal LM by VAR (or SFT, DPO) on rows with rewards",
+    "train": "align a causal LM by VAR, or another method, on rows with rewards or pairs",
+    "methods": "list the training methods, or say all about one",
     "doctor": "say what this machine has, which backend runs, and what a batch needs in memory",
     "demo": "build a small model, align it, and show what came of it",
     "bench": "run the benchmarks of a source checkout",
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         return command.run(args) or 0
     except KeyboardInterrupt:
         return _fail(program, "interrupted", 130)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VAR_KERNELS_TRACEBACK"):
             raise

@@ -9,8 +9,13 @@ from pathlib import Path
 from var_kernels.cli import nearest, option_names
 from var_kernels.cli.options import coerce, key_values, pair_up, read_yaml
 
-# name: (type, default, help). The defaults of _CONFIG are VARConfig's own, shown here without importing it.
+# name: (type, default, help). The defaults of _CONFIG are AlignConfig's own, shown here without importing it.
 _RUN = {
+    "method": (
+        str,
+        "var",
+        "the loss: var, sft, dpo, ipo, sail_pp, ...; `var-kernels methods` lists them",
+    ),
     "model": (str, None, "name or path of a causal LM"),
     "from_scratch": (str, None, "instead of --model: a new one, e.g. hidden=128,layers=2,heads=4,vocab=4096"),
     "dataset": (str, None, ".json, .jsonl (also .gz) or .parquet file, or a name on the hub (docs/data.md)"),
@@ -25,12 +30,6 @@ _RUN = {
 }
 _CONFIG = {
     "output_dir": (str, None, "where checkpoints, metrics.jsonl, README.md and the model go"),
-    "method": (str, "var", "var, sft or dpo"),
-    "lam": (float, 1.0, "VAR's lambda, in reward units"),
-    "normalizer": (str, "batch", "VAR's Z: batch, batch_mean, group or self_normalised"),
-    "reference": (str, "mean", "reference term in VAR's weights: mean, sum or none"),
-    "beta": (float, 0.1, "DPO's beta"),
-    "sft_on": (str, "best", "SFT on the best completion of each prompt, or on all"),
     "max_length": (int, 1024, "tokens of prompt and completion; longer rows are cut and counted"),
     "learning_rate": (float, 1e-5, "peak learning rate"),
     "num_train_epochs": (float, 3.0, "passes over the data"),
@@ -58,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             else:
                 section.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=shown)
     parser.epilog = (
-        "Every other field of VARConfig (that is, of transformers.TrainingArguments) is an option too: --bf16 ..."
+        "The method's own options (--lam, --beta, ...: `var-kernels methods NAME`) and every other field of "
+        "transformers.TrainingArguments (--bf16, ...) are options too."
     )
     parser.set_defaults(extra={}, parser=parser)
 
@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from var_kernels.integrations.data import load_examples
-    from var_kernels.integrations.trainer import VARConfig, VARTrainer
+    from var_kernels.integrations.trainer import VARTrainer, method_config
     from var_kernels.integrations.trainer.methods import METHODS
     from var_kernels.integrations.trainer.rewards import load_reward_function
 
-    config = VARConfig(**config_values)
+    config = method_config(settings["method"])(**config_values)
     output_dir = Path(config.output_dir)
     checkpoint = _checkpoint(output_dir, settings["resume"])
     reward_func = load_reward_function(settings["reward"]) if settings["reward"] else None
@@ -120,7 +120,7 @@ def _report_skipped(skipped: list, kept: int) -> None:
 
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
-    """(options of the run, options of VARConfig): YAML first, flags over it, every name and type checked."""
+    """(options of the run, options of the method's configuration): YAML first, flags over it, every name and type checked."""
     given = {name: value for name, value in vars(args).items() if name in (*_RUN, *_CONFIG) and value is not None}
     options = read_yaml(args.config) if args.config else {}
     options |= given | args.extra
@@ -134,22 +134,27 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
         else:
             rest[name] = value
     if rest:
-        config_options |= _config_fields(rest, option_names(args.parser))
+        config_options |= _config_fields(rest, run_options["method"], option_names(args.parser))
     return run_options, config_options
 
 
-def _config_fields(options: dict, known: list[str]) -> dict:
-    """Options that only VARConfig knows."""
+def _config_fields(options: dict, method: str, known: list[str]) -> dict:
+    """Options that only the method's configuration knows."""
     import dataclasses
 
-    from var_kernels.integrations.trainer import VARConfig
+    from var_kernels.integrations.trainer import method_config
+    from var_kernels.integrations.trainer.methods import METHODS
 
-    fields = {field.name: str(field.type) for field in dataclasses.fields(VARConfig) if field.init}
+    fields = {field.name: field.type for field in dataclasses.fields(method_config(method)) if field.init}
+    fields = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in fields.items()}
     for name in options:
-        if name not in fields:
-            flag = "--" + name.replace("_", "-")
-            everything = [*known, *("--" + field.replace("_", "-") for field in fields)]
-            raise ValueError(f"unknown option {flag}{nearest(flag, everything)}")
+        if name in fields:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if others := [other for other in METHODS if name in METHODS[other].own_settings]:
+            raise ValueError(f"{flag} is no option of method {method!r}; it belongs to {', '.join(others)}")
+        everything = [*known, *("--" + field.replace("_", "-") for field in fields)]
+        raise ValueError(f"unknown option {flag}{nearest(flag, everything)}")
     return {name: coerce(name, value, fields[name]) for name, value in options.items()}
 
 

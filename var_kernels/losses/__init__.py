@@ -1,9 +1,40 @@
-"""Losses as pure functions of log-probs and rewards; ``var_loss`` alone also takes the hidden states, for its one
-pass."""
+"""Losses as pure functions of log-probs and rewards; ``var_loss`` and ``linear_loss`` alone take the hidden states,
+for their passes over the head.
 
-from var_kernels.losses.pair import dpo_loss, implicit_reward
+Importing the modules fills ``LOSSES``.
+"""
+
+from var_kernels.losses.alol import (
+    alol_advantage,
+    alol_kl_loss,
+    alol_loss,
+    alol_ref_free_loss,
+    alol_seq_loss,
+    rgold_loss,
+    rlol_loss,
+    weighted_bc_loss,
+)
+from var_kernels.losses.ava import ava_d_loss, ava_p_loss, bradley_terry_loss, literal_q, pair_accuracy
+from var_kernels.losses.group import best_of_group, exo_loss, lire_loss, raft_loss
+from var_kernels.losses.kto import kto_baseline, kto_loss
+from var_kernels.losses.linear import linear_loss
+from var_kernels.losses.margin import orpo_loss, simpo_loss, slic_loss
+from var_kernels.losses.pair import dpo_loss, hinge_loss, implicit_reward, ipo_loss, robust_dpo_loss
+from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, single_name
+from var_kernels.losses.regression import dro_loss, dro_value_loss, qrpo_loss, quantile_reward, rebel_loss
+from var_kernels.losses.sail import draw_preference, sail_dp_loss, sail_pp_loss, sail_pr_loss
 from var_kernels.losses.sequences import sequence_lengths, sequence_sum
-from var_kernels.losses.supervised import sft_loss
+from var_kernels.losses.supervised import awr_loss, reweighted_loss, sft_loss, standardised_advantage
+from var_kernels.losses.token import (
+    dft_loss,
+    grpo_loss,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    length_weights,
+    ppo_loss,
+    token_objective,
+)
 from var_kernels.losses.var import VARLoss, VARStats, var_loss, weighted_sequence_nll
 from var_kernels.losses.weights import (
     CollapsedWeightsWarning,
@@ -14,18 +45,69 @@ from var_kernels.losses.weights import (
 )
 
 __all__ = [
+    "LOSSES",
+    "PASS_CLASSES",
     "CollapsedWeightsWarning",
+    "Loss",
     "VARLoss",
     "VARStats",
     "VARWeights",
+    "alol_advantage",
+    "alol_kl_loss",
+    "alol_loss",
+    "alol_ref_free_loss",
+    "alol_seq_loss",
+    "ava_d_loss",
+    "ava_p_loss",
+    "awr_loss",
+    "best_of_group",
+    "bradley_terry_loss",
+    "dft_loss",
     "dpo_loss",
+    "draw_preference",
+    "dro_loss",
+    "dro_value_loss",
     "effective_sample_size",
+    "exo_loss",
+    "find_loss",
+    "grpo_loss",
+    "hinge_loss",
     "implicit_reward",
+    "ipo_loss",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kto_baseline",
+    "kto_loss",
+    "length_weights",
+    "linear_loss",
+    "lire_loss",
+    "literal_q",
+    "orpo_loss",
+    "pair_accuracy",
+    "ppo_loss",
+    "qrpo_loss",
+    "quantile_reward",
+    "raft_loss",
+    "rebel_loss",
+    "reweighted_loss",
+    "rgold_loss",
+    "rlol_loss",
+    "robust_dpo_loss",
+    "sail_dp_loss",
+    "sail_pp_loss",
+    "sail_pr_loss",
     "sequence_lengths",
     "sequence_sum",
     "sft_loss",
+    "simpo_loss",
+    "single_name",
+    "slic_loss",
+    "standardised_advantage",
+    "token_objective",
     "var_loss",
     "var_weights",
     "warn_if_collapsed",
+    "weighted_bc_loss",
     "weighted_sequence_nll",
 ]

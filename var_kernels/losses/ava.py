@@ -146,7 +146,7 @@ def ava_p_loss(
         objective = objective + sign * beta * q.sum(-1)
         if regularise in ("both", name):
             objective = objective + _regulariser(q, mu, log_sigma, mask, gamma, lam)
-        last_mu.append(_last(mu, mask))
+        last_mu.append(last_value(mu, mask))
     return -(objective + contrast * torch.sigmoid(last_mu[0] - last_mu[1]))
 
 
@@ -197,7 +197,7 @@ def _regulariser(q: Tensor, mu: Tensor, log_sigma: Tensor, mask: Tensor, gamma: 
     return lam * td.where(both, 0.0).sum(-1) - kl.sum(-1)  # N(0, 1) stands where nothing counts: KL 0
 
 
-def _last(mu: Tensor, mask: Tensor) -> Tensor:
+def last_value(mu: Tensor, mask: Tensor) -> Tensor:
     """mu at the last position that counts, (B,)."""
     position = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask  # 0: none
     return mu.gather(1, (position.amax(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)

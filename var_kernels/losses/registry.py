@@ -1,8 +1,11 @@
 """The losses by name: what each one reads, what an item of its batch is, and which passes over the head it may take."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 PASS_CLASSES = {
     "A": "the gradient per token is known before the forward pass: one pass",
@@ -42,12 +45,75 @@ class Loss:
         return tuple(p.name for p in self._parameters() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     @property
+    def optional_tensors(self) -> frozenset[str]:
+        return frozenset(p.name for p in self._parameters() if p.name in self.tensors and p.default is not p.empty)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a caller must give of each row: the required tensors but the policy's own and those that labels give, a
+        pair's two under one name.
+        """
+        rows = (single_name(name)[0] for name in self.tensors if name not in self.optional_tensors)
+        return tuple(dict.fromkeys(name for name in rows if name not in _KNOWN))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the policy's log-probs come per token and not as sums of sequences."""
+        return any(single_name(name)[0] == "token_logp" for name in self.tensors)
+
+    @property
     def options(self) -> dict[str, object]:
         """Options and their defaults; ``inspect.Parameter.empty`` where one must be given."""
         return {p.name: p.default for p in self._parameters() if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def option_types(self) -> dict[str, object]:
+        """Annotations of the options."""
+        return {p.name: p.annotation for p in self._parameters() if p.kind is p.KEYWORD_ONLY}
+
+    def no_rows(self) -> dict[str, Tensor]:
+        """Arguments of an empty batch, on which the function only checks its options."""
+        empty = {}
+        for name in self.tensors:
+            kind = _KINDS.get(single_name(name)[0], torch.float32)
+            if name != "kl_baseline":
+                empty[name] = torch.zeros((0, 1) if self.reads_tokens and self.pass_class == "C" else 0, dtype=kind)
+        return empty
+
+    def check_options(self, given: Mapping[str, object]) -> None:
+        """Raises ValueError for options that the loss does not have, and for missing ones."""
+        if unknown := sorted(set(given) - set(self.options)):
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"{self.name!r} has no option {', '.join(map(repr, unknown))}; its options: {known}")
+        missing = [k for k, default in self.options.items() if default is inspect.Parameter.empty and k not in given]
+        if missing:
+            raise ValueError(f"{self.name!r} needs {', '.join(f'{name}=' for name in missing)}; it has no default")
+
     def _parameters(self) -> list[inspect.Parameter]:
         return list(inspect.signature(self.function).parameters.values())
+
+
+# What is no floating-point number.
+_KINDS = {"lengths": torch.int64, "group_ids": torch.int64, "desirable": torch.bool, "mask": torch.bool}
+# From the head and the labels themselves.
+_KNOWN = frozenset(["policy_logp", "token_logp", "entropy", "lengths", "mask"])
+
+
+def single_name(name: str) -> tuple[str, int | None]:
+    """(its name for a single sequence, 0 chosen or 1 rejected): "ref_chosen_logp" -> ("ref_logp", 0)."""
+    words = name.split("_")
+    for row, part in enumerate(("chosen", "rejected")):
+        if part in words:
+            words.remove(part)
+            return "_".join(words), row
+    return name, None
+
+
+def find_loss(name: str) -> Loss:
+    """The registry's entry. Raises ValueError for an unknown name, with the known ones."""
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(sorted(LOSSES))}, got {name!r}")
+    return LOSSES[name]
 
 
 def register(name: str, *, pass_class: str, item: str, formula: str, source: str, evidence: str) -> Callable:

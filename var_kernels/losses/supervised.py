@@ -111,3 +111,34 @@ def standardised_advantage(
     if process_group is not None:
         dist.all_reduce(squares, group=process_group)
     return (centred_B / ((squares / count).sqrt() + ADVANTAGE_EPS)).to(advantage_B.dtype)
+
+
+@register(
+    "var",
+    pass_class="A",
+    item="sequence",
+    formula="-w s, w = var_weights(rewards, ref_logp), a constant",
+    source="arXiv 2502.11026",
+    evidence="paper",
+)
+def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
+    """Reward-weighted likelihood, VAR's loss once its weights are known: -w s.
+
+    The weights belong to the global batch: ``var_weights`` makes them, ``var_loss`` does both. Minimised over all
+    responses by pi = w / sum w.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        sample_weight: (B,) >= 0; constants.
+
+    Returns:
+        (B,) nats per sequence, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: shapes and dtypes; on the CPU also weights that are not finite.
+
+    Source: arXiv 2502.11026; which estimator of Z the paper runs is open (docs/var.md).
+    """
+    check_rows(policy_logp=policy_logp, sample_weight=sample_weight)
+    check_constants(sample_weight=sample_weight)
+    return -wide(sample_weight.detach()) * wide(policy_logp)

@@ -29,6 +29,7 @@ def linear_token_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     return_logp: bool = False,
+    return_argmax: bool = False,
     num_active: int | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
@@ -52,8 +53,8 @@ def linear_token_loss(
         token_inputs: tensors in the shape of labels (advantages, old log-probs, masks), constants for the gradient.
 
     Returns:
-        A scalar fp32 (fp64 for fp64 inputs); an all-ignored batch gives a differentiable 0. With ``return_logp`` the
-        pair (loss, detached logp in the shape of labels, 0 where ignored).
+        A scalar fp32 (fp64 for fp64 inputs); an all-ignored batch gives a differentiable 0. If asked for, a tuple with
+        the detached logp in the shape of labels, 0 where ignored, and argmax (...) int64, -1 there.
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
@@ -74,16 +75,22 @@ def linear_token_loss(
         workspace_mb=workspace_mb,
         num_active=num_active,
         entropy=entropy,
+        argmax=return_argmax,
     )
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
     # A compiled graph cannot call back; there autograd runs over the log-probs.
     eager = not torch.compiler.is_compiling()
     if eager and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
-        loss, logp_NK = apply_token_loss(call, token_loss, inputs)
+        loss, logp_NK, argmax_N = apply_token_loss(call, token_loss, inputs)
     else:
-        logp_NK, _, entropy_N, _ = apply_logprob(call)
+        logp_NK, _, entropy_N, argmax_N = apply_logprob(call)
         loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs, call.kept_NK.squeeze(1)).sum()
-    return (loss, call.restore_targets(logp_NK.detach())) if return_logp else loss
+    outputs = [loss]
+    if return_logp:
+        outputs.append(call.restore_targets(logp_NK.detach()))
+    if return_argmax:
+        outputs.append(call.restore(argmax_N, fill=-1))
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _evaluate(
@@ -101,7 +108,9 @@ def _evaluate(
     return loss_n.where(kept_n, 0.0)
 
 
-def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def apply_token_loss(
+    call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return LinearTokenLossFunction.apply(
         call.hidden_ND,
         call.lm_head_weight_VD,
@@ -116,7 +125,7 @@ def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]
 
 
 class LinearTokenLossFunction(torch.autograd.Function):
-    """(sum of token_loss, logp_NK). Saves finished gradients, as ``LinearWeightedNLLFunction`` does."""
+    """(sum of token_loss, logp_NK, argmax_N). Saves finished gradients, as ``LinearWeightedNLLFunction`` does."""
 
     @staticmethod
     def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, kept_N, token_loss, inputs, options, needs):
@@ -147,11 +156,13 @@ class LinearTokenLossFunction(torch.autograd.Function):
         logp_NK = stats.logp_NK(0.0, head.v)
         ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
         ctx.mark_non_differentiable(logp_NK)
-        return torch.stack(losses).sum() if losses else logp_NK.new_zeros(()), logp_NK
+        if stats.argmax_N is not None:
+            ctx.mark_non_differentiable(stats.argmax_N)
+        return torch.stack(losses).sum() if losses else logp_NK.new_zeros(()), logp_NK, stats.argmax_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *_):
         others = (None,) * 6
         if dloss is None:
             return (None, None, None, *others)

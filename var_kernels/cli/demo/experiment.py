@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 from var_kernels.cli.demo import world
 from var_kernels.cli.demo.measure import Drawn, draw, kl_to_reference, rewards_of
 from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
-from var_kernels.integrations.trainer import VARConfig, VARTrainer
+from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
 
 MAX_LENGTH = 96  # tokens; the longest row of the corpus has about 45
 
@@ -71,12 +71,13 @@ QUICK = Plan(
     memory_vocab=16_000,
 )
 
-# What is trained on the completions that the reference drew: name -> what differs in VARConfig.
+# What is trained on the completions that the reference drew: name -> the method and its settings; the strength of the
+# pull to the reference, ``lam``, is "beta" for DPO.
 METHODS = {
-    "SFT": {"method": "sft", "sft_on": "all"},
-    "Best-of-n SFT": {"method": "sft", "sft_on": "best"},
-    "DPO": {"method": "dpo"},
-    "VAR": {"method": "var", "normalizer": "self_normalised"},
+    "SFT": ("sft", {"sft_on": "all"}),
+    "Best-of-n SFT": ("sft", {"sft_on": "best"}),
+    "DPO": ("dpo", {"beta": "lam"}),
+    "VAR": ("var", {"normalizer": "self_normalised", "lam": "lam"}),
 }
 
 DPO_RATE = 0.3  # of the others' learning rate: at the full one it drifts off, to more KL for less reward
@@ -93,8 +94,8 @@ class Run:
     folder: Path
     device: torch.device
 
-    def config(self, steps: int, batch: int, rate: float, **settings) -> VARConfig:
-        return VARConfig(
+    def config(self, method: str, steps: int, batch: int, rate: float, **settings) -> AlignConfig:
+        return method_config(method)(
             output_dir=str(self.folder / "trainer"),
             cache_dir=str(self.folder / "cache"),
             max_steps=steps,
@@ -122,7 +123,7 @@ def make_reference(run: Run, advance: Advance):
     rows = list(itertools.islice(world.corpus(run.seed), plan.pretrain_steps * plan.pretrain_batch))
     tokenizer = make_tokenizer(plan.model, (row["prompt"] + row["completion"] for row in rows[:10_000]))
     model = make_model(plan.model, len(tokenizer), MAX_LENGTH, run.seed)
-    config = run.config(plan.pretrain_steps, plan.pretrain_batch, plan.pretrain_rate, method="sft", sft_on="all")
+    config = run.config("sft", plan.pretrain_steps, plan.pretrain_batch, plan.pretrain_rate, sft_on="all")
     train(model, tokenizer, rows, config, advance)
     return model, tokenizer, rows
 
@@ -143,11 +144,13 @@ def align(name: str, model, tokenizer, rows: list[dict], run: Run, advance: Adva
     plan = run.plan
     batch = plan.align_prompts * (plan.completions if name == "SFT" else 1)
     rate = plan.align_rate * (DPO_RATE if name == "DPO" else 1.0)
-    config = run.config(plan.align_steps, batch, rate, lam=plan.lam, beta=plan.lam, **METHODS[name])
+    method, settings = METHODS[name]
+    settings = {key: plan.lam if value == "lam" else value for key, value in settings.items()}
+    config = run.config(method, plan.align_steps, batch, rate, **settings)
     return train(model, tokenizer, rows, config, advance, callbacks)
 
 
-def train(model, tokenizer, rows, config: VARConfig, advance: Advance, callbacks=()) -> list[dict]:
+def train(model, tokenizer, rows, config: AlignConfig, advance: Advance, callbacks=()) -> list[dict]:
     trainer = VARTrainer(model, config, rows, processing_class=tokenizer, callbacks=[_Advance(advance), *callbacks])
     trainer.remove_callback(PrinterCallback)
     trainer.train()

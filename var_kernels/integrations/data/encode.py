@@ -29,9 +29,8 @@ class EncodedRows:
     where: list[str]  # of each row: the line it was read from
     cut_prompts: int = 0
     cut_completions: int = 0
-    ref_logp: Tensor | None = field(
-        default=None, compare=False
-    )  # (rows,) fp32, nats, summed over the completion's tokens
+    columns: dict[str, Tensor] = field(default_factory=dict, compare=False)  # (rows,), made for the method: "ref_logp"
+    token_columns: dict[str, Tensor] = field(default_factory=dict, compare=False)  # (tokens,), beside token_ids
 
     def __len__(self) -> int:
         return len(self.prompt_length)
@@ -48,9 +47,13 @@ class EncodedRows:
         known = {"input_ids": ids, "labels": labels, "group": self.group[row]}
         if self.reward is not None:
             known["reward"] = self.reward[row]
-        if self.ref_logp is not None:
-            known["ref_logp"] = self.ref_logp[row]
-        return known
+        known |= {name: column[row] for name, column in self.columns.items()}
+        span = slice(self.offset[row], self.offset[row + 1])
+        return known | {name: column[span] for name, column in self.token_columns.items()}
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """(tokens,) -> (rows,), in fp64 before it is rounded."""
+        return torch.segment_reduce(values.double(), "sum", offsets=self.offset, initial=0.0).to(values.dtype)
 
 
 def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> EncodedRows:

@@ -26,8 +26,8 @@ class Items(torch.utils.data.Dataset):
 
 @dataclass
 class RowCollator:
-    """Flattens items to rows and pads them on the right: input_ids, attention_mask, labels (B, T); everything else
-    (B,)."""
+    """Flattens items to rows and pads them on the right: input_ids, attention_mask, labels and log-probs of tokens
+    (B, T); everything else (B,)."""
 
     pad_token_id: int
 
@@ -38,7 +38,11 @@ class RowCollator:
             "attention_mask": _pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
             "labels": _pad([row["labels"] for row in rows], -100),
         }
-        return batch | {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key not in batch}
+        for key in rows[0]:
+            if key not in batch:
+                values = [row[key] for row in rows]
+                batch[key] = torch.stack(values) if values[0].dim() == 0 else _pad(values, 0)
+        return batch
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:

@@ -1,30 +1,24 @@
-"""The settings of ``VARTrainer``: those of transformers.TrainingArguments and the ones below."""
+"""The settings of ``VARTrainer``: those of transformers.TrainingArguments, the ones that every method shares, and each
+method's own. One class per method, made from ``METHODS``.
+"""
 
+import dataclasses
+import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
 
-from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.integrations.trainer.methods import METHODS, Method
 from var_kernels.losses.weights import check_options
 
 
 @dataclass
-class VARConfig(TrainingArguments):
-    """Settings of ``VARTrainer``.
+class AlignConfig(TrainingArguments):
+    """What all methods share. Take a method's own class: ``VARConfig``, or ``method_config("ipo")``.
 
     Args:
-        method: "var" (reward-weighted likelihood), "sft" (plain likelihood) or "dpo" (pairs).
-        lam: VAR's lambda > 0, in reward units: small follows the reward, large stays with the reference.
-        normalizer: how VAR estimates Z: "batch", "batch_mean", "group" or "self_normalised", over the global batch
-            (all ranks and accumulation steps). "group" and "self_normalised" make an item of a batch of a prompt with
-            all its completions.
-        reference: the reference term in VAR's weights: "mean" per token, "sum" or "none". With sums the weights of
-            ordinary texts collapse onto one sequence of a batch (docs/training.md). "self_normalised" has none,
-            whatever is said here.
-        beta: DPO's beta.
-        sft_on: "best" completion of each prompt (the chosen one of a pair; all of them where there are no rewards), or
-            "all".
         max_length: tokens of prompt and completion together; longer rows are cut (see ``encode_examples``).
         precompute_ref_log_probs: score the data with the reference once, before training, and keep the result in
             ``cache_dir``.
@@ -38,12 +32,8 @@ class VARConfig(TrainingArguments):
         workspace_mb: memory for the loss's temporaries; None: the default of ``var_kernels.ops``.
     """
 
-    method: str = "var"
-    lam: float = 1.0
-    normalizer: str = "batch"
-    reference: str = "mean"
-    beta: float = 0.1
-    sft_on: str = "best"
+    method: ClassVar[str] = ""
+
     max_length: int = 1024
     precompute_ref_log_probs: bool = True
     cache_dir: str | None = None
@@ -62,19 +52,8 @@ class VARConfig(TrainingArguments):
     def __post_init__(self):
         # Checked first: TrainingArguments' own __post_init__ may already touch devices and directories.
         if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.normalizer == "self_normalised":
-            self.reference = "none"
-        self.reference = check_options(self.lam, self.normalizer, self.reference)
-        if self.normalizer == "cross":
-            raise ValueError(
-                "normalizer: 'cross' needs the reference's score of every completion under every prompt of the batch, "
-                "which the trainer "
-                "does not make; use 'batch' or 'group', or VARLoss in a loop of your own"
-            )
-        if self.sft_on not in ("best", "all"):
-            raise ValueError(f"sft_on: expected 'best' or 'all', got {self.sft_on!r}")
-        _check_range("beta", self.beta, self.beta > 0, "> 0")
+            raise TypeError("AlignConfig belongs to no method; take VARConfig, or method_config(name)")
+        self._check_method()
         _check_range("max_length", self.max_length, self.max_length >= 2, ">= 2 tokens")
         _check_range(
             "workspace_mb", self.workspace_mb, self.workspace_mb is None or self.workspace_mb > 0, "> 0, or None"
@@ -107,7 +86,7 @@ class VARConfig(TrainingArguments):
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; the losses here are those of "
-                "the labels as they are (dpo's smoothing is dpo_loss's own)"
+                "the labels as they are (dpo's smoothing is its option label_smoothing)"
             )
         sampling = getattr(self, "train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):
@@ -123,7 +102,76 @@ class VARConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # torch warns about it at every start
         super().__post_init__()
 
+    def _check_method(self) -> None:
+        """The method's own settings, by the loss's own checks: it is called on no rows at all."""
+        METHODS[self.method].check(self)
+
 
 def _check_range(name: str, value: object, good: bool, wanted: str) -> None:
     if not good:
         raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+@dataclass
+class VARConfig(AlignConfig):
+    """Settings of ``VARTrainer`` for VAR: ``AlignConfig``'s, and
+
+    Args:
+        lam: VAR's lambda > 0, in reward units: small follows the reward, large stays with the reference.
+        normalizer: how VAR estimates Z: "batch", "batch_mean", "group" or "self_normalised", over the global batch
+            (all ranks and accumulation steps). "group" and "self_normalised" make an item of a batch of a prompt with
+            all its completions.
+        reference: the reference term in VAR's weights: "mean" per token, "sum" or "none". With sums the weights of
+            ordinary texts collapse onto one sequence of a batch (docs/training.md). "self_normalised" has none,
+            whatever is said here.
+    """
+
+    method: ClassVar[str] = "var"
+
+    lam: float = 1.0
+    normalizer: str = "batch"
+    reference: str = "mean"
+
+    def _check_method(self) -> None:
+        if self.normalizer == "self_normalised":
+            self.reference = "none"
+        self.reference = check_options(self.lam, self.normalizer, self.reference)
+        if self.normalizer == "cross":
+            raise ValueError(
+                "normalizer: 'cross' needs the reference's score of every completion under every prompt of the batch, "
+                "which the trainer does not make; use 'batch' or 'group', or VARLoss in a loop of your own"
+            )
+
+
+def method_config(method: str) -> type[AlignConfig]:
+    """The class of a method's settings: ``method_config("ipo")(output_dir="runs/ipo", tau=0.1)``.
+
+    Its fields beside ``AlignConfig``'s are the options of the loss (``LOSSES["ipo"].options``) and of the method.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
+    return METHOD_CONFIGS[method]
+
+
+def _make_config(name: str, method: Method) -> type[AlignConfig]:
+    own = [
+        (option, kind, field(default=default, metadata={"help": meaning}))
+        for option, (kind, default, meaning) in method.own_settings.items()
+    ]
+    class_name = (
+        f"{''.join(part.upper() if len(part) < 5 else part.capitalize() for part in name.split('_'))}AlignConfig"
+    )
+    meanings = "\n".join(f"        {option}: {meaning}." for option, (_, _, meaning) in method.own_settings.items())
+    title = f"Settings of ``VARTrainer`` for {name!r}: ``AlignConfig``'s, and"
+    doc = f"{title}\n\n    Args:\n{meanings}\n\n    Loss: {method.loss.formula}.\n    "
+    made = dataclasses.make_dataclass(
+        class_name, own, bases=(AlignConfig,), namespace={"method": name, "__doc__": doc, "__module__": __name__}
+    )
+    setattr(sys.modules[__name__], class_name, made)  # where pickle looks: Trainer saves its arguments
+    return made
+
+
+METHOD_CONFIGS = {name: VARConfig if name == "var" else _make_config(name, method) for name, method in METHODS.items()}

@@ -5,80 +5,89 @@ A step is prepared once for all of its micro-batches on this rank (``prepare``),
 batch. The micro-batch losses of a step, summed over accumulation steps and ranks, are the loss of the global batch.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses import dpo_loss, var_weights
-from var_kernels.losses.sequences import expand_to_tokens, sequence_sum
-from var_kernels.ops import linear_logprob, linear_weighted_nll
-
-logger = logging.getLogger(__name__)
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX
+from var_kernels.integrations.trainer import items
+from var_kernels.integrations.trainer.values import prompt_end
+from var_kernels.losses import (
+    LOSSES,
+    Loss,
+    alol_advantage,
+    dro_value_loss,
+    linear_loss,
+    quantile_reward,
+    standardised_advantage,
+    var_weights,
+)
+from var_kernels.losses.ava import last_value
+from var_kernels.losses.sequences import sequence_sum
+from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 
 Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
+Prepared = tuple[Rows, dict[str, Tensor]]  # what to add to the step's rows, metrics of the global batch
 
 
 @dataclass(frozen=True)
 class Method:
-    """``items(rows, config)`` lists the row numbers of each item. ``prepare(step, config, group)`` returns what to add
-    to the step's rows, (B,) each, and metrics of the global batch. ``loss(hidden, head, labels, rows, config)``
-    returns the micro-batch's share of the loss (scalar), the sequences' log-probs (B,) and the argmax hits at each
-    label (B, T); it runs inside the head."""
+    """How a loss of the registry is trained.
 
+    items: (rows, config) -> the row numbers of each item. prepare: (step, config, group) -> what to add to the step's
+    rows, "weight" (B,) among it, and metrics. columns: (rows, config) -> what to add to the data's rows once. defaults:
+    of the loss's options that have none. settings: options of the method beside the loss's, name -> (type, default,
+    meaning). head: what is had beside the lm_head: "" (nothing), "fitted" (a value, on the reference before training),
+    "value" or "reward" (heads that learn with the policy). policy_labels: chosen and rejected change places as the
+    policy itself would label them.
+    """
+
+    loss: Loss
     items: Callable[[Any, Any], list[list[int]]]
     need_rewards: str
-    uses_ref: Callable[[Any], bool]
-    prepare: Callable[[Rows, Any, dist.ProcessGroup | None], tuple[Rows, dict[str, Tensor]]]
-    loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    prepare: Callable[[Rows, Any, dist.ProcessGroup | None], Prepared]
+    defaults: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, tuple[type, object, str]] = field(default_factory=dict)
+    columns: Callable[[Any, Any], Rows] | None = None
+    head: str = ""
+    policy_labels: bool = False
 
+    @property
+    def reference(self) -> str:
+        """What of the reference is read: "" (nothing), "sequence" sums or "token" log-probs."""
+        reads = set(self.loss.inputs)
+        if reads & {"ref_token_logp", "old_token_logp"}:
+            return "token"
+        return "sequence" if "ref_logp" in reads or self.loss.name == "var" else ""
 
-# ---- items -----------------------------------------------------------------------------------------------------------
+    @property
+    def own_settings(self) -> dict[str, tuple[object, object, str]]:
+        """Name -> (type, default, meaning) of the config's fields that are this method's alone: the loss's options
+        first."""
+        meaning = f"option of {self.loss.function.__name__}"
+        types = self.loss.option_types
+        options = {
+            name: (types[name], self.defaults.get(name, default), meaning)
+            for name, default in self.loss.options.items()
+        }
+        return options | self.settings
 
+    def check(self, config) -> None:
+        """Settings out of range are refused before anything is read: by the loss itself, on no rows, and here."""
+        if "sft_on" in self.settings and config.sft_on not in ("best", "all"):
+            raise ValueError(f"sft_on: expected 'best' or 'all', got {config.sft_on!r}")
+        if "length_normalization" in self.settings and config.length_normalization not in LENGTH_NORMALIZATIONS:
+            raise ValueError(
+                f"length_normalization: expected one of {LENGTH_NORMALIZATIONS}, got {config.length_normalization!r}"
+            )
+        self.loss.function(**self.loss.no_rows(), **self.loss_options(config))
 
-def _var_items(rows, config) -> list[list[int]]:
-    whole_prompts = config.normalizer in ("group", "self_normalised")
-    return rows.groups if whole_prompts else [[row] for row in range(len(rows))]
-
-
-def _sft_items(rows, config) -> list[list[int]]:
-    if config.sft_on == "all":
-        return [[row] for row in range(len(rows))]
-    items = []
-    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
-        if is_pair:
-            items.append(group[:1])
-        elif rows.reward is None or rows.reward[group].isnan().any():
-            items += [[row] for row in group]
-        else:
-            items.append([group[int(rows.reward[group].argmax())]])
-    return items
-
-
-def _dpo_items(rows, config) -> list[list[int]]:
-    """[chosen, rejected]: those of a pair, otherwise the best and the worst of a prompt, if their rewards differ."""
-    items, ties = [], 0
-    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
-        if is_pair:
-            items.append(group)
-            continue
-        reward = rows.reward[group]
-        best, worst = group[int(reward.argmax())], group[int(reward.argmin())]
-        if rows.reward[best] > rows.reward[worst]:
-            items.append([best, worst])
-        else:
-            ties += 1
-    if ties:
-        logger.warning(
-            "%d of %d prompts have no two completions with different rewards: no pair", ties, len(rows.groups)
-        )
-    if not items:
-        raise ValueError("method 'dpo' needs pairs: no prompt has two completions with different rewards")
-    return items
+    def loss_options(self, config) -> dict[str, object]:
+        return {name: getattr(config, name) for name in self.loss.options}
 
 
 # ---- what is known before the forward pass ---------------------------------------------------------------------------
@@ -90,7 +99,14 @@ def _total(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return value
 
 
-def _prepare_var(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
+def _equal_weights(step: Rows, group, number_of_items: Tensor | None = None) -> Tensor:
+    """(B,) fp64: 1 / number of items of the global batch; rows unless told otherwise."""
+    length = step["length"]
+    count = torch.tensor(len(length), device=length.device) if number_of_items is None else number_of_items
+    return (1.0 / _total(count.double(), group).clamp(min=1)).expand(len(length))
+
+
+def _prepare_var(step: Rows, config, group) -> Prepared:
     grouped = config.normalizer in ("group", "self_normalised")
     weights = var_weights(
         step["reward"],
@@ -115,57 +131,213 @@ def _prepare_var(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
         "log_z": log_z_total / size,
         "weight_entropy": entropy,
     }
-    return {"weight": share}, metrics
+    return {"weight": share, "sample_weight": torch.ones_like(share)}, metrics
 
 
-def _prepare_sft(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
-    tokens = _total(step["length"].sum(), group)
-    return {"weight": torch.ones_like(step["length"], dtype=torch.float64) / tokens.clamp(min=1)}, {}
+def _prepare_tokens(step: Rows, config, group) -> Prepared:
+    """Mean over the tokens of the global batch."""
+    return {"weight": _equal_weights(step, group, step["length"].sum())}, {}
 
 
-def _prepare_dpo(step: Rows, config, group) -> tuple[Rows, dict[str, Tensor]]:
-    rows = _total(torch.ones_like(step["length"]).sum(), group)
-    return {"weight": (2.0 / rows.double()).expand(len(step["length"]))}, {}
+def _prepare_rows(step: Rows, config, group) -> Prepared:
+    return {"weight": _equal_weights(step, group)}, {}
+
+
+def _prepare_pairs(step: Rows, config, group) -> Prepared:
+    return {"weight": 2.0 * _equal_weights(step, group)}, {}
+
+
+def _prepare_groups(step: Rows, config, group) -> Prepared:
+    """A row's term is its part of the prompt's loss: mean over the prompts of the global batch."""
+    return {"weight": _equal_weights(step, group, _one(step, torch.unique(step["group"]).numel()))}, {}
+
+
+def _prepare_awr(step: Rows, config, group) -> Prepared:
+    advantage = standardised_advantage(step["reward"], process_group=group)
+    return {"weight": _equal_weights(step, group), "advantage": advantage}, {}
+
+
+def _prepare_alol_seq(step: Rows, config, group) -> Prepared:
+    advantage = alol_advantage(step["reward"], step["value"])
+    return {"weight": _equal_weights(step, group), "advantage": advantage}, {
+        "kept_share": (advantage > 0).double().mean()
+    }
+
+
+def _prepare_rgold(step: Rows, config, group) -> Prepared:
+    return {"weight": _equal_weights(step, group), "advantage": step["reward"].sigmoid()}, {}
+
+
+def _prepare_group_relative(step: Rows, config, group) -> Prepared:
+    """Advantages within a prompt, (r - mean) / std, and the weights of GRPO, DAPO or Dr. GRPO."""
+    _, index = torch.unique(step["group"], return_inverse=True)
+    reward, count = step["reward"].double(), torch.bincount(index).double()
+    zeros = torch.zeros_like(count)
+    advantage = reward - (zeros.index_add(0, index, reward) / count)[index]
+    if config.advantage_std:
+        spread = (zeros.index_add(0, index, advantage.square()) / (count - 1).clamp(min=1)).sqrt()
+        advantage = advantage / (spread + 1e-4)[index]
+    length = step["length"].clamp(min=1)
+    if config.length_normalization == "sequence":
+        weight = _equal_weights(step, group) / length
+    elif config.length_normalization == "token":
+        weight = _equal_weights(step, group, step["length"].sum())
+    else:
+        weight = _equal_weights(step, group) / config.max_length
+    return {"weight": weight, "advantage": advantage.float()}, {}
+
+
+def _one(step: Rows, value: float) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=step["length"].device)
+
+
+# ---- columns that are known of the whole data set --------------------------------------------------------------------
+
+
+def _desirable(rows, config) -> Rows:
+    """KTO: the chosen of a pair, and completions whose reward is above the threshold."""
+    reward = torch.zeros(len(rows)) if rows.reward is None else rows.reward
+    desirable = reward > config.desirable_above
+    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
+        if is_pair:
+            desirable[group] = torch.tensor([True, False])
+    return {"desirable": desirable}
+
+
+def _quantiles(rows, config) -> Rows:
+    """QRPO: each reward's quantile among those of its prompt's completions."""
+    reward = rows.reward.clone()
+    for group in rows.groups:
+        reward[group] = quantile_reward(rows.reward[group], rows.reward[group].expand(len(group), -1))
+    return {"reward": reward}
+
+
+def _standardised(rows, config) -> Rows:
+    """DRO: rewards of mean 0 and standard deviation 1 over the data set."""
+    spread, mean = torch.std_mean(rows.reward, correction=0)
+    return {"reward": (rows.reward - mean) / spread.clamp(min=1e-8)} if config.standardise_rewards else {}
 
 
 # ---- losses inside the head ------------------------------------------------------------------------------------------
 
 
-def _weighted_nll(hidden: Tensor, head, labels: Tensor, rows: Rows, config) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_i weight_i * nll_i: class A, gradients made in the forward pass."""
-    weight = rows["weight"].to(torch.promote_types(hidden.dtype, torch.float32))
-    loss, logp, argmax = linear_weighted_nll(
+def loss_in_head(
+    method: Method,
+    hidden: Tensor,
+    head,
+    labels: Tensor,
+    rows: Rows,
+    config,
+    *,
+    extra_head=None,
+    process_group=None,
+    label_generator=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The micro-batch's share of the loss (scalar), log-probs of the sequences (B,), argmax hits at each label (B, T),
+    and what the policy or its reward head makes of each sequence (B,): pairs are judged by it."""
+    loss = method.loss
+    inputs = {name: rows[name] for name in loss.inputs if name in rows}
+    kept = labels != IGNORE_INDEX
+    if method.head == "reward":
+        inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
+    elif method.head == "value":
+        inputs["value"] = extra_head(hidden.detach(), prompt_end(labels))
+    total, logp, argmax = linear_loss(
+        loss.name,
         hidden,
         head.lm_head_weight,
         labels,
-        expand_to_tokens(weight, labels),
+        inputs,
         head.bias,
+        item_weight=rows["weight"][0::2] if loss.item == "pair" else rows["weight"],
+        head_options={**head.logit_options, "workspace_mb": config.workspace_mb},
+        process_group=process_group,
+        label_generator=label_generator,
         return_logp=True,
         return_argmax=True,
-        workspace_mb=config.workspace_mb,
-        **head.logit_options,
+        **method.loss_options(config),
     )
-    return loss, sequence_sum(logp, labels), argmax == labels
+    logp_B = sequence_sum(logp, labels)
+    if method.head == "value":
+        given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
+        total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
+    score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
+    return total, logp_B, argmax == labels, score_B.detach()
 
 
-def _dpo(hidden: Tensor, head, labels: Tensor, rows: Rows, config) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows 2p and 2p + 1 are the chosen and the rejected completion of pair p."""
-    logp, argmax = linear_logprob(
-        hidden,
-        head.lm_head_weight,
-        labels,
-        head.bias,
-        return_argmax=True,
-        workspace_mb=config.workspace_mb,
-        **head.logit_options,
-    )
-    s, ref = sequence_sum(logp, labels), rows["ref_logp"]
-    pair_loss = dpo_loss(s[0::2], s[1::2], ref[0::2], ref[1::2], beta=config.beta)
-    return (pair_loss * rows["weight"][0::2].to(pair_loss.dtype)).sum(), s.detach(), argmax == labels
-
-
-METHODS = {
-    "var": Method(_var_items, "required", lambda config: True, _prepare_var, _weighted_nll),
-    "sft": Method(_sft_items, "optional", lambda config: False, _prepare_sft, _weighted_nll),
-    "dpo": Method(_dpo_items, "unless_pair", lambda config: True, _prepare_dpo, _dpo),
+_SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}
+_GROUP_RELATIVE = {
+    "advantage_std": (bool, True, "divide advantages by their standard deviation within the prompt"),
+    "length_normalization": (str, "sequence", "sequence (GRPO), token (DAPO) or constant (Dr. GRPO)"),
 }
+_HEAD_RATE = {"head_learning_rate": (float, 1e-3, "of the head beside the lm_head")}
+_VAR = {
+    "lam": (float, 1.0, "VAR's lambda, in reward units"),
+    "normalizer": (str, "batch", "VAR's Z: batch, batch_mean, group or self_normalised"),
+    "reference": (str, "mean", "reference term in VAR's weights: mean, sum or none"),
+}
+_PAIR = {"items": items.pairs, "need_rewards": "unless_pair", "prepare": _prepare_pairs}
+_RATED = {"items": items.single_rows, "need_rewards": "required", "prepare": _prepare_rows}
+_RANKED = {"items": items.whole_prompts, "need_rewards": "required", "prepare": _prepare_groups}
+
+
+def _methods(**entries: dict) -> dict[str, Method]:
+    return {name: Method(LOSSES[name], **entry) for name, entry in entries.items()}
+
+
+METHODS = _methods(
+    var={"items": items.var_items, "need_rewards": "required", "prepare": _prepare_var, "settings": _VAR},
+    sft={"items": items.sft_items, "need_rewards": "optional", "prepare": _prepare_tokens, "settings": _SFT_ON},
+    dft={"items": items.sft_items, "need_rewards": "optional", "prepare": _prepare_tokens, "settings": _SFT_ON},
+    raft=_RANKED,
+    awr={**_RATED, "prepare": _prepare_awr, "defaults": {"beta": 1.0}},
+    weighted_bc=_RATED,
+    dpo={**_PAIR, "defaults": {"beta": 0.1}},
+    robust_dpo={**_PAIR, "defaults": {"beta": 0.1, "label_smoothing": 0.1}},
+    ipo={**_PAIR, "defaults": {"tau": 0.1}},
+    hinge={**_PAIR, "defaults": {"beta": 0.1}},
+    slic={**_PAIR, "defaults": {"delta": 1.0, "target_weight": 0.1}},
+    simpo={**_PAIR, "defaults": {"beta": 2.0, "gamma": 1.0}},
+    orpo={**_PAIR, "defaults": {"odds_weight": 0.1}},
+    rebel={**_PAIR, "need_rewards": "required", "defaults": {"eta": 1.0}},
+    sail_dp={**_PAIR, "defaults": {"beta": 0.1}, "policy_labels": True},
+    sail_pp={**_PAIR, "defaults": {"beta": 0.1}, "policy_labels": True},
+    sail_pr={**_PAIR, "defaults": {"beta": 0.1}},
+    exo={**_RANKED, "defaults": {"beta": 0.1, "reward_temperature": 1.0}},
+    lire={**_RANKED, "defaults": {"temperature": 1.0}},
+    kto={
+        "items": items.judged_rows,
+        "need_rewards": "unless_pair",
+        "prepare": _prepare_rows,
+        "columns": _desirable,
+        "defaults": {"beta": 0.1},
+        "settings": {"desirable_above": (float, 0.0, "completions with a reward above this are desirable")},
+    },
+    qrpo={**_RATED, "columns": _quantiles, "defaults": {"beta": 0.1}},
+    dro={
+        **_RATED,
+        "columns": _standardised,
+        "head": "value",
+        "defaults": {"tau": 1.0},
+        "settings": {
+            "standardise_rewards": (bool, True, "rewards of mean 0 and standard deviation 1 over the data"),
+            **_HEAD_RATE,
+        },
+    },
+    alol={**_RATED, "head": "fitted"},
+    alol_seq={**_RATED, "head": "fitted", "prepare": _prepare_alol_seq},
+    alol_ref_free={**_RATED, "head": "fitted"},
+    alol_kl={**_RATED, "head": "fitted", "defaults": {"beta": 0.1}},
+    rlol=_RATED,
+    rgold={**_RATED, "prepare": _prepare_rgold},
+    ava_d={
+        "items": items.sft_items,
+        "need_rewards": "optional",
+        "prepare": _prepare_rows,
+        "head": "reward",
+        "settings": {**_SFT_ON, **_HEAD_RATE},
+    },
+    ava_p={**_PAIR, "head": "reward", "settings": _HEAD_RATE},
+    ppo={**_RANKED, "prepare": _prepare_group_relative, "settings": _GROUP_RELATIVE},
+    grpo={**_RANKED, "prepare": _prepare_group_relative, "defaults": {"beta": 0.04}, "settings": _GROUP_RELATIVE},
+)

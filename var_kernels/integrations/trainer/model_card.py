@@ -9,7 +9,7 @@ import transformers
 import var_kernels
 
 _SHOWN = (
-    *("method", "lam", "normalizer", "reference", "beta", "sft_on", "max_length", "learning_rate", "lr_scheduler_type"),
+    *("max_length", "learning_rate", "lr_scheduler_type"),
     *(
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -20,7 +20,6 @@ _SHOWN = (
     ),
     *("max_grad_norm", "seed", "bf16", "fp16", "disable_dropout", "precompute_ref_log_probs", "sync_ref_model"),
 )
-_ONLY_FOR = {"lam": "var", "normalizer": "var", "reference": "var", "sft_on": "sft", "beta": "dpo"}
 
 
 def write_model_card(trainer) -> None:
@@ -28,7 +27,8 @@ def write_model_card(trainer) -> None:
     args, history = trainer.args, trainer.state.log_history
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = getattr(model.config, "_name_or_path", "") or "a model trained from scratch"
-    settings = {name: getattr(args, name) for name in _SHOWN if _ONLY_FOR.get(name, args.method) == args.method}
+    settings = {"method": args.method}
+    settings |= {name: getattr(args, name) for name in (*trainer.method.own_settings, *_SHOWN)}
     settings["world_size"] = args.world_size
     last = next((entry for entry in reversed(history) if "loss" in entry), {})
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})

@@ -1,4 +1,4 @@
-"""The reference policy's log-probs of every row: computed once, kept on disk under the content they depend on."""
+"""The reference policy's log-probs of every token: computed once, kept on disk under the content they depend on."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
-from var_kernels.integrations.hf import sequence_logprobs
+from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 
 logger = logging.getLogger(__name__)
@@ -47,75 +47,88 @@ def rows_fingerprint(rows: EncodedRows) -> str:
 
 
 def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> Tensor:
-    """(rows,) fp32, nats: from the cache, or scored now (each rank its share) and kept.
+    """(tokens,) fp32, nats, 0 in the prompts: from the cache, or scored now (each rank its share) and kept.
 
     Raises:
         DataError: rows whose log-prob is not finite.
     """
     path = Path(trainer.args.cache_dir or default_cache_dir()) / "ref_logp" / f"{key}.safetensors"
-    found = _load(path, len(rows))
+    found = _load(path, len(rows.token_ids))
     # Every rank must have it, or all score: a rank that skips its share would leave the others waiting.
     missing = trainer.accelerator.reduce(torch.tensor(int(found is None), device=trainer.accelerator.device), "sum")
     if not missing:
         logger.info("reference log-probs of %d rows read from %s", len(rows), path)
         return found
     logp = score_rows(trainer, model, rows)
-    bad = (~logp.isfinite()).nonzero().flatten().tolist()
+    sums = rows.row_sums(logp)
+    bad = (~sums.isfinite()).nonzero().flatten().tolist()
     if bad:
-        problems = [Problem(rows.where[row], f"the reference model's log-prob is {logp[row].item()}") for row in bad]
+        problems = [Problem(rows.where[row], f"the reference model's log-prob is {sums[row].item()}") for row in bad]
         raise DataError(problems, remedy="the reference model overflows on these rows; load it in a wider dtype")
     if trainer.args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file({"ref_logp": logp}, temporary)
+            save_file({"ref_token_logp": logp}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return logp
 
 
-def _load(path: Path, num_rows: int) -> Tensor | None:
+def _load(path: Path, num_tokens: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        logp = load_file(path)["ref_logp"]
+        logp = load_file(path)["ref_token_logp"]
     except Exception as error:
         logger.warning("%s cannot be read (%s): computed anew", path, error)
         return None
-    return logp if logp.shape == (num_rows,) and logp.isfinite().all() else None
+    return logp if logp.shape == (num_tokens,) and logp.isfinite().all() else None
 
 
 @torch.no_grad()
 def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
-    """(rows,) fp32 summed log-probs of the completions under ``model``, in batches of rows of like length."""
+    """(tokens,) fp32 log-probs of the completions' tokens under ``model``, 0 in the prompts."""
+    logp = torch.zeros(len(rows.token_ids), device=trainer.accelerator.device)
+
+    def score(batch: dict[str, Tensor], members: list[int]) -> None:
+        for row, values in zip(members, score_batch(trainer, model, batch).float(), strict=True):
+            logp[rows.offset[row] : rows.offset[row + 1]] = values[: rows.length(row)]
+
+    over_rows(trainer, model, rows, score, "reference log-probs")
+    return trainer.accelerator.reduce(logp, "sum").cpu()
+
+
+def over_rows(trainer, model: nn.Module, rows: EncodedRows, visit, title: str) -> None:
+    """``visit(batch, its row numbers)`` for this rank's share of the rows, in batches of rows of like length, with the
+    model in eval mode."""
     args, accelerator = trainer.args, trainer.accelerator
     order = sorted(range(len(rows)), key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
     size = args.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)
-    logp = torch.zeros(len(rows), device=accelerator.device)
     was_training = model.training
     model.eval()
     try:
-        for batch in _progress(batches[accelerator.process_index :: accelerator.num_processes], args):
-            logp[batch] = score_batch(trainer, model, collate([items[row] for row in batch])).float()
+        for batch in _progress(batches[accelerator.process_index :: accelerator.num_processes], args, title):
+            visit(collate([items[row] for row in batch]), batch)
     finally:
         model.train(was_training)
-    return accelerator.reduce(logp, "sum").cpu()
 
 
 def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(B,) fp32 summed log-probs of a collated batch, computed as the training step computes them (same autocast)."""
+    """(B, T) fp32 log-probs of a collated batch's labels, computed as the training step computes them (same
+    autocast)."""
     device = trainer.accelerator.device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad(), trainer.accelerator.autocast():
-        return sequence_logprobs(model, inputs, workspace_mb=trainer.args.workspace_mb)
+        return token_logprobs(model, inputs, workspace_mb=trainer.args.workspace_mb)
 
 
-def _progress(batches: list, args):
+def _progress(batches: list, args, title: str):
     if args.disable_tqdm or not args.should_save:
         return batches
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc="reference log-probs", unit="batch")
+    return tqdm(batches, desc=title, unit="batch")

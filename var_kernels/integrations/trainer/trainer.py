@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
@@ -26,16 +27,18 @@ from var_kernels.integrations.data import (
 )
 from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
 from var_kernels.integrations.trainer.collator import Items, RowCollator
-from var_kernels.integrations.trainer.config import VARConfig
+from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.memory import peak_memory_mb
-from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.integrations.trainer.methods import METHODS, Method, loss_in_head
 from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary, disable_dropout
 from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
 from var_kernels.losses.weights import warn_if_collapsed
 
 logger = logging.getLogger(__name__)
@@ -43,24 +46,25 @@ _REF_MODEL_DIR = "ref_model"
 
 
 class VARTrainer(Trainer):
-    """Aligns a causal LM by VAR (or trains it by SFT or DPO) on rows with rewards.
+    """Aligns a causal LM by VAR, or by any other method of the registry, on rows with rewards or pairs.
 
     The loss of an optimiser step is that of its global batch, over all ranks and gradient-accumulation steps:
 
-        var   sum_i w_i nll_i / sum_i w_i     w = var_weights(...), nll_i = -log pi(y_i | x_i)
-        sft   sum_i nll_i / number of tokens
-        dpo   mean over pairs of -log sigmoid(beta ((s_w - sr_w) - (s_l - sr_l)))
+        var          sum_i w_i nll_i / sum_i w_i     w = var_weights(...), nll_i = -log pi(y_i | x_i)
+        sft, dft     sum over tokens / number of tokens
+        pairs        mean over pairs of the loss: dpo, ipo, sail_dp, ...
+        prompts      mean over prompts of the sum over their completions: exo, lire, ppo, grpo, ...
+        others       mean over completions: alol, dro, kto, ...
 
     Logged besides Trainer's own: ess, ess_share, log_z, weight_entropy (nats), reward_mean, weighted_reward,
     token_accuracy, nll_per_token (nats), logp_minus_ref (mean of s - s_ref, nats per sequence of the data), kl_to_ref
-    (the same mean under
-    the weights: an estimate of KL(pi || ref) once the policy has reached the weighted data; not a sample estimate from
-    the policy), tokens_per_second, peak_memory_mb.
+    (VAR: the same mean under the weights, an estimate of KL(pi || ref) once the policy has reached the weighted data;
+    not a sample estimate from the policy), tokens_per_second, peak_memory_mb.
 
     Args:
         model: a causal LM, or its name or path (loaded in fp32, whatever the checkpoint's dtype is).
-        args: a ``VARConfig``. A batch size counts items: completions, or prompts with all their completions where the
-            normalizer works per prompt, or pairs.
+        args: a ``VARConfig``, or another method's settings (``method_config("ipo")``). A batch size counts items:
+            completions, or pairs, or prompts with all their completions where the method compares those.
         train_dataset, eval_dataset: rows in a form of docs/data.md (dicts, a datasets.Dataset), or what
             ``load_examples`` returns.
         processing_class: the tokenizer; by default the model's own.
@@ -79,7 +83,7 @@ class VARTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: VARConfig | None = None,
+        args: AlignConfig | None = None,
         train_dataset: Sequence[dict] | Sequence[Example] | None = None,
         eval_dataset: Sequence[dict] | Sequence[Example] | None = None,
         processing_class=None,
@@ -114,7 +118,7 @@ class VARTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self._ref_key = ""
-        if self.method.uses_ref(args) and args.precompute_ref_log_probs:
+        if self.method.reference and args.precompute_ref_log_probs:
             self._ref_key = model_fingerprint(model if ref_model is None else ref_model)
         if peft_config is not None:
             from peft import get_peft_model
@@ -122,6 +126,9 @@ class VARTrainer(Trainer):
             if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
                 model.enable_input_require_grads()  # else no gradient reaches the checkpointed blocks of a frozen base
             model = get_peft_model(model, peft_config)
+        self.extra_head = None
+        if self.method.head in ("value", "reward"):
+            self.extra_head = attach_head(model, new_head(model, self.method.head))
         existed = os.path.exists(args.output_dir)
         super().__init__(
             model=model,
@@ -140,7 +147,10 @@ class VARTrainer(Trainer):
         self._sums = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._clock = None
         try:
-            self._prepare_reference([items.rows for items in data if items is not None])
+            tables = [items.rows for items in data if items is not None]
+            self._prepare_reference(tables)
+            if self.method.head == "fitted":
+                self._fit_values(tables)
         except BaseException:
             if not existed and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
                 os.rmdir(args.output_dir)
@@ -156,10 +166,13 @@ class VARTrainer(Trainer):
         if reward_func is not None:
             examples = apply_reward_function(reward_func, examples)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
-        return Items(encoded, self.method.items(encoded, args))
+        items = self.method.items(encoded, args)
+        if self.method.columns is not None:
+            encoded.columns |= self.method.columns(encoded, args)
+        return Items(encoded, items)
 
     def _prepare_reference(self, tables: list[EncodedRows]) -> None:
-        if not self.method.uses_ref(self.args):
+        if not self.method.reference:
             return
         device = self.accelerator.device
         if self.args.precompute_ref_log_probs:
@@ -168,12 +181,25 @@ class VARTrainer(Trainer):
             for rows in tables:
                 key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
                 with self._as_reference(model):
-                    rows.ref_logp = cached_ref_logp(self, model, rows, key)
+                    logp = cached_ref_logp(self, model, rows, key)
+                if self.method.reference == "token":
+                    rows.token_columns["ref_token_logp"] = logp
+                rows.columns["ref_logp"] = rows.row_sums(logp)
             self.ref_model = None  # its memory is not needed any more
         elif self.ref_model is None and not _is_peft(self.model):
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to(device)
+
+    def _fit_values(self, tables: list[EncodedRows]) -> None:
+        """V(x) of A-LoL: fitted on the rewards of the training set, by the reference, which is the model so far."""
+        model = self.model if self.ref_model is None else self.ref_model
+        train = tables[0]
+        squashed = train.reward.sigmoid() if getattr(self.args, "squash", True) else train.reward
+        with self._as_reference(model):
+            self.extra_head = fit_value_head(self, model, train, squashed)
+            for rows in tables:
+                rows.columns["value"] = values_of(self, model, rows, self.extra_head)
 
     def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
         return model.disable_adapter() if _is_peft(model) and model is self.model else contextlib.nullcontext()
@@ -183,7 +209,10 @@ class VARTrainer(Trainer):
         was_training = model.training
         model.eval()
         with self._as_reference(model):
-            batch["ref_logp"] = score_batch(self, model, batch)
+            logp = score_batch(self, model, batch)
+        if self.method.reference == "token":
+            batch["ref_token_logp"] = logp
+        batch["ref_logp"] = logp.sum(-1)
         model.train(was_training)
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
@@ -199,17 +228,17 @@ class VARTrainer(Trainer):
     def _prepare_step(self, batches: list[dict[str, Tensor]], group, mode: str) -> None:
         for batch in batches:
             batch["length"] = batch["labels"][:, 1:].ne(-100).sum(-1)
-            if self.method.uses_ref(self.args) and "ref_logp" not in batch:
+            if self.method.reference and "ref_logp" not in batch:
                 self._attach_reference(batch)
-        keys = [key for key in ("length", "group", "reward", "ref_logp") if key in batches[0]]
+        keys = [key for key in ("length", "group", "reward", "ref_logp", "value") if key in batches[0]]
         step = {key: torch.cat([batch[key] for batch in batches]).to(self.accelerator.device) for key in keys}
         added, metrics = self.method.prepare(step, self.args, group)
         sizes = [len(batch["length"]) for batch in batches]
         for key, values in added.items():
             for batch, part in zip(batches, values.split(sizes), strict=True):
                 batch[key] = part
-        for batch in batches:
-            batch["micro_batches"] = torch.tensor(len(batches))
+        for number, batch in enumerate(batches):
+            batch["micro_batches"], batch["micro_batch"] = torch.tensor(len(batches)), torch.tensor(number)
         for key, value in metrics.items():
             self._add(mode, key, value, 1.0)
         if "reward" in step:
@@ -223,23 +252,36 @@ class VARTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         if "micro_batches" not in inputs:
             self._prepare_step([inputs], None, mode)
-        rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
+        rows = _method_rows(inputs, self.method)
+        group = dist.group.WORLD if self.args.world_size > 1 and mode == "train" else None
+        generator = self._label_generator(inputs) if self.method.policy_labels and mode == "train" else None
 
-        def loss_in_head(hidden: Tensor, head):
+        def in_head(hidden: Tensor, head):
             labels = next_labels(inputs["labels"], hidden)
-            here = {
-                key: value.to(hidden.device) for key, value in rows.items()
-            }  # a device_map may put the head elsewhere
-            return self.method.loss(hidden, head, labels, here, self.args)
+            # a device_map may put the head elsewhere
+            here = {key: value.to(hidden.device) for key, value in rows.items()}
+            return loss_in_head(
+                self.method, hidden, head, labels, here, self.args,
+                extra_head=self.extra_head, process_group=group, label_generator=generator,
+            )  # fmt: skip
 
-        (loss, s, hits), outputs = capture(
-            model, loss_in_head, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        (loss, s, hits, score), outputs = capture(
+            model, in_head, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         )
         world_size = self.args.world_size if mode == "train" else 1
         device = rows["weight"].device
         self._add_batch_metrics(mode, inputs, rows, s.to(device), hits.to(device))
+        if self.method.loss.item == "pair":
+            margin = score.to(device) - (rows["ref_logp"] if self.method.reference else 0.0)
+            self._add(mode, "pair_accuracy", (margin[0::2] > margin[1::2]).sum(), len(margin) // 2)
         loss = loss * world_size + self._auxiliary_loss(outputs) / inputs["micro_batches"].to(loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def _label_generator(self, inputs: dict[str, Tensor]) -> torch.Generator:
+        """Where the policy labels pairs: a stream for each micro-batch of each rank, the same after a resume."""
+        place = (self.args.seed, self.state.global_step, self.args.process_index, int(inputs["micro_batch"]))
+        digest = hashlib.sha256(repr(place).encode()).digest()
+        return torch.Generator(inputs["labels"].device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _auxiliary_loss(self, outputs) -> Tensor | float:
         """A mixture of experts' balancing loss, where its config asks for router outputs."""
@@ -326,8 +368,28 @@ class VARTrainer(Trainer):
             )  # before the rest: a checkpoint is complete once Trainer has written its state
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.extra_head is not None:
+            self.extra_head.save_pretrained(output_dir or self.args.output_dir)
+
+    def create_optimizer(self, *args, **kwargs):
+        """The head beside the lm_head starts from nothing, so it has a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.method.head in ("value", "reward"):
+            own = {id(parameter) for parameter in self.extra_head.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            parameters = [parameter for parameter in self.extra_head.parameters() if parameter.requires_grad]
+            optimizer.add_param_group(
+                {"params": parameters, "lr": self.args.head_learning_rate, "weight_decay": self.args.weight_decay}
+            )
+        return optimizer
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.method.head in ("value", "reward"):
+            self.extra_head.load_state_dict(load_head(resume_from_checkpoint).state_dict())
         if self.args.sync_ref_model:
             moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
             self.ref_model.load_state_dict(moved.state_dict())
@@ -338,9 +400,22 @@ class VARTrainer(Trainer):
             write_model_card(self)
 
 
-def _check_arguments(args: VARConfig, train_dataset, ref_model, peft_config) -> None:
-    if not isinstance(args, VARConfig):
-        raise TypeError(f"args: expected a VARConfig, got {type(args).__name__}")
+def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
+    """What the loss reads, under its own names; values of tokens beside the labels that they belong to."""
+    rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
+    for name in method.loss.inputs:
+        if name not in inputs and method.head in ("value", "reward"):
+            continue  # made inside the head
+        # completions come from the reference: it is the policy that drew them, too
+        source = {"group_ids": "group", "old_token_logp": "ref_token_logp"}.get(name, name)
+        values = inputs[source]
+        rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
+    return rows
+
+
+def _check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -> None:
+    if not isinstance(args, AlignConfig):
+        raise TypeError(f"args: expected a VARConfig or a method_config(...), got {type(args).__name__}")
     if isinstance(train_dataset, str | os.PathLike):
         raise TypeError(
             f"train_dataset: expected rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"

@@ -1,0 +1,221 @@
+"""Every method trains: each on its data, its step equal to the naive one, micro-batches adding up, heads saved."""
+
+import pytest
+import torch
+
+from tests.tiny_training import ROWS, losses, tiny_model, tiny_trainer, tokenizer
+from var_kernels.integrations.data import DataError, encode_examples, parse_row
+from var_kernels.integrations.hf.heads import load_head
+from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.losses import LOSSES, single_name
+
+PAIRS = [
+    {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][2],
+     "chosen_reward": row["rewards"][0], "rejected_reward": row["rewards"][2]} for row in ROWS
+]  # fmt: skip
+ALL = sorted(METHODS)
+# Items of a batch that hold the whole data set, so that one step sees all of it.
+EVERYTHING = 24
+
+
+def run(folder, method, rows=ROWS, **options):
+    settings = {"max_steps": 2, "per_device_train_batch_size": EVERYTHING, "learning_rate": 0.01} | options
+    trainer = tiny_trainer(folder, rows, method=method, **settings)
+    trainer.train()
+    return trainer
+
+
+def test_every_loss_of_the_registry_can_be_trained():
+    assert set(METHODS) == set(LOSSES)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_trains(method, tmp_path):
+    trainer = run(tmp_path, method, max_steps=3)
+    before, after = tiny_model().state_dict(), trainer.model.state_dict()
+    assert all(value == value and abs(value) < 1e6 for value in losses(trainer))
+    moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert "lm_head.weight" in moved
+    assert "model.layers.0.self_attn.q_proj.weight" in moved
+
+
+@pytest.mark.parametrize("method", [name for name in ALL if METHODS[name].need_rewards != "required"])
+def test_trains_on_pairs_without_rewards(method, tmp_path):
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in PAIRS]
+    assert len(losses(run(tmp_path, method, rows))) == 2
+
+
+@pytest.mark.parametrize("method", [name for name in ALL if METHODS[name].need_rewards == "required"])
+def test_missing_rewards_are_named(method, tmp_path):
+    rows = [{key: row[key] for key in ("prompt", "completions")} for row in ROWS]
+    with pytest.raises(DataError, match="train_dataset row 1: rewards missing: this method needs rewards"):
+        tiny_trainer(tmp_path, rows, method=method)
+
+
+@pytest.mark.parametrize("method", [name for name in ALL if METHODS[name].loss.item in ("pair", "group")])
+def test_one_completion_a_prompt_is_not_enough(method, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["completions"][0], "reward": 1.0} for row in ROWS]
+    with pytest.raises(ValueError, match=f"method '{method}' (needs pairs|compares the completions)"):
+        tiny_trainer(tmp_path, rows, method=method)
+
+
+# KTO's baseline is that of a micro-batch, and a policy's labels are drawn for each: those two are other objectives.
+ADDITIVE = [name for name in ALL if name not in ("kto", "sail_dp", "sail_pp")]
+
+
+@pytest.mark.parametrize("method", ADDITIVE)
+def test_micro_batches_add_up(method, tmp_path):
+    """The same parameters after two steps, whether a step is one micro-batch or several."""
+    one = run(tmp_path / "one", method, data_seed=1)
+    items = len(one.train_dataset)
+    size = {24: 6, 8: 2}[items]
+    parts = run(tmp_path / "parts", method, data_seed=1, per_device_train_batch_size=size,
+                gradient_accumulation_steps=items // size)  # fmt: skip
+    torch.testing.assert_close(losses(parts), losses(one), rtol=1e-6, atol=1e-9)
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+# ---- the naive step --------------------------------------------------------------------------------------------------
+
+
+def naive_rows(model, rows=ROWS):
+    """What is known of every row: log-probs of its completion's tokens by full logits, and so on."""
+    encoded = encode_examples([parse_row(row, "") for row in rows], tokenizer(), 32)
+    table = []
+    for number, members in enumerate(encoded.groups):
+        for index in members:
+            row = encoded.row(index)
+            output = model(row["input_ids"][None], output_hidden_states=True)
+            kept = (row["labels"] != -100).nonzero().flatten()
+            token_logp = output.logits[0].log_softmax(-1)[kept - 1, row["labels"][kept]]
+            state = output.hidden_states[-1][0, kept[0] - 1]
+            table.append({"logp": token_logp, "reward": row["reward"].double(), "group": number, "state": state})
+    return table
+
+
+def naive_loss(method, config):
+    """The first step's loss and the gradient of the lm_head by autograd over full logits, one sequence at a time."""
+    model = tiny_model()
+    table = naive_rows(model)
+    ref = [entry["logp"].detach() for entry in table]
+    reward = torch.stack([entry["reward"] for entry in table])
+    group = torch.tensor([entry["group"] for entry in table])
+    s = torch.stack([entry["logp"].sum() for entry in table])
+    sr = s.detach()
+    length = torch.tensor([len(entry["logp"]) for entry in table])
+    loss = LOSSES[method]
+    options = METHODS[method].loss_options(config)
+    columns = {"policy_logp": s, "ref_logp": sr, "reward": reward, "lengths": length, "group_ids": group}
+    if loss.item == "pair":
+        best = [int((reward + (group != g) * -1e9).argmax()) for g in group.unique()]
+        worst = [int((reward + (group != g) * 1e9).argmin()) for g in group.unique()]
+        chosen = {0: best, 1: worst}
+        arguments = {}
+        for name in loss.tensors:
+            single, which = single_name(name)
+            if single in columns:
+                arguments[name] = columns[single][chosen[which]]
+        return model, loss.function(**arguments, **options).mean()
+    if loss.item == "group":
+        arguments = {name: columns[name] for name in loss.tensors}
+        return model, loss.function(**arguments, **options).sum() / 8
+    if method == "awr":
+        columns["advantage"] = (reward - reward.mean()) / (reward.std(correction=0) + 1e-5)
+    if method == "qrpo":
+        columns["reward"] = torch.stack(
+            [(reward[group == g] <= r).double().mean() for r, g in zip(reward, group, strict=True)]
+        )
+    if method == "kto":
+        columns["desirable"] = reward > config.desirable_above
+    if method == "dro":
+        columns["reward"] = (reward - reward.mean()) / reward.std(correction=0)
+        columns["value"] = torch.zeros_like(s)  # the head's outputs are 0 at the start
+        value_part = 0.5 * (columns["reward"] ** 2).mean()
+        arguments = {name: columns[name] for name in loss.tensors}
+        return model, loss.function(**arguments, **options).mean() + value_part
+    if loss.item == "token":
+        total = 0.0
+        for index, entry in enumerate(table):
+            mean = reward[group == group[index]].mean()
+            spread = reward[group == group[index]].std() + 1e-4
+            advantage = {"rgold": reward[index].sigmoid()}.get(method, (reward[index] - mean) / spread)
+            values = {"token_logp": entry["logp"], "old_token_logp": ref[index], "ref_token_logp": ref[index]}
+            values["advantage"] = advantage.expand_as(entry["logp"])
+            terms = loss.function(**{name: values[name] for name in loss.tensors}, **options)
+            total = total + (terms.mean() if method in ("ppo", "grpo") else terms.sum()) / len(table)
+        return model, total
+    arguments = {name: columns[name] for name in loss.tensors if name in columns}
+    return model, loss.function(**arguments, **options).mean()
+
+
+NAIVE = ["dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "rebel", "sail_pr", "exo", "lire", "raft", "awr",
+         "weighted_bc", "qrpo", "kto", "dro", "rlol", "rgold", "ppo", "grpo"]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NAIVE)
+def test_first_step_is_the_naive_one(method, tmp_path):
+    trainer = run(tmp_path, method, max_steps=1, learning_rate=0.1, logging_steps=1)
+    model, loss = naive_loss(method, trainer.args)
+    loss.backward()
+    # logged in fp32, and made of fp32 sums of reference log-probs
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=2e-5, abs=2e-5)
+    step = (tiny_model().lm_head.weight - trainer.model.lm_head.weight) / 0.1
+    torch.testing.assert_close(step.detach(), model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_policy_labels_are_drawn_anew_and_reproducibly(tmp_path):
+    first, again = run(tmp_path / "1", "sail_dp", max_steps=4), run(tmp_path / "2", "sail_dp", max_steps=4)
+    other = run(tmp_path / "3", "sail_dp", max_steps=4, seed=8)
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+# ---- heads beside the lm_head ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dro", "ava_d", "ava_p"])
+def test_heads_learn_are_saved_and_resumed(method, tmp_path):
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    whole = run(tmp_path / "whole", method, max_steps=4, **options)
+    assert any(parameter.abs().max() > 0 for parameter in whole.extra_head.parameters())
+    saved = load_head(tmp_path / "whole" / "run" / "checkpoint-4")
+    for ours, theirs in zip(saved.parameters(), whole.extra_head.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.float())
+
+    settings = {"max_steps": 4, "per_device_train_batch_size": EVERYTHING, **options}
+    resumed = tiny_trainer(tmp_path / "whole", method=method, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "run" / "checkpoint-2"))
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
+
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "run" / "checkpoint-4")
+
+
+def test_ava_ranks_pairs_by_its_reward_head(tmp_path):
+    trainer = run(tmp_path, "ava_p", max_steps=60, optim="adamw_torch", learning_rate=3e-3, head_learning_rate=0.02,
+                  contrast=20.0)  # fmt: skip
+    assert trainer.state.log_history[-2]["pair_accuracy"] == 1.0
+
+
+def test_fitted_values_follow_the_rewards(tmp_path):
+    """Prompts whose rewards differ by what the prompt says: the value head finds it, and says so of unseen prompts."""
+    rows = [
+        {"prompt": f"{a} {word} ", "completions": ["1", "2"], "rewards": [base + 0.1, base - 0.1]}
+        for a in range(12)
+        for word, base in (("good", 2.0), ("bad", -2.0))
+    ]
+    trainer = tiny_trainer(tmp_path, rows, method="alol", trainer_options={"eval_dataset": rows[:4]})
+    values = trainer.train_dataset.rows.columns["value"].view(-1, 2)[:, 0]
+    good, bad = values[0::2], values[1::2]
+    assert (good - torch.tensor(2.0).sigmoid()).abs().max() < 0.1
+    assert (bad - torch.tensor(-2.0).sigmoid()).abs().max() < 0.1
+    assert torch.equal(trainer.eval_dataset.rows.columns["value"], trainer.train_dataset.rows.columns["value"][:8])
+
+
+def test_values_that_nothing_explains_are_the_mean(tmp_path):
+    """Rewards that do not depend on the prompt."""
+    rows = [{"prompt": f"{a} ", "completions": ["1", "2"], "rewards": [1.0, 0.0]} for a in range(10)]
+    value = tiny_trainer(tmp_path, rows, method="alol").train_dataset.rows.columns["value"]
+    torch.testing.assert_close(value, torch.full((20,), (torch.tensor([1.0, 0.0]).sigmoid().mean().item())))

@@ -1,0 +1,71 @@
+"""What an item of a batch is, for each kind of loss: lists of row numbers that must stay in one micro-batch."""
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+
+def single_rows(rows, config) -> list[list[int]]:
+    return [[row] for row in range(len(rows))]
+
+
+def whole_prompts(rows, config) -> list[list[int]]:
+    """A prompt with all its completions. Prompts of one completion have nothing to be compared with."""
+    items = [group for group in rows.groups if len(group) > 1]
+    lonely = len(rows.groups) - len(items)
+    if not items:
+        raise ValueError(
+            f"method {config.method!r} compares the completions of a prompt: no prompt has two; the data need rows of "
+            "prompt + completions + rewards"
+        )
+    if lonely:
+        logger.warning("%d of %d prompts have a single completion, which cannot be compared", lonely, len(rows.groups))
+    return items
+
+
+def var_items(rows, config) -> list[list[int]]:
+    per_prompt = config.normalizer in ("group", "self_normalised")
+    return rows.groups if per_prompt else single_rows(rows, config)
+
+
+def sft_items(rows, config) -> list[list[int]]:
+    if config.sft_on == "all":
+        return single_rows(rows, config)
+    items = []
+    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
+        if is_pair:
+            items.append(group[:1])
+        elif rows.reward is None or rows.reward[group].isnan().any():
+            items += [[row] for row in group]
+        else:
+            items.append([group[int(rows.reward[group].argmax())]])
+    return items
+
+
+def pairs(rows, config) -> list[list[int]]:
+    """[chosen, rejected]: those of a pair, otherwise the best and the worst of a prompt, if their rewards differ."""
+    items, ties = [], 0
+    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
+        if is_pair:
+            items.append(group)
+            continue
+        reward = rows.reward[group]
+        best, worst = group[int(reward.argmax())], group[int(reward.argmin())]
+        if rows.reward[best] > rows.reward[worst]:
+            items.append([best, worst])
+        else:
+            ties += 1
+    if ties:
+        logger.warning(
+            "%d of %d prompts have no two completions with different rewards: no pair", ties, len(rows.groups)
+        )
+    if not items:
+        raise ValueError(f"method {config.method!r} needs pairs: no prompt has two completions with different rewards")
+    return items
+
+
+def judged_rows(rows, config) -> list[list[int]]:
+    """Single rows for KTO; each must be known to be desirable or not."""
+    if rows.reward is None and not all(rows.is_pair):
+        raise ValueError(f"method {config.method!r} needs rewards or pairs: which completions are desirable?")
+    return single_rows(rows, config)

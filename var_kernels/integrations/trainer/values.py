@@ -1,0 +1,98 @@
+"""Heads beside the lm_head: a value fitted on the reference before training, or one that learns with the policy."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.hf.head import capture, inner_model
+from var_kernels.integrations.hf.heads import RewardHead, ValueHead
+from var_kernels.integrations.trainer.reference import over_rows
+
+logger = logging.getLogger(__name__)
+_RIDGES = tuple(10.0**power for power in range(-4, 5))  # of the mean squared singular value
+
+
+def new_head(model: nn.Module, kind: str) -> nn.Module:
+    """An untrained head of the lm_head's width: "value" (one number a prompt) or "reward" (AVA's posterior)."""
+    width = inner_model(model).get_output_embeddings().weight.shape[1]
+    return RewardHead(width) if kind == "reward" else ValueHead(width, per="sequence")
+
+
+def prompt_end(labels: Tensor) -> Tensor:
+    """(B, T) bool, True at the last position of each prompt; labels aligned with hidden: it predicts the first token of
+    the completion."""
+    kept = labels != -100
+    return kept & (kept.long().cumsum(1) == 1)
+
+
+@torch.no_grad()
+def fit_value_head(trainer, model: nn.Module, rows: EncodedRows, targets: Tensor) -> ValueHead:
+    """V(x) by ridge regression from the model's hidden state at the end of the prompt.
+
+    targets: (rows,), averaged over the completions of a prompt. The ridge is chosen by generalised cross-validation, so
+    a few prompts or uninformative states give the mean and not noise.
+    """
+    features = _prompt_states(trainer, model, rows).double()
+    first = torch.tensor([group[0] for group in rows.groups])
+    mean = torch.stack([targets[group].double().mean() for group in rows.groups])
+    head = new_head(model, "value")
+    head.weight.copy_(torch.zeros_like(head.weight))
+    if len(first) > 1:
+        x_PD, centre = features[first] - features[first].mean(0), features[first].mean(0)
+        weight, share = _ridge(x_PD, mean - mean.mean())
+        head.weight.copy_(weight.float().unsqueeze(0))
+        head.bias.copy_((mean.mean() - centre @ weight).float())
+        logger.info(
+            "value head fitted on %d prompts: it explains %.0f %% of their rewards' variance", len(first), 100 * share
+        )
+    else:
+        head.bias.fill_(mean.mean().item())
+    return head
+
+
+def _ridge(x_PD: Tensor, y_P: Tensor) -> tuple[Tensor, float]:
+    """(D,) weights, and the share of the variance that they explain out of sample (generalised cross-validation)."""
+    u, singular, vt = torch.linalg.svd(x_PD, full_matrices=False)
+    along = u.T @ y_P
+    rest = y_P.square().sum() - along.square().sum()
+    best = (torch.inf, None)
+    for ridge in _RIDGES:
+        kept = singular.square() / (singular.square() + ridge * singular.square().mean() + 1e-300)
+        freedom = len(y_P) - 1 - kept.sum()
+        if freedom > 0:
+            score = (((1 - kept) * along).square().sum() + rest) * len(y_P) / freedom.square()
+            if score < best[0]:
+                best = (score.item(), kept)
+    constant = y_P.square().sum().item() * len(y_P) / (len(y_P) - 1) ** 2
+    if best[1] is None or best[0] >= constant:
+        return torch.zeros_like(vt[0]), 0.0
+    safe = singular.clamp(min=1e-150)
+    return vt.T @ (best[1] / safe * along), 1.0 - best[0] / constant
+
+
+def values_of(trainer, model: nn.Module, rows: EncodedRows, head: ValueHead) -> Tensor:
+    """(rows,) V(x) of each row's prompt, fp32."""
+    with torch.no_grad():
+        return head.cpu()._outputs(_prompt_states(trainer, model, rows)).squeeze(-1)
+
+
+@torch.no_grad()
+def _prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
+    """(rows, D) fp32 hidden states at the end of each row's prompt."""
+    width = inner_model(model).get_output_embeddings().weight.shape[1]
+    device = trainer.accelerator.device
+    states = torch.zeros(len(rows), width, device=device)
+
+    def visit(batch: dict[str, Tensor], members: list[int]) -> None:
+        last = (rows.prompt_length[members] - 1).to(device)
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        with trainer.accelerator.autocast():
+            (hidden,), _ = capture(
+                model, lambda h, _: h[torch.arange(len(last), device=h.device), last.to(h.device)], inputs
+            )
+        states[members] = hidden.to(device).float()
+
+    over_rows(trainer, model, rows, visit, "values")
+    return trainer.accelerator.reduce(states, "sum").cpu()

@@ -1,0 +1,215 @@
+"""``linear_loss``: any loss of the registry from hidden states, by the passes over the head that its class allows."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from var_kernels.losses.kto import kto_baseline
+from var_kernels.losses.pair import implicit_reward
+from var_kernels.losses.registry import Loss, find_loss, single_name
+from var_kernels.losses.sail import draw_preference
+from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
+from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
+
+_FROM_THE_HEAD = ("token_logp", "entropy")
+
+
+def linear_loss(
+    name: str,
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    inputs: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+    *,
+    item_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    engine: str = "auto",
+    process_group: dist.ProcessGroup | None = None,
+    label_generator: torch.Generator | None = None,
+    head_options: Mapping[str, object] | None = None,
+    return_logp: bool = False,
+    return_argmax: bool = False,
+    **options,
+):
+    """A loss by its name (``var_kernels.LOSSES``), from hidden states and the lm_head, without the [N, V] logits.
+
+        loss = sum over items i of item_weight_i * loss_i        an item: a sequence, a pair of rows, a row of a group
+
+    What is known of the loss decides the passes: class A (its gradient does not depend on the policy) and class B (only
+    on the token's own log-prob) take one, 3 GEMMs; C and D take two, 4 GEMMs. Peak extra memory as in
+    ``linear_weighted_nll`` and ``linear_logprob``.
+
+    Args:
+        name: a key of ``LOSSES``: "dpo", "ipo", "sail_pp", "alol", "grpo", ...
+        hidden: (B, T, D) padded, or (N, D) with ``cu_seqlens``; states before the lm_head.
+        lm_head_weight: (V, D).  bias: (V,) or None.
+        labels: (B, T) or (N,) int64, aligned with hidden; ``ignore_index`` carries no loss. Losses of pairs take
+            B = 2P rows: chosen and rejected in turn.
+        inputs: what the loss reads besides the policy's log-probs, one value per row (B,) under its name for a single
+            sequence ("reward", "ref_logp", "value", "group_ids"; a pair's are split into chosen and rejected here), or
+            one per token in the shape of labels ("old_token_logp", "advantage"). Lengths are counted here.
+        item_weight: (B,), for pairs (P,); None: 1. Divide by the number of items of the global batch for a mean.
+        cu_seqlens: (B + 1,), packed rows.
+        engine: "auto"; "one_pass" and "two_pass" force classes A and B.
+        process_group: class D gathers its baseline over these ranks.
+        label_generator: for the SAIL losses whose labels are the policy's own: pairs change places as
+            ``draw_preference`` says. None: the labels of the data.
+        head_options: options of ``linear_logprob`` (softcap, logit_scale, temperature, precision, workspace_mb, ...).
+        return_logp, return_argmax: also return detached log-probs in the shape of labels, 0 where ignored or not
+            computed, and the most likely ids, -1 there.
+        options: the loss's own ("beta", "tau", ...).
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 inputs), or a tuple with what else was asked for.
+
+    Raises:
+        ValueError, TypeError: an unknown name or option, a missing input, class C or D with engine="one_pass", and what
+            the loss and the head refuse.
+    """
+    loss = find_loss(name)
+    loss.check_options(options)
+    if engine not in ("auto", "one_pass", "two_pass"):
+        raise ValueError(f"engine must be 'auto', 'one_pass' or 'two_pass', got {engine!r}")
+    if engine == "one_pass" and loss.pass_class in "CD":
+        raise ValueError(
+            f"engine='one_pass' cannot serve {name!r}, a loss of class {loss.pass_class}: its gradient needs whole "
+            "sequences before any token's is known; pass engine='auto'"
+        )
+    rows = _Rows(loss, dict(inputs or {}), labels, cu_seqlens, ignore_index)
+    head = {"ignore_index": ignore_index, **(head_options or {})}
+    asked = {"return_logp": return_logp, "return_argmax": return_argmax}
+    if loss.pass_class == "A":
+        token_weight, constant = rows.token_weight(item_weight, options)
+        outputs = linear_weighted_nll(
+            hidden, lm_head_weight, labels, token_weight, bias, engine=engine, **asked, **head
+        )
+        total, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = (total + constant.to(total.dtype), *others)
+    elif loss.pass_class == "B":
+        token_loss, token_inputs = rows.token_objective(item_weight, options)
+        entropy = "entropy" in loss.tensors
+        given = (token_loss, token_inputs, bias)
+        outputs = linear_token_loss(
+            hidden, lm_head_weight, labels, *given, entropy=entropy, engine=engine, **asked, **head
+        )
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    else:
+        outputs = linear_logprob(hidden, lm_head_weight, labels, bias, return_argmax=return_argmax, **head)
+        logp, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = rows.total(logp, item_weight, options, process_group, label_generator)
+        outputs = (total, *([logp.detach()] if return_logp else []), *others)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+class _Rows:
+    """A loss's arguments by their names, from one value per row or token."""
+
+    def __init__(self, loss: Loss, inputs: dict[str, Tensor], labels: Tensor, cu_seqlens, ignore_index: int):
+        self.loss, self.inputs, self.labels = loss, inputs, labels
+        self.layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+        if cu_seqlens is None and labels.dim() != 2:
+            raise ValueError(
+                f"labels must be padded (B, T), got {tuple(labels.shape)}; for packed rows pass cu_seqlens"
+            )
+        if missing := [name for name in loss.inputs if name not in inputs]:
+            raise ValueError(
+                f"{loss.name!r} needs inputs {', '.join(map(repr, missing))}, got "
+                f"{', '.join(map(repr, inputs)) or 'none'}"
+            )
+        known = {single_name(name)[0] for name in loss.tensors}
+        if unknown := sorted(set(inputs) - known):
+            raise ValueError(f"{loss.name!r} takes no inputs {', '.join(map(repr, unknown))}; it reads {known}")
+        self.num_rows = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if loss.item == "pair" and self.num_rows % 2:
+            raise ValueError(f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows")
+
+    def token_weight(self, item_weight: Tensor | None, options) -> tuple[Tensor, Tensor]:
+        """Class A is linear in the log-probs: minus its slope over the tokens, and its value at 0."""
+        with torch.enable_grad():
+            wide = torch.float64 if any(t.dtype == torch.float64 for t in self.inputs.values()) else torch.float32
+            zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device, requires_grad=True)
+            total = self._weighted(
+                self.loss.function(**self._arguments({"policy_logp": zero_B}), **options), item_weight
+            )
+            (slope_B,) = torch.autograd.grad(total, zero_B)
+        return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), total.detach()
+
+    def token_objective(self, item_weight: Tensor | None, options):
+        """Class B: the function of a chunk's tokens, and what it reads per token."""
+        names = [name for name in self.loss.tensors if name not in _FROM_THE_HEAD and name in self.inputs]
+        token_inputs = [self._over_tokens(self.inputs[name]) for name in names]
+        if item_weight is not None:
+            token_inputs.append(self._over_tokens(item_weight))
+        first = ("token_logp", "entropy") if "entropy" in self.loss.tensors else ("token_logp",)
+
+        def token_loss(*values):
+            *values, weight = values if item_weight is not None else (*values, 1.0)
+            return self.loss.function(**dict(zip((*first, *names), values, strict=True)), **options) * weight
+
+        return token_loss, tuple(token_inputs)
+
+    def total(self, logp: Tensor, item_weight: Tensor | None, options, process_group, label_generator) -> Tensor:
+        """Classes C and D, from every log-prob."""
+        policy = {"token_logp": logp}
+        if not self.loss.reads_tokens:
+            policy["policy_logp"] = sequence_sum(logp, self.labels, **self.layout)
+        if "kl_baseline" in self.loss.tensors and "kl_baseline" not in self.inputs:
+            policy["kl_baseline"] = _global_baseline(policy["policy_logp"], self.inputs["ref_logp"], process_group)
+        arguments = self._arguments(policy)
+        if label_generator is not None:
+            arguments = _relabelled(arguments, options["beta"], label_generator)
+        return self._weighted(self.loss.function(**arguments, **options), item_weight)
+
+    def _arguments(self, policy: dict[str, Tensor]) -> dict[str, Tensor]:
+        known = {**self.inputs, **policy}
+        found = {}
+        for name in self.loss.tensors:
+            single, row = single_name(name)
+            if single not in known and single == "lengths":
+                known["lengths"] = sequence_lengths(self.labels, **self.layout)
+            if single not in known and single == "mask":
+                known["mask"] = self.labels != self.layout["ignore_index"]
+            if single in known:
+                found[name] = known[single] if row is None else known[single][row::2]
+        return found
+
+    def _over_tokens(self, values: Tensor) -> Tensor:
+        if values.shape == self.labels.shape:
+            return values
+        return expand_to_tokens(values, self.labels, self.layout["cu_seqlens"])
+
+    def _weighted(self, items: Tensor, item_weight: Tensor | None) -> Tensor:
+        if item_weight is None:
+            return items.sum()
+        if item_weight.shape != items.shape:
+            raise ValueError(
+                f"item_weight must be {tuple(items.shape)}, one per {self.loss.item} of {self.loss.name!r}, got "
+                f"{tuple(item_weight.shape)}"
+            )
+        return (items * item_weight.detach().to(items.dtype)).sum()
+
+
+def _relabelled(arguments: dict[str, Tensor], beta: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Chosen and rejected of every argument change places where the policy's own label says so."""
+    margin_P = implicit_reward(arguments["policy_chosen_logp"], arguments["ref_chosen_logp"], beta=beta)
+    margin_P = margin_P - implicit_reward(arguments["policy_rejected_logp"], arguments["ref_rejected_logp"], beta=beta)
+    swapped_P = draw_preference(margin_P, generator)
+    found = {}
+    for name, values_P in arguments.items():
+        other = name.replace("chosen", "rejected") if "chosen" in name else name.replace("rejected", "chosen")
+        found[name] = torch.where(swapped_P, arguments[other], values_P)
+    return found
+
+
+def _global_baseline(policy_logp: Tensor, ref_logp: Tensor, process_group) -> Tensor:
+    """``kto_baseline`` over the rows of every rank."""
+    if process_group is None:
+        return kto_baseline(policy_logp, ref_logp)
+    change_B = policy_logp.detach().double() - ref_logp.double()
+    total = torch.stack([change_B.sum(), change_B.new_tensor(float(len(change_B)))])
+    dist.all_reduce(total, group=process_group)
+    return (total[0] / total[1].clamp(min=1)).clamp(min=0).to(policy_logp.dtype)

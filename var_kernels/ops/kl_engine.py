@@ -5,6 +5,7 @@ kl_chunk_pass        4 GEMMs   whole rows: KL, then its gradient in the same til
 kl_vocabulary_pass   4 GEMMs   backward for any upstream gradient: both heads' logits recomputed slice by slice
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, produc
 from var_kernels.ops.workspace import (
     MAX_FORWARD_ROWS,
     TileCost,
+    TilePlan,
     holds_token_chunks,
     plan_forward,
     plan_token_chunks,
@@ -55,17 +57,20 @@ class HeadPair:
     def column_bytes(self, gradient: bool) -> int:
         """Copies that a GEMM makes of a row of a weight, or of its gradient; one head at a time."""
         partial = self.policy.d * partial_bytes(self.policy.operand, self.device) if gradient else 0
-        return max(_upcast_bytes(self.policy) + partial, _upcast_bytes(self.ref))
+        return max(upcast_bytes(self.policy) + partial, upcast_bytes(self.ref))
 
     def cost(self, *, gradient: bool) -> TileCost:
         partial = self.policy.d * partial_bytes(self.policy.operand, self.device) if gradient else 0
-        row = _upcast_bytes(self.policy) + _upcast_bytes(self.ref) + partial
+        row = upcast_bytes(self.policy) + upcast_bytes(self.ref) + partial
         return TileCost(self.element_bytes(), self.column_bytes(gradient), row)
 
     def chunk_cost(self, budget: int) -> TileCost:
         """Of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
         cost = self.cost(gradient=True)
-        return TileCost(cost.element, 0, cost.row, budget // 4 if cost.column else 0)
+        if not cost.column:
+            return cost
+        dhidden = self.policy.d * self.math.itemsize  # summed up over those slices
+        return TileCost(cost.element, 0, cost.row + dhidden, budget // 4)
 
     def weight_slice(self, budget: int) -> int:
         column = self.column_bytes(gradient=True)
@@ -80,17 +85,18 @@ class HeadPair:
     def logits(self, storages, rows: slice, v_start: int, v_stop: int, step: int) -> tuple[Tensor, Tensor]:
         """z_nv of the policy and w_nv of the reference, in the arithmetic's dtype; both may be overwritten."""
         pairs = zip((self.policy, self.ref), storages, strict=True)
-        return tuple(_logits(head, storage, rows, v_start, v_stop, step, self.math) for head, storage in pairs)
+        return tuple(head_logits(head, storage, rows, v_start, v_stop, step, self.math) for head, storage in pairs)
 
 
-def _upcast_bytes(head: Head) -> int:
+def upcast_bytes(head: Head) -> int:
     return head.d * head.tile.itemsize if head.upcast else 0
 
 
-def _logits(head, storage: TileStorage, rows: slice, v_start: int, v_stop: int, step: int, math) -> Tensor:
+def head_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_stop: int, step: int, math) -> Tensor:
+    """z_nv in the dtype ``math``, from GEMMs of ``step`` columns; it lies in the storage where that has the dtype."""
     hidden_nd = head.upcast_rows(rows.start, rows.stop)
     raw_nv = storage.view(rows.stop - rows.start, v_stop - v_start)
-    for start, stop in _spans(v_start, v_stop, step):
+    for start, stop in spans(v_start, v_stop, step):
         logits_into(raw_nv[:, start - v_start : stop - v_start], hidden_nd, head.lm_head_weight_VD[start:stop])
     return _transformed_(raw_nv.to(math), head.bias_slice(v_start, v_stop), head.options.transform)
 
@@ -105,7 +111,7 @@ def _transformed_(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform
     return x_nv if transform.is_identity else x_nv.mul_(transform.slope)
 
 
-def _spans(start: int, stop: int, step: int):
+def spans(start: int, stop: int, step: int):
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
 
@@ -165,9 +171,9 @@ def kl_forward_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
     cost = pair.cost(gradient=False)
     plan = plan_forward(pair.n, pair.v, pair.tile_budget(min(pair.n, MAX_FORWARD_ROWS), cost), cost)
     storages = pair.storages(plan.rows, plan.columns)
-    for start, stop in _spans(0, pair.n, plan.rows):
+    for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
-        for v_start, v_stop in _spans(0, pair.v, plan.columns):
+        for v_start, v_stop in spans(0, pair.v, plan.columns):
             z_nv, w_nv = pair.logits(storages, rows, v_start, v_stop, plan.columns)
             stats.merge(rows, *((z_nv, w_nv) if pair.reverse else (w_nv, z_nv)))
     of_a, of_b = [stats.max_a, stats.sumexp_a.log()], [stats.max_b, stats.sumexp_b.log()]
@@ -227,7 +233,7 @@ def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Ten
     step = pair.weight_slice(budget)
     storages = pair.storages(plan.rows, pair.v)
     kl_N, gradients = pair.zeros(pair.n), _empty_gradients(head, needs, one_pass=True)
-    for start, stop in _spans(0, pair.n, plan.rows):
+    for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
         z_nv, w_nv = pair.logits(storages, rows, 0, pair.v, step)
         kl_n, grad_nv = _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows])
@@ -236,37 +242,62 @@ def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Ten
             gradients.dbias_V += grad_nv.sum(0)
         grad_nv = grad_nv.to(head.operand)
         if needs.hidden:
-            product_into(gradients.dhidden_ND[rows], grad_nv, head.lm_head_weight_VD)
+            _product_in_slices(gradients.dhidden_ND[rows], grad_nv, head.lm_head_weight_VD, step)
         if needs.lm_head_weight:
-            for v_start, v_stop in _spans(0, pair.v, step):
+            for v_start, v_stop in spans(0, pair.v, step):
                 add_product(gradients.dweight_VD[v_start:v_stop], grad_nv[:, v_start:v_stop].t(), head.hidden_ND[rows])
         del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
     return kl_N.clamp_(min=0.0), gradients.cast(head.operand)
 
 
+def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step: int) -> None:
+    """out = grad W by ``step`` rows of W at a time: a 16-bit GEMM on a CPU packs the whole operand it is given."""
+    if step >= weight_VD.shape[0]:
+        product_into(out_nd, grad_nv, weight_VD)
+        return
+    total_nd = torch.zeros(out_nd.shape, dtype=torch.promote_types(out_nd.dtype, torch.float32), device=out_nd.device)
+    for start, stop in spans(0, weight_VD.shape[0], step):
+        add_product(total_nd, grad_nv[:, start:stop], weight_VD[start:stop])
+    out_nd.copy_(total_nd)
+
+
 def kl_vocabulary_pass(pair: HeadPair, needs: Needs, norms_4N: Tensor, kl_N: Tensor, upstream_N: Tensor) -> Gradients:
-    """Gradients of sum_n upstream_n KL_n from what ``kl_forward_pass`` gave; each slice of dW is written once."""
-    head = pair.policy
+    """Gradients of sum_n upstream_n KL_n from what ``kl_forward_pass`` gave."""
     cost = pair.cost(gradient=True)
-    budget = pair.tile_budget(pair.n, cost)
-    plan = plan_vocabulary_slices(pair.n, pair.v, budget, cost)
-    if plan.rows < pair.n and needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
-        accumulator = head.d * _accumulation(head).itemsize
-        plan = plan_vocabulary_slices(pair.n, pair.v, budget, replace(cost, column=cost.column + accumulator))
+    plan = plan_slices(pair.policy, pair.tile_budget(pair.n, cost), cost, needs)
     storages = pair.storages(plan.rows, plan.columns)
+
+    def tile_gradient(rows: slice, v_start: int, v_stop: int) -> Tensor:
+        z_nv, w_nv = pair.logits(storages, rows, v_start, v_stop, plan.columns)
+        return _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows], norms_4N[:, rows], kl_N[rows])[1]
+
+    return gradients_by_slices(pair.policy, needs, plan, tile_gradient)
+
+
+def plan_slices(head: Head, budget: int, cost: TileCost, needs: Needs) -> TilePlan:
+    plan = plan_vocabulary_slices(head.n, head.v, budget, cost)
+    if plan.rows < head.n and needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
+        accumulator = head.d * _accumulation(head).itemsize
+        plan = plan_vocabulary_slices(head.n, head.v, budget, replace(cost, column=cost.column + accumulator))
+    return plan
+
+
+def gradients_by_slices(
+    head: Head, needs: Needs, plan: TilePlan, tile_gradient: Callable[[slice, int, int], Tensor]
+) -> Gradients:
+    """Gradients from those in the raw logits, tile_gradient(rows, v_start, v_stop); a slice of dW is written once."""
     gradients = _empty_gradients(head, needs, one_pass=False)
-    row_spans = list(_spans(0, pair.n, plan.rows))
-    for v_start, v_stop in _spans(0, pair.v, plan.columns):
+    row_spans = list(spans(0, head.n, plan.rows))
+    for v_start, v_stop in spans(0, head.v, plan.columns):
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
         dweight_vd = None
         if needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
-                dweight_vd = torch.zeros(weight_vd.shape, dtype=_accumulation(head), device=pair.device)
+                dweight_vd = torch.zeros(weight_vd.shape, dtype=_accumulation(head), device=weight_vd.device)
         for start, stop in row_spans:
             rows = slice(start, stop)
-            z_nv, w_nv = pair.logits(storages, rows, v_start, v_stop, plan.columns)
-            _, grad_nv = _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows], norms_4N[:, rows], kl_N[rows])
+            grad_nv = tile_gradient(rows, v_start, v_stop)
             if needs.bias:
                 gradients.dbias_V[v_start:v_stop] += grad_nv.sum(0)
             grad_nv = grad_nv.to(head.operand)

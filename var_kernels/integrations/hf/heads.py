@@ -50,8 +50,8 @@ class _TokenHead(nn.Module):
         """(..., D) -> (..., outputs), fp32 (fp64 for fp64); an fp32 copy of hidden lives until the backward."""
         if hidden.dim() < 1 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"hidden must have shape (..., {self.hidden_size}), got {tuple(hidden.shape)}; pass the states that the "
-                "model feeds its lm_head"
+                f"hidden must have shape (..., {self.hidden_size}), got {tuple(hidden.shape)}; pass what the model "
+                "feeds its lm_head"
             )
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -1,0 +1,172 @@
+"""``linear_prob_lse``: log sum_v exp(alpha p_v) over the vocabulary's probabilities, for AVA's Q read literally."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
+
+from var_kernels.ops.call import prepare
+from var_kernels.ops.engines import Head, Needs, forward_pass
+from var_kernels.ops.gemm import partial_bytes
+from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices, spans, upcast_bytes
+from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, within_cache
+
+
+def linear_prob_lse(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    alpha: float,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """The log-normaliser of a softmax over probabilities, without the [N, V] logits.
+
+        out = log sum_v exp(alpha p_v),   p = softmax(z)
+        d out/dz_v = alpha p_v (s_v - sum_u s_u p_u),   s = softmax(alpha p)
+
+    Two passes over the vocabulary forward (2 GEMMs), a third in the backward (5 in all); peak extra memory
+    ``workspace_mb``, and in the backward an fp32 [N, D].
+
+    Args:
+        hidden, lm_head_weight, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
+        labels: (...) int64; only which rows count matters, those not equal to ``ignore_index``.
+        alpha: > 0.
+
+    Returns:
+        The shape of labels, nats, between log V and log V + alpha, 0 where ignored; fp32 (fp64 for fp64). Under
+        torch.compile the graph breaks here.
+
+    Raises:
+        TypeError, ValueError: argument, what was expected, what came, the remedy.
+
+    Source: arXiv 2411.09341, Q read literally (see ``var_kernels.losses.ava``).
+    """
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be finite and > 0, got {alpha}; it scales the probabilities")
+    if labels.dim() == hidden.dim():
+        raise ValueError(
+            f"labels must hold one entry a row, shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}; the "
+            "normaliser does not depend on the target"
+        )
+    options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "precision": precision}
+    run = _eager_prob_lse if torch.compiler.is_compiling() else _prob_lse
+    return run(hidden, lm_head_weight, labels, bias, float(alpha), ignore_index, workspace_mb, options)
+
+
+def _prob_lse(hidden, lm_head_weight, labels, bias, alpha: float, ignore_index: int, workspace_mb, options) -> Tensor:
+    call = prepare(
+        hidden,
+        lm_head_weight,
+        labels,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=0.0,
+        workspace_mb=workspace_mb,
+        **options,
+    )
+    tensors = (call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK)
+    return call.restore(LinearProbLseFunction.apply(*tensors, alpha, call.options, call.needs))
+
+
+_eager_prob_lse = _disable_dynamo(_prob_lse)
+
+
+@dataclass
+class _Tiles:
+    """Tiles of the probabilities: p_nv = exp(z - max) / sumexp."""
+
+    head: Head
+    alpha: float
+    max_N: Tensor
+    sumexp_N: Tensor
+
+    def __post_init__(self):
+        self.math = torch.promote_types(self.head.tile, torch.float32)
+
+    def cost(self, *, gradient: bool) -> TileCost:
+        """A tile in the arithmetic's dtype and a temporary, the raw tile where it is narrower, the softcap's slope."""
+        head = self.head
+        capped = 1 if gradient and head.options.transform.softcap is not None else 0
+        raw = head.tile.itemsize if head.tile != self.math else 0
+        partial = head.d * partial_bytes(head.operand, head.hidden_ND.device) if gradient else 0
+        copies = upcast_bytes(head) + partial
+        return TileCost((2 + capped) * self.math.itemsize + raw, copies, copies)
+
+    def budget(self, rows: int, cost: TileCost) -> int:
+        head = self.head
+        on_cpu = head.hidden_ND.device.type == "cpu"
+        return within_cache(rows, head.v, head.options.budget, cost) if on_cpu else head.options.budget
+
+    def probabilities_(self, z_nv: Tensor, rows: slice) -> Tensor:
+        return z_nv.sub_(self.max_N[rows].unsqueeze(1)).exp_().div_(self.sumexp_N[rows].unsqueeze(1))
+
+    def shares(self, p_nv: Tensor, rows: slice) -> Tensor:
+        """exp(alpha (p - largest p)): at most 1, whatever alpha is."""
+        return (p_nv - (1 / self.sumexp_N[rows]).unsqueeze(1)).mul_(self.alpha).exp_()
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """sum of the shares, and the shares' mean of p, each (N,)."""
+        head, cost = self.head, self.cost(gradient=False)
+        plan = plan_forward(head.n, head.v, self.budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
+        storage = head.new_tile(plan.rows, plan.columns)
+        total_N, weighted_N = torch.zeros_like(self.max_N), torch.zeros_like(self.max_N)
+        for start, stop in spans(0, head.n, plan.rows):
+            rows = slice(start, stop)
+            for v_start, v_stop in spans(0, head.v, plan.columns):
+                z_nv = head_logits(head, storage, rows, v_start, v_stop, plan.columns, self.math)
+                p_nv = self.probabilities_(z_nv, rows)
+                shares_nv = self.shares(p_nv, rows)
+                total_N[rows] += shares_nv.sum(1)
+                weighted_N[rows] += shares_nv.mul_(p_nv).sum(1)
+        return total_N, weighted_N / total_N
+
+    def gradients(self, needs: Needs, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor):
+        head, cost = self.head, self.cost(gradient=True)
+        plan = plan_slices(head, self.budget(head.n, cost), cost, needs)
+        storage = head.new_tile(plan.rows, plan.columns)
+        transform = head.options.transform
+
+        def tile_gradient(rows: slice, v_start: int, v_stop: int) -> Tensor:
+            z_nv = head_logits(head, storage, rows, v_start, v_stop, plan.columns, self.math)
+            cap_slope_nv = None
+            if transform.softcap is not None:
+                cap_slope_nv = (z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
+            p_nv = self.probabilities_(z_nv, rows)
+            shares_nv = self.shares(p_nv, rows).div_(total_N[rows].unsqueeze(1)).sub_(mean_N[rows].unsqueeze(1))
+            scale_n = upstream_N[rows] * (self.alpha * transform.slope)
+            grad_nv = p_nv.mul_(shares_nv).mul_(scale_n.unsqueeze(1))
+            return grad_nv if cap_slope_nv is None else grad_nv.mul_(cap_slope_nv)
+
+        return gradients_by_slices(head, needs, plan, tile_gradient)
+
+
+class LinearProbLseFunction(torch.autograd.Function):
+    """(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, alpha, options, needs) -> log sum_v exp(alpha p_v), (N,)."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, alpha, options, needs):
+        ctx.alpha, ctx.options, ctx.needs = alpha, options, needs
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        stats = forward_pass(head)
+        total_N, mean_N = _Tiles(head, alpha, stats.max_N, stats.sumexp_N).sums()
+        if needs:
+            tensors = (hidden_ND, lm_head_weight_VD, bias_V, labels_NK)
+            ctx.save_for_backward(*tensors, stats.max_N, stats.sumexp_N, total_N, mean_N)
+        return alpha / stats.sumexp_N + total_N.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream_N):
+        *tensors, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
+        tiles = _Tiles(Head(*tensors, ctx.options), ctx.alpha, max_N, sumexp_N)
+        gradients = tiles.gradients(ctx.needs, total_N, mean_N, upstream_N)
+        return gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, None, None, None, None

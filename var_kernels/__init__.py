@@ -1,9 +1,8 @@
 """Fused losses of causal language models, from the hidden states before the lm_head, without [N, V] logits.
 
 Dimension key, the same in every file: B sequences, T tokens per sequence, N rows (tokens that may carry loss), D
-hidden size,
-V vocabulary, K target ids per row, P pairs. Whole tensors carry capital suffixes (``hidden_ND``), tiles small ones
-(``logits_nv``).
+hidden size, V vocabulary, K target ids per row, P pairs. Whole tensors carry capital suffixes (``hidden_ND``), tiles
+small ones (``logits_nv``).
 """
 
 from importlib import import_module
@@ -12,14 +11,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "var_kernels.ops": ("linear_logprob", "linear_token_loss", "linear_weighted_nll"),
-    "var_kernels.losses": ("VARLoss", "VARWeights", "dpo_loss", "sft_loss", "var_loss", "var_weights"),
+    "var_kernels.ops": ("linear_logprob", "linear_token_kl", "linear_token_loss", "linear_weighted_nll"),
+    "var_kernels.losses": (
+        *("LOSSES", "VARLoss", "VARWeights", "dpo_loss", "linear_loss", "sft_loss", "var_loss", "var_weights"),
+    ),
 }
 _PUBLIC = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [  # noqa: RUF022
     "linear_logprob",
     "linear_weighted_nll",
     "linear_token_loss",
+    "linear_token_kl",
+    "linear_loss",
+    "LOSSES",
     "var_weights",
     "VARWeights",
     "var_loss",
@@ -30,8 +34,17 @@ __all__ = [  # noqa: RUF022
 ]
 
 if TYPE_CHECKING:
-    from var_kernels.losses import VARLoss, VARWeights, dpo_loss, sft_loss, var_loss, var_weights
-    from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
+    from var_kernels.losses import (
+        LOSSES,
+        VARLoss,
+        VARWeights,
+        dpo_loss,
+        linear_loss,
+        sft_loss,
+        var_loss,
+        var_weights,
+    )
+    from var_kernels.ops import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
 
 
 def __getattr__(name: str):

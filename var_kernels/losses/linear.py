@@ -83,7 +83,7 @@ def linear_loss(
     head = {"ignore_index": ignore_index, **(head_options or {})}
     asked = {"return_logp": return_logp, "return_argmax": return_argmax}
     if loss.pass_class == "A":
-        token_weight, constant = rows.token_weight(item_weight, options)
+        token_weight, constant = rows.token_weight(item_weight, options, hidden.dtype)
         outputs = linear_weighted_nll(
             hidden, lm_head_weight, labels, token_weight, bias, engine=engine, **asked, **head
         )
@@ -127,10 +127,11 @@ class _Rows:
         if loss.item == "pair" and self.num_rows % 2:
             raise ValueError(f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows")
 
-    def token_weight(self, item_weight: Tensor | None, options) -> tuple[Tensor, Tensor]:
+    def token_weight(self, item_weight: Tensor | None, options, operand: torch.dtype) -> tuple[Tensor, Tensor]:
         """Class A is linear in the log-probs: minus its slope over the tokens, and its value at 0."""
         with torch.enable_grad():
-            wide = torch.float64 if any(t.dtype == torch.float64 for t in self.inputs.values()) else torch.float32
+            given = [operand, *(t.dtype for t in (*self.inputs.values(), item_weight) if t is not None)]
+            wide = torch.float64 if torch.float64 in given else torch.float32
             zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device, requires_grad=True)
             total = self._weighted(
                 self.loss.function(**self._arguments({"policy_logp": zero_B}), **options), item_weight

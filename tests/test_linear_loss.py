@@ -1,0 +1,234 @@
+"""Every loss of the registry from hidden states: equal to full logits, on the engine that its class allows, within the
+budget, and refused where it is given something else."""
+
+import inspect
+
+import pytest
+import torch
+
+from tests.tolerance import assert_gradient, assert_result
+from var_kernels import linear_loss
+from var_kernels.losses import LOSSES
+from var_kernels.losses.registry import single_name
+from var_kernels.measure import peak_extra_bytes
+from var_kernels.reference import linear_logprob_ref
+
+B, T, D, V = 8, 7, 24, 507
+# For options that have no default.
+NEEDED = {"beta": 0.3, "tau": 0.4, "delta": 2.0, "target_weight": 0.2, "gamma": 0.5, "odds_weight": 0.3, "eta": 0.7,
+          "reward_temperature": 0.8, "temperature": 9.0, "label_smoothing": 0.1}  # fmt: skip
+NAMES = sorted(LOSSES)
+ONE_PASS = [name for name in NAMES if LOSSES[name].pass_class in "AB"]
+TWO_PASS = [name for name in NAMES if LOSSES[name].pass_class in "CD"]
+
+
+def problem(name, dtype=torch.float32, b=B, t=T, v=V, d=D):
+    generator = torch.Generator().manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden = randn(b, t, d).to(dtype).requires_grad_()
+    weight = (randn(v, d) * 0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (b, t), generator=generator)
+    labels[:, :2] = -100
+    labels[1::3, 4:] = -100
+    wide = torch.promote_types(dtype, torch.float32)
+    values = {
+        "reward": randn(b),
+        "ref_logp": -40 + 3 * randn(b),
+        "value": 0.3 * randn(b),
+        "group_ids": torch.arange(b) // 4,
+        "desirable": randn(b) > 0,
+        "sample_weight": randn(b).abs(),
+        "advantage": randn(b, t) if LOSSES[name].item == "token" else randn(b),
+        "old_token_logp": -8 + randn(b, t),
+        "ref_token_logp": -8 + randn(b, t),
+        "mu": randn(b, t),
+        "log_sigma": 0.2 * randn(b, t),
+    }
+    inputs = {
+        key: x.to(wide) if x.is_floating_point() else x for key, x in values.items() if key in LOSSES[name].inputs
+    }
+    items = b // 2 if LOSSES[name].item == "pair" else b
+    item_weight = (0.5 + randn(items).abs()).to(wide)
+    options = {k: NEEDED[k] for k, default in LOSSES[name].options.items() if default is inspect.Parameter.empty}
+    return hidden, weight, labels, inputs, item_weight, options
+
+
+def naive(name, hidden, weight, labels, inputs, item_weight, options, dtype):
+    """By full logits and the pure function; per-token losses where labels are ignored count nothing."""
+    loss, kept = LOSSES[name], labels != -100
+    logp = linear_logprob_ref(hidden, weight, labels, dtype=dtype)
+    wide = {key: x.to(logp.dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    known = {"token_logp": logp, "policy_logp": logp.sum(1), "mask": kept, "lengths": kept.sum(1), **wide}
+    arguments = {}
+    for argument in loss.tensors:
+        single, row = single_name(argument)
+        if single in known:
+            arguments[argument] = known[single] if row is None else known[single][row::2]
+    items = loss.function(**arguments, **options)
+    if loss.item == "token":
+        items = items.where(kept, 0.0).sum(1)
+    return (items * item_weight.to(items.dtype)).sum()
+
+
+def gradients(loss, leaves):
+    return torch.autograd.grad(1.7 * loss, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_full_logits(name, dtype):
+    hidden, weight, labels, inputs, item_weight, options = problem(name, dtype)
+    loss = linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+    assert loss.dtype == dtype
+    got = gradients(loss, (hidden, weight))
+    truth_leaves = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = naive(name, *truth_leaves, labels, inputs, item_weight, options, torch.float64)
+    own_leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
+    own = naive(name, *own_leaves, labels, inputs, item_weight, options, dtype)
+    scale = 40.0 * B  # sums of log-probs of 40 nats
+    assert_result(loss / scale, truth / scale, "loss")
+    expected, baseline = gradients(truth, truth_leaves), gradients(own, own_leaves)
+    for g, t, o in zip(got, expected, baseline, strict=True):
+        assert t.abs().max() > 0
+        assert_gradient(g, t, o, name)
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_both_engines_serve_classes_a_and_b(name, engine):
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    auto, forced = (
+        linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, engine=e, **options)
+        for e in ("auto", engine)
+    )
+    torch.testing.assert_close(forced, auto, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(forced, (hidden, weight)), gradients(auto, (hidden, weight)), strict=True):
+        assert_gradient(a, b.double(), b)
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_one_pass_is_refused_for_classes_c_and_d(name):
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    with pytest.raises(ValueError, match=f"engine='one_pass' cannot serve '{name}', a loss of class"):
+        linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, engine="one_pass", **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_never_materialised(name):
+    """N V = 40 times the budget: forward and backward stay within the budget, the per-token rows and dH."""
+    b, t, v, d = 8, 64, 16000, 16
+    hidden, weight, labels, inputs, item_weight, options = problem(name, b=b, t=t, v=v, d=d)
+    head_options = {"workspace_mb": 1.0}
+
+    def step():
+        loss = linear_loss(
+            name, hidden, weight, labels, inputs, item_weight=item_weight, head_options=head_options, **options
+        )
+        return gradients(loss, (hidden, weight))
+
+    peak = peak_extra_bytes(step)
+    returned = hidden.nbytes + weight.nbytes
+    allowed = returned + 2**20 + 4 * hidden.nbytes + 60 * 8 * b * t
+    assert peak <= allowed, f"{peak:,} bytes, allowed {allowed:,}; logits would take {4 * b * t * v:,}"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if LOSSES[n].inputs])
+def test_a_missing_input_is_named(name):
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    first = LOSSES[name].inputs[0]
+    inputs.pop(first)
+    with pytest.raises(ValueError, match=f"'{name}' needs inputs '{first}'"):
+        linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+
+
+def call(name="ipo", labels=None, inputs=None, item_weight=None, **options):
+    hidden, weight, its_labels, its_inputs, _, needed = problem("ipo")
+    return linear_loss(
+        name, hidden, weight, its_labels if labels is None else labels, its_inputs if inputs is None else inputs,
+        item_weight=item_weight, **{**needed, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "dop"}, "loss must be one of .*, got 'dop'"),
+        ({"lam": 1.0}, "'ipo' has no option 'lam'; its options: tau, token_reduction"),
+        ({"engine": "three_pass"}, "engine must be"),
+        ({"inputs": {"ref_logp": torch.zeros(B), "wage": torch.zeros(B)}}, "takes no inputs 'wage'"),
+        ({"item_weight": torch.ones(B)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8,\)"),
+        ({"labels": torch.zeros(B * T, dtype=torch.int64)}, r"labels must be padded \(B, T\)"),
+        ({"tau": -1.0}, "tau must be"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(**change)
+
+
+def test_an_odd_number_of_rows_is_no_pairs():
+    hidden, weight, labels, _, _, _ = problem("ipo")
+    with pytest.raises(ValueError, match="labels must hold pairs, chosen and rejected in turn, got 7 rows"):
+        linear_loss("ipo", hidden[:7], weight, labels[:7], {"ref_logp": torch.zeros(7)}, tau=1.0)
+
+
+def test_a_required_option_has_to_be_given():
+    hidden, weight, labels, inputs, _, _ = problem("dpo")
+    with pytest.raises(ValueError, match="'dpo' needs beta=; it has no default"):
+        linear_loss("dpo", hidden, weight, labels, inputs)
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "dft", "exo"])
+def test_packed_rows(name):
+    """The same sequences without padding."""
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    keep = torch.ones(B, T, dtype=torch.bool)
+    keep[1::3, 4:] = False
+    cu_seqlens = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+    padded = linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+    packed = linear_loss(
+        name, hidden[keep], weight, labels[keep], inputs, item_weight=item_weight, cu_seqlens=cu_seqlens, **options
+    )
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "dft", "grpo"])
+def test_log_probs_and_argmax_come_along(name):
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    asked = {"return_logp": True, "return_argmax": True}
+    loss, logp, argmax = linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **asked, **options)
+    truth = linear_logprob_ref(hidden, weight, labels)
+    assert not logp.requires_grad
+    assert_result(logp, truth, "logp")
+    best = (hidden @ weight.T).argmax(-1)
+    assert torch.equal(argmax, best.where(labels != -100, -1))
+    assert torch.equal(loss, linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options))
+
+
+def test_policy_labels_swap_whole_pairs():
+    """With labels that the policy draws, a pair contributes the loss of one order or the other."""
+    hidden, weight, labels, inputs, _, options = problem("sail_dp")
+    both = []
+    for order in (labels, labels.view(-1, 2, T).flip(1).reshape(B, T)):
+        swapped = order is not labels
+        states = hidden.view(-1, 2, T, D).flip(1).reshape(B, T, D) if swapped else hidden
+        ref = inputs["ref_logp"].view(-1, 2).flip(1).reshape(-1) if swapped else inputs["ref_logp"]
+        weights = torch.eye(B // 2)
+        both.append([
+            linear_loss("sail_dp", states, weight, order, {"ref_logp": ref}, item_weight=w, **options).item()
+            for w in weights
+        ])  # fmt: skip
+    seen = set()
+    for seed in range(12):
+        for pair, w in enumerate(torch.eye(B // 2)):
+            generator = torch.Generator().manual_seed(seed)
+            value = linear_loss(
+                "sail_dp", hidden, weight, labels, inputs, item_weight=w, label_generator=generator, **options
+            ).item()
+            distances = [abs(value - both[order][pair]) for order in (0, 1)]
+            assert min(distances) < 1e-4
+            seen.add((pair, distances.index(min(distances))))
+    assert len({order for _, order in seen}) == 2

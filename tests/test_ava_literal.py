@@ -33,7 +33,7 @@ def prob_lse_ref(leaves, labels, alpha, dtype=FP64, **options):
     return (alpha * p).logsumexp(-1).where(labels != -100, 0.0)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 7.0, 300.0])
+@pytest.mark.parametrize("alpha", [0.5, 300.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_equals_the_full_probabilities(case, alpha, target, small_tiles):
     target.require(case.dtype)

@@ -42,3 +42,10 @@ def test_memory_figures_are_measured():
     fp32, bf16 = less_gradients("memory-fp32.csv"), less_gradients("memory-bf16.csv")
     assert f"{fp32['fused']:.0f} MiB instead of {fp32['plain']:.0f} MiB" in README
     assert f"{fp32['plain'] / fp32['fused']:.1f}x less; {bf16['plain'] / bf16['fused']:.1f}x in bf16" in README
+
+
+def test_the_table_of_losses_is_the_registry():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from var_kernels.cli.methods import markdown_table
+
+    assert markdown_table() in (ROOT / "docs" / "losses.md").read_text()

@@ -3,6 +3,8 @@
 They are built against the installed torch, and only when asked for:
 
     VAR_KERNELS_BUILD_EXT=1 pip install --no-build-isolation --no-deps -e .
+
+VAR_KERNELS_SANITIZE=address,undefined builds them with gcc's sanitizers (csrc/sanitize.sh).
 """
 
 import os
@@ -21,11 +23,14 @@ def extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     csrc = Path("csrc")
+    sanitizers = os.environ.get("VAR_KERNELS_SANITIZE")
+    checked = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
     native = CppExtension(
         "var_kernels.kernels._native",
         [str(path) for path in sorted(csrc.glob("*.cpp"))],
         depends=[str(path) for path in sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.inc"))],
-        extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI],
+        extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI, *checked],
+        extra_link_args=checked,
         py_limited_api=True,
     )
     return {

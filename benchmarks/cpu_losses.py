@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/cpu_losses.py [--shape N,D,V] [--dtype bfloat16]
 
-Writes DIR/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws DIR/loss.png
-with matplotlib. Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the gradients
+Writes DIR/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws
+DIR/loss.png with matplotlib. Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the gradients
 that are returned. Operands: random, logits of standard deviation 3.
 
 - bare GEMMs: torch.mm alone, in the operands' dtype: 1 (forward), 3 (gradients in one pass), 4 (in two), 2 + 1 less dW
@@ -130,7 +130,7 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
         try:
             call()
             peaks[key] = peak_extra_bytes(call) / MIB
-        except Exception as error:  # noqa: BLE001 (a result, too)
+        except Exception as error:
             print(f"{key}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
             del calls[key]
     for _ in range(runs):

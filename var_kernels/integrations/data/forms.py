@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Text = str | list[dict]  # plain text, or messages [{"role": ..., "content": ...}, ...]
-RewardNeed = Literal["required", "unless_pair", "optional"]
+RewardNeed = Literal["required", "unless_pair", "optional", "prompt"]  # prompt: not even a completion
 
 FORMS = (
     "prompt + completion + reward",
@@ -46,7 +46,7 @@ class DataError(ValueError):
 @dataclass
 class Example:
     """A prompt with its completions. ``rewards`` and ``where`` run parallel to ``completions``; a pair is (chosen,
-    rejected)."""
+    rejected). A prompt alone has one ``where``."""
 
     prompt: Text
     completions: list[Text]
@@ -86,12 +86,14 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
     elif "completion" in row:
         completions = [_text(row, "completion", prompt)]
         rewards = [_number(row["reward"], "reward")] if "reward" in row else None
+    elif need_rewards == "prompt":
+        completions, rewards = [], None
     else:
         raise _BadRowError(f"no completion among its keys {sorted(map(str, row))}: expected {' | '.join(FORMS)}")
     if rewards is None and (need_rewards == "required" or (need_rewards == "unless_pair" and not is_pair)):
         name = "chosen_reward and rejected_reward" if is_pair else "rewards" if "completions" in present else "reward"
         raise _BadRowError(f"{name} missing: this method needs rewards, in the data or from a reward function")
-    return Example(prompt, completions, rewards, [where] * len(completions), is_pair)
+    return Example(prompt, completions, rewards, [where] * max(1, len(completions)), is_pair)
 
 
 def _kind(value: object) -> str:

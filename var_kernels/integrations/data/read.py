@@ -24,7 +24,8 @@ def load_examples(
     Args:
         dataset: a ``.json``, ``.jsonl`` (both also ``.gz``) or ``.parquet`` file, or the name of a data set on the hub.
         split, subset: for a hub name; a local file is read whole.
-        need_rewards: "required", "unless_pair" (a pair is ordered without them) or "optional".
+        need_rewards: "required", "unless_pair" (a pair is ordered without them), "optional", or "prompt" (a prompt
+            alone will do).
         skip_malformed: leave out malformed rows and return them as problems, where the default raises.
 
     Returns:

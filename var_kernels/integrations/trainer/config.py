@@ -11,11 +11,12 @@ import torch
 from transformers import TrainingArguments
 
 from var_kernels.integrations.trainer.methods import METHODS, Method
+from var_kernels.integrations.trainer.online.settings import OnlineSettings, resolve
 from var_kernels.losses.weights import check_options
 
 
 @dataclass
-class AlignConfig(TrainingArguments):
+class AlignConfig(OnlineSettings, TrainingArguments):
     """What all methods share. Take a method's own class: ``VARConfig``, or ``method_config("ipo")``.
 
     Args:
@@ -30,6 +31,7 @@ class AlignConfig(TrainingArguments):
             policy + (1 - a) * reference with a = ``ref_model_mixup_alpha``. Only with
             ``precompute_ref_log_probs=False``.
         workspace_mb: memory for the loss's temporaries; None: the default of ``var_kernels.ops``.
+        online, iterations, ...: see ``OnlineSettings``.
     """
 
     method: ClassVar[str] = ""
@@ -98,6 +100,9 @@ class AlignConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns: expected False, rewards and reference log-probs travel with the rows"
             )
+        if self.online:
+            resolve(self, METHODS[self.method])
+            self.num_train_epochs = float(self.iterations)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # torch warns about it at every start
         super().__post_init__()

@@ -80,6 +80,8 @@ class Method:
         """Settings out of range are refused before anything is read: by the loss itself, on no rows, and here."""
         if "sft_on" in self.settings and config.sft_on not in ("best", "all"):
             raise ValueError(f"sft_on: expected 'best' or 'all', got {config.sft_on!r}")
+        if "label_by" in self.settings and config.label_by not in ("draw", "higher"):
+            raise ValueError(f"label_by: expected 'draw' or 'higher', got {config.label_by!r}")
         if "length_normalization" in self.settings and config.length_normalization not in LENGTH_NORMALIZATIONS:
             raise ValueError(
                 f"length_normalization: expected one of {LENGTH_NORMALIZATIONS}, got {config.length_normalization!r}"
@@ -270,6 +272,9 @@ _GROUP_RELATIVE = {
     "advantage_std": (bool, True, "divide advantages by their standard deviation within the prompt"),
     "length_normalization": (str, "sequence", "sequence (GRPO), token (DAPO) or constant (Dr. GRPO)"),
 }
+_LABEL_BY = {
+    "label_by": (str, "draw", "online: the label is a draw from sigmoid(r_1 - r_2), or higher: the larger reward wins")
+}
 _HEAD_RATE = {"head_learning_rate": (float, 1e-3, "of the head beside the lm_head")}
 _VAR = {
     "lam": (float, 1.0, "VAR's lambda, in reward units"),
@@ -302,7 +307,7 @@ METHODS = _methods(
     rebel={**_PAIR, "need_rewards": "required", "defaults": {"eta": 1.0}},
     sail_dp={**_PAIR, "defaults": {"beta": 0.1}, "policy_labels": True},
     sail_pp={**_PAIR, "defaults": {"beta": 0.1}, "policy_labels": True},
-    sail_pr={**_PAIR, "defaults": {"beta": 0.1}},
+    sail_pr={**_PAIR, "defaults": {"beta": 0.1}, "settings": _LABEL_BY},
     exo={**_RANKED, "defaults": {"beta": 0.1, "reward_temperature": 1.0}},
     lire={**_RANKED, "defaults": {"temperature": 1.0}},
     kto={

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from var_kernels.integrations.data import DataError, Example, Problem
+from var_kernels.integrations.trainer.progress import progress_bar
 
 RewardFunction = Callable[[list, list], Sequence[float]]
 _CHUNK = 64
@@ -35,8 +36,10 @@ def load_reward_function(spec: str) -> RewardFunction:
     return function
 
 
-def apply_reward_function(function: RewardFunction, examples: Sequence[Example]) -> list[Example]:
+def apply_reward_function(function: RewardFunction, examples: Sequence[Example], args=None) -> list[Example]:
     """New examples with the function's rewards in place of those in the data. It is called on up to 64 rows at a time.
+
+    args: the TrainingArguments; with them a progress bar is shown.
 
     Raises:
         DataError: rows for which it raises, or returns something other than one finite number; a wrong number of
@@ -48,15 +51,18 @@ def apply_reward_function(function: RewardFunction, examples: Sequence[Example])
         for completion, where in zip(ex.completions, ex.where, strict=True)
     ]
     rewards, problems = [], []
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        for (_, _, where), value in zip(chunk, _call(function, chunk), strict=True):
-            if isinstance(value, Exception):
-                problems.append(Problem(where, f"the reward function raised {type(value).__name__}: {value}"))
-            elif (number := _number(value)) is None:
-                problems.append(Problem(where, f"the reward function must return finite numbers, got {value!r:.60}"))
-            else:
-                rewards.append(number)
+    with progress_bar(args, "rewards", len(rows), "completion") as advance:
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            for (_, _, where), value in zip(chunk, _call(function, chunk), strict=True):
+                if isinstance(value, Exception):
+                    problems.append(Problem(where, f"the reward function raised {type(value).__name__}: {value}"))
+                elif (number := _number(value)) is None:
+                    reason = f"the reward function must return finite numbers, got {value!r:.60}"
+                    problems.append(Problem(where, reason))
+                else:
+                    rewards.append(number)
+            advance(len(chunk))
     if problems:
         raise DataError(problems, remedy="the reward function fails on these rows")
     values = iter(rewards)

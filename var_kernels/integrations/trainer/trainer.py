@@ -36,6 +36,8 @@ from var_kernels.integrations.trainer.memory import peak_memory_mb
 from var_kernels.integrations.trainer.methods import METHODS, Method, loss_in_head
 from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary, disable_dropout
+from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
+from var_kernels.integrations.trainer.online.settings import draws_pairs
 from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
@@ -70,7 +72,8 @@ class VARTrainer(Trainer):
         processing_class: the tokenizer; by default the model's own.
         ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
             adapter.
-        reward_func: ``f(prompts, completions) -> floats``, replaces the rewards in the data.
+        reward_func: ``f(prompts, completions) -> floats``, replaces the rewards in the data. A ``RewardModel`` is one.
+        sampler: with ``online=True``: what draws completions; by default the model's own ``generate``.
         peft_config: train this PEFT adapter in place of the whole model.
 
     Raises:
@@ -90,12 +93,14 @@ class VARTrainer(Trainer):
         *,
         ref_model: PreTrainedModel | str | None = None,
         reward_func: RewardFunction | None = None,
+        sampler: Sampler | None = None,
         peft_config=None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
     ):
         args = VARConfig("var_output") if args is None else args
         _check_arguments(args, train_dataset, ref_model, peft_config)
+        _check_online(args, reward_func, sampler)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -109,16 +114,26 @@ class VARTrainer(Trainer):
         )
         check_vocabulary(model, processing_class)
         calibrate(model)  # a head that is not understood is refused here
-        data = [
-            None if rows is None else self._encode(rows, name, args, processing_class, reward_func)
-            for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
-        ]
-        for items in filter(None, data):
-            check_positions(model, items.rows)
+        self.online = None
+        if args.online:
+            prompts = [None if rows is None else merge_prompts(_examples(rows, name, "prompt")) for name, rows in (
+                ("train_dataset", train_dataset), ("eval_dataset", eval_dataset))]  # fmt: skip
+            self.online = OnlineLoop(
+                args, self.method, *prompts, processing_class, self.pad_token_id, sampler, reward_func
+            )
+            self.online.check_model(model)
+            data = [self.online.dataset, self.online.eval_prompts]
+        else:
+            data = [
+                None if rows is None else self._encode(rows, name, args, processing_class, reward_func)
+                for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+            ]
+            for items in filter(None, data):
+                check_positions(model, items.rows)
         if args.disable_dropout:
             disable_dropout(model)
         self._ref_key = ""
-        if self.method.reference and args.precompute_ref_log_probs:
+        if self.method.reference and args.precompute_ref_log_probs and not args.online:
             self._ref_key = model_fingerprint(model if ref_model is None else ref_model)
         if peft_config is not None:
             from peft import get_peft_model
@@ -147,7 +162,7 @@ class VARTrainer(Trainer):
         self._sums = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._clock = None
         try:
-            tables = [items.rows for items in data if items is not None]
+            tables = [] if args.online else [items.rows for items in data if items is not None]
             self._prepare_reference(tables)
             if self.method.head == "fitted":
                 self._fit_values(tables)
@@ -157,6 +172,9 @@ class VARTrainer(Trainer):
             raise
         if args.sync_ref_model:
             self.add_callback(SyncReference(self))
+        if self.online is not None:
+            self.online.bind(self)
+            self.add_callback(self.online)
 
     # ---- data and reference ------------------------------------------------------------------------------------------
 
@@ -164,7 +182,7 @@ class VARTrainer(Trainer):
         need = "optional" if reward_func is not None else self.method.need_rewards
         examples = _examples(rows, name, need)
         if reward_func is not None:
-            examples = apply_reward_function(reward_func, examples)
+            examples = apply_reward_function(reward_func, examples, args)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
         items = self.method.items(encoded, args)
         if self.method.columns is not None:
@@ -172,10 +190,11 @@ class VARTrainer(Trainer):
         return Items(encoded, items)
 
     def _prepare_reference(self, tables: list[EncodedRows]) -> None:
-        if not self.method.reference:
+        if not (self.online.reads_initial_model if self.args.online else self.method.reference):
+            self.ref_model = None
             return
         device = self.accelerator.device
-        if self.args.precompute_ref_log_probs:
+        if self.args.precompute_ref_log_probs and not self.args.online:
             precision = self.accelerator.mixed_precision
             model = self.model if self.ref_model is None else self.ref_model.to(device)
             for rows in tables:
@@ -290,6 +309,20 @@ class VARTrainer(Trainer):
             return 0.0
         config = self.accelerator.unwrap_model(self.model).config
         return getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.online:
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # in the order of the iteration
+        return super()._get_train_sampler(train_dataset)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """See ``transformers.Trainer.evaluate``; online: measures of fresh completions of the evaluation prompts."""
+        if self.online is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.online.evaluate().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation: the loss of each batch by itself."""
@@ -406,9 +439,9 @@ def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]
     for name in method.loss.inputs:
         if name not in inputs and method.head in ("value", "reward"):
             continue  # made inside the head
-        # completions come from the reference: it is the policy that drew them, too
+        # completions of a data set come from the reference: it is the policy that drew them, too
         source = {"group_ids": "group", "old_token_logp": "ref_token_logp"}.get(name, name)
-        values = inputs[source]
+        values = inputs[name if name in inputs else source]
         rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
     return rows
 
@@ -432,10 +465,27 @@ def _check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -
         )
 
 
+def _check_online(args: AlignConfig, reward_func, sampler) -> None:
+    if not args.online:
+        if sampler is not None:
+            raise ValueError("sampler: draws completions for online training; pass online=True in the settings with it")
+        if draws_pairs(args.method):
+            logger.warning(
+                "%s on the responses of a data set: its score term is that of responses drawn by the policy "
+                "(online=True draws them)", args.method,
+            )  # fmt: skip
+    elif reward_func is None and not METHODS[args.method].policy_labels:
+        raise ValueError(
+            f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
+            "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "
+            "learns without, from the policy's own labels"
+        )
+
+
 def _examples(rows, name: str, need_rewards: str) -> list[Example]:
     if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
         parsed = list(rows)
-        if need_rewards != "optional":
+        if need_rewards not in ("optional", "prompt"):
             lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
             parsed += [
                 Problem(

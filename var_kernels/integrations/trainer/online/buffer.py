@@ -1,0 +1,147 @@
+"""What was drawn, on disk: completions as they come, then each iteration whole, so that a kill loses at most a batch.
+
+folder/iteration-00003.jsonl          a prompt a line: rows that training reads too (docs/data.md), with their token ids
+folder/iteration-00003.safetensors    log-probs under the policy and the reference; settings and metrics as metadata
+folder/iteration-00003.rank-0.part    batches of an iteration that is being drawn; gone once it is whole
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from var_kernels.integrations.data.forms import Text
+
+
+@dataclass
+class Drawn:
+    """A prompt with the completions that were drawn for it. The lists of a prompt's completions run parallel."""
+
+    prompt: Text
+    completions: list[Text]
+    rewards: list[float] | None
+    where: str
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+
+
+@dataclass
+class Iteration:
+    """Everything that training on an iteration needs, and what was measured on it."""
+
+    settings: dict  # what the draws depend on besides the policy
+    policy: str  # hash of the weights that drew
+    drawn: list[Drawn]
+    columns: dict[str, Tensor] = field(default_factory=dict)  # (rows,)
+    token_columns: dict[str, Tensor] = field(default_factory=dict)  # (tokens,)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Buffer:
+    """The iterations of a run in a folder. Every file appears whole or not at all, but for the last line of a part."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def path(self, iteration: int) -> Path:
+        return self.folder / f"iteration-{iteration:05d}.jsonl"
+
+    def write(self, iteration: int, content: Iteration) -> None:
+        """The log-probs first: an iteration is there once its jsonl is, and theirs names it."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(iteration)
+        lines = []
+        for drawn in content.drawn:
+            row = asdict(drawn)
+            if drawn.rewards is None:
+                del row["rewards"]
+            lines.append(json.dumps(row) + "\n")
+        data = "".join(lines).encode()
+        metadata = {
+            "settings": json.dumps(content.settings),
+            "policy": content.policy,
+            "metrics": json.dumps(content.metrics),
+            "rows": hashlib.sha256(data).hexdigest(),
+        }
+        tensors = {f"row.{name}": values.contiguous() for name, values in content.columns.items()}
+        tensors |= {f"token.{name}": values.contiguous() for name, values in content.token_columns.items()}
+        _replace(path.with_suffix(".safetensors"), lambda temporary: save_file(tensors, temporary, metadata))
+        _replace(path, lambda temporary: temporary.write_bytes(data))
+        for part in self.folder.glob(f"{path.stem}.rank-*.part"):
+            part.unlink(missing_ok=True)
+
+    def read(self, iteration: int) -> Iteration | None:
+        """None where it is not there, or not whole."""
+        from safetensors import safe_open
+
+        path = self.path(iteration)
+        try:
+            data = path.read_bytes()
+            with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            if metadata["rows"] != hashlib.sha256(data).hexdigest():
+                return None
+            rows = [json.loads(line) for line in data.decode().splitlines()]
+            return Iteration(
+                settings=json.loads(metadata["settings"]),
+                policy=metadata["policy"],
+                drawn=[Drawn(**{"rewards": None, **row}) for row in rows],
+                columns={n.removeprefix("row."): v for n, v in tensors.items() if n.startswith("row.")},
+                token_columns={n.removeprefix("token."): v for n, v in tensors.items() if n.startswith("token.")},
+                metrics=json.loads(metadata["metrics"]),
+            )
+        except Exception:  # missing, or damaged in whatever way: drawn anew
+            return None
+
+    def part(self, iteration: int, rank: int, key: str) -> "Part":
+        """The batches of this rank so far. What was drawn under another key is dropped."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Part(self.folder / f"{self.path(iteration).stem}.rank-{rank}.part", key)
+
+
+class Part:
+    """Batches of completions by number, one line each, on disk before the next is drawn."""
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.batches = path, {}
+        try:
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines[1:] if _is_json(line)] if json.loads(lines[0])["key"] == key else []
+        except (OSError, ValueError, IndexError, KeyError):
+            kept = []
+        for line in kept:
+            entry = json.loads(line)
+            self.batches[entry["batch"]] = entry["completion_ids"]
+        header = json.dumps({"key": key})
+        _replace(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in (header, *kept))))
+
+    def add(self, number: int, completion_ids: list[list[list[int]]]) -> None:
+        self.batches[number] = completion_ids
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"batch": number, "completion_ids": completion_ids}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,363 @@
+"""The iterations of online training: draw, score, keep, hand to the trainer. One iteration is an epoch of Trainer's."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
+
+from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_examples
+from var_kernels.integrations.trainer.model_checks import check_positions
+from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
+from var_kernels.integrations.trainer.online.measures import measures
+from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler, check_completions
+from var_kernels.integrations.trainer.online.settings import draws_pairs
+from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
+from var_kernels.integrations.trainer.progress import progress_bar
+from var_kernels.integrations.trainer.reference import score_rows
+from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+
+logger = logging.getLogger(__name__)
+BUFFER = "buffer"
+
+
+class OnlineLoop(TrainerCallback):
+    """Fills the training set at the start of every iteration, from the buffer on disk where it is there already.
+
+    What is drawn depends on the seed, the iteration, the batch of prompts and the policy alone, so a run that was
+    killed draws the same again; what a killed iteration had drawn is taken over.
+
+    Args:
+        args: the settings of the run. method: its ``Method``.
+        prompts, eval_prompts: examples, of which the prompts are read. tokenizer, pad_token_id: of the policy.
+        sampler: None: ``GenerateSampler``. reward_function: None where the policy itself labels.
+
+    Raises:
+        DataError: prompts that cannot be tokenised, or have no token.
+    """
+
+    def __init__(
+        self,
+        args,
+        method,
+        prompts: list[Example],
+        eval_prompts: list[Example] | None,
+        tokenizer,
+        pad_token_id: int,
+        sampler: Sampler | None,
+        reward_function: RewardFunction | None,
+    ):
+        self.args, self.method, self.tokenizer = args, method, tokenizer
+        self.pad_token_id, self.sampler, self.reward_function = pad_token_id, sampler, reward_function
+        self.prompts = encode_prompts(prompts, tokenizer, args)
+        self.eval_prompts = eval_prompts and encode_prompts(eval_prompts, tokenizer, args)
+        self.buffer = Buffer(Path(args.output_dir) / BUFFER)
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.expected_items = self._count_items()
+        self.steps = args.steps_per_iteration or -(-self.expected_items // per_step)
+        self.dataset = FixedLengthItems(self.steps * per_step)
+        self.trainer = None
+
+    def check_model(self, model) -> None:
+        prompts = [*self.prompts, *(self.eval_prompts or [])]
+        longest = max(len(ids) for _, _, ids in prompts) + self.args.max_new_tokens
+        check_positions(model, SimpleNamespace(offset=torch.tensor([0, longest])))
+
+    def bind(self, trainer) -> None:
+        self.trainer = trainer
+        if self.sampler is None:
+            self.sampler = GenerateSampler.of(trainer.model, self.tokenizer, self.pad_token_id)
+
+    @property
+    def reads_initial_model(self) -> bool:
+        """Whether the model that training began with is needed beside the policy."""
+        return self.args.keep_initial_model or bool(self.method.reference and not self.args.refresh_reference)
+
+    # ---- an iteration ------------------------------------------------------------------------------------------------
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        iteration, steps_done = divmod(state.global_step, self.steps)
+        stored = self._stored(iteration, steps_done)
+        if stored is None:
+            stored = self._make(iteration)
+        rows = self._rows(iteration, stored)
+        items = self.method.items(rows, self.args)
+        order = self._generator("order", iteration)
+        self.dataset.fill(rows, items, order)
+        if steps_done == 0:  # a run that resumes in its middle has logged them
+            for name, value in {**stored.metrics, "item_share": len(items) / self.expected_items}.items():
+                self.trainer._add("train", name, value, 1.0)
+
+    def _rows(self, iteration: int, stored: Iteration) -> EncodedRows:
+        rows = encode_drawn(stored.drawn, pairs=draws_pairs(self.args.method))
+        rows.columns, rows.token_columns = dict(stored.columns), dict(stored.token_columns)
+        if draws_pairs(self.args.method) and not self.method.policy_labels:
+            label_pairs(rows, self.args.label_by, self._generator("label", iteration))
+        if self.method.columns is not None:
+            rows.columns |= self.method.columns(rows, self.args)
+        return rows
+
+    def _stored(self, iteration: int, steps_done: int) -> Iteration | None:
+        """The iteration as an earlier run left it: as it is in its middle, at its start if this policy drew it."""
+        settings = self._settings(iteration)
+        policy = None if steps_done else self._policy()
+        found = [self.buffer.read(iteration) if self.trainer.accelerator.is_main_process else None]
+        if self.trainer.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        (stored,) = found
+        if steps_done:
+            if stored is None:
+                raise FileNotFoundError(
+                    f"{self.buffer.path(iteration)} (and the .safetensors beside it) is missing or damaged: the run "
+                    f"resumes after {steps_done} steps on it. Resume from a checkpoint of a step that is a multiple of "
+                    f"{self.steps}, or start anew"
+                )
+            for name, value in settings.items():
+                if stored.settings.get(name) != value:
+                    raise ValueError(
+                        f"{name}: the run resumes in the middle of iteration {iteration}, which was drawn with "
+                        f"{stored.settings.get(name)}, got {value}; a new value can begin with an iteration"
+                    )
+            return stored
+        if stored is not None and (stored.settings != settings or stored.policy != policy):
+            logger.warning("%s was drawn by another policy or with other settings: drawn anew",
+                           self.buffer.path(iteration))  # fmt: skip
+            return None
+        if stored is not None:
+            logger.info("iteration %d is taken from %s", iteration, self.buffer.path(iteration))
+        return stored
+
+    def _make(self, iteration: int) -> Iteration:
+        settings, policy = self._settings(iteration), self._policy()
+        prompts = self._prompts_of(iteration)
+        key = _digest(settings, policy)
+        began = time.monotonic()
+        mine = self._together(lambda: self._draw(iteration, prompts, key))
+        sampling_seconds = time.monotonic() - began
+        began = time.monotonic()
+        mine = self._together(lambda: self._score(mine, f"iteration {iteration}, "))
+        scoring_seconds = time.monotonic() - began
+        drawn = self._gathered(mine)
+        stored = Iteration(settings, policy, drawn)
+        self._add_log_probs(stored)
+        stored.metrics |= measures(drawn, self._end_token_ids)
+        stored.metrics |= {"sampling_seconds": sampling_seconds, "scoring_seconds": scoring_seconds}
+        if self.trainer.accelerator.is_main_process:
+            self.buffer.write(iteration, stored)
+        self.trainer.accelerator.wait_for_everyone()
+        return stored
+
+    def _draw(self, iteration: int, prompts: list[tuple], key: str) -> list[tuple[int, Drawn]]:
+        """This rank's share: every so many batches, of prompts of like length."""
+        args, accelerator = self.args, self.trainer.accelerator
+        part = self.buffer.part(iteration, accelerator.process_index, key)
+        result = []
+        for number, members in self._batches(prompts, args.generations_per_prompt, f"iteration {iteration}: sampling"):
+            if number not in part.batches:
+                ids = [prompts[member][2] for member in members]
+                part.add(number, self._sample(ids, args.generations_per_prompt, ("sample", iteration, number)))
+            result += self._drawn(prompts, members, part.batches[number])
+        return result
+
+    def _drawn(self, prompts: list[tuple], members: list[int], completion_ids: list) -> list[tuple[int, Drawn]]:
+        result = []
+        for member, ids in zip(members, completion_ids, strict=True):
+            prompt, where, prompt_ids = prompts[member]
+            result.append((member, Drawn(prompt, [self._text(prompt, i) for i in ids], None, where, prompt_ids, ids)))
+        return result
+
+    def _batches(self, prompts: list[tuple], count: int, title: str):
+        """(number, places in prompts): the same batches whatever the number of ranks, this rank's share of them."""
+        accelerator = self.trainer.accelerator
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place][2]), reverse=True)
+        size = max(1, self.args.sampling_batch_size // count)
+        batches = list(enumerate(order[start : start + size] for start in range(0, len(order), size)))
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        total = sum(len(members) for _, members in mine)
+        with progress_bar(self.args, title, total, "prompt") as advance:
+            for number, members in mine:
+                yield number, members
+                advance(len(members))
+
+    def _sample(self, prompt_ids: list[list[int]], count: int, place: tuple) -> list[list[list[int]]]:
+        args, trainer = self.args, self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with trainer.accelerator.autocast():  # the policy in the precision in which it is trained
+            made = self.sampler(
+                model,
+                prompt_ids,
+                n=count,
+                temperature=args.sampling_temperature,
+                max_new_tokens=args.max_new_tokens,
+                seed=_seed(args.seed, *place),
+            )
+        check_completions(made, prompt_ids, count, args.max_new_tokens, model.get_input_embeddings().weight.shape[0])
+        return made
+
+    def _text(self, prompt, ids: list[int]):
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    def _score(self, mine: list[tuple[int, Drawn]], place: str) -> list[tuple[int, Drawn]]:
+        if self.reward_function is None:
+            return mine
+        examples = [
+            Example(drawn.prompt, drawn.completions, None,
+                    [f"{place}{drawn.where}, sample {number + 1}" for number in range(len(drawn.completions))])
+            for _, drawn in mine
+        ]  # fmt: skip
+        try:
+            scored = apply_reward_function(self.reward_function, examples, self.args)
+        except DataError as error:
+            remedy = "the reward function fails on these completions, which are kept; mend it and resume"
+            raise DataError(error.problems, remedy=remedy) from error
+        return [
+            (place, replace(drawn, rewards=example.rewards))
+            for (place, drawn), example in zip(mine, scored, strict=True)
+        ]
+
+    def _gathered(self, mine: list[tuple[int, Drawn]]) -> list[Drawn]:
+        shares = gather_object([mine]) if self.trainer.accelerator.num_processes > 1 else [mine]
+        return [entry for _, entry in sorted((item for share in shares for item in share), key=lambda item: item[0])]
+
+    @property
+    def _end_token_ids(self) -> tuple[int, ...]:
+        return getattr(self.sampler, "end_token_ids", (self.tokenizer.eos_token_id,))
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures of one completion of every evaluation prompt, the draws' seeds the same at each call."""
+        if not self.eval_prompts:
+            raise ValueError("eval_dataset: expected prompts to evaluate on, got none; pass an evaluation set")
+
+        def work():
+            result = []
+            for number, members in self._batches(self.eval_prompts, 1, "evaluation: sampling"):
+                made = self._sample([self.eval_prompts[member][2] for member in members], 1, ("eval", number))
+                result += self._drawn(self.eval_prompts, members, made)
+            return self._score(result, "")
+
+        return measures(self._gathered(self._together(work)), self._end_token_ids)
+
+    def _add_log_probs(self, stored: Iteration) -> None:
+        """Under the policy as it is, and under the reference. Every rank calls it."""
+        trainer, reads = self.trainer, self.method.loss.inputs
+        rows = encode_drawn(stored.drawn, pairs=False)
+        refresh = self.args.refresh_reference
+        now = initial = None
+        if "old_token_logp" in reads or self.args.keep_initial_model or (self.method.reference and refresh):
+            now = self._log_probs(trainer.accelerator.unwrap_model(trainer.model), rows, "policy")
+        if self.reads_initial_model:
+            model = trainer.model if trainer.ref_model is None else trainer.ref_model
+            with trainer._as_reference(model):
+                initial = self._log_probs(model, rows, "initial model")
+        if "old_token_logp" in reads:
+            stored.token_columns["old_token_logp"] = now
+        if self.method.reference:
+            ref = now if refresh else initial
+            if "ref_token_logp" in reads:
+                stored.token_columns["ref_token_logp"] = ref.clone()
+            if ref is not None:
+                stored.columns["ref_logp"] = rows.row_sums(ref)
+        if now is not None and initial is not None:
+            stored.metrics["sample_kl"] = rows.row_sums(now - initial).mean().item()
+
+    def _log_probs(self, model, rows: EncodedRows, whose: str) -> torch.Tensor:
+        logp = score_rows(self.trainer, model, rows)
+        bad = (~rows.row_sums(logp).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            problems = [Problem(rows.where[row], f"the {whose}'s log-prob is not finite") for row in bad]
+            raise DataError(problems, remedy="the model overflows on its own completions; lower the learning rate")
+        return logp
+
+    # ---- what it depends on ------------------------------------------------------------------------------------------
+
+    def _prompts_of(self, iteration: int) -> list[tuple]:
+        """The next prompts_per_iteration of an endless row of permutations of the prompts."""
+        size, count = len(self.prompts), self.args.prompts_per_iteration
+        chosen = []
+        for position in range(iteration * count, (iteration + 1) * count):
+            turn, place = divmod(position, size)
+            if not chosen or place == 0:
+                order = torch.randperm(size, generator=self._generator("prompts", turn)).tolist()
+            chosen.append(self.prompts[order[place]])
+        return chosen
+
+    def _generator(self, *place) -> torch.Generator:
+        return torch.Generator().manual_seed(_seed(self.args.seed, *place))
+
+    def _settings(self, iteration: int) -> dict:
+        args = self.args
+        names = ("method", "seed", "generations_per_prompt", "sampling_temperature", "max_new_tokens",
+                 "sampling_batch_size", "prompts_per_iteration", "refresh_reference")  # fmt: skip
+        settings = {name: getattr(args, name) for name in names}
+        prompts = [ids for _, _, ids in self._prompts_of(iteration)]
+        return {**settings, "steps_per_iteration": self.steps, "prompts": _digest(prompts)}
+
+    def _policy(self) -> str:
+        """Hash of the weights that training moves."""
+        digest = hashlib.sha256()
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.requires_grad:
+                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+                digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _count_items(self) -> int:
+        """Items of an iteration in which no two completions of a prompt have the same reward."""
+        count = self.args.generations_per_prompt
+        drawn = [
+            Drawn("", [""] * count, [float(number) for number in range(count)], "", [0], [[0]] * count)
+            for _ in range(self.args.prompts_per_iteration)
+        ]
+        return len(self.method.items(encode_drawn(drawn, pairs=draws_pairs(self.args.method)), self.args))
+
+    def _together(self, work: Callable):
+        """``work()`` on every rank; if it fails on one, all stop, with the same message."""
+        if self.trainer.accelerator.num_processes == 1:
+            return work()
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        rank = dist.get_rank()
+        mine = None if failure is None else (rank, getattr(failure, "problems", None), f"{failure}")
+        failures = [entry for entry in gather_object([mine]) if entry is not None]
+        if not failures:
+            return result
+        if failure is not None and not isinstance(failure, DataError):
+            raise failure
+        problems = [problem for _, found, _ in failures for problem in found or []]
+        if problems:
+            raise DataError(problems, remedy=failures[0][2].partition(": ")[2].splitlines()[0]) from failure
+        raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
+
+
+def encode_prompts(examples: list[Example], tokenizer, args) -> list[tuple]:
+    """(prompt, where, token ids) of each prompt; the ids leave room for the completion."""
+    answers = ["a" if isinstance(ex.prompt, str) else [{"role": "assistant", "content": "a"}] for ex in examples]
+    asked = [Example(ex.prompt, [a], None, ex.where[:1]) for ex, a in zip(examples, answers, strict=True)]
+    # twice the room, of which prompts get at least half: nothing is cut here
+    rows = encode_examples(asked, tokenizer, 2**40)
+    room = args.max_length - args.max_new_tokens
+    ids = [rows.row(row)["input_ids"][: int(rows.prompt_length[row])].tolist() for row in range(len(rows))]
+    if cut := sum(len(prompt) > room for prompt in ids):
+        logger.warning("%d of %d prompts were cut to their last %d tokens (max_length - max_new_tokens)", cut, len(ids),
+                       room)  # fmt: skip
+    return [(example.prompt, example.where[0], prompt[-room:]) for example, prompt in zip(examples, ids, strict=True)]
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _seed(*place) -> int:
+    """56 bits, apart for every place: what is drawn for two places has nothing in common."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7], "big")

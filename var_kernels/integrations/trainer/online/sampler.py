@@ -1,0 +1,133 @@
+"""Completions from a policy: the interface, and transformers' ``generate`` behind it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from var_kernels.integrations.hf.head import inner_model, swapped
+
+
+class Sampler(Protocol):
+    """Draws completions. Any callable of this form will do: an inference server, another engine.
+
+    Args:
+        model: the policy, not wrapped by DDP, as it is now; a backend with weights of its own must take these over.
+        prompts: token ids, as training will see them (chat template and beginning-of-sequence token included).
+        n: completions wanted of each prompt.
+        temperature: divides the logits; the distribution is otherwise to be left as it is.
+        max_new_tokens: of a completion, its end token included.
+        seed: of these draws; equal arguments must give equal completions. No two calls of a run have the same.
+
+    Returns:
+        For each prompt n lists of token ids; a completion that ended holds its end token, last.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[list[list[int]]]: ...
+
+
+@dataclass
+class GenerateSampler:
+    """``model.generate``: prompts padded on the left, pure sampling, whatever the model's own generation settings say.
+
+    The model's generation settings, the mode of its modules and the random state are afterwards as they were.
+
+    Args:
+        pad_token_id: fills up shorter prompts.
+        end_token_ids: any of them ends a completion.
+    """
+
+    pad_token_id: int
+    end_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer, pad_token_id: int) -> "GenerateSampler":
+        """With the end tokens of the model's generation settings and of the tokenizer."""
+        ends = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
+        ends = ends if isinstance(ends, list | tuple) else [ends]
+        return cls(pad_token_id, tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None)))
+
+    @torch.no_grad()
+    def __call__(self, model, prompts, *, n, temperature, max_new_tokens, seed):
+        from transformers import GenerationConfig
+
+        inner = inner_model(model)
+        device = inner.get_input_embeddings().weight.device
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[self.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts])  # (P, T)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=float(temperature),
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=n,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=list(self.end_token_ids),
+            use_cache=True,
+        )
+        # generate fills what the settings leave open from the model's own, which may cut the distribution
+        with evaluating(inner), random_state(device, seed), swapped(inner, "generation_config", settings):
+            output = inner.generate(
+                input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
+        rows = [self._until_end(row) for row in output[:, width:].tolist()]  # (P n, new tokens)
+        return [rows[start : start + n] for start in range(0, len(rows), n)]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = [place for place, token in enumerate(ids) if token in self.end_token_ids]
+        return ids[: ends[0] + 1] if ends else ids
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """torch's generators (CPU and this device) seeded inside; afterwards as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> None:
+    """What a sampler returned must be what training can use. Raises ValueError with what is wrong where."""
+    if not isinstance(made, list) or len(made) != len(prompts):
+        got = f"{len(made)}" if isinstance(made, list) else type(made).__name__
+        raise ValueError(f"sampler: expected a list with an entry for each of {len(prompts)} prompts, got {got}")
+    for number, completions in enumerate(made):
+        if len(completions) != n:
+            raise ValueError(f"sampler: expected {n} completions of prompt {number}, got {len(completions)}")
+        for ids in completions:
+            if not 1 <= len(ids) <= max_new_tokens:
+                raise ValueError(
+                    f"sampler: prompt {number}: expected completions of 1 to {max_new_tokens} tokens, got {len(ids)}; "
+                    "an empty answer is its end token alone"
+                )
+            wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocabulary)]
+            if wrong:
+                raise ValueError(
+                    f"sampler: prompt {number}: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]!r}"
+                )

@@ -341,7 +341,8 @@ class OnlineLoop(TrainerCallback):
 
 
 def encode_prompts(examples: list[Example], tokenizer, args) -> list[tuple]:
-    """(prompt, where, token ids) of each prompt; the ids leave room for the completion."""
+    """(prompt, where, token ids) of each prompt, once; the ids leave room for the completion."""
+    examples = list({repr(example.prompt): example for example in reversed(examples)}.values())[::-1]
     answers = ["a" if isinstance(ex.prompt, str) else [{"role": "assistant", "content": "a"}] for ex in examples]
     asked = [Example(ex.prompt, [a], None, ex.where[:1]) for ex, a in zip(examples, answers, strict=True)]
     # twice the room, of which prompts get at least half: nothing is cut here

@@ -7,10 +7,6 @@
 #include <limits>
 #include <optional>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -182,18 +178,6 @@ void exp_into(Tensor x, Tensor y, int64_t level) {
   kernels(level).exp(floats_of(x, count, "x"), floats_of(y, count, "y"), count);
 }
 
-// Asks for huge pages under a tensor that was not written yet: the first touch of 4 KiB pages costs more than what is
-// computed into them. A hint; nothing happens where there are none.
-void prefer_huge_pages(Tensor t) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (data + t.numel() * t.element_size()) / kPage * kPage;
-  if (t.is_cpu() && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(var_kernels_native, m) {
@@ -207,7 +191,6 @@ STABLE_TORCH_LIBRARY(var_kernels_native, m) {
       "Tensor? constant, int v_start, Tensor? bias, float scale, float cap, float inner, float cap_slope, "
       "ScalarType out_dtype, int level) -> ()");
   m.def("exp_into(Tensor x, Tensor(a!) y, int level) -> ()");
-  m.def("prefer_huge_pages(Tensor(a!) t) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CompositeExplicitAutograd, m) {
@@ -218,7 +201,6 @@ STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CPU, m) {
   m.impl("row_stats", TORCH_BOX(&row_stats));
   m.impl("row_grad", TORCH_BOX(&row_grad));
   m.impl("exp_into", TORCH_BOX(&exp_into));
-  m.impl("prefer_huge_pages", TORCH_BOX(&prefer_huge_pages));
 }
 
 }  // namespace var_kernels

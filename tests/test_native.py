@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -356,17 +355,3 @@ def test_tiles_of_a_large_budget_stay_in_the_cache(monkeypatch):
     assert all(shape[0] == 600 for shape in shapes)
     # The last slices of both may be narrow.
     assert sum(shape[1] < 1024 for shape in shapes) <= 2
-
-
-def test_huge_pages_are_asked_for_within_large_tensors_only(monkeypatch):
-    asked = []
-    monkeypatch.setattr(rows_native, "_ops", lambda: SimpleNamespace(prefer_huge_pages=asked.append))
-    small, large = torch.empty(1000), torch.empty(2 << 20)
-    assert rows_native.on_huge_pages(small) is small
-    assert rows_native.on_huge_pages(large) is large
-    assert len(asked) == 1
-    assert asked[0] is large
-    monkeypatch.undo()
-    for elements in (1, 1023, 1025, 5 << 20):
-        torch.ops.var_kernels_native.prefer_huge_pages(torch.ones(elements))
-    assert torch.equal(rows_native.on_huge_pages(torch.arange(3 << 20)), torch.arange(3 << 20))

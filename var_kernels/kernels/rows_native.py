@@ -17,8 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPIES_GRADIENT = False
 # Instruction set of the kernels: None for the best of this machine, else 0 (baseline), 1 (AVX2), 2 (AVX-512).
 LEVEL: int | None = None
-# NumPy asks for huge pages from the same size on.
-_HUGE_BYTES = 4 << 20
 LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")
 
 
@@ -69,13 +67,6 @@ def exp(x: Tensor, level: int | None = None) -> Tensor:
     y = torch.empty_like(x)
     _ops().exp_into(x, y, _level() if level is None else level)
     return y
-
-
-def on_huge_pages(t: Tensor) -> Tensor:
-    """``t``, newly allocated and contiguous, with a request for huge pages under it where it is large."""
-    if t.numel() * t.element_size() >= _HUGE_BYTES:
-        _ops().prefer_huge_pages(t)
-    return t
 
 
 def row_stats(

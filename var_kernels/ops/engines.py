@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from var_kernels.kernels import rows_native
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into, upcasts
@@ -150,12 +149,7 @@ class Head:
         return self.d * (upcast + partial)
 
     def new_tile(self, rows: int, columns: int) -> "TileStorage":
-        return TileStorage(self.new_empty((rows * _aligned(columns),), self.tile))
-
-    def new_empty(self, shape, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor, on a CPU on huge pages where it is large."""
-        t = torch.empty(shape, dtype=dtype, device=self.hidden_ND.device)
-        return rows_native.on_huge_pages(t) if self.options.backend == "native" else t
+        return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
 
     def upcast_rows(self, start: int, stop: int) -> Tensor:
         rows_nd = self.hidden_ND[start:stop]
@@ -335,9 +329,8 @@ def token_chunk_pass(
         gradients.dhidden_ND = torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format)
     if needs.lm_head_weight:
         dtype = accumulation if plan.rows < head.n else head.operand
-        gradients.dweight_VD = head.new_empty(head.lm_head_weight_VD.shape, dtype)
-        if head.n == 0:
-            gradients.dweight_VD.zero_()
+        create = torch.empty if head.n else torch.zeros
+        gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dtype, device=head.hidden_ND.device)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 
@@ -376,7 +369,7 @@ def vocabulary_pass(
     if needs.hidden:
         gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=head.hidden_ND.device)
     if needs.lm_head_weight:
-        gradients.dweight_VD = head.new_empty(head.lm_head_weight_VD.shape, head.operand)
+        gradients.dweight_VD = torch.empty_like(head.lm_head_weight_VD, memory_format=torch.contiguous_format)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 

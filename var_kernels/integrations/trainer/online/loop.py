@@ -88,9 +88,14 @@ class OnlineLoop(TrainerCallback):
         if stored is None:
             stored = self._make(iteration)
         rows = self._rows(iteration, stored)
-        items = self.method.items(rows, self.args)
-        order = self._generator("order", iteration)
-        self.dataset.fill(rows, items, order)
+        try:
+            items = self.method.items(rows, self.args)
+        except ValueError as error:
+            raise ValueError(
+                f"iteration {iteration}: {error}. What was drawn is in {self.buffer.path(iteration)}; more "
+                "generations_per_prompt, or a reward that tells more apart"
+            ) from error
+        self.dataset.fill(rows, items, self._generator("order", iteration))
         if steps_done == 0:  # a run that resumes in its middle has logged them
             for name, value in {**stored.metrics, "item_share": len(items) / self.expected_items}.items():
                 self.trainer._add("train", name, value, 1.0)

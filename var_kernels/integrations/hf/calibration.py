@@ -6,8 +6,7 @@ decides.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,33 +15,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.head import (
-    HeadParams,
-    Placeholder,
-    find_head,
-    inner_model,
-    logits_of,
-    swapped,
-    swapped_head,
-    without_cache,
-)
+from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model
+from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, vector
 
-_TOKENS = 8
 _IGNORE_INDEX = -100
+_MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
+_MASK = -3e4  # what we give them: exp of it is 0, and every floating point type holds it
 
 
 @dataclass(frozen=True)
 class Transform:
-    """logits[..., :vocab] = softcap * tanh(logit_scale * head(h) / softcap), of the head's first ``vocab`` outputs."""
+    """logits[..., :vocab] = softcap * tanh(logit_scale * head(h) / softcap) + bias_ratio * vocabulary_bias."""
 
     logit_scale: float
     softcap: float | None
     vocab: int
     causal: bool  # the hidden state at t does not depend on the tokens after t
+    vocabulary_bias: str | None = None  # name of the parameter or buffer that is added; only without softcap
+    bias_ratio: float = 1.0
+    masked: tuple[int, ...] = ()  # ids that the model never gives any probability
+    wide: bool = False  # the model writes at single ids: its placeholder must be V wide
 
-    def params(self, head: nn.Linear) -> HeadParams:
+    def params(self, head: nn.Linear, inner: nn.Module) -> HeadParams:
         """The head's tensors as they are now: gathered, when asked for within its forward."""
         weight, bias = head.weight, head.bias
+        if self.vocabulary_bias is not None:
+            added = vector(inner, self.vocabulary_bias).to(weight) * (self.bias_ratio / self.logit_scale)
+            bias = added if bias is None else bias + added
+        if self.masked:
+            ids = torch.tensor(self.masked, device=weight.device)
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            bias = bias.index_fill(0, ids, math.copysign(_MASK, -self.logit_scale))
         if weight.shape[0] != self.vocab:
             weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
         return HeadParams(weight, bias, self.logit_scale, self.softcap)
@@ -58,24 +61,36 @@ class LossRule:
 
 _transforms: WeakKeyDictionary = WeakKeyDictionary()
 _loss_rules: WeakKeyDictionary = WeakKeyDictionary()
+_causal_with: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def calibrate(model: nn.Module) -> Transform:
+def calibrate(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False
+) -> Transform:
     """The transform between the lm_head and the logits, cached per model until its config changes.
 
     Three forward passes of eight tokens, without gradients, in eval mode, with the random state untouched. Known values
-    leave the head in place of its output; {scale, softcap, slice} is solved for from what the model returns, and
-    verified on a second draw; the third pass shows that the model runs on a (B, T, 1) placeholder. Under distributed
-    training every rank must call it.
+    leave the head in place of its output; {scale, softcap, slice, vocabulary bias, masked ids} is solved for from what
+    the model returns, and verified on a second draw; the third pass shows that the model runs on a (B, T, 1)
+    placeholder. Under distributed training every rank must call it.
 
+    Args:
+        model: an HF causal LM, plain or wrapped.
+        inputs: keyword arguments that the model runs on, taken (their first row, where rows can be told) in place of
+            the eight tokens by a model that wants more than these: pictures, boxes.
+        encoder_decoder: whether the caller can handle one, whose labels are not shifted.
     Raises:
-        ValueError: what follows the head is not in this family (a vocabulary bias, masked ids, several streams ...).
+        TrialFailedError: a ValueError; the model runs neither on tokens alone nor on ``inputs``.
+        ValueError: what follows the head is not in this family (several streams, other positions ...).
     """
     inner = inner_model(model)
-    return _cached(_transforms, inner, lambda: _calibrate_transform(_Probe(model, inner)))
+    _refuse_unless_handled(inner, encoder_decoder)
+    return _cached(_transforms, inner, inputs, lambda given: _calibrate_transform(Probe(model, inner, given)))
 
 
-def calibrate_loss(model: nn.Module) -> LossRule:
+def calibrate_loss(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False
+) -> LossRule:
     """Whether the model's own loss shifts its labels, and can be replaced by its loss_function; cached likewise.
 
     Raises:
@@ -83,13 +98,46 @@ def calibrate_loss(model: nn.Module) -> LossRule:
             does not depend on them (an MoE auxiliary loss): smoothed labels, a z-loss, other label shapes.
     """
     inner = inner_model(model)
-    return _cached(_loss_rules, inner, lambda: _calibrate_loss(_Probe(model, inner), calibrate(model)))
+    _refuse_unless_handled(inner, encoder_decoder)
+    transform = calibrate(model, inputs, encoder_decoder=encoder_decoder)
+    return _cached(_loss_rules, inner, inputs, lambda given: _calibrate_loss(Probe(model, inner, given), transform))
 
 
-def _cached(cache: WeakKeyDictionary, inner: nn.Module, compute: Callable[[], Any]) -> Any:
+def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: bool = False) -> bool:
+    """Whether hidden states do not depend on later tokens: of tokens alone, or of inputs like these (token_type_ids say
+    what is a prefix to PaliGemma). The second is looked at once per model and set of names.
+    """
+    if calibrate(model, inputs, encoder_decoder=encoder_decoder).causal:
+        return True
+    names = frozenset(name for name, value in inputs.items() if value is not None)
+    if names <= {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "use_cache"}:
+        return False
+    inner = inner_model(model)
+    found = _cached(_causal_with, inner, None, lambda _: {})
+    if names not in found:
+        probe = Probe(model, inner, inputs)
+        found[names] = _unchanged_before(probe, *(probe.run(_noise, seed)[2] for seed in (0, 1)))
+    return found[names]
+
+
+def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
+    if is_encoder_decoder(inner) and not encoder_decoder:
+        raise ValueError(
+            f"{type(inner).__name__} is an encoder-decoder, which is not understood here; fused_lm_head, "
+            "token_logprobs and sequence_logprobs take it"
+        )
+
+
+def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any] | None, compute: Callable) -> Any:
     key = _fingerprint(inner)
     if inner not in cache or cache[inner][0] != key:
-        cache[inner] = (key, compute())
+        try:
+            found = compute(None)
+        except TrialFailedError:
+            if inputs is None:
+                raise
+            found = compute(inputs)
+        cache[inner] = (key, found)
     return cache[inner][1]
 
 
@@ -109,29 +157,50 @@ def _fingerprint(inner: nn.Module) -> tuple:
 # ---- the transform ---------------------------------------------------------------------------------------------------
 
 
-def _calibrate_transform(probe: "_Probe") -> Transform:
-    x1, y1, hidden1 = probe.run(_ladder, seed=0)
-    scale, softcap = _solve(probe, x1, y1)
+def _calibrate_transform(probe: Probe) -> Transform:
+    names = probe.vocabulary_vectors()
+    generator = torch.Generator().manual_seed(2)
+    marks = {n: torch.randn(probe.head.out_features, generator=generator, dtype=torch.float64).mul(3) for n in names}
+    with probe.replaced_vectors(marks):
+        x1, y1, hidden1 = probe.run(_ladder, seed=0)
+    vocab = y1.shape[-1]
+    added1 = y1.reshape(-1, vocab)[-1]  # what comes out where the head puts out 0
+    masked = (y1 < _MASKED).flatten(0, -2).all(0)
+    scale, softcap = _solve(probe, x1, y1 - added1, masked)
+    bias, ratio = _source(probe, marks, added1, masked, softcap)
     x2, y2, hidden2 = probe.run(_noise, seed=1)
-    vocab = y2.shape[-1]
-    for x, y in ((x1, y1), (x2, y2)):
-        expected = _apply(x[..., :vocab], scale, softcap)
-        worst = (y - expected).abs().amax().item()
-        if not worst <= 1e-4 * (1.0 + expected.abs().amax().item()):
+    added2 = torch.zeros_like(added1)
+    if bias is not None:
+        added2 = ratio * vector(probe.inner, bias)[:vocab].to(added1)
+    for x, y, added in ((x1, y1, added1), (x2, y2, added2)):
+        expected = _apply(x[..., :vocab], scale, softcap) + added
+        worst = (y - expected)[..., ~masked].abs().amax().item()
+        if not worst <= 1e-4 * (1.0 + expected[..., ~masked].abs().amax().item()):
             probe.refuse(
-                f"its logits differ by up to {worst:.3g} from every scale and softcap of the head's output (a "
-                "vocabulary bias, masked ids or another operation follows the head)"
+                f"its logits differ by up to {worst:.3g} from every scale and softcap of the head's output (an "
+                "operation that is not understood follows the head)"
             )
-    leak = (hidden1 - hidden2)[..., :-1, :].abs().amax().item()
-    causal = leak <= max(2e-6, 4 * torch.finfo(hidden1.dtype).eps) * hidden1.abs().amax().item()
-    probe.run_placeholder()
-    return Transform(probe.known_number(scale), None if softcap is None else probe.known_number(softcap), vocab, causal)
+    wide = probe.run_placeholder()
+    if is_encoder_decoder(probe.inner):
+        _check_decoder_inputs(probe)
+    return Transform(
+        probe.known_number(scale),
+        None if softcap is None else probe.known_number(softcap),
+        vocab,
+        _unchanged_before(probe, hidden1, hidden2),
+        bias,
+        ratio,
+        tuple(masked.nonzero().flatten().tolist()),
+        wide,
+    )
 
 
 def _ladder(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """First row: 2^-6, 2^-5 ... 2^17 over the vocabulary, then again; the other rows moderate noise."""
+    """First row: 2^-6, 2^-5 ... 2^17 over the vocabulary, then again; last row 0; the other rows moderate noise."""
     x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    x.view(-1, shape[-1])[0] = 2.0 ** (torch.arange(shape[-1]) % 24 - 6).double()
+    rows = x.view(-1, shape[-1])
+    rows[-1] = 0
+    rows[0] = 2.0 ** (torch.arange(shape[-1]) % 24 - 6).double()
     return x
 
 
@@ -146,12 +215,17 @@ def _apply(x: Tensor, scale: float, softcap: float | None) -> Tensor:
     return scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
 
 
-def _solve(probe: "_Probe", x: Tensor, y: Tensor) -> tuple[float, float | None]:
+def _solve(probe: Probe, x: Tensor, y: Tensor, masked: Tensor) -> tuple[float, float | None]:
     """Scale and softcap K from f(a) and f(2a), f(x) = K tanh(s x / K): tanh(2u) = 2 tanh(u) / (1 + tanh(u)^2) gives
     K^2 = f(a)^2 / (2 f(a)/f(2a) - 1), best conditioned where the bend 2 f(a)/f(2a) - 1 = tanh(u)^2 is about 0.3.
     """
-    rungs = min(y.shape[-1], 24)
-    x_v, y_v = x.reshape(-1, x.shape[-1])[0, :rungs], y.reshape(-1, y.shape[-1])[0, :rungs]
+    vocab = y.shape[-1]
+    rungs = min(vocab, 24)
+    starts = [s for s in range(0, vocab - rungs + 1, rungs) if not masked[s : s + rungs].any()]
+    if not starts or x.numel() == x.shape[-1]:
+        probe.refuse("it masks ids all over its vocabulary, or runs on one position alone")
+    here = slice(starts[0], starts[0] + rungs)
+    x_v, y_v = x.reshape(-1, x.shape[-1])[0, here], y.reshape(-1, vocab)[0, here]
     if not bool(torch.isfinite(y_v).all()) or bool((y_v == 0).any()) or bool((y_v * y_v[0] < 0).any()):
         probe.refuse("its logits are not a scale or softcap of the head's output")
     bend = 2 * y_v[:-1] / y_v[1:] - 1
@@ -165,19 +239,55 @@ def _solve(probe: "_Probe", x: Tensor, y: Tensor) -> tuple[float, float | None]:
     return softcap * math.atanh(ratio) / x_v[at].item(), softcap
 
 
+def _source(
+    probe: Probe, marks: Mapping[str, Tensor], added: Tensor, masked: Tensor, softcap: float | None
+) -> tuple[str | None, float]:
+    """(name, ratio) with ``added`` = ratio * the marked vector of that name; (None, 1) where nothing is added."""
+    added = added[~masked]
+    if not added.any():
+        if masked.any() and softcap is not None:
+            probe.refuse("it masks ids after a softcap")
+        return None, 1.0
+    for name, mark in marks.items():
+        mark = mark.to(added)[: len(masked)][~masked]
+        ratio = ((added @ mark) / (mark @ mark)).item()
+        if softcap is None and (added - ratio * mark).abs().amax() <= 1e-4 * added.abs().amax():
+            return name, probe.known_number(ratio)
+    probe.refuse(
+        "its logits are not a scale or softcap of the head's output: something is added that is no vocabulary bias of "
+        "its own (or one that follows a softcap)"
+    )
+
+
+def _unchanged_before(probe: Probe, hidden1: Tensor, hidden2: Tensor) -> bool:
+    """Whether the two runs, which differ in their last token, agree on all positions before it."""
+    last = probe.last_token()
+    leak = (hidden1 - hidden2)[..., :last, :].abs().amax().item() if last else 0.0
+    return leak <= max(2e-6, 4 * torch.finfo(hidden1.dtype).eps) * hidden1.abs().amax().item()
+
+
+def _check_decoder_inputs(probe: Probe) -> None:
+    labels = torch.tensor([probe.plain[-1 - i % len(probe.plain)] for i in range(5)], device=probe.ids.device)
+    labels = labels.expand(len(probe.ids), -1).contiguous()
+    labels[:, -2:] = _IGNORE_INDEX
+    own, ours = (probe.run_decoder(_noise, labels, prepared=prepared) for prepared in (False, True))
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-4, atol=1e-5 * own.abs().amax().item()):
+        probe.refuse("it makes its decoder_input_ids from labels in a way that is not understood")
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def _calibrate_loss(probe: "_Probe", transform: Transform) -> LossRule:
-    labels = (
-        torch.arange(probe.input_ids.numel(), device=probe.input_ids.device).view_as(probe.input_ids)
-        * 5
-        % transform.vocab
-    )
+def _calibrate_loss(probe: Probe, transform: Transform) -> LossRule:
+    unmasked = [i for i in range(min(transform.vocab, 4096)) if i not in transform.masked]
+    labels = torch.arange(probe.ids.numel(), device=probe.ids.device).view_as(probe.ids) * 5 % len(unmasked)
+    labels = torch.tensor(unmasked, device=labels.device)[labels]
     labels[:, 2] = _IGNORE_INDEX
     own, nll = [], []
     for seed in (0, 1):
-        loss, y, seen = probe.run_loss(labels, seed)
+        loss, y, seen = probe.run_loss(labels, _noise, seed)
+        if seen.shape != y.shape[:-1]:
+            probe.refuse(f"it scores labels {tuple(seen.shape)} with logits {tuple(y.shape)}")
         own.append(loss)
         nll.append({shift: _mean_nll(y, seen, shift) for shift in (True, False)})
     # An auxiliary loss does not depend on the logits, so it drops out of the difference between two draws.
@@ -189,7 +299,7 @@ def _calibrate_loss(probe: "_Probe", transform: Transform) -> LossRule:
             "its own loss is not the mean cross-entropy of its logits, neither with shifted nor with unshifted labels"
         )
     extra = own[0] - nll[0][fits[0]]
-    replaced = probe.run_replaced_loss(labels)
+    replaced = probe.run_replaced_loss(labels, wide=transform.wide)
     if replaced is not None and abs(replaced - extra) <= tolerance:
         return LossRule(fits[0], replaceable=True)
     if replaced is not None or abs(extra) > tolerance:
@@ -203,150 +313,3 @@ def _mean_nll(logits: Tensor, labels: Tensor, shift: bool) -> float:
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=_IGNORE_INDEX).item()
-
-
-# ---- running the model on injected values ----------------------------------------------------------------------------
-
-
-class _Probe:
-    """One model and the few tokens it is run on."""
-
-    def __init__(self, model: nn.Module, inner: nn.Module):
-        self.model, self.inner, self.head = model, inner, find_head(inner)
-        self.name = type(inner).__name__
-        if getattr(inner.config, "is_encoder_decoder", False):
-            self.refuse("it is an encoder-decoder; only decoder-only causal language models are understood")
-        embeddings = inner.get_input_embeddings()
-        ids = min(getattr(embeddings, "num_embeddings", self.head.out_features), self.head.out_features)
-        special = set()
-        for config in (inner.config, inner.config.get_text_config()):
-            for name, value in vars(config).items():
-                if name.endswith(("_id", "_index")):
-                    special.update(value if isinstance(value, (list, tuple)) else [value])
-        plain = [token for token in range(min(ids, 4096)) if token not in special] or [0]
-        self.tokens = [plain[i % len(plain)] for i in range(_TOKENS + 1)]
-        self.input_ids = torch.tensor([self.tokens[:_TOKENS]], device=input_device(inner))
-
-    def refuse(self, reason: str, cause: Exception | None = None) -> None:
-        raise ValueError(
-            f"{self.name} cannot be used with a fused lm_head: {reason}. Use its own loss, or log_softmax of its "
-            "logits, instead"
-        ) from cause
-
-    def known_number(self, fitted: float) -> float:
-        """The number (or its inverse) among the model's own that was fitted, free of the fit's rounding."""
-        owners = (
-            self.inner.config,
-            self.inner.config.get_text_config(),
-            self.inner,
-            getattr(self.inner, self.inner.base_model_prefix, None),
-        )
-        own = [float(v) for o in owners if o is not None for v in vars(o).values() if isinstance(v, (int, float)) and v]
-        candidates = [1.0, *own, *(1.0 / v for v in own)]
-        nearest = min(candidates, key=lambda value: abs(value - fitted))
-        return nearest if abs(nearest - fitted) <= 1e-5 * abs(fitted) else fitted
-
-    def run(self, draw: Callable, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(injected head output, logits, hidden states); the last token changes with the seed."""
-        ids = self.input_ids.clone()
-        ids[0, -1] = self.tokens[-1 - seed]
-        injected, hidden_states, output = self._forward(draw, seed, input_ids=ids)
-        return injected, self._logits(injected, output), hidden_states
-
-    def run_loss(self, labels: Tensor, seed: int) -> tuple[float, Tensor, Tensor]:
-        """(the model's own loss, logits, the labels that reached the inner model) on injected values."""
-        seen = {}
-        plain_forward = self.inner.forward
-
-        def forward(*args, **kwargs):
-            seen.update(kwargs)
-            return plain_forward(*args, **kwargs)
-
-        with swapped(self.inner, "forward", forward):
-            injected, _, output = self._forward(_noise, seed, input_ids=self.input_ids, labels=labels)
-        loss = output.get("loss") if hasattr(output, "get") else output[0]
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            self.refuse("it returns no scalar loss when it is given labels")
-        return loss.item(), self._logits(injected, output), seen.get("labels", labels)
-
-    def run_placeholder(self) -> None:
-        """The model must go on from (B, T, 1) in place of logits."""
-        self._forward(None, 0, input_ids=self.input_ids)
-
-    def run_replaced_loss(self, labels: Tensor) -> float | None:
-        """What the model adds to the value of a replaced loss_function; None when it does not use loss_function."""
-        calls = []
-
-        def loss_function(*_args, **_kwargs):
-            calls.append(1)
-            return torch.full((), 7.0, device=self.input_ids.device)
-
-        with swapped(self.inner, "_loss_function", loss_function):
-            try:
-                _, _, output = self._forward(None, 0, input_ids=self.input_ids, labels=labels)
-            except ValueError:
-                return None
-        return output["loss"].item() - 7.0 if len(calls) == 1 else None
-
-    def _forward(self, draw: Callable | None, seed: int, **inputs) -> tuple[Tensor | None, Tensor, Any]:
-        calls = []
-
-        def forward(hidden, *_args, **_kwargs):
-            shape = hidden.shape[:-1]
-            if draw is None:
-                value = Placeholder.apply((*shape, 1), hidden.dtype, hidden.device)
-            else:
-                value = draw((*shape, self.head.out_features), torch.Generator().manual_seed(seed))
-                value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)
-            calls.append((value, hidden))
-            return value.clone()  # softcaps may work in place
-
-        with undisturbed(self.model), swapped_head(self.head, forward):
-            try:
-                output = self.model(**without_cache(self.inner, inputs))
-            except Exception as error:
-                self.refuse(f"a trial forward pass on input_ids alone failed in {type(error).__name__}: {error}", error)
-        if len(calls) != 1:
-            self.refuse(f"it calls its output embedding {len(calls)} times a forward pass")
-        value, hidden = calls[0]
-        return value, hidden, output
-
-    def _logits(self, injected: Tensor, output: Any) -> Tensor:
-        if isinstance(output, tuple):
-            output = tuple(item for item in output if not (isinstance(item, Tensor) and item.dim() == 0))
-        logits = logits_of(output)
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
-        if shape is None or shape[:-1] != injected.shape[:-1] or shape[-1] > injected.shape[-1]:
-            self.refuse(
-                f"its head puts out {tuple(injected.shape)} but its logits are {shape} (several prediction streams, or "
-                "logits of some positions only)"
-            )
-        return logits.to(torch.float64 if injected.dtype == torch.float64 else logits.dtype)
-
-
-def input_device(inner: nn.Module) -> torch.device:
-    """Where the model wants its input_ids."""
-    embeddings = inner.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:  # offloaded weights rest on another device or on none
-        return torch.device(hook.execution_device)
-    parameter = next((embeddings or inner).parameters(), None)
-    return inner.device if parameter is None else parameter.device
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients and a random state of its own; everything as before at the end."""
-    training = [module for module in model.modules() if module.training]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        # not torch.manual_seed: it would seed GPUs that fork_rng does not restore
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
-            generator.manual_seed(0)
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.calibration import input_device, undisturbed
+from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, sequence_logprobs
+from var_kernels.integrations.hf.probe import input_device, undisturbed
 from var_kernels.ops import linear_logprob
 
 # Per model: the longest prompt whose cache was seen to agree with a full forward pass, or 0 where it did not.
@@ -43,13 +44,14 @@ def cross_reference_logprobs(
         (len(prompts), len(completions)) fp32, nats, sums over tokens, on the model's device. For per-token means
         divide by the completions' lengths: ``scores / torch.tensor([len(c) for c in completions])``.
     Raises:
-        ValueError: an empty prompt or completion; the model's head is not understood.
+        ValueError: an empty prompt or completion; the model's head is not understood, or it is an encoder-decoder.
     """
     prompt_ids = [_token_ids("prompts", i, ids) for i, ids in enumerate(prompts)]
     completion_ids = [_token_ids("completions", j, ids) for j, ids in enumerate(completions)]
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     inner = inner_model(model)
+    calibrate(model)  # an encoder-decoder is refused: its completions do not continue its prompts
     scorer = _Scorer(model, completion_ids, max_tokens, workspace_mb, input_device(inner))
     # Longest first: what is verified for it covers the rest, and memory runs out at once if it ever does.
     distinct = sorted(set(prompt_ids), key=len, reverse=True)

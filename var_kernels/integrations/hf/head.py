@@ -58,6 +58,8 @@ def find_head(inner: nn.Module) -> nn.Linear:
     """The nn.Linear that makes the logits; for a head in PEFT's modules_to_save its active copy. Others are refused."""
     name = type(inner).__name__
     head = inner.get_output_embeddings()
+    if head is None:
+        head = _only_head_within(inner)
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         active = head.active_adapters
         saved = not head.disable_adapters and all(adapter in head.modules_to_save for adapter in active)
@@ -79,13 +81,27 @@ def find_head(inner: nn.Module) -> nn.Linear:
     weight = head.weight
     packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not _is_dtensor(weight))
     # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
-    if packed or type(head).forward is not nn.Linear.forward:
+    own_forward = type(head).forward is not nn.Linear.forward
+    if own_forward and getattr(head, "out_additional_features", None) == 0:  # Idefics: two weights, of which one is none
+        own_forward = False
+    if packed or own_forward:
         raise ValueError(
             f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as "
             "weight, which does not compute a plain W h + b (a quantised head?). Keep the head in floating point "
             "(modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or dequantise it"
         )
     return head
+
+
+def _only_head_within(inner: nn.Module) -> nn.Module | None:
+    """The output embedding of a part of the model (BLIP's text decoder) where all parts that have one agree on it."""
+    heads = {}
+    for module in inner.modules():
+        if module is not inner and callable(getattr(module, "get_output_embeddings", None)):
+            found = module.get_output_embeddings()
+            if found is not None:
+                heads[id(found)] = found
+    return next(iter(heads.values())) if len(heads) == 1 else None
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -125,8 +141,12 @@ def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[
 
 
 @contextmanager
-def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any]) -> Iterator[list[Tensor]]:
+def head_results(
+    inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any], *, wide: bool = False
+) -> Iterator[list[Tensor]]:
     """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
+
+    The placeholder is (B, T, 1) zeros, or with ``wide`` (B, T, V) on the meta device, which takes no memory.
 
     Pass them on through ``tied``: only then does their backward come after the hooks on the outputs of head and model.
     """
@@ -148,7 +168,7 @@ def head_results(inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any])
         results.extend(output if isinstance(output, tuple) else (output,))
         # One result of each graph node is enough to make the node wait for the placeholder's gradient.
         nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
-        return Placeholder.apply((*hidden.shape[:-1], 1), hidden.dtype, hidden.device, *nodes.values())
+        return placeholder(head, hidden, wide, *nodes.values())
 
     with swapped_head(head, forward):
         yield results
@@ -175,9 +195,10 @@ def capture(
     Args:
         model: an HF causal LM, or one wrapped by DDP, FSDP, DeepSpeed or PEFT. It is called as ``model(**inputs)``.
         fn: called once, with hidden and the head's weight, bias and calibrated logit transform.
-        inputs: keyword arguments of the model, without ``labels``. use_cache is False unless given.
+        inputs: keyword arguments of the model, without ``labels``; for an encoder-decoder with decoder_input_ids.
+            use_cache is False unless given.
     Returns:
-        (results, output): fn's results as a tuple, and the model's output, its ``logits`` the (B, T, 1) placeholder.
+        (results, output): fn's results as a tuple, and the model's output, its ``logits`` the placeholder.
     Raises:
         ValueError: the model's head is not understood (see ``calibrate``).
     """
@@ -185,8 +206,12 @@ def capture(
 
     inner = inner_model(model)
     head = find_head(inner)
-    transform = calibrate(model)
-    with head_results(inner, head, lambda hidden: fn(hidden, transform.params(head))) as results:
+    transform = calibrate(model, inputs, encoder_decoder=inputs.get("decoder_input_ids") is not None)
+
+    def compute(hidden: Tensor):
+        return fn(hidden, transform.params(head, inner))
+
+    with head_results(inner, head, compute, wide=transform.wide) as results:
         output = model(**without_cache(inner, inputs))
     if not results:
         raise ValueError(
@@ -209,6 +234,12 @@ def logits_of(output: Any) -> Tensor | None:
     if isinstance(output, tuple):
         return next((item for item in output if isinstance(item, Tensor) and item.dim() > 0), None)
     return getattr(output, "logits", None)
+
+
+def placeholder(head: nn.Linear, hidden: Tensor, wide: bool, *results: Tensor) -> Tensor:
+    """What a head returns in place of (B, T, V) logits. Wide for a model that writes at single ids of the vocabulary."""
+    width, device = (head.out_features, torch.device("meta")) if wide else (1, hidden.device)
+    return Placeholder.apply((*hidden.shape[:-1], width), hidden.dtype, device, *results)
 
 
 class Placeholder(torch.autograd.Function):

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.calibration import calibrate
+from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
+from var_kernels.integrations.hf.probe import decoder_inputs, is_encoder_decoder
 from var_kernels.ops import linear_logprob
 
 IGNORE_INDEX = -100
@@ -26,9 +27,10 @@ def token_logprobs(
 
         logp[b, t] = log softmax(logits[b, t - 1] / temperature)[labels[b, t]]
 
-    with the model's own scale and softcap in the logits; 0 where labels[b, t] is -100 and at t = 0, which no token
-    precedes. The (B, T, V) logits are never materialised; peak memory is that of ``linear_logprob``. Differentiable
-    with respect to every parameter that requires a gradient.
+    with the model's own scale, softcap and vocabulary bias in the logits; 0 where labels[b, t] is -100 and at t = 0,
+    which no token precedes. In an encoder-decoder, whose decoder inputs start one token earlier, logits[b, t] belong to
+    labels[b, t] and none is without. The (B, T, V) logits are never materialised; peak memory is that of
+    ``linear_logprob``. Differentiable with respect to every parameter that requires a gradient.
 
     Args:
         model: an HF causal LM, plain or wrapped (DDP, FSDP, DeepSpeed, PEFT); called as ``model(...)``, in train or
@@ -36,7 +38,8 @@ def token_logprobs(
         batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as
             everywhere in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score.
             Without labels every token is scored that attention_mask does not hide, and that has one before it that
-            is not hidden either (behind padding on the left comes a first token).
+            is not hidden either (behind padding on the left comes a first token). An encoder-decoder needs labels, of
+            a length of their own; decoder_input_ids are made from them where they are missing.
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
@@ -45,9 +48,10 @@ def token_logprobs(
     Raises:
         ValueError: the model's head is not understood or not causal; labels and input_ids differ in shape.
     """
-    inputs, labels = _inputs_and_labels(batch)
     inner = inner_model(model)
-    if not calibrate(model).causal:
+    shift = not is_encoder_decoder(inner)
+    inputs, labels = _inputs_and_labels(batch) if shift else _decoder_inputs_and_labels(inner, batch)
+    if not is_causal(model, inputs, encoder_decoder=not shift):
         raise ValueError(
             f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token "
             "log-probabilities. A BERT-like model needs config.is_decoder = True"
@@ -57,7 +61,7 @@ def token_logprobs(
         return linear_logprob(
             hidden,
             head.lm_head_weight,
-            next_labels(labels, hidden),
+            row_labels(labels, hidden, shift=shift),
             head.bias,
             **head.logit_options,
             temperature=temperature,
@@ -66,9 +70,8 @@ def token_logprobs(
         )
 
     results, _ = capture(model, score, inputs)
-    results = tuple(
-        F.pad(result[:, :-1], (1, 0)) for result in results
-    )  # (B, T): the row of t - 1 belongs to the label at t
+    if shift:  # (B, T): the row of t - 1 belongs to the label at t
+        results = tuple(F.pad(result[:, :-1], (1, 0)) for result in results)
     return results if return_entropy else results[0]
 
 
@@ -81,12 +84,18 @@ def sequence_logprobs(
 
 def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
     """(B, T) int64 on hidden's device: row t of hidden (B, T, D) predicts labels[:, t + 1], the last row nothing."""
+    return row_labels(labels, hidden, shift=True)
+
+
+def row_labels(labels: Tensor, hidden: Tensor, *, shift: bool) -> Tensor:
+    """(B, T) int64 on hidden's device: what row t of hidden predicts, labels[:, t + 1] with shift, else labels[:, t]."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
             "every position is needed: pass no logits_to_keep, and labels for all inputs, virtual tokens included"
         )
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(hidden.device)
+    rows = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
+    return rows.to(hidden.device)
 
 
 def _scored_by_mask(input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -115,6 +124,24 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
             f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
             "labels are not shifted, and -100 where ignored"
         )
+    _check_int64(labels)
+    return inputs, labels
+
+
+def _decoder_inputs_and_labels(inner: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise TypeError(
+            f"batch: {type(inner).__name__} is an encoder-decoder; expected a mapping with a tensor labels (B, T), the "
+            f"decoder's targets, got {type(batch).__name__ if labels is None else type(labels).__name__}"
+        )
+    _check_int64(labels)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if inputs.get("decoder_input_ids") is None:
+        inputs.update(decoder_inputs(inner, labels))
+    return inputs, labels
+
+
+def _check_int64(labels: Tensor) -> None:
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
-    return inputs, labels

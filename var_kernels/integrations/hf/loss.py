@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
 from var_kernels.integrations.hf.head import find_head, head_results, inner_model, logits_of, swapped, tied
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
+from var_kernels.integrations.hf.probe import TrialFailedError, decoder_inputs, is_encoder_decoder
 from var_kernels.ops import linear_weighted_nll
 
 
@@ -22,7 +23,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         out.loss.backward()
 
     out.loss = sum of -logp over the labels that are not -100, divided by their number, or by ``num_items_in_batch``
-    where the model takes it, with the model's own label shift, logit scale and softcap, plus its MoE auxiliary loss.
+    where the model takes it, with the model's own label shift (none in an encoder-decoder), logit scale, softcap and
+    vocabulary bias, plus its MoE auxiliary loss.
     With no label left it is a differentiable 0 (transformers gives NaN). out.logits is None: they do not exist. Forward
     passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
 
@@ -33,7 +35,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         model: an HF causal LM, plain or wrapped.
         precision, workspace_mb: as in ``linear_weighted_nll``.
     Raises:
-        ValueError: on applying, where the model's head or loss is not understood; nothing is patched then.
+        ValueError: on applying, where the model's head or loss is not understood; nothing is patched then. A model that
+            does not run on tokens alone (it wants a picture) is looked at when its first batch with labels comes.
         RuntimeError: the model's head is fused already.
     """
 
@@ -54,7 +57,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             raise RuntimeError(
                 f"{type(self.inner).__name__}: fused_lm_head is applied already; leave that block or call restore()"
             )
-        self._transform, self._rule = calibrate(self.model), calibrate_loss(self.model)
+        try:
+            self._calibrate(None)
+        except TrialFailedError:
+            self._rule = None  # it wants more than tokens: the first batch with labels will show
         self._plain_forward = self.inner.forward
         self._instance_forward = self.inner.__dict__.get("forward")
         self._signature = inspect.signature(self._plain_forward)
@@ -63,6 +69,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self.inner.forward = self._patched_forward
         self._applied = True
         return self
+
+    def _calibrate(self, inputs: Mapping[str, Any] | None) -> None:
+        self._transform = calibrate(self.inner if inputs else self.model, inputs, encoder_decoder=True)
+        self._rule = calibrate_loss(self.inner if inputs else self.model, inputs, encoder_decoder=True)
 
     def restore(self) -> None:
         if not self._applied:
@@ -89,6 +99,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         labels, shift_labels = call.arguments.get("labels"), kwargs.get("shift_labels")
         if labels is None:
             return self._plain_forward(*args, **kwargs)
+        if self._rule is None:
+            self._calibrate_on(call)
         head = find_head(self.inner)
         rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
         num_items = kwargs.get("num_items_in_batch")
@@ -97,8 +109,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             if shift_labels is not None:
                 rows.append(shift_labels.to(hidden.device).reshape(hidden.shape[:-1]))
             else:
-                rows.append(next_labels(labels, hidden) if self._rule.shift else labels.to(hidden.device))
-            params = self._transform.params(head)
+                rows.append(row_labels(labels, hidden, shift=self._rule.shift))
+            params = self._transform.params(head, self.inner)
             return linear_weighted_nll(
                 hidden,
                 params.lm_head_weight,
@@ -112,14 +124,18 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 **self._options,
             )
 
-        with head_results(self.inner, head, nll_mean) as results:
+        with head_results(self.inner, head, nll_mean, wide=self._transform.wide) as results:
             if not self._rule.replaceable:
                 call.arguments["labels"] = None
+                if is_encoder_decoder(self.inner) and _given_none(call, "decoder_input_ids", "decoder_inputs_embeds"):
+                    call.arguments.update(decoder_inputs(self.inner, labels))
                 output = self._plain_forward(*call.args, **call.kwargs)
                 return _without_logits(output, self._loss(rows, results, num_items, None, logits_of(output), labels))
             losses = []
 
             def loss_function(*args, **kwargs):
+                if kwargs.get("labels", 0) is None and not self._rule.shift and shift_labels is None:
+                    kwargs["labels"] = kwargs.pop("shift_labels", None)  # unshifted labels by another name
                 losses.append(self._loss(rows, results, num_items, shift_labels, *args, **kwargs))
                 return losses[0]
 
@@ -128,6 +144,18 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         if not losses:
             raise ValueError(f"{type(self.inner).__name__} computed no loss though it was given labels")
         return _without_logits(output)
+
+    def _calibrate_on(self, call: inspect.BoundArguments) -> None:
+        """Of a model that wants more than tokens: with the inputs of this call, through the plain forward."""
+        inputs = dict(call.arguments)
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                inputs.update(inputs.pop(name, {}))
+        self._applied = False
+        try:
+            self._calibrate(inputs)
+        finally:
+            self._applied = True
 
     def _loss(
         self,
@@ -160,6 +188,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         # The model does not pass on the count that it was given, or makes its own.
         count = (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
         return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
+
+
+def _given_none(call: inspect.BoundArguments, *names: str) -> bool:
+    return all(call.arguments.get(name) is None for name in names)
 
 
 class _PatchedForward:

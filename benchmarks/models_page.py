@@ -1,0 +1,94 @@
+"""docs/models.md from the records of a sweep over one or more versions of transformers."""
+
+from collections import Counter
+
+from tests.zoo.build import MAPPINGS
+from tests.zoo.check import REFUSED, RIGHT, UNBUILT, WRONG
+
+_HEAD = """# Which Hugging Face models
+
+Made by `python -m benchmarks.models`; do not edit. {versions}.
+
+{summary}
+
+Every class of transformers' causal-LM, image-text-to-text, multimodal-LM and sequence-to-sequence mappings is built
+from a shrunk configuration with random weights, and compared with itself: `token_logprobs` with the log-softmax of the
+model's own logits, `fused_lm_head`'s loss with the model's own loss, and the gradient of every parameter under both.
+Log-probs and losses agree to 2^-17, gradients to 2^-17 of each parameter's root mean square. Models run in fp64, or in
+fp32 where their own forward knows only that. Multimodal models get text alone where they accept it, pictures or boxes
+where they do not. A class is
+
+- **right**: everything agrees;
+- **refused**: our error says why, before anything is computed; the model's own loss is the way to go;
+- **cannot be built**: the class does not run here by itself, for the reason given;
+- **wrong**: a number is off. None may be.
+"""
+_TITLES = {
+    "CAUSAL_LM": "Causal language models",
+    "IMAGE_TEXT_TO_TEXT": "Image-text-to-text models",
+    "MULTIMODAL_LM": "Further multimodal language models",
+    "SEQ_TO_SEQ_CAUSAL_LM": "Sequence-to-sequence models",
+}
+
+
+def page(sweeps: list[list[dict]]) -> str:
+    """The page; the first sweep is that of the newest version, whose classes are listed."""
+    sweeps = sorted((s for s in sweeps if s), key=lambda s: _number(_version(s)), reverse=True)
+    parts = [_HEAD.format(versions="; ".join(map(_versions, sweeps)), summary="\n".join(map(summary, sweeps)))]
+    merged: dict[tuple[str, str], dict[str, dict]] = {}
+    for records in sweeps:
+        for record in records:
+            merged.setdefault((record["type"], record["class"]), {})[_version(records)] = record
+    versions = [_version(records) for records in sweeps]
+    for mapping in MAPPINGS:
+        rows = [_row(key, found, versions) for key, found in sorted(merged.items()) if _first(found) == mapping]
+        if not rows:
+            continue
+        parts += [f"## {_TITLES[mapping]}", "", f"| model type | class | {' | '.join(versions)} | head and remarks |"]
+        parts += ["|" + "---|" * (len(versions) + 3), *rows, ""]
+    return "\n".join(parts)
+
+
+def summary(records: list[dict]) -> str:
+    """The line that a test reads: counts over all pairs, then per mapping."""
+    counts = Counter(record["verdict"] for record in records)
+    buildable = len(records) - counts[UNBUILT]
+    line = (
+        f"transformers {_version(records)}: {len(records)} pairs of model type and class, {counts[RIGHT]} right, "
+        f"{counts[REFUSED]} refused, {counts[WRONG]} wrong, {counts[UNBUILT]} cannot be built here; "
+        f"{100 * counts[RIGHT] / max(buildable, 1):.1f} % of what can be built is right.\n"
+    )
+    table = ["", "| mapping | " + " | ".join(verdicts := (RIGHT, REFUSED, WRONG, UNBUILT)) + " |", "|---|---|---|---|---|"]
+    for mapping in MAPPINGS:
+        here = Counter(record["verdict"] for record in records if mapping in record["mappings"])
+        table.append(f"| {mapping} | " + " | ".join(str(here[verdict]) for verdict in verdicts) + " |")
+    return line + "\n".join(table) + "\n"
+
+
+def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> str:
+    record = next(found[version] for version in versions if version in found)
+    remarks = [record.get("head", ""), *dict.fromkeys(_shortened(r["detail"]) for r in found.values() if r["detail"])]
+    remark = "; ".join(filter(None, remarks)).replace("|", "\\|").replace("\n", " ")
+    cells = [found[version]["verdict"] if version in found else "" for version in versions]
+    return f"| {key[0]} | {key[1]} | {' | '.join(cells)} | {remark} |"
+
+
+def _shortened(detail: str) -> str:
+    detail = detail.replace(" Use its own loss, or log_softmax of its logits, instead", "")
+    return detail if len(detail) <= 300 else detail[:297] + "..."
+
+
+def _first(found: dict[str, dict]) -> str:
+    return next(iter(found.values()))["mappings"][0]
+
+
+def _version(records: list[dict]) -> str:
+    return records[0]["versions"]["transformers"]
+
+
+def _versions(records: list[dict]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -1,0 +1,1 @@
+"""Every language model class of transformers, shrunk to a tiny random model and compared with our results on it."""

@@ -1,0 +1,274 @@
+"""A model run on a few tokens with known values in place of its head's output."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.head import find_head, logits_of, placeholder, swapped, swapped_head, without_cache
+
+_TOKENS = 8
+_NOT_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values")
+
+
+class TrialFailedError(ValueError):
+    """The model does not run on the trial inputs; on others it may."""
+
+
+class Probe:
+    """One model and the inputs that it is run on: eight tokens, or what ``inputs`` says (its first row)."""
+
+    def __init__(self, model: nn.Module, inner: nn.Module, inputs: Mapping[str, Any] | None = None):
+        self.model, self.inner, self.head = model, inner, find_head(inner)
+        self.name = type(inner).__name__
+        embeddings = inner.get_input_embeddings()
+        ids = min(getattr(embeddings, "num_embeddings", self.head.out_features), self.head.out_features)
+        special = set()
+        for config in (inner.config, inner.config.get_text_config()):
+            for name, value in vars(config).items():
+                if name.endswith(("_id", "_index")):
+                    special.update(value if isinstance(value, (list, tuple)) else [value])
+        self.plain = [token for token in range(min(ids, 4096)) if token not in special] or [0]
+        self.given = inputs is not None
+        self.inputs = self._inputs(inputs) if self.given else self._few_tokens(_TOKENS)
+        self.ids_name = "decoder_input_ids" if is_encoder_decoder(inner) else "input_ids"
+
+    @property
+    def ids(self) -> Tensor:
+        """(1, T) int64: the tokens whose successors the head predicts."""
+        return self.inputs[self.ids_name]
+
+    def _few_tokens(self, count: int) -> dict[str, Any]:
+        tokens = [self.plain[i % len(self.plain)] for i in range(count)]
+        ids = torch.tensor([tokens], device=input_device(self.inner))
+        return {"input_ids": ids, "decoder_input_ids": ids} if is_encoder_decoder(self.inner) else {"input_ids": ids}
+
+    def _inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = {name: value for name, value in given.items() if name not in _NOT_INPUTS and value is not None}
+        if is_encoder_decoder(self.inner) and inputs.get("decoder_input_ids") is None and "labels" in given:
+            inputs.update(decoder_inputs(self.inner, given["labels"]))
+        ids_name = "decoder_input_ids" if is_encoder_decoder(self.inner) else "input_ids"
+        if not isinstance(inputs.get(ids_name), Tensor):
+            self.refuse(f"a trial forward pass needs {ids_name}", error=TrialFailedError)
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+        if len({len(value) for value in tensors}) == 1:  # else something is not one entry a row: patches of images
+            inputs = {n: v[:1] if isinstance(v, Tensor) and v.dim() else v for n, v in inputs.items()}
+        return inputs
+
+    def refuse(self, reason: str, cause: Exception | None = None, error: type = ValueError) -> None:
+        raise error(
+            f"{self.name} cannot be used with a fused lm_head: {reason}. Use its own loss, or log_softmax of its "
+            "logits, instead"
+        ) from cause
+
+    def known_number(self, fitted: float) -> float:
+        """The number (or its inverse) among the model's own that was fitted, free of the fit's rounding."""
+        owners = (
+            self.inner.config,
+            self.inner.config.get_text_config(),
+            self.inner,
+            getattr(self.inner, self.inner.base_model_prefix, None),
+        )
+        own = [float(v) for o in owners if o is not None for v in vars(o).values() if isinstance(v, (int, float)) and v]
+        candidates = [1.0, *own, *(1.0 / v for v in own)]
+        nearest = min(candidates, key=lambda value: abs(value - fitted))
+        return nearest if abs(nearest - fitted) <= 1e-5 * abs(fitted) else fitted
+
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    def run(self, draw: Callable, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(injected head output, logits, hidden states); the last token changes with the seed."""
+        ids = self.ids.clone()
+        others = [token for token in self.plain if token != ids[0, -1].item()] or [0]
+        ids[:, self.last_token()] = others[seed % len(others)]
+        injected, hidden_states, output = self._forward(draw, seed, **{**self.inputs, self.ids_name: ids})
+        return injected, self._logits(injected, output), hidden_states
+
+    def last_token(self) -> int:
+        """The last position that the attention mask shows."""
+        mask = self.inputs.get("decoder_attention_mask" if self.ids_name != "input_ids" else "attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != self.ids.shape:
+            return self.ids.shape[1] - 1
+        return int(mask.any(0).nonzero().max())
+
+    def run_loss(self, labels: Tensor, draw: Callable, seed: int) -> tuple[float, Tensor, Tensor]:
+        """(the model's own loss, logits, the labels that reached the inner model) on injected values."""
+        seen = {}
+        plain_forward = self.inner.forward
+
+        def forward(*args, **kwargs):
+            seen.update(kwargs)
+            return plain_forward(*args, **kwargs)
+
+        with swapped(self.inner, "forward", forward):
+            injected, _, output = self._forward(draw, seed, **self.inputs, labels=labels)
+        loss = output.get("loss") if hasattr(output, "get") else output[0]
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            self.refuse("it returns no scalar loss when it is given labels")
+        return loss.item(), self._logits(injected, output), seen.get("labels", labels)
+
+    def run_decoder(self, draw: Callable, labels: Tensor, *, prepared: bool) -> Tensor:
+        """The decoder's hidden states, its inputs made from labels by the model itself or by ``decoder_inputs``."""
+        inputs = {name: value for name, value in self.inputs.items() if name != "decoder_input_ids"}
+        inputs |= decoder_inputs(self.inner, labels) if prepared else {"labels": labels}
+        return self._forward(draw, 0, **inputs)[1]
+
+    def run_placeholder(self) -> bool:
+        """The model must go on from a placeholder in place of logits; whether it needs the wide one."""
+        try:
+            self._forward(None, 0, **self.inputs)
+        except TrialFailedError:
+            self._forward(None, 0, wide=True, **self.inputs)
+            return True
+        return False
+
+    def run_replaced_loss(self, labels: Tensor, *, wide: bool) -> float | None:
+        """What the model adds to the value of a replaced loss_function; None when it does not use loss_function."""
+        calls = []
+
+        def loss_function(*_args, **_kwargs):
+            calls.append(1)
+            return torch.full((), 7.0, device=self.ids.device)
+
+        with swapped(self.inner, "_loss_function", loss_function):
+            try:
+                _, _, output = self._forward(None, 0, wide=wide, **self.inputs, labels=labels)
+            except ValueError:
+                return None
+        return output["loss"].item() - 7.0 if len(calls) == 1 else None
+
+    def _forward(self, draw: Callable | None, seed: int, *, wide: bool = False, **inputs) -> tuple[Tensor, Tensor, Any]:
+        calls = []
+
+        def forward(hidden, *_args, **_kwargs):
+            shape = hidden.shape[:-1]
+            if draw is None:
+                value = placeholder(self.head, hidden, wide)
+            else:
+                value = draw((*shape, self.head.out_features), torch.Generator().manual_seed(seed))
+                value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)
+            calls.append((value, hidden))
+            return value.clone()  # softcaps may work in place
+
+        with undisturbed(self.model), swapped_head(self.head, forward):
+            try:
+                output = self.model(**without_cache(self.inner, inputs))
+            except Exception as error:
+                given = "the inputs that were given" if self.given else f"{' and '.join(self.inputs)} alone"
+                self.refuse(
+                    f"a trial forward pass on {given} failed in {type(error).__name__}: {error}",
+                    error,
+                    TrialFailedError,
+                )
+        if len(calls) != 1:
+            self.refuse(f"it calls its output embedding {len(calls)} times a forward pass")
+        value, hidden = calls[0]
+        return value, hidden, output
+
+    def _logits(self, injected: Tensor, output: Any) -> Tensor:
+        if isinstance(output, tuple):
+            output = tuple(item for item in output if not (isinstance(item, Tensor) and item.dim() == 0))
+        logits = logits_of(output)
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+        if shape is None or shape[:-1] != injected.shape[:-1] or shape[-1] > injected.shape[-1]:
+            self.refuse(
+                f"its head puts out {tuple(injected.shape)} but its logits are {shape} (several prediction streams, or "
+                "logits of some positions only)"
+            )
+        return logits.to(torch.float64 if injected.dtype == torch.float64 else logits.dtype)
+
+    # ---- vectors over the vocabulary besides the head's own bias ---------------------------------------------------
+
+    def vocabulary_vectors(self) -> list[str]:
+        """Names of parameters and buffers of V elements besides the head's, one of which may be added to the logits."""
+        own = {id(self.head.weight), id(self.head.bias)}
+        named = [*self.inner.named_parameters(), *self.inner.named_buffers()]
+        return [
+            name
+            for name, tensor in named
+            if type(tensor) in (Tensor, nn.Parameter)
+            and tensor.is_floating_point()
+            and tensor.dim() > 0
+        and tensor.numel() == tensor.shape[-1] == self.head.out_features
+            and id(tensor) not in own
+        ]
+
+    @contextmanager
+    def replaced_vectors(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in place of ``vocabulary_vectors`` inside the block; the tensors themselves are not written to."""
+        with ExitStack() as stack:
+            for name, value in values.items():
+                module_name, _, leaf = name.rpartition(".")
+                module = self.inner.get_submodule(module_name)
+                store = module._parameters if leaf in module._parameters else module._buffers
+                before = store[leaf]
+                store[leaf] = value.to(before).view_as(before)
+                stack.callback(store.__setitem__, leaf, before)
+            yield
+
+
+def vector(inner: nn.Module, name: str) -> Tensor:
+    """(V,) the parameter or buffer of that dotted name, as it is now."""
+    module_name, _, leaf = name.rpartition(".")
+    return getattr(inner.get_submodule(module_name), leaf).reshape(-1)
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def is_encoder_decoder(inner: nn.Module) -> bool:
+    parameters = inspect.signature(inner.forward).parameters
+    return bool(getattr(inner.config, "is_encoder_decoder", False)) and "decoder_input_ids" in parameters
+
+
+def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:
+    """What an encoder-decoder itself feeds its decoder when it is given labels (B, T): they moved right by one."""
+    config, text = inner.config, inner.config.get_text_config()
+    if callable(getattr(inner, "prepare_decoder_input_ids_from_labels", None)):
+        ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    elif callable(getattr(inner, "_shift_right", None)):
+        ids = inner._shift_right(labels)
+    else:
+        shift = getattr(sys.modules[type(inner).__module__], "shift_tokens_right", _shifted_right)
+        wanted = [getattr(text, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
+        ids = shift(labels, *wanted[: len(inspect.signature(shift).parameters) - 1])
+    if config.model_type.endswith("encoder-decoder"):  # these hide the padding of decoder inputs that they make
+        return {"decoder_input_ids": ids, "decoder_attention_mask": (ids != config.pad_token_id).to(ids.dtype)}
+    return {"decoder_input_ids": ids}
+
+
+def _shifted_right(labels: Tensor, pad: int, start: int) -> Tensor:
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+def input_device(inner: nn.Module) -> torch.device:
+    """Where the model wants its input_ids."""
+    embeddings = inner.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is not None:  # offloaded weights rest on another device or on none
+        return torch.device(hook.execution_device)
+    parameter = next((embeddings or inner).parameters(), None)
+    return inner.device if parameter is None else parameter.device
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients and a random state of its own; everything as before at the end."""
+    training = [module for module in model.modules() if module.training]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        # not torch.manual_seed: it would seed GPUs that fork_rng does not restore
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+            generator.manual_seed(0)
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

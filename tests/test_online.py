@@ -219,8 +219,8 @@ def test_the_policy_labels_its_own_pairs_without_rewards(tmp_path):
 
 def test_the_better_answers_are_learned(tmp_path):
     trainer = trained(tmp_path, method="dpo", iterations=6, prompts_per_iteration=8, generations_per_prompt=6,
-                      per_device_train_batch_size=8, learning_rate=3e-2, keep_initial_model=False, sampling_batch_size=48,
-                      reward_func=lambda p, c: [float(len(x)) for x in c])  # fmt: skip
+                      per_device_train_batch_size=8, learning_rate=3e-2, sampling_batch_size=48, steps_per_iteration=3,
+                      keep_initial_model=False, reward_func=lambda p, c: [float(len(x)) for x in c])  # fmt: skip
     means = [entry["sample_reward_mean"] for entry in trainer.state.log_history if "sample_reward_mean" in entry]
     assert len(means) == 6
     assert means[-1] > means[0] + 1.0

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"  gradient   class {loss.pass_class}: {PASS_CLASSES[loss.pass_class]}")
     print(f"  an item    {loss.item}; rewards {method.need_rewards.replace('_', ' ')}")
     print(f"  reference  {method.reference or 'none'}")
-    if method.value:
-        print(f"  value      {method.value}")
+    if method.head:
+        print(f"  head       {method.head}, beside the lm_head")
     print(f"  source     {loss.source} (evidence: {loss.evidence})")
     for name, (kind, default, meaning) in method.own_settings.items():
         shown = getattr(kind, "__name__", str(kind))

@@ -20,9 +20,11 @@ from var_kernels.losses import (
     LOSSES,
     Loss,
     alol_advantage,
+    bradley_terry_loss,
     dro_value_loss,
     linear_loss,
     quantile_reward,
+    single_name,
     standardised_advantage,
     var_weights,
 )
@@ -63,6 +65,11 @@ class Method:
         if reads & {"ref_token_logp", "old_token_logp"}:
             return "token"
         return "sequence" if "ref_logp" in reads or self.loss.name == "var" else ""
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether the loss reads log-probs of the lm_head, and not the head beside it alone."""
+        return any(single_name(name)[0] in ("policy_logp", "token_logp") for name in self.loss.tensors)
 
     @property
     def own_settings(self) -> dict[str, tuple[object, object, str]]:
@@ -236,10 +243,16 @@ def loss_in_head(
     label_generator=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The micro-batch's share of the loss (scalar), log-probs of the sequences (B,), argmax hits at each label (B, T),
-    and what the policy or its reward head makes of each sequence (B,): pairs are judged by it."""
+    and what the policy or its reward head makes of each sequence (B,): pairs are judged by it. A method that does not
+    read the policy makes no logits, and has zeros for log-probs and hits."""
     loss = method.loss
     inputs = {name: rows[name] for name in loss.inputs if name in rows}
     kept = labels != IGNORE_INDEX
+    if not method.reads_policy:
+        score_B = last_value(extra_head(hidden)[0], kept)
+        items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
+        zero_B = torch.zeros_like(score_B.detach())
+        return (items * rows["weight"][0::2]).sum(), zero_B, torch.zeros_like(kept), score_B.detach()
     if method.head == "reward":
         inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
     elif method.head == "value":
@@ -287,7 +300,19 @@ _RANKED = {"items": items.whole_prompts, "need_rewards": "required", "prepare": 
 
 
 def _methods(**entries: dict) -> dict[str, Method]:
-    return {name: Method(LOSSES[name], **entry) for name, entry in entries.items()}
+    return {name: Method(**{"loss": LOSSES.get(name), **entry}) for name, entry in entries.items()}
+
+
+# No loss of the registry: it reads no log-prob, and the lm_head is not computed at all.
+BRADLEY_TERRY = Loss(
+    name="bradley_terry",
+    function=bradley_terry_loss,
+    pass_class="C",
+    item="pair",
+    formula="-log sigmoid(r_w - r_l), r = mu of the reward head at the last token",
+    source="Bradley and Terry (1952)",
+    evidence="derived",
+)
 
 
 METHODS = _methods(
@@ -343,6 +368,7 @@ METHODS = _methods(
         "settings": {**_SFT_ON, **_HEAD_RATE},
     },
     ava_p={**_PAIR, "head": "reward", "settings": _HEAD_RATE},
+    bradley_terry={**_PAIR, "loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
     ppo={**_RANKED, "prepare": _prepare_group_relative, "settings": _GROUP_RELATIVE},
     grpo={**_RANKED, "prepare": _prepare_group_relative, "defaults": {"beta": 0.04}, "settings": _GROUP_RELATIVE},
 )

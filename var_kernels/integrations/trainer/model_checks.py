@@ -36,6 +36,15 @@ def check_positions(model: nn.Module, rows: EncodedRows) -> None:
     logger.warning("the longest row has %d tokens; the model was made for %d (max_position_embeddings)", longest, limit)
 
 
+def freeze_head(model: nn.Module) -> None:
+    """An lm_head that no loss reads gets no gradient, which DistributedDataParallel waits for; tied, it is the
+    embedding and does."""
+    inner = inner_model(model)
+    head, words = inner.get_output_embeddings(), inner.get_input_embeddings()
+    if head.weight is not words.weight:
+        head.requires_grad_(False)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Modules and the float attributes from which many models call F.dropout."""
     for module in model.modules():

@@ -35,10 +35,16 @@ from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.memory import peak_memory_mb
 from var_kernels.integrations.trainer.methods import METHODS, Method, loss_in_head
 from var_kernels.integrations.trainer.model_card import write_model_card
-from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary, disable_dropout
+from var_kernels.integrations.trainer.model_checks import (
+    check_positions,
+    check_vocabulary,
+    disable_dropout,
+    freeze_head,
+)
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.online.settings import draws_pairs
 from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
+from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
 from var_kernels.losses.weights import warn_if_collapsed
@@ -144,6 +150,8 @@ class VARTrainer(Trainer):
         self.extra_head = None
         if self.method.head in ("value", "reward"):
             self.extra_head = attach_head(model, new_head(model, self.method.head))
+        if not self.method.reads_policy:
+            freeze_head(model)
         existed = os.path.exists(args.output_dir)
         super().__init__(
             model=model,
@@ -318,6 +326,10 @@ class VARTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """See ``transformers.Trainer.evaluate``; online: measures of fresh completions of the evaluation prompts."""
         if self.online is None:
+            rows = getattr(self.eval_dataset if eval_dataset is None else eval_dataset, "rows", None)
+            if self.method.head == "reward" and self.method.loss.item != "pair" and rows is not None:
+                correct, pairs = judge_pairs(self, rows)
+                self._add("eval", "pair_accuracy", correct, pairs)
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.online.evaluate().items()}
         self.log(metrics)
@@ -339,6 +351,9 @@ class VARTrainer(Trainer):
         entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
 
     def _add_batch_metrics(self, mode: str, inputs, rows, s: Tensor, hits: Tensor) -> None:
+        if not self.method.reads_policy:
+            self._add(mode, "tokens", inputs["attention_mask"].sum(), 0.0)
+            return
         computed = rows["weight"] != 0  # a row of weight 0 costs nothing, and has no log-prob
         self._add(mode, "token_accuracy", hits.sum(), (rows["length"] * computed).sum())
         self._add(mode, "nll_per_token", -s.sum(), (rows["length"] * computed).sum())

@@ -1,0 +1,191 @@
+"""Rewards from a model: a sequence classifier of transformers with one label, or a causal LM with its reward head."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.data import EncodedRows, Example, encode_examples
+from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.heads import RewardHead, load_head
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
+from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.online.sampler import evaluating
+from var_kernels.integrations.trainer.reference import over_rows
+from var_kernels.losses.ava import last_value, pair_accuracy
+
+logger = logging.getLogger(__name__)
+_HEAD_FILE = "value_head.json"
+
+
+class RewardModel:
+    """A reward function that is a model: ``reward_func=RewardModel.from_pretrained(path)``.
+
+        sequence classifier            its one logit
+        causal LM with a reward head   mu of the state that predicts the completion's last token, as in training
+                                       (methods ava_p, ava_d, bradley_terry)
+
+    Texts become tokens as in training (``encode_examples``), with the model's own tokenizer: messages by its chat
+    template, plain text joined, with the end token; a tokenizer with a separator token (BERT's kind) gets prompt and
+    completion as its pair of texts.
+
+    Args:
+        model: the model, in whatever dtype it computes.
+        tokenizer: its tokenizer.
+        head: the reward head of a causal LM; None for a classifier.
+        batch_size: completions at once.
+        max_length: tokens of prompt and completion; longer ones are cut as in training.
+        as_chat: wrap plain text in messages (user, assistant), for a reward model that knows only those.
+
+    Raises:
+        ValueError: a classifier with several labels, a tokenizer without chat template with as_chat.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        head: RewardHead | None = None,
+        batch_size: int = 16,
+        max_length: int = 1024,
+        as_chat: bool = False,
+    ):
+        labels = getattr(model.config, "num_labels", 1)
+        if head is None and labels != 1:
+            raise ValueError(f"reward model: expected a classifier with one label, got {labels} labels")
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < (1 if name == "batch_size" else 2):
+                raise ValueError(f"reward model: {name} must be positive (max_length at least 2), got {value}")
+        if as_chat and not getattr(tokenizer, "chat_template", None):
+            raise ValueError("reward model: as_chat needs a tokenizer with a chat template; drop as_chat")
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(token for token in ids if token is not None)
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:
+            text_config.pad_token_id = self.pad_token_id  # by which a classifier finds the last token
+        self.model, self.tokenizer, self.head = model, tokenizer, head
+        self.batch_size, self.max_length, self.as_chat = batch_size, max_length, as_chat
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | str = torch.float32, device=None, **options
+    ) -> "RewardModel":
+        """From a folder or a name on the hub; a folder with a saved reward head holds a causal LM.
+
+        Raises:
+            FileNotFoundError, OSError: there is no such model. ValueError: a model without a trained reward: another
+                head, several labels, a classifier whose head is not in the file.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        path = str(path)
+        if os.sep in path and not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            raise FileNotFoundError(f"reward model: no such directory: {path}")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        head = None
+        if (Path(path) / _HEAD_FILE).is_file():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            head = load_head(path)
+            if not isinstance(head, RewardHead):
+                kind = json.loads((Path(path) / _HEAD_FILE).read_text())["class"]
+                raise ValueError(f"reward model: {path} holds a {kind}; expected a RewardHead (ava_p, bradley_terry)")
+        else:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, output_loading_info=True
+            )
+            if missing := sorted(report["missing_keys"]):
+                raise ValueError(
+                    f"reward model: {path} is no trained classifier: {', '.join(missing[:3])} would be random; give a "
+                    "sequence classifier with one label, or what method ava_p or bradley_terry saved"
+                )
+        return cls(model.requires_grad_(False).eval(), tokenizer, head=head, **options).to(device)
+
+    def to(self, device) -> "RewardModel":
+        if device is not None:
+            self.model.to(device)
+            if self.head is not None:
+                self.head.to(device)
+        return self
+
+    def __call__(self, prompts: Sequence, completions: Sequence) -> list[float]:
+        """One reward for each (prompt, completion), both texts or both messages.
+
+        Raises:
+            DataError: rows that the chat template refuses.
+        """
+        batches = self._batches(list(prompts), list(completions))
+        rewards = torch.zeros(len(prompts), dtype=torch.float64)
+        with torch.no_grad(), evaluating(self.model):
+            for members, inputs in batches:
+                rewards[members] = self._score(inputs).double().cpu()
+        return rewards.tolist()
+
+    def _batches(self, prompts: list, completions: list):
+        """(rows, inputs) of rows of like length."""
+        if self.as_chat:
+            prompts = [_message("user", p) if isinstance(p, str) else p for p in prompts]
+            completions = [_message("assistant", c) if isinstance(c, str) else c for c in completions]
+        device = next(self.model.parameters()).device
+        if self.head is None and self.tokenizer.sep_token_id is not None and all(isinstance(p, str) for p in prompts):
+            order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
+            for start in range(0, len(order), self.batch_size):
+                members = order[start : start + self.batch_size]
+                texts = ([prompts[row] for row in members], [completions[row] for row in members])
+                options = {"truncation": "longest_first", "max_length": self.max_length, "padding": True}
+                yield members, self.tokenizer(*texts, return_tensors="pt", **options).to(device)
+            return
+        pairs = zip(prompts, completions, strict=True)
+        examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in enumerate(pairs)]
+        rows = encode_examples(examples, self.tokenizer, self.max_length)
+        items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(self.pad_token_id)
+        order = sorted(range(len(rows)), key=rows.length)
+        for start in range(0, len(order), self.batch_size):
+            members = order[start : start + self.batch_size]
+            batch = collate([items[row] for row in members])
+            yield members, {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+
+    def _score(self, inputs) -> Tensor:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if self.head is None:
+            return self.model(**inputs).logits[:, 0].float()  # (B, 1) -> (B,)
+
+        return _last_mu(self.model, self.head, inputs, labels)
+
+
+def judge_pairs(trainer, rows: EncodedRows) -> tuple[float, int]:
+    """(pairs that the trainer's reward head orders as the data do, a tie counting half; pairs) among the rows."""
+    pairs = torch.tensor([group for group, is_pair in zip(rows.groups, rows.is_pair, strict=True) if is_pair])
+    if not len(pairs):
+        return 0.0, 0
+    device = trainer.accelerator.device
+    reward = torch.zeros(len(rows), dtype=torch.float64, device=device)
+
+    def visit(batch: dict[str, Tensor], members: list[int]) -> None:
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        with torch.no_grad(), trainer.accelerator.autocast():
+            made = _last_mu(trainer.model, trainer.extra_head, inputs, batch["labels"].to(device))
+        reward[members] = made.to(reward)
+
+    over_rows(trainer, trainer.model, rows, visit, "rewards")
+    reward = trainer.accelerator.reduce(reward, "sum").cpu()
+    return pair_accuracy(*reward[pairs].unbind(1)).item() * len(pairs), len(pairs)
+
+
+def _last_mu(model: nn.Module, head: RewardHead, inputs, labels: Tensor) -> Tensor:
+    """(B,) mu of the state that predicts the last token of each row's completion."""
+
+    def in_head(hidden: Tensor, _):
+        return last_value(head(hidden)[0], next_labels(labels, hidden) != IGNORE_INDEX)
+
+    (reward_B,), _ = capture(model, in_head, inputs)
+    return reward_B
+
+
+def _message(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]

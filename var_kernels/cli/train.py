@@ -23,6 +23,12 @@ _RUN = {
     "subset": (str, None, "configuration of a hub data set"),
     "eval_dataset": (str, None, "file or name to evaluate on (see --eval-strategy)"),
     "reward": (str, None, "module:function, called with (prompts, completions); replaces rewards in the data"),
+    "reward_model": (
+        str,
+        None,
+        "sequence classifier with one label, or what ava_p or bradley_terry saved, for --reward",
+    ),
+    "reward_model_chat": (bool, False, "wrap plain text in messages for --reward-model"),
     "skip_malformed": (bool, False, "leave out malformed rows (and say how many) in place of stopping"),
     "dtype": (str, "float32", "of the weights: float32, bfloat16, float16 or auto"),
     "lora": (str, None, "train a LoRA adapter, e.g. r=16,alpha=32,dropout=0.05,targets=all-linear (or q_proj+v_proj)"),
@@ -43,16 +49,32 @@ _CONFIG = {
     "seed": (int, 42, "of the data order, and of a model from scratch"),
     "report_to": (str, None, "tracker(s) that transformers knows: tensorboard, wandb, ..."),
 }
+_ONLINE = {
+    "online": (bool, False, "draw completions from the policy at every iteration; the data give prompts"),
+    "iterations": (int, 10, "rounds of drawing and training, in place of epochs"),
+    "prompts_per_iteration": (int, 64, "taken from the data in turn"),
+    "generations_per_prompt": (int, None, "K completions of each (by default 2 for sail_pp and sail_pr, 8 for others)"),
+    "steps_per_iteration": (int, None, "optimiser steps (by default one pass over what was drawn)"),
+    "max_new_tokens": (int, 128, "longest completion"),
+    "sampling_temperature": (float, None, "of the draws (by default 0.9 for sail_pp and sail_pr, 1.0 for others)"),
+    "refresh_reference": (
+        bool,
+        None,
+        "the reference is the policy at the iteration's start (by default all but sail, grpo)",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file of these options; flags override it")
-    for group, options in (("what to train", _RUN), ("how", _CONFIG)):
+    for group, options in (("what to train", _RUN), ("how", _CONFIG), ("online", _ONLINE)):
         section = parser.add_argument_group(group)
         for name, (kind, default, text) in options.items():
             flag = "--" + name.replace("_", "-")
             shown = text if default in (None, False) else f"{text} (default {default})"
-            if kind is bool:
+            if kind is bool and options is _ONLINE:
+                section.add_argument(flag, nargs="?", const=True, default=None, metavar="BOOL", help=shown)
+            elif kind is bool:
                 section.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
             else:
                 section.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=shown)
@@ -80,14 +102,13 @@ def run(args: argparse.Namespace) -> int:
     from var_kernels.integrations.data import load_examples
     from var_kernels.integrations.trainer import VARTrainer, method_config
     from var_kernels.integrations.trainer.methods import METHODS
-    from var_kernels.integrations.trainer.rewards import load_reward_function
 
     config = method_config(settings["method"])(**config_values)
     output_dir = Path(config.output_dir)
     checkpoint = _checkpoint(output_dir, settings["resume"])
-    reward_func = load_reward_function(settings["reward"]) if settings["reward"] else None
+    reward_func = _reward_function(settings, config)
     peft_config = _lora(settings["lora"]) if settings["lora"] else None
-    need = "optional" if reward_func else METHODS[config.method].need_rewards
+    need = "prompt" if config.online else "optional" if reward_func else METHODS[config.method].need_rewards
     load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"], "subset": settings["subset"]}
     examples, skipped = load_examples(settings["dataset"], split=settings["split"], **load)
     _report_skipped(skipped, len(examples))
@@ -112,6 +133,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _reward_function(settings: dict, config):
+    from var_kernels.integrations.trainer.reward_model import RewardModel
+    from var_kernels.integrations.trainer.rewards import load_reward_function
+
+    if settings["reward"] and settings["reward_model"]:
+        raise ValueError("give one of --reward and --reward-model")
+    if settings["reward_model_chat"] and not settings["reward_model"]:
+        raise ValueError("--reward-model-chat needs --reward-model")
+    if settings["reward"]:
+        return load_reward_function(settings["reward"])
+    if settings["reward_model"]:
+        return RewardModel.from_pretrained(
+            settings["reward_model"],
+            device=config.device,
+            batch_size=config.per_device_eval_batch_size,
+            max_length=config.max_length,
+            as_chat=settings["reward_model_chat"],
+        )
+    return None
+
+
 def _report_skipped(skipped: list, kept: int) -> None:
     for problem in skipped[:10]:
         print(f"skipped {problem}", file=sys.stderr)
@@ -120,8 +162,9 @@ def _report_skipped(skipped: list, kept: int) -> None:
 
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
-    """(options of the run, options of the method's configuration): YAML first, flags over it, every name and type checked."""
-    given = {name: value for name, value in vars(args).items() if name in (*_RUN, *_CONFIG) and value is not None}
+    """(options of the run, options of the method's configuration): YAML first, flags over it, all checked."""
+    known = (*_RUN, *_CONFIG, *_ONLINE)
+    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
     options = read_yaml(args.config) if args.config else {}
     options |= given | args.extra
     run_options = {name: default for name, (_, default, _) in _RUN.items()}
@@ -129,8 +172,8 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     for name, value in options.items():
         if name in _RUN:
             run_options[name] = coerce(name, value, f"{_RUN[name][0].__name__} | None")
-        elif name in _CONFIG:
-            config_options[name] = coerce(name, value, f"{_CONFIG[name][0].__name__} | None")
+        elif name in _CONFIG or name in _ONLINE:
+            config_options[name] = coerce(name, value, f"{(_CONFIG | _ONLINE)[name][0].__name__} | None")
         else:
             rest[name] = value
     if rest:
@@ -166,7 +209,7 @@ def _checkpoint(output_dir: Path, resume: bool) -> str | None:
         return checkpoint
     if output_dir.is_file():
         raise ValueError(f"output-dir: {output_dir} is a file")
-    marks = ("checkpoint-*", "metrics.jsonl", "*.safetensors")
+    marks = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "buffer")
     if output_dir.is_dir() and any(next(output_dir.glob(mark), None) for mark in marks):
         raise ValueError(
             f"output-dir: {output_dir} already holds a run: --resume continues it, another --output-dir keeps both"

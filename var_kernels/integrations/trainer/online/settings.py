@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from var_kernels.integrations.trainer.items import whole_prompts
+
 
 @dataclass
 class OnlineSettings:
@@ -74,7 +76,7 @@ def resolve(config, method) -> None:
         raise ValueError(
             f"generations_per_prompt: {name} takes 2 (a pair is two draws of the policy as they come), got {count}"
         )
-    if method.loss.item in ("pair", "group") and count < 2:
+    if (method.loss.item == "pair" or method.items is whole_prompts) and count < 2:
         raise ValueError(
             f"generations_per_prompt: {name} compares completions of a prompt and needs at least 2, got {count}"
         )

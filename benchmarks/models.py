@@ -73,7 +73,10 @@ def main() -> int:
             file.flush()
     sweeps = [[done[key] for key in wanted], *(read(path) for path in args.merge)]
     PAGE.write_text(page(sweeps))
-    print(f"{PAGE.relative_to(ROOT)}: " + ", ".join(f"{n} {v}" for v, n in Counter(r["verdict"] for r in sweeps[0]).items()))
+    print(
+        f"{PAGE.relative_to(ROOT)}: "
+        + ", ".join(f"{n} {v}" for v, n in Counter(r["verdict"] for r in sweeps[0]).items())
+    )
     return int(any(record["verdict"] == WRONG for records in sweeps for record in records))
 
 

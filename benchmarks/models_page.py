@@ -58,7 +58,11 @@ def summary(records: list[dict]) -> str:
         f"{counts[REFUSED]} refused, {counts[WRONG]} wrong, {counts[UNBUILT]} cannot be built here; "
         f"{100 * counts[RIGHT] / max(buildable, 1):.1f} % of what can be built is right.\n"
     )
-    table = ["", "| mapping | " + " | ".join(verdicts := (RIGHT, REFUSED, WRONG, UNBUILT)) + " |", "|---|---|---|---|---|"]
+    table = [
+        "",
+        "| mapping | " + " | ".join(verdicts := (RIGHT, REFUSED, WRONG, UNBUILT)) + " |",
+        "|---|---|---|---|---|",
+    ]
     for mapping in MAPPINGS:
         here = Counter(record["verdict"] for record in records if mapping in record["mappings"])
         table.append(f"| {mapping} | " + " | ".join(str(here[verdict]) for verdict in verdicts) + " |")

@@ -1,6 +1,10 @@
 """The shrunk model of one (model type, class) pair, with random weights that make mistakes show."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -34,16 +38,39 @@ def build(model_type: str, class_name: str, *, decoder_only: bool, seed: int = 0
     if wanted is not None and not isinstance(config, wanted):  # the text model of a composite configuration
         parts = [value for value in vars(config).values() if isinstance(value, wanted)]
         config = parts[0] if parts else config
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
+        part._experts_implementation = "eager"  # the others know no fp64
     torch.manual_seed(seed)
-    model = model_class(config)
+    with _without_timm():
+        model = model_class(config)
     redraw(model, getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None))
     return model.eval()
+
+
+@contextmanager
+def _without_timm() -> Iterator[None]:
+    """Nothing in place of picture towers that need the timm library, where it is missing: text does not run them."""
+    from transformers import AutoModel
+
+    plain = AutoModel.from_config
+    if find_spec("timm") is not None:
+        yield
+        return
+
+    def from_config(config, *args, **kwargs):
+        try:
+            return plain(config, *args, **kwargs)
+        except ImportError:
+            return nn.Module()
+
+    with patch.object(AutoModel, "from_config", from_config):
+        yield
 
 
 def redraw(model: nn.Module, vocab: int | None) -> None:
     """Matrices N(0, 1.6 / sqrt(fan in)); biases over the vocabulary, buffers among them, N(0, 1)."""
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_floating_point():
                 continue
             is_parameter = isinstance(tensor, nn.Parameter)

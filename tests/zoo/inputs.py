@@ -10,10 +10,10 @@ _IDS = (3, 100)  # plain tokens; special ids are smaller, or near the end of the
 _IMAGE = 32
 
 
-def batch(model: torch.nn.Module, *, encoder_decoder: bool, seed: int = 0) -> dict[str, Any]:
-    """Ragged right-padded rows and labels with ignored places, plus what ``_EXTRA`` has for the model's type."""
+def batch(model: torch.nn.Module, *, encoder_decoder: bool, padded: bool = True, seed: int = 0) -> dict[str, Any]:
+    """Rows, right-padded unless told otherwise, labels with ignored places, and what ``_EXTRA`` has for the type."""
     generator = torch.Generator().manual_seed(seed)
-    input_ids, attention_mask = _ragged(_ROWS, _LENGTH, generator)
+    input_ids, attention_mask = _ragged(_ROWS, _LENGTH if padded else -_LENGTH, generator)
     positions = torch.arange(_LENGTH)
     prompt = torch.tensor([3, 1, 0])
     labels = input_ids.masked_fill((attention_mask == 0) | (positions < prompt[:, None]), -100)
@@ -31,8 +31,9 @@ def batch(model: torch.nn.Module, *, encoder_decoder: bool, seed: int = 0) -> di
 
 
 def _ragged(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    padding, length = (0, 4, 1) if length > 0 else (0, 0, 0), abs(length)
     ids = torch.randint(*_IDS, (rows, length), generator=generator)
-    mask = (torch.arange(length) < torch.tensor([length, length - 4, length - 1])[:rows, None]).long()
+    mask = (torch.arange(length) < length - torch.tensor(padding)[:rows, None]).long()
     return ids.where(mask.bool(), 0), mask
 
 
@@ -45,6 +46,15 @@ def _pixels(config, generator, *shape: int) -> Tensor:
 
 def _with_pixels(found, config, generator):
     return {**found, "pixel_values": _pixels(config, generator)}
+
+
+def _decoder_ids_too(found, config, generator):
+    found = _only_pixels(found, config, generator)
+    return {**found, "decoder_input_ids": found["labels"].roll(1, 1).clamp(min=3)}
+
+
+def _labels_as_long_as_ids(found, config, generator):
+    return {**found, "labels": found["input_ids"].masked_fill(found["attention_mask"] == 0, -100)}
 
 
 def _only_pixels(found, config, generator):
@@ -129,7 +139,8 @@ _EXTRA = {
     "idefics": _idefics,
     "kosmos-2": _kosmos2,
     "pix2struct": _patches,
-    "pp_formulanet": _only_pixels,
+    "pp_formulanet": _decoder_ids_too,
+    "fsmt": _labels_as_long_as_ids,
     "udop": _boxes,
     "vision-encoder-decoder": _only_pixels,
 }

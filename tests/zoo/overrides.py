@@ -14,6 +14,17 @@ _BOTH_ROPES = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 _VQ = {"vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1], "vq_config.latent_channels": 8}
 _TOWER = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 _NO_TIMM = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, **_TOWER}}
+_DOTS_LAYERS = {
+    "2": {
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16},
+        **{
+            "head_dim": 2 * HEAD_DIM,
+            "qk_nope_head_dim": HEAD_DIM,
+            "qk_rope_head_dim": HEAD_DIM,
+            "v_head_dim": HEAD_DIM,
+        },
+    }
+}
 _VLM_MROPE = {"text_config.rope_parameters": _MROPE}
 
 
@@ -30,7 +41,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "hunyuan_v1*": {"head_dim": HEAD_DIM},
-    "hunyuan_vl": {"text_config.head_dim": HEAD_DIM, "text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "hunyuan_vl": {
+        "text_config.head_dim": HEAD_DIM,
+        "text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
+    },
     "ministral": {"head_dim": HEAD_DIM},
     "nemotron": {"num_key_value_heads": 2},
     "xmod": {"default_language": "en_XX"},
@@ -50,7 +64,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 32,
     },
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
     "blip-2": {"image_token_index": 190},
     "instructblip": {"image_token_index": 190},
     "instructblipvideo": {"video_token_index": 190},
@@ -62,7 +75,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vision-encoder-decoder": _decoder,
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     "step3p7": {"text_config.sliding_window": 8},
-    "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2, "talker_config.text_config.shared_expert_intermediate_size": 32},
+    "qwen3_omni_moe": {
+        "talker_config.spatial_merge_size": 2,
+        "talker_config.text_config.shared_expert_intermediate_size": 32,
+    },
     "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 150, "IMGIMGBZ": 151}, **_VQ},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}, **_VQ},
     # sizes that depend on each other
@@ -92,28 +108,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": DERIVED},
     "reformer": {
         "axial_pos_embds_dim": [16, 48],
-        "axial_pos_shape": [8, 16],
+        "axial_pos_shape": [3, 4],
         "attn_layers": ["local", "lsh"],
         "num_hidden_layers": 2,
         "num_buckets": 4,
         "hash_seed": 0,
     },
     "xlstm": {"num_blocks": 2, "qk_dim_factor": 1.0},
-    
     "gemma4_assistant": {
         "+text_config": (_none := {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}),
         **{f"text_config.{name}": 0 for name in _none},
         "text_config.num_kv_shared_layers": DERIVED,
     },
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": DERIVED},
-
-    "mistral4": {"text_config.rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "mistral4": {"head_dim": DERIVED, "qk_head_dim": DERIVED},
     "mistral_large4": {"text_config.kv_source_layers": DERIVED},
     "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
     "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
     # towers of a library that is not needed for text
     "fast_vlm": _NO_TIMM,
+    "perception_lm": {"vision_config.model_args": {"embed_dim": WIDTH}},
     # rotary sections of three axes
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}},
     "glm46v": _VLM_MROPE,
@@ -126,7 +141,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _VLM_MROPE,
     "qwen2_5_omni_thinker": {"vision_start_token_id": 190, **_VLM_MROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 190},
-    # towers that are large by default
+    # parts that are large by default
+    "dots3_note_text": {"per_layer_config": _DOTS_LAYERS},
+    "dots3_note": {"text_config.per_layer_config": _DOTS_LAYERS},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+        **(
+            _sam := {
+                "vision_config.sam_config.output_channels": 16,
+                "vision_config.sam_config.downsample_channels": [16, 32],
+            }
+        ),
+    },
+    "unlimited_ocr": _sam,
+    "muse_spark": {"audio_config.hidden_sizes": [16, 16, 16, 16], "audio_config.num_attention_heads": 2},
+    "vibevoice_asr": {
+        f"{part}_tokenizer_encoder_config.{name}": value
+        for part in ("acoustic", "semantic")
+        for name, value in (("num_filters", 2), ("depths", [1] * 7))
+    },
     "florence2": {
         "vision_config.embed_dim": [16, 32],
         "vision_config.num_heads": [2, 2],

@@ -21,8 +21,14 @@ _SIZES = [
     (r"(type|segment)_vocab_size|task_type_vocab_size|num_channels|in_channels|out_channels|chunk_size_.*", None),
     (r".*vocab_size.*|vocab_offset|audio_vocab_size|n_vocab", VOCAB),
     (r"codebook_size|num_embeddings|num_embeds|encoder_hash_byte_group_vocab", 64),
-    (r"(swa_)?(head_dim|v_head_dim|global_head_dim)|kv_channels|d_kv|d_head|dim_head|.*attention_head_(dim|size)", HEAD_DIM),
-    (r"linear_(key_|value_)?head_dim|(resampler_|index_|indexer_)?(head_dim|dim_head)|qk_(nope|rope)_head_dim", HEAD_DIM),
+    (
+        r"(swa_)?(head_dim|v_head_dim|global_head_dim)|kv_channels|d_kv|d_head|dim_head|.*attention_head_(dim|size)",
+        HEAD_DIM,
+    ),
+    (
+        r"linear_(key_|value_)?head_dim|(resampler_|index_|indexer_)?(head_dim|dim_head)|qk_(nope|rope)_head_dim",
+        HEAD_DIM,
+    ),
     (r"qk_head_dim", 2 * HEAD_DIM),
     (r"rotary_dim", HEAD_DIM // 2),
     (r".*_lora_rank|gated_norm_rank|laurel_rank|hc_lowrank|adapter_rank", 16),
@@ -47,13 +53,23 @@ _SIZES = [
     (r"layers|num_blocks|num_layers_per_stack|num_global_layers|num_adapter_layers|resampler_depth", 2),
     (r"num_kv_shared_layers|num_sparse_(en|de)coder_layers|aligner_num_add_layers|num_timestamp_prediction_layers", 1),
     (r"n_embd|d_model|dim|(out_|proj_)?dim|lru_width|word_embed_proj_dim|n_embed", WIDTH),
-    (r"(.*_)?(hidden_size(_global|_per_layer_input)?|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim)", WIDTH),
-    (r"(.*_)?(projection_dim|projector_(in|out)put_dim|adapter_in_dim|adapter_input_size|model_dim|encoder_cross_output_size|feature_dim)", WIDTH),
+    (
+        r"(.*_)?(hidden_size(_global|_per_layer_input)?|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim)",
+        WIDTH,
+    ),
+    (
+        r"(.*_)?(projection_dim|projector_(in|out)put_dim|adapter_(in|out)(put)?_(dim|size)|model_dim|feature_dim"
+        r"|encoder_cross_output_size)",
+        WIDTH,
+    ),
     (r"mm_tokens_per_image|image_seq(_)?length|num_image_tokens|video_seq_length", 16),
     (r"(.*_)?image_size|resolution|crop_size", 32),
     (r"patch_size", 8),
     (r"num_query_tokens|resampler_n(um)?_latents|latent_query_num", 4),
-    (r"sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|local_attention_window_len", 8),
+    (
+        r"sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|local_attention_window_len",
+        8,
+    ),
     (r"n_positions|n_ctx|max_seq_len|context_length|max_position_embeddings|t2u_max_position_embeddings", 128),
 ]
 _SIZES = [(re.compile(pattern), value) for pattern, value in _SIZES]
@@ -140,9 +156,7 @@ def _sub_config(config_class, default, name):
 def _kept_layers(values) -> list[int] | None:
     """Layers of which every kind is left: the first of each value of each per-layer list, and the last of all."""
     depth = values.get("num_hidden_layers") or values.get("n_layer") or 0
-    lists = [
-        v for k, v in values.items() if isinstance(v, list) and len(v) == depth > 2 and not _TOKEN_ID.fullmatch(k)
-    ]
+    lists = [v for k, v in values.items() if isinstance(v, list) and len(v) == depth > 2 and not _TOKEN_ID.fullmatch(k)]
     if not lists:
         return None
     kept = {0, depth - 1}
@@ -167,7 +181,9 @@ def _shrunk(name: str, value: Any, values: dict, layers: list[int] | None) -> An
     if isinstance(value, list):
         depth = values.get("num_hidden_layers") or values.get("n_layer")
         if layers is not None and len(value) == depth:
-            return [value[i] for i in layers]
+            return [_width(name, value[i]) for i in layers]
+        if "intermediate_size" in name:
+            return [_width(name, item) for item in value]
         if name.endswith("_token_ids"):
             return [_special_id(f"{name}{i}") for i in range(len(value))]
         return None
@@ -183,10 +199,16 @@ def _shrunk(name: str, value: Any, values: dict, layers: list[int] | None) -> An
         prefix = name.replace("num_key_value_heads", "num_attention_heads")
         heads = values.get(prefix) or values.get("num_attention_heads") or values.get("n_heads") or 0
         return value if value == 1 else (HEADS if value == heads else HEADS // 2)
+    size = _width(name, value)
+    return None if size == value else size
+
+
+def _width(name: str, value: Any) -> Any:
+    """The value, or the smaller one of the first of ``_SIZES`` that fits the name."""
     for pattern, size in _SIZES:
-        if pattern.fullmatch(name):
-            return None if size is None or value < size else size
-    return None
+        if isinstance(value, int) and pattern.fullmatch(name):
+            return value if size is None else min(value, size)
+    return value
 
 
 def _shrunk_rope(value: dict) -> dict | None:

@@ -64,9 +64,7 @@ _loss_rules: WeakKeyDictionary = WeakKeyDictionary()
 _causal_with: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def calibrate(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False
-) -> Transform:
+def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False) -> Transform:
     """The transform between the lm_head and the logits, cached per model until its config changes.
 
     Three forward passes of eight tokens, without gradients, in eval mode, with the random state untouched. Known values
@@ -253,7 +251,7 @@ def _source(
         ratio = ((added @ mark) / (mark @ mark)).item()
         if softcap is None and (added - ratio * mark).abs().amax() <= 1e-4 * added.abs().amax():
             return name, probe.known_number(ratio)
-    probe.refuse(
+    return probe.refuse(
         "its logits are not a scale or softcap of the head's output: something is added that is no vocabulary bias of "
         "its own (or one that follows a softcap)"
     )
@@ -263,14 +261,19 @@ def _unchanged_before(probe: Probe, hidden1: Tensor, hidden2: Tensor) -> bool:
     """Whether the two runs, which differ in their last token, agree on all positions before it."""
     last = probe.last_token()
     leak = (hidden1 - hidden2)[..., :last, :].abs().amax().item() if last else 0.0
-    return leak <= max(2e-6, 4 * torch.finfo(hidden1.dtype).eps) * hidden1.abs().amax().item()
+    # An expert's GEMM over all its tokens rounds each differently as they change: 1e-6 seen in fp32.
+    return leak <= max(2e-5, 4 * torch.finfo(hidden1.dtype).eps) * hidden1.abs().amax().item()
 
 
 def _check_decoder_inputs(probe: Probe) -> None:
     labels = torch.tensor([probe.plain[-1 - i % len(probe.plain)] for i in range(5)], device=probe.ids.device)
     labels = labels.expand(len(probe.ids), -1).contiguous()
     labels[:, -2:] = _IGNORE_INDEX
-    own, ours = (probe.run_decoder(_noise, labels, prepared=prepared) for prepared in (False, True))
+    try:
+        own = probe.run_decoder(_noise, labels, prepared=False)
+    except TrialFailedError:
+        return  # it makes none: decoder_input_ids must be given
+    ours = probe.run_decoder(_noise, labels, prepared=True)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-4, atol=1e-5 * own.abs().amax().item()):
         probe.refuse("it makes its decoder_input_ids from labels in a way that is not understood")
 

@@ -82,8 +82,7 @@ def find_head(inner: nn.Module) -> nn.Linear:
     packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not _is_dtensor(weight))
     # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
     own_forward = type(head).forward is not nn.Linear.forward
-    if own_forward and getattr(head, "out_additional_features", None) == 0:  # Idefics: two weights, of which one is none
-        own_forward = False
+    own_forward &= getattr(head, "out_additional_features", None) != 0  # Idefics: two weights, of which one is none
     if packed or own_forward:
         raise ValueError(
             f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as "
@@ -237,7 +236,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def placeholder(head: nn.Linear, hidden: Tensor, wide: bool, *results: Tensor) -> Tensor:
-    """What a head returns in place of (B, T, V) logits. Wide for a model that writes at single ids of the vocabulary."""
+    """What a head returns in place of (B, T, V) logits; wide for a model that writes at single ids of them."""
     width, device = (head.out_features, torch.device("meta")) if wide else (1, hidden.device)
     return Placeholder.apply((*hidden.shape[:-1], width), hidden.dtype, device, *results)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import is_causal
-from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
+from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
 from var_kernels.integrations.hf.probe import decoder_inputs, is_encoder_decoder
 from var_kernels.ops import linear_logprob
 
@@ -49,6 +49,7 @@ def token_logprobs(
         ValueError: the model's head is not understood or not causal; labels and input_ids differ in shape.
     """
     inner = inner_model(model)
+    find_head(inner)  # before anything is said about the batch
     shift = not is_encoder_decoder(inner)
     inputs, labels = _inputs_and_labels(batch) if shift else _decoder_inputs_and_labels(inner, batch)
     if not is_causal(model, inputs, encoder_decoder=not shift):
@@ -88,7 +89,7 @@ def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
 
 
 def row_labels(labels: Tensor, hidden: Tensor, *, shift: bool) -> Tensor:
-    """(B, T) int64 on hidden's device: what row t of hidden predicts, labels[:, t + 1] with shift, else labels[:, t]."""
+    """(B, T) int64 on hidden's device: what row t of hidden predicts, labels[:, t + 1], without shift labels[:, t]."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "

@@ -96,14 +96,15 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         if not self._applied:
             return self._plain_forward(*args, **kwargs)
         call = self._signature.bind_partial(*args, **kwargs)
-        labels, shift_labels = call.arguments.get("labels"), kwargs.get("shift_labels")
+        named = self._named(call)
+        labels, shift_labels = named.get("labels"), named.get("shift_labels")
         if labels is None:
             return self._plain_forward(*args, **kwargs)
         if self._rule is None:
-            self._calibrate_on(call)
+            self._calibrate_on(named)
         head = find_head(self.inner)
         rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
-        num_items = kwargs.get("num_items_in_batch")
+        num_items = named.get("num_items_in_batch")
 
         def nll_mean(hidden: Tensor) -> Tensor:
             if shift_labels is not None:
@@ -126,16 +127,15 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
 
         with head_results(self.inner, head, nll_mean, wide=self._transform.wide) as results:
             if not self._rule.replaceable:
-                call.arguments["labels"] = None
-                if is_encoder_decoder(self.inner) and _given_none(call, "decoder_input_ids", "decoder_inputs_embeds"):
-                    call.arguments.update(decoder_inputs(self.inner, labels))
-                output = self._plain_forward(*call.args, **call.kwargs)
+                named["labels"] = None
+                given = [named.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
+                if is_encoder_decoder(self.inner) and all(value is None for value in given):
+                    named.update(decoder_inputs(self.inner, labels))
+                output = self._plain_forward(**named)
                 return _without_logits(output, self._loss(rows, results, num_items, None, logits_of(output), labels))
             losses = []
 
             def loss_function(*args, **kwargs):
-                if kwargs.get("labels", 0) is None and not self._rule.shift and shift_labels is None:
-                    kwargs["labels"] = kwargs.pop("shift_labels", None)  # unshifted labels by another name
                 losses.append(self._loss(rows, results, num_items, shift_labels, *args, **kwargs))
                 return losses[0]
 
@@ -145,12 +145,16 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             raise ValueError(f"{type(self.inner).__name__} computed no loss though it was given labels")
         return _without_logits(output)
 
-    def _calibrate_on(self, call: inspect.BoundArguments) -> None:
-        """Of a model that wants more than tokens: with the inputs of this call, through the plain forward."""
-        inputs = dict(call.arguments)
+    def _named(self, call: inspect.BoundArguments) -> dict[str, Any]:
+        """Every argument of the call by its name, those among the model's ``**kwargs`` too."""
+        named = dict(call.arguments)
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                inputs.update(inputs.pop(name, {}))
+                named.update(named.pop(name, {}))
+        return named
+
+    def _calibrate_on(self, inputs: Mapping[str, Any]) -> None:
+        """Of a model that wants more than tokens: with the inputs of this call, through the plain forward."""
         self._applied = False
         try:
             self._calibrate(inputs)
@@ -177,7 +181,11 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             raise ValueError(
                 f"ignore_index: fused_lm_head expects {IGNORE_INDEX}, got {ignore_index}; put {IGNORE_INDEX} in labels"
             )
-        moved = shift_labels is not callers_shift or (labels is not None and labels.shape != rows[0].shape)
+        # A model that does not shift may say so by shift_labels=labels; calibrate_loss has seen that it does not.
+        own_shift = shift_labels is not callers_shift
+        if own_shift and isinstance(shift_labels, Tensor):
+            own_shift = self._rule.shift or shift_labels.shape != rows[0].shape
+        moved = own_shift or (labels is not None and labels.shape != rows[0].shape)
         if moved or not results:
             raise ValueError(
                 f"{name} scores other positions than its lm_head computed, which fused_lm_head does not understand"
@@ -188,10 +196,6 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         # The model does not pass on the count that it was given, or makes its own.
         count = (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
         return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
-
-
-def _given_none(call: inspect.BoundArguments, *names: str) -> bool:
-    return all(call.arguments.get(name) is None for name in names)
 
 
 class _PatchedForward:

@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Probe:
     def __init__(self, model: nn.Module, inner: nn.Module, inputs: Mapping[str, Any] | None = None):
         self.model, self.inner, self.head = model, inner, find_head(inner)
         self.name = type(inner).__name__
-        embeddings = inner.get_input_embeddings()
+        embeddings = _input_embeddings(inner)
         ids = min(getattr(embeddings, "num_embeddings", self.head.out_features), self.head.out_features)
         special = set()
         for config in (inner.config, inner.config.get_text_config()):
@@ -54,12 +54,14 @@ class Probe:
         ids_name = "decoder_input_ids" if is_encoder_decoder(self.inner) else "input_ids"
         if not isinstance(inputs.get(ids_name), Tensor):
             self.refuse(f"a trial forward pass needs {ids_name}", error=TrialFailedError)
+        if inputs[ids_name].dim() != 2:
+            self.refuse(f"its {ids_name} are {tuple(inputs[ids_name].shape)}, several tokens a position")
         tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
         if len({len(value) for value in tensors}) == 1:  # else something is not one entry a row: patches of images
             inputs = {n: v[:1] if isinstance(v, Tensor) and v.dim() else v for n, v in inputs.items()}
         return inputs
 
-    def refuse(self, reason: str, cause: Exception | None = None, error: type = ValueError) -> None:
+    def refuse(self, reason: str, cause: Exception | None = None, error: type = ValueError) -> NoReturn:
         raise error(
             f"{self.name} cannot be used with a fused lm_head: {reason}. Use its own loss, or log_softmax of its "
             "logits, instead"
@@ -113,7 +115,7 @@ class Probe:
 
     def run_decoder(self, draw: Callable, labels: Tensor, *, prepared: bool) -> Tensor:
         """The decoder's hidden states, its inputs made from labels by the model itself or by ``decoder_inputs``."""
-        inputs = {name: value for name, value in self.inputs.items() if name != "decoder_input_ids"}
+        inputs = {name: value for name, value in self.inputs.items() if not name.startswith("decoder_")}
         inputs |= decoder_inputs(self.inner, labels) if prepared else {"labels": labels}
         return self._forward(draw, 0, **inputs)[1]
 
@@ -193,13 +195,13 @@ class Probe:
             if type(tensor) in (Tensor, nn.Parameter)
             and tensor.is_floating_point()
             and tensor.dim() > 0
-        and tensor.numel() == tensor.shape[-1] == self.head.out_features
+            and tensor.numel() == tensor.shape[-1] == self.head.out_features
             and id(tensor) not in own
         ]
 
     @contextmanager
     def replaced_vectors(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values in place of ``vocabulary_vectors`` inside the block; the tensors themselves are not written to."""
+        """Other values in place of ``vocabulary_vectors`` inside the block; the tensors are not written to."""
         with ExitStack() as stack:
             for name, value in values.items():
                 module_name, _, leaf = name.rpartition(".")
@@ -236,9 +238,12 @@ def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:
         shift = getattr(sys.modules[type(inner).__module__], "shift_tokens_right", _shifted_right)
         wanted = [getattr(text, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
         ids = shift(labels, *wanted[: len(inspect.signature(shift).parameters) - 1])
-    if config.model_type.endswith("encoder-decoder"):  # these hide the padding of decoder inputs that they make
-        return {"decoder_input_ids": ids, "decoder_attention_mask": (ids != config.pad_token_id).to(ids.dtype)}
-    return {"decoder_input_ids": ids}
+    if config.model_type not in ("encoder-decoder", "pix2struct"):
+        return {"decoder_input_ids": ids}
+    mask = (ids != config.pad_token_id).to(ids.dtype)  # these hide the padding of decoder inputs that they make
+    if config.model_type == "pix2struct":
+        mask[:, 0] = 1
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
 def _shifted_right(labels: Tensor, pad: int, start: int) -> Tensor:
@@ -246,9 +251,16 @@ def _shifted_right(labels: Tensor, pad: int, start: int) -> Tensor:
     return shifted.masked_fill(shifted == -100, pad)
 
 
+def _input_embeddings(inner: nn.Module) -> nn.Module | None:
+    try:
+        return inner.get_input_embeddings()
+    except NotImplementedError:  # a model without any of its own: a picture goes in
+        return None
+
+
 def input_device(inner: nn.Module) -> torch.device:
     """Where the model wants its input_ids."""
-    embeddings = inner.get_input_embeddings()
+    embeddings = _input_embeddings(inner)
     hook = getattr(embeddings, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:  # offloaded weights rest on another device or on none
         return torch.device(hook.execution_device)

@@ -1,0 +1,166 @@
+"""Models spread over processes (DDP, FSDP1, FSDP2): loss and every gradient are those of one process.
+
+Two and four CPU processes with gloo. VAR's in-batch Z spans the ranks, whose shares of the batch differ in size; one
+rank's labels may all be ignored.
+"""
+
+import datetime
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from var_kernels import linear_loss, var_loss
+from var_kernels.integrations.hf.head import capture
+
+B, T, V = 8, 10, 151
+LAYOUTS = ("ddp", "fsdp1", "fsdp2", "fsdp2, head apart")
+LOSSES = ("var", "dpo")
+# Rows of each rank: whole pairs, of unequal number. "silent": rank 1's labels are all ignored.
+SHARES = {2: {"uneven": (6, 2), "silent": (4, 4)}, 4: {"uneven": (4, 2, 0, 2)}}
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, pad_token_id=0, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+def make_batch(case, sizes):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, V, (B, T), generator=generator)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    labels[::3, 7:] = -100
+    if case == "silent":
+        labels[sizes[0] : sizes[0] + sizes[1]] = -100
+    rewards = torch.randn(B, generator=generator, dtype=torch.float64)
+    ref = -30 + torch.randn(B, generator=generator, dtype=torch.float64)
+    weight = torch.full((B,), 2 / B, dtype=torch.float64)
+    return {"input_ids": ids, "labels": labels, "rewards": rewards, "ref_logp": ref, "weight": weight}
+
+
+def step(model, batch, name, group, workspace_mb=None):
+    """This rank's share times the number of ranks, whose mean is the loss of the whole batch."""
+    options = {"head_options": {"workspace_mb": workspace_mb}} if name == "dpo" else {"workspace_mb": workspace_mb}
+
+    def loss_in_head(hidden, head):
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        if name == "var":
+            return var_loss(
+                hidden, head.lm_head_weight, labels, batch["rewards"], batch["ref_logp"], lam=0.7,
+                normalizer="batch_mean", reference="mean", process_group=group, **options,
+            )  # fmt: skip
+        inputs, weight = {"ref_logp": batch["ref_logp"]}, batch["weight"][0::2]
+        loss = linear_loss("dpo", hidden, head.lm_head_weight, labels, inputs, item_weight=weight, beta=0.3, **options)
+        return loss * (1 if group is None else dist.get_world_size(group))
+
+    (loss,), _ = capture(model, loss_in_head, {"input_ids": batch["input_ids"]})
+    loss.backward()
+    return loss.detach()
+
+
+def wrap(model, layout, group):
+    if layout == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    if layout == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in [*model.model.layers, *([model.lm_head] if "apart" in layout else [])]:
+        fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole_gradients(model, layout):
+    if layout == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    else:
+        found = {n: g.full_tensor() if hasattr(g := p.grad, "full_tensor") else g for n, p in model.named_parameters()}
+    clean = ("_fsdp_wrapped_module.", "module.")
+    return {functools.reduce(lambda n, part: n.replace(part, ""), clean, name): g for name, g in found.items()}
+
+
+def collectives(model, batch, name, group, workspace_mb):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    with CommDebugMode() as counted:
+        step(model, batch, name, group, workspace_mb)
+    return counted.get_total_counts()
+
+
+def run_rank(rank, world, folder):
+    torch.set_num_threads(1)
+    address, timeout = f"file://{folder}/store-{world}", datetime.timedelta(seconds=90)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timeout)
+    group, results = dist.group.WORLD, {}
+    for (case, sizes), layout, name in itertools.product(SHARES[world].items(), LAYOUTS, LOSSES):
+        start = sum(sizes[:rank])
+        batch = {key: values[start : start + sizes[rank]] for key, values in make_batch(case, sizes).items()}
+        if sizes[rank] == 0:  # a last batch may leave a rank without rows: an ignored pair of weight 0 stands in
+            batch = {key: values[:2].clone() for key, values in make_batch(case, sizes).items()}
+            batch["labels"].fill_(-100)
+            batch["weight"].fill_(0)
+        model = wrap(make_model(), layout, group)
+        loss = step(model, batch, name, group)
+        dist.all_reduce(loss)
+        results[case, layout, name] = loss.item() / world, whole_gradients(model, layout)
+        if layout.startswith("fsdp2") and case == "uneven":
+            counts = [collectives(model, batch, name, group, mb) for mb in (0.5, 64)]
+            results["collectives", layout, name] = counts
+    if rank == 0:
+        torch.save(results, f"{folder}/{world}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    found = {}
+    for world in SHARES:
+        mp.spawn(run_rank, args=(world, folder), nprocs=world)
+        found[world] = torch.load(folder / f"{world}.pt")
+    return found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in SHARES.items() for case in cases])
+def test_equals_one_process(worlds, world, case, layout, name):
+    model, sizes = make_model(), SHARES[world][case]
+    expected = step(model, make_batch(case, sizes), name, None).item()
+    loss, gradients = worlds[world][case, layout, name]
+    assert math.isclose(loss, expected, rel_tol=1e-9), (loss, expected)
+    for parameter, value in model.named_parameters():
+        torch.testing.assert_close(gradients[parameter], value.grad, rtol=1e-9, atol=1e-11, msg=parameter)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.startswith("fsdp2")])
+def test_the_head_is_gathered_once_whatever_the_chunks(worlds, layout, name):
+    """A budget of many tiles makes no collective more than one that holds all logits."""
+    small, large = worlds[2]["collectives", layout, name]
+    assert small == large > 0

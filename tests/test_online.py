@@ -55,7 +55,7 @@ def test_samples_follow_the_policy_whatever_its_own_settings():
     with torch.no_grad():
         model.lm_head.weight.mul_(40)
         wanted = model(torch.tensor(prompts)).logits[0, -1].div(2.0).softmax(-1)
-    model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 3.0
+    model.generation_config.top_k, model.generation_config.min_p = 1, 0.9
     draws = SAMPLER(model, prompts, n=4000, temperature=2.0, max_new_tokens=1, seed=1)[0]
     counted = torch.bincount(torch.tensor(draws).flatten(), minlength=len(wanted)) / 4000
     assert wanted.max() < 0.9

@@ -199,12 +199,16 @@ from pathlib import Path
 import torch
 from tests.tiny_online import online_trainer, reward
 from tests.test_online_runs import logged
+from tests.tiny_training import ROWS, tiny_trainer
 from var_kernels.integrations.data import DataError
 for method in {methods!r}:
     trainer = online_trainer(Path({folder!r}, method), method=method, per_device_train_batch_size=2,
                              sampling_batch_size=4, ddp_backend="gloo")
     assert trainer.args.world_size == 2
     trainer.train()
+pairs = [dict(prompt=row["prompt"], chosen="12", rejected="x") for row in ROWS]
+tiny_trainer(Path({folder!r}, "judge"), pairs, method="bradley_terry", max_steps=3, per_device_train_batch_size=2,
+             ddp_backend="gloo", ddp_find_unused_parameters=False).train()
 rank = int(os.environ["RANK"])
 
 def breaks(prompts, completions):

@@ -97,6 +97,7 @@ def prepare(
     workspace_mb: float | None,
     lse: bool = False,
     num_active: int | None = None,
+    vocabulary: int | None = None,
     entropy: bool = False,
     argmax: bool = False,
 ) -> HeadCall:
@@ -104,7 +105,7 @@ def prepare(
     device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
     torch.compile and CUDA-graph capture, they are masked.
     """
-    checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index)
+    checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index, vocabulary)
     checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
     checks.check_token_weight(token_weight, labels)
     checks.check_num_active(num_active)

@@ -13,9 +13,14 @@ ENGINES = ("auto", "one_pass", "two_pass")
 
 
 def check_tensors(
-    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    vocabulary: int | None = None,
 ) -> None:
-    """Types, shapes, dtypes, devices; label range on the CPU."""
+    """Types, shapes, dtypes, devices; label range on the CPU, of ``vocabulary`` ids where the head is a slice."""
     given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels}
     if bias is not None:
         given["bias"] = bias
@@ -48,7 +53,7 @@ def check_tensors(
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
     if values_readable(labels) and labels.numel():
-        _check_label_range(labels, v, ignore_index)
+        _check_label_range(labels, vocabulary or v, ignore_index)
 
 
 def values_readable(t: Tensor) -> bool:

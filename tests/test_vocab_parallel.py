@@ -1,0 +1,119 @@
+"""A vocabulary spread over two and three ranks, in slices of different size: forward and backward equal one process."""
+
+import datetime
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.op_cases import Case
+from tests.tolerance import assert_gradient, assert_result
+from var_kernels import linear_logprob
+from var_kernels.kernels import rows_native
+from var_kernels.ops import vocab_parallel_logprob
+from var_kernels.ops.backend import use_backend
+from var_kernels.reference import linear_logprob_ref
+
+ASKED = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+CASES = {
+    "plain": Case(""),
+    "every option": Case("", bias=True, options={"softcap": 5.0, "logit_scale": 0.5, "temperature": 1.3}),
+    "several targets": Case("", targets=3),
+    "below zero": Case("", bias=True, offset=-1e4),
+    "confident": Case("", logits=30.0),
+    "bf16": Case("", dtype=torch.bfloat16),
+    "frozen weight": Case("", frozen=("weight",)),
+    "all ignored": Case("", ignored=1.0),
+}
+SPLITS = {2: (500, 7), 3: (100, 1, 406)}
+BACKENDS = ["torch", *([] if rows_native.obstacle() else ["native"])]
+
+
+def upstream(outputs):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs if t.is_floating_point()]
+
+
+def run(op, case, hidden, weight, labels, bias):
+    outputs = op(hidden, weight, labels, bias, **ASKED, **case.options)
+    floating = [t for t in outputs if t.is_floating_point()]
+    sum((t * g).sum() for t, g in zip(floating, upstream(outputs), strict=True)).backward()
+    return [t.detach() for t in outputs], [None if t is None else t.grad for t in (hidden, weight, bias)]
+
+
+def run_rank(rank, world, folder):
+    torch.set_num_threads(1)
+    address, timeout = f"file://{folder}/store-{world}", datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timeout)
+    sizes, results = SPLITS[world], {}
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for (name, case), backend in itertools.product(CASES.items(), BACKENDS):
+        hidden, weight, labels, bias = case.inputs()
+        own = [t if t is None else t.detach()[rows].clone().requires_grad_(t.requires_grad) for t in (weight, bias)]
+        with use_backend(backend):
+            results[name, backend] = run(
+                lambda *tensors, **options: vocab_parallel_logprob(
+                    *tensors, process_group=dist.group.WORLD, **options
+                ),
+                case, hidden, own[0], labels, own[1],
+            )  # fmt: skip
+    hidden, weight, labels, _ = Case("").inputs()
+    labels[3] = 507
+    try:
+        vocab_parallel_logprob(hidden, weight.detach()[rows], labels, process_group=dist.group.WORLD)
+    except ValueError as error:
+        results["refusal"] = str(error)
+    torch.save(results, f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabulary")
+    for world in SPLITS:
+        mp.spawn(run_rank, args=(world, folder), nprocs=world)
+    return {world: [torch.load(folder / f"{world}-{r}.pt") for r in range(world)] for world in SPLITS}
+
+
+@pytest.mark.parametrize("world", SPLITS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(ranks, name, backend, world):
+    case = CASES[name]
+    inputs = case.inputs()
+    truth, expected = run(linear_logprob_ref, case, *[
+        t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_(t.requires_grad)
+        for t in inputs
+    ])  # fmt: skip
+    _, own = run(linear_logprob, case, *inputs)
+    results = [found[name, backend] for found in ranks[world]]
+    for outputs, gradients in results:
+        for got, true in zip(outputs[:3], truth[:3], strict=True):
+            assert_result(got, true, name, case.largest_logit)
+        assert torch.equal(outputs[3], truth[3])
+        if gradients[0] is not None:
+            assert_gradient(gradients[0], expected[0], own[0], "dhidden")
+    for index in (1, 2):
+        parts = [gradients[index] for _, gradients in results]
+        if expected[index] is not None:
+            assert_gradient(torch.cat(parts), expected[index], own[index], ("", "dweight", "dbias")[index])
+
+
+@pytest.mark.parametrize("world", SPLITS)
+def test_every_rank_has_the_same_results(ranks, world):
+    for name, backend in itertools.product(CASES, BACKENDS):
+        first = ranks[world][0][name, backend]
+        for other in ranks[world][1:]:
+            assert all(torch.equal(a, b) for a, b in zip(first[0], other[name, backend][0], strict=True))
+
+
+def test_labels_beyond_the_whole_vocabulary_are_refused(ranks):
+    assert "labels must be in [0, 507)" in ranks[2][1]["refusal"]
+
+
+def test_something_else_than_a_group_is_refused():
+    hidden, weight, labels, _ = Case("").inputs()
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup, got int"):
+        vocab_parallel_logprob(hidden, weight, labels, process_group=2)

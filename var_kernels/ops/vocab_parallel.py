@@ -1,0 +1,164 @@
+"""``vocab_parallel_logprob``: log-probs of an lm_head whose vocabulary is spread over ranks (tensor parallelism)."""
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from var_kernels.kernels.rows import RowStats
+from var_kernels.ops.call import prepare
+from var_kernels.ops.engines import Head, forward_pass, vocabulary_pass
+
+
+def vocab_parallel_logprob(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    process_group: dist.ProcessGroup,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    num_active: int | None = None,
+    workspace_mb: float | None = None,
+    precision: str = "fp32",
+):
+    """``linear_logprob`` where each rank holds some rows of the lm_head: slices of the vocabulary in rank order.
+
+    Every rank computes statistics over its slice and the ranks merge (max, sum of exponentials, label logit, entropy
+    term) per row: 4 numbers a row in two all-reduces (with argmax a third), not a logit. The backward recomputes the
+    rank's own logits; dW stays where W is, dhidden is all-reduced: N x D. Two passes, 4 GEMMs, of V / ranks each.
+
+    Args:
+        hidden: (..., D), the same on every rank; labels: (...) or (..., K), global token ids, the same on every rank.
+        lm_head_weight: (V_rank, D) this rank's slice; slices may differ in size.  bias: (V_rank,) likewise.
+        process_group: the ranks of the vocabulary. Every rank makes the call, forward and backward.
+        the other options: see ``linear_logprob``.
+
+    Returns:
+        As ``linear_logprob``, the same on every rank. Each rank's gradient of hidden is the whole one, as every rank
+        sees the same upstream gradient; under a layout that sums hidden's gradients over ranks divide by their number.
+
+    Raises:
+        TypeError, ValueError: as ``linear_logprob``; labels beyond the whole vocabulary on a CPU.
+    """
+    sizes = _sizes(lm_head_weight, process_group)
+    start = ([0, *accumulate(sizes)])[dist.get_rank(process_group)]
+    call = prepare(
+        hidden,
+        lm_head_weight,
+        labels,
+        bias,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        label_smoothing=0.0,
+        precision=precision,
+        workspace_mb=workspace_mb,
+        num_active=num_active,
+        vocabulary=sum(sizes),
+        lse=return_lse,
+        entropy=return_entropy,
+        argmax=return_argmax,
+    )
+    shard = Shard(start, process_group)
+    logp_NK, lse_N, entropy_N, argmax_N = VocabParallelLogprobFunction.apply(
+        call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options, call.needs, shard
+    )
+    outputs = [call.restore_targets(logp_NK.where(call.kept_NK, 0.0))]
+    outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
+    if argmax_N is not None:
+        outputs.append(call.restore(argmax_N, fill=-1))
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where this rank's slice of the vocabulary begins, and who has the others."""
+
+    start: int
+    group: dist.ProcessGroup
+
+
+class VocabParallelLogprobFunction(torch.autograd.Function):
+    """hidden_ND, lm_head_weight_VD, bias_V, labels_NK and settings -> logp_NK, lse_N, entropy_N, argmax_N."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs, shard):
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.options, ctx.shard = needs, options, shard
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK - shard.start, options)
+        stats = _merged(forward_pass(head), head.labels_NK, head.v, shard)
+        lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
+        if needs:
+            ctx.save_for_backward(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N)
+        if stats.argmax_N is not None:
+            ctx.mark_non_differentiable(stats.argmax_N)
+        return stats.logp_NK(0.0, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
+        others = (None,) * 4
+        if dlogp_NK is None and dlse_N is None and dentropy_N is None:
+            return (None, None, None, *others)
+        hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N = ctx.saved_tensors
+        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK - ctx.shard.start, ctx.options)
+        if dlogp_NK is None:
+            dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
+        coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
+        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients)
+        if gradients.dhidden_ND is not None:
+            dist.all_reduce(gradients.dhidden_ND, group=ctx.shard.group)  # before it is rounded
+        gradients = gradients.cast(head.operand)
+        return (gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *others)
+
+
+def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard) -> RowStats:
+    """Statistics of the whole vocabulary from those of each rank's slice."""
+    max_N = stats.max_N.clone()
+    dist.all_reduce(max_N, dist.ReduceOp.MAX, group=shard.group)
+    drop_N = (stats.max_N - max_N.masked_fill(max_N == -torch.inf, 0.0)).clamp(min=-1e30)
+    scale_N = drop_N.exp()
+    inside_NK = (local_labels_NK >= 0) & (local_labels_NK < columns)
+    parts = [stats.label_logit_NK.where(inside_NK, 0.0), inside_NK.to(max_N.dtype), (scale_N * stats.sumexp_N)[:, None]]
+    if stats.shifted_sum_N is not None:
+        parts.append((scale_N * (stats.shifted_sum_N + drop_N * stats.sumexp_N))[:, None])
+    table = torch.cat(parts, 1)  # (N, 2K + 1 or 2)
+    dist.all_reduce(table, group=shard.group)
+    k = inside_NK.shape[1]
+    argmax_N = stats.argmax_N
+    if argmax_N is not None:
+        nowhere = torch.iinfo(torch.int64).max
+        argmax_N = (argmax_N + shard.start).where(stats.max_N == max_N, nowhere)
+        dist.all_reduce(argmax_N, dist.ReduceOp.MIN, group=shard.group)
+    # a label on no rank stays NaN, as in one process
+    label_logit_NK = table[:, :k].where(table[:, k : 2 * k] > 0, torch.nan)
+    shifted_N = None if stats.shifted_sum_N is None else table[:, -1].contiguous()
+    merged = {"max_N": max_N, "sumexp_N": table[:, 2 * k].contiguous(), "label_logit_NK": label_logit_NK}
+    return replace(stats, **merged, shifted_sum_N=shifted_N, argmax_N=argmax_N)
+
+
+def _sizes(lm_head_weight: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Rows of the lm_head on each rank."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a ProcessGroup, got {type(group).__name__}; torch.distributed.group.WORLD, or a "
+            "device mesh's get_group()"
+        )
+    own = torch.tensor([lm_head_weight.shape[0]], device=lm_head_weight.device)
+    sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, own, group=group)
+    sizes = torch.cat(sizes).tolist()
+    if not all(sizes):
+        raise ValueError(f"lm_head_weight must hold rows on every rank of process_group, got {sizes}")
+    return sizes

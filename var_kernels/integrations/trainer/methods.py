@@ -303,10 +303,19 @@ def _methods(**entries: dict) -> dict[str, Method]:
     return {name: Method(**{"loss": LOSSES.get(name), **entry}) for name, entry in entries.items()}
 
 
-# No loss of the registry: it reads no log-prob, and the lm_head is not computed at all.
+def _bradley_terry(chosen_mu: Tensor, rejected_mu: Tensor) -> Tensor:
+    """A reward model on pairs, ``bradley_terry_loss`` of the reward head's mu at the last token: (P,), (P,) -> (P,).
+
+    The hidden states go to that head alone; the lm_head is not computed, and its weight, if it is not the embedding's
+    too, is left as it is.
+    """
+    return bradley_terry_loss(chosen_mu, rejected_mu)
+
+
+# No loss of the registry: it reads no log-prob.
 BRADLEY_TERRY = Loss(
     name="bradley_terry",
-    function=bradley_terry_loss,
+    function=_bradley_terry,
     pass_class="C",
     item="pair",
     formula="-log sigmoid(r_w - r_l), r = mu of the reward head at the last token",

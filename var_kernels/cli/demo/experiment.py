@@ -95,26 +95,26 @@ class Run:
     device: torch.device
 
     def config(self, method: str, steps: int, batch: int, rate: float, **settings) -> AlignConfig:
-        return method_config(method)(
-            output_dir=str(self.folder / "trainer"),
-            cache_dir=str(self.folder / "cache"),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            per_device_eval_batch_size=256,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, min(40, steps // 10)),
-            adam_beta2=0.95,
-            logging_steps=max(1, steps // 40),
-            max_length=MAX_LENGTH,
-            seed=self.seed,
-            use_cpu=self.device.type == "cpu",
-            disable_tqdm=True,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=False,
-            **settings,
-        )
+        common = {
+            "output_dir": str(self.folder / "trainer"),
+            "cache_dir": str(self.folder / "cache"),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": 256,
+            "learning_rate": rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, min(40, steps // 10)),
+            "adam_beta2": 0.95,
+            "logging_steps": max(1, steps // 40),
+            "max_length": MAX_LENGTH,
+            "seed": self.seed,
+            "use_cpu": self.device.type == "cpu",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "dataloader_pin_memory": False,
+        }
+        return method_config(method)(**common | settings)
 
 
 def make_reference(run: Run, advance: Advance):
@@ -128,10 +128,12 @@ def make_reference(run: Run, advance: Advance):
     return model, tokenizer, rows
 
 
-def draw_completions(model, tokenizer, run: Run, tasks: list[world.Task], advance: Advance) -> list[dict]:
+def draw_completions(
+    model, tokenizer, run: Run, tasks: list[world.Task], advance: Advance, max_new_tokens: int | None = None
+) -> list[dict]:
     """One row {"prompt", "completions", "rewards"} per task, completions drawn from the reference at temperature 1."""
     size = run.plan.completions
-    drawn = draw(model, tokenizer, tasks, size, run.seed + 1, advance)
+    drawn = draw(model, tokenizer, tasks, size, run.seed + 1, advance, max_new_tokens)
     rewards = rewards_of(drawn).tolist()
     return [
         {"prompt": task.prompt, "completions": drawn.texts[i * size : (i + 1) * size], "rewards": rewards[i]}
@@ -150,8 +152,12 @@ def align(name: str, model, tokenizer, rows: list[dict], run: Run, advance: Adva
     return train(model, tokenizer, rows, config, advance, callbacks)
 
 
-def train(model, tokenizer, rows, config: AlignConfig, advance: Advance, callbacks=()) -> list[dict]:
-    trainer = VARTrainer(model, config, rows, processing_class=tokenizer, callbacks=[_Advance(advance), *callbacks])
+def train(
+    model, tokenizer, rows, config: AlignConfig, advance: Advance, callbacks=(), trainer_class=VARTrainer, **options
+) -> list[dict]:
+    """The Trainer's log; ``options`` are those of ``VARTrainer``."""
+    callbacks = [_Advance(advance), *callbacks]
+    trainer = trainer_class(model, config, rows, processing_class=tokenizer, callbacks=callbacks, **options)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -26,8 +26,19 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(model, tokenizer, tasks: list[Task], k: int, seed: int, advance: Callable[[], None] | None = None) -> Drawn:
-    """k replies to each task, sampled at temperature 1 from the whole vocabulary. The global random state is kept."""
+def draw(
+    model,
+    tokenizer,
+    tasks: list[Task],
+    k: int,
+    seed: int,
+    advance: Callable[[], None] | None = None,
+    max_new_tokens: int | None = None,
+) -> Drawn:
+    """k replies to each task, sampled at temperature 1 from the whole vocabulary. The global random state is kept.
+
+    max_new_tokens: None: ``MAX_NEW_TOKENS``.
+    """
     model.eval()
     prompts = [task.prompt for task in tasks for _ in range(k)]
     device, token_ids = model.device, []
@@ -42,7 +53,7 @@ def draw(model, tokenizer, tasks: list[Task], k: int, seed: int, advance: Callab
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )[:, inputs.input_ids.shape[1] :]
@@ -68,15 +79,21 @@ def rewards_of(drawn: Drawn) -> Tensor:
     return torch.tensor([score.reward for score in drawn.scores]).view(len(drawn.tasks), drawn.k)
 
 
-@torch.no_grad()
 def kl_to_reference(policy, reference, tokenizer, drawn: Drawn) -> Tensor:
     """(P, k) summands of the Monte-Carlo estimate of KL(policy || reference), nats per reply: s_policy - s_ref.
 
     Unbiased when the policy itself drew the replies. The sampled token ids are scored, not their text encoded again.
     """
-    policy.eval()
+    return reply_logps(policy, tokenizer, drawn) - reply_logps(reference, tokenizer, drawn)
+
+
+@torch.no_grad()
+def reply_logps(model, tokenizer, drawn: Drawn) -> Tensor:
+    """(P, k) log-probs of the replies under the model, nats; the mean of their negatives is its entropy if it drew
+    them."""
+    model.eval()
     prompts = [tokenizer(task.prompt).input_ids for task in drawn.tasks for _ in range(drawn.k)]
-    device, parts = policy.device, []
+    device, parts = model.device, []
     for start in range(0, len(prompts), _CHUNK):
         pairs = list(zip(prompts[start : start + _CHUNK], drawn.token_ids[start : start + _CHUNK], strict=True))
         ids = [torch.tensor(prompt + reply) for prompt, reply in pairs]
@@ -86,7 +103,7 @@ def kl_to_reference(policy, reference, tokenizer, drawn: Drawn) -> Tensor:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100).to(device),
         }
-        parts.append((sequence_logprobs(policy, batch) - sequence_logprobs(reference, batch)).cpu())
+        parts.append(sequence_logprobs(model, batch).cpu())
     return torch.cat(parts).view(len(drawn.tasks), drawn.k)
 
 

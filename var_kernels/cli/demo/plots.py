@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 COLORS = {"VAR": "#2563eb", "DPO": "#d97706", "SFT": "#7c8798", "Best-of-n SFT": "#0d9488", "reference": "#1f2937"}
 _GREY = "#9aa4b2"
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,7 +44,7 @@ def _svg(figure: Figure) -> str:
 
 def training_curves(results: dict) -> str:
     """Left: reward sampled on held-out prompts over the steps. Right: VAR's effective sample size."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.5), width_ratios=(1.35, 1), layout="constrained")
         for name, history in results["history"].items():
             probe = history["probe"]
@@ -101,7 +101,7 @@ def weights_against_rewards(results: dict) -> str:
         count[reward] += 1
         mass[reward] += weight
     jitter = random.Random(0)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.5), layout="constrained")
         spread = [reward + jitter.uniform(-0.2, 0.2) for reward in rewards]
         left.scatter(spread, weights, s=5, color=COLORS["VAR"], alpha=0.25, linewidths=0, rasterized=True)
@@ -127,7 +127,7 @@ def weights_against_rewards(results: dict) -> str:
 
 def reward_against_kl(results: dict) -> str:
     """Each policy's way from the reference, and the curve of the best that any policy can do at a given KL."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.6, 3.9), layout="constrained")
         best = sorted(results["frontier"], key=lambda point: point["kl"])
         axes.plot(
@@ -189,7 +189,7 @@ def reward_against_kl(results: dict) -> str:
 
 def memory_bars(results: dict) -> str:
     rows = results["memory"]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4, 3.9), layout="constrained")
         for offset, key, color, label in (
             (-0.2, "plain_mib", "#cbd5e1", "plain loss"),

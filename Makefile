@@ -1,4 +1,4 @@
-# make demo | test | bench | lint: each sets up .venv on the first call and never again until the dependencies change.
+# make demo | test | bench | lint | study | wheel | sanitize: each sets up .venv on the first call and never again until the dependencies change.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ JOBS   ?= 2
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SHELL  := /bin/bash
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test bench lint study wheel sanitize setup clean
 
 demo: $(STAMP)
 	$(BIN)/var-kernels demo
@@ -19,6 +19,14 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# A wheel for this platform with the C++ kernels in it, for Python 3.10 and torch 2.11 onwards.
+wheel: $(STAMP)
+	VAR_KERNELS_BUILD_EXT=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# The C++ kernels' tests under the address and undefined-behaviour sanitizers.
+sanitize: $(STAMP)
+	csrc/sanitize.sh $(BIN)/python $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.tiny_online import PROMPTS, Recording, buffered, online_trainer, reward, trained
-from tests.tiny_training import ROWS, losses, tiny_model, tokenizer
+from tests.tiny_training import ROWS, losses, tiny_model, tiny_trainer, tokenizer
 from var_kernels.integrations.data import load_examples
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import GenerateSampler
@@ -318,6 +318,33 @@ def test_the_buffer_is_a_data_set(tmp_path):
     examples, problems = load_examples(tmp_path / "run/buffer/iteration-00000.jsonl", need_rewards="required")
     assert not problems
     assert [len(example.completions) for example in examples] == [3] * 4
+
+
+def test_progress_is_shown_with_its_rate(tmp_path, capsys):
+    trained(tmp_path, iterations=1, disable_tqdm=False)
+    shown = capsys.readouterr().err
+    for title in ("iteration 0: sampling", "rewards"):
+        last = next(part for part in shown.split("\r") if part.strip().startswith(title))
+        assert "%|" in last
+        assert "/s]" in last
+
+
+def test_settings_that_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match="sampler: draws completions for online training; pass online=True"):
+        tiny_trainer(tmp_path, trainer_options={"sampler": SAMPLER})
+    with pytest.raises(ValueError, match="ref_model: online with refresh_reference=True the reference is the policy"):
+        online_trainer(tmp_path, trainer_options={"ref_model": tiny_model(1)})
+    trainer = online_trainer(
+        tmp_path, refresh_reference=False, trainer_options={"ref_model": tiny_model(1)}, iterations=1
+    )
+    trainer.train()
+    row, item = buffered(tmp_path, 0)[0], trainer.train_dataset.rows.row(0)
+    assert item["ref_logp"].item() == pytest.approx(naive_logp(tiny_model(1), row, 0).sum().item(), rel=1e-5)
+
+
+def test_sail_on_the_datas_responses_says_what_it_is(tmp_path, caplog):
+    tiny_trainer(tmp_path, method="sail_pp")
+    assert "sail_pp on the responses of a data set: its score term is that of responses drawn by the" in caplog.text
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------

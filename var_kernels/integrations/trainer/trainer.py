@@ -106,7 +106,7 @@ class VARTrainer(Trainer):
     ):
         args = VARConfig("var_output") if args is None else args
         _check_arguments(args, train_dataset, ref_model, peft_config)
-        _check_online(args, reward_func, sampler)
+        _check_online(args, reward_func, sampler, ref_model)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -480,7 +480,7 @@ def _check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -
         )
 
 
-def _check_online(args: AlignConfig, reward_func, sampler) -> None:
+def _check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
     if not args.online:
         if sampler is not None:
             raise ValueError("sampler: draws completions for online training; pass online=True in the settings with it")
@@ -489,7 +489,13 @@ def _check_online(args: AlignConfig, reward_func, sampler) -> None:
                 "%s on the responses of a data set: its score term is that of responses drawn by the policy "
                 "(online=True draws them)", args.method,
             )  # fmt: skip
-    elif reward_func is None and not METHODS[args.method].policy_labels:
+        return
+    if ref_model is not None and args.refresh_reference and METHODS[args.method].reference:
+        raise ValueError(
+            "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
+            "refresh_reference=False with a reference of your own"
+        )
+    if reward_func is None and not METHODS[args.method].policy_labels:
         raise ValueError(
             f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
             "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "

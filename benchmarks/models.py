@@ -49,6 +49,11 @@ def main() -> int:
     parser.add_argument("--memory-gb", type=float, default=8, help="address space limit of one class")
     args = parser.parse_args()
 
+    import transformers.models.auto.modeling_auto
+    import transformers.models.clip.modeling_clip
+    import transformers.models.mixtral.modeling_mixtral
+    import transformers.models.t5.modeling_t5  # noqa: F401  (once for all children)
+
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -41,30 +41,35 @@ def examine(model_type: str, class_name: str, mappings: list[str]) -> dict[str, 
 def runnable(model_type: str, class_name: str, mappings: list[str]) -> tuple[nn.Module, dict, list[str]]:
     """A model and inputs on which its own forward gives finite logits: in fp64, or in fp32 where it cannot."""
     decoder_only = mappings[0] == "CAUSAL_LM"
-    notes: list[str] = []
     try:
         model = build(model_type, class_name, decoder_only=decoder_only)
         model.train(model_type in _TRAIN_ONLY)
     except Exception as error:
         raise CannotBeBuiltError(f"building: {_line(error)}") from error
     errors = []
-    for router, padded, dtype in itertools.product((True, False), (True, False), (torch.float64, torch.float32)):
-        if not router and not _without_router_logits(model) and not notes:
-            break
-        if not router:
-            notes = ["without router logits, which its own forward fails with"]
+    # Without what a class is not able to by itself, and without its own loss only where that never works.
+    for with_loss, router, padded, dtype in itertools.product(
+        (True, False), (True, False), (True, False), (torch.float64, torch.float32)
+    ):
+        had_router = _set_router_logits(model, router)
+        if not router and not had_router:
+            continue
         try:
             model = model.to(dtype)
             inputs = batch(model, encoder_decoder=is_encoder_decoder(model), padded=padded)
-            _try(model, inputs)
+            _try(model, inputs, with_loss)
         except Exception as error:
             errors.append(error)
             continue
+        notes = [] if router else ["without router logits, which its own forward fails with"]
         return model, inputs, notes + ([] if padded else ["without padding, which its own gradients fail with"])
     raise CannotBeBuiltError("its own forward: " + "; ".join(dict.fromkeys(map(_line, errors)))) from errors[0]
 
 
-def _try(model: nn.Module, inputs: dict) -> None:
+def _try(model: nn.Module, inputs: dict, with_loss: bool) -> None:
+    if with_loss:
+        with torch.no_grad():
+            own_output(model, inputs, with_labels=True)
     logits = own_output(model, inputs, with_labels=is_encoder_decoder(model)).logits
     if not isinstance(logits, Tensor):
         raise TypeError(f"its logits are a {type(logits).__name__}")
@@ -216,13 +221,13 @@ def named_everywhere(model: nn.Module) -> list[Tensor]:
     return [p for _, p in model.named_parameters(remove_duplicate=False)]
 
 
-def _without_router_logits(model: nn.Module) -> bool:
-    """Turn them off wherever a configuration asks for them; whether one did."""
-    found = False
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        if getattr(config, "output_router_logits", False):
-            config.output_router_logits, found = False, True
-    return found
+def _set_router_logits(model: nn.Module, on: bool) -> bool:
+    """Wherever a configuration of the model knows them, ask for them or not; whether one does."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    known = [config for config in configs if hasattr(config, "output_router_logits")]
+    for config in known:
+        config.output_router_logits = on
+    return bool(known)
 
 
 def _raised_by_us(error: BaseException) -> bool:

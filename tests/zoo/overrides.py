@@ -8,9 +8,10 @@ from tests.zoo.shrink import DERIVED, HEAD_DIM, HEADS, WIDTH
 
 _HALF = HEAD_DIM // 2
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [_HALF // 2, _HALF // 4, _HALF // 4]}
-_LINEAR_AND_FULL = ["linear_attention", "full_attention"]
+_DECODER = {"decoder.is_decoder": True, "decoder.add_cross_attention": True}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_BOTH_ROPES = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+_THREE_AXES = {**_ROPE, "mrope_section": [3, 3, 2]}
+_BOTH_ROPES = {"full_attention": _THREE_AXES, "sliding_attention": _THREE_AXES}
 _VQ = {"vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1], "vq_config.latent_channels": 8}
 _TOWER = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 _NO_TIMM = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, **_TOWER}}
@@ -71,9 +72,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": _BOTH_ROPES},
     "cohere_compass": {"text_config.rope_parameters": _BOTH_ROPES},
     "xlm": {"causal": True},
-    "encoder-decoder": (_decoder := {"decoder.is_decoder": True, "decoder.add_cross_attention": True}),
-    "vision-encoder-decoder": _decoder,
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    **{name: {"is_decoder": True} for name in ("big_bird", "megatron-bert", "rembert", "roformer")},
+    "encoder-decoder": {**_DECODER, "+encoder": {"model_type": "bert"}, "+decoder": {"model_type": "bert"}},
+    "vision-encoder-decoder": {**_DECODER, "+encoder": {"model_type": "vit"}, "+decoder": {"model_type": "gpt2"}},
+    "musicgen": {
+        "+text_encoder": {"model_type": "t5"},
+        "+audio_encoder": {"model_type": "encodec"},
+        "+decoder": {"model_type": "musicgen_decoder"},
+    },
+    "musicgen_melody": {
+        "+text_encoder": {"model_type": "t5"},
+        "+audio_encoder": {"model_type": "encodec"},
+        "+decoder": {"model_type": "musicgen_melody_decoder"},
+    },
+    "granite4_vision": {
+        "+text_config": {"model_type": "granite"},
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+    },
     "step3p7": {"text_config.sliding_window": 8},
     "qwen3_omni_moe": {
         "talker_config.spatial_merge_size": 2,
@@ -142,6 +159,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 190, **_VLM_MROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 190},
     # parts that are large by default
+    "led": {"attention_window": 8},
+    "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
     "dots3_note_text": {"per_layer_config": _DOTS_LAYERS},
     "dots3_note": {"text_config.per_layer_config": _DOTS_LAYERS},
     "deepseek_ocr2": {

@@ -97,7 +97,7 @@ def shrunk_config(config_class: type, overrides: dict[str, Any], *, decoder_only
 def shrunk_kwargs(config_class: type, overrides: dict[str, Any], *, decoder_only: bool = False) -> dict[str, Any]:
     nested, flat = _split(overrides)
     first = {name: value for name, value in flat.items() if name.startswith("+")}  # needed to have defaults at all
-    flat = {name.lstrip("+"): value for name, value in flat.items()}
+    flat = {name: value for name, value in flat.items() if name not in first}
     default = config_class(**{name[1:]: value for name, value in first.items()})
     values = default.to_dict()
     kwargs: dict[str, Any] = {}
@@ -119,7 +119,10 @@ def shrunk_kwargs(config_class: type, overrides: dict[str, Any], *, decoder_only
             if values.get(name) is None:
                 kwargs[name] = 0
     for name, inner in nested.items():  # a dict that is no configuration
-        kwargs[name] = {**(values.get(name) or {}), **inner}
+        kept = {key: value for key, value in inner.items() if value is not _DERIVED}
+        kwargs[name] = {**(values.get(name) or {}), **kept}
+    for name, value in first.items():
+        kwargs.setdefault(name[1:], value)
     for name, value in flat.items():
         if value is _DERIVED:
             kwargs.pop(name, None)

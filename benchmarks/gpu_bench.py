@@ -100,7 +100,7 @@ def primitives(bench: Bench) -> list[dict]:
     widths = (128, 256) if bench.dry_run else (8192, 16384, 32768)
     chunks = (16, 32) if bench.dry_run else (1024, 2048, 4096)
     hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=0.02)
-    rows = []
+    rows, backend = [], choose_backend(bench.device, torch.float32)[0]
 
     def record(what, timing, flop=None, bytes_moved=None):
         rate = flop / timing["ms"] * 1e3 / TFLOP if flop else bytes_moved / timing["ms"] * 1e3 / GIGA
@@ -112,7 +112,7 @@ def primitives(bench: Bench) -> list[dict]:
     narrow = torch.empty(chunks[1], v, dtype=torch.bfloat16, device=bench.device)
     timings = bench.times(
         {
-            "logits, fp32 out": lambda: logits_into(wide, operand, weight),
+            "logits, fp32 out": lambda: logits_into(wide, operand, weight, backend),
             "logits, bf16 out": lambda: torch.mm(chunk, weight.T, out=narrow),
         },
         10,
@@ -125,15 +125,15 @@ def primitives(bench: Bench) -> list[dict]:
     for width in widths:
         dlogits, dweight = bench.randn(n, width), torch.empty(width, d, dtype=torch.bfloat16, device=bench.device)
         steps = {
-            f"dH += dlogits W, slice {width}": lambda g=dlogits, w=width: add_product(dhidden, g, weight[:w]),
-            f"dW = dlogits^T H, slice {width}": lambda g=dlogits, o=dweight: product_into(o, g.t(), hidden),
+            f"dH += dlogits W, slice {width}": lambda g=dlogits, w=width: add_product(dhidden, g, weight[:w], backend),
+            f"dW = dlogits^T H, slice {width}": lambda g=dlogits, o=dweight: product_into(o, g.t(), hidden, backend),
         }
         for name, timing in bench.times(steps, 10).items():
             record(name, timing, flop=2 * n * d * width)
     total = torch.zeros(v, d, dtype=torch.float32, device=bench.device)
     for length in chunks:
         dlogits = bench.randn(length, v)
-        timing = bench.times({"": lambda g=dlogits, c=length: add_product(total, g.t(), hidden[:c])}, 5)[""]
+        timing = bench.times({"": lambda g=dlogits, c=length: add_product(total, g.t(), hidden[:c], backend)}, 5)[""]
         record(f"fp32 dW += dlogits^T H, chunk {length}", timing, flop=2 * length * d * v)
     for tile in (wide, narrow):
         for name, timing in _row_kernels(bench, tile).items():
@@ -146,13 +146,14 @@ def primitives(bench: Bench) -> list[dict]:
 def _overlap_steps(bench: Bench, tile: torch.Tensor, operand: torch.Tensor, weight: torch.Tensor) -> dict:
     """The GEMM of half a tile and the statistics of the other half: one after the other, and on two streams."""
     half = tile.shape[0] // 2
-    kernels = row_kernels(choose_backend(bench.device, tile.dtype)[0])
+    backend = choose_backend(bench.device, tile.dtype)[0]
+    kernels = row_kernels(backend)
     labels = torch.zeros(half, 1, dtype=torch.int64, device=bench.device)
     stats = RowStats.empty(half, 1, tile, entropy=False, mean=False, argmax=False)
     tile.zero_()
 
     def gemm():
-        logits_into(tile[:half], operand[:half], weight)
+        logits_into(tile[:half], operand[:half], weight, backend)
 
     def statistics():
         kernels.row_stats(tile[half : 2 * half], labels, stats, 0, None, LogitTransform())

@@ -97,7 +97,7 @@ class _Tiles:
         head = self.head
         capped = 1 if gradient and head.options.transform.softcap is not None else 0
         raw = head.tile.itemsize if head.tile != self.math else 0
-        partial = head.d * partial_bytes(head.operand, head.hidden_ND.device) if gradient else 0
+        partial = head.d * partial_bytes(head.operand, head.hidden_ND.device, head.options.backend) if gradient else 0
         copies = upcast_bytes(head) + partial
         return TileCost((2 + capped) * self.math.itemsize + raw, copies, copies)
 

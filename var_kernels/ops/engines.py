@@ -352,6 +352,7 @@ def token_chunk_pass(
                 multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
                 multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
+        del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
     return stats, gradients
 
 
@@ -396,6 +397,7 @@ def vocabulary_pass(
             if needs.lm_head_weight:
                 multiply = add_product if start else product_into
                 multiply(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
+            del dlogits_nv
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
     return gradients

@@ -22,13 +22,13 @@ def _in_cpp(backend: str, out: torch.dtype, left: Tensor, right: Tensor) -> bool
     return backend == "native" and gemm_native.takes(out, left, right)
 
 
-def partial_bytes(operand: torch.dtype, device: torch.device, backend: str = "torch") -> int:
+def partial_bytes(operand: torch.dtype, device: torch.device, backend: str) -> int:
     """Bytes an element of a partial result in 16 bit, and of the fp32 copy that torch makes to add it."""
     adds_in_place = backend == "native" and operand == torch.bfloat16 and gemm_native.runs()
     return 2 + 4 if operand.itemsize == 2 and device.type != "cuda" and not adds_in_place else 0
 
 
-def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str = "native") -> None:
+def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> None:
     """out = hidden W^T, in out's dtype; hidden comes in that dtype where ``upcasts`` asks for it."""
     dtype, weight_dv = out_nv.dtype, lm_head_weight_vd.t()
     if _in_cpp(backend, dtype, hidden_nd, weight_dv):
@@ -39,7 +39,7 @@ def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, ba
         torch.mm(hidden_nd, weight_dv, out_dtype=dtype, out=out_nv)
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str = "native") -> None:
+def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
     """out = left @ right for operands of one dtype, written once: out has that dtype, or a wider one."""
     if _in_cpp(backend, out.dtype, left, right):
         gemm_native.product_into(out, left, right)
@@ -51,7 +51,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str = "nativ
         out.copy_(torch.mm(left, right))
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, backend: str = "native") -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
     """total += left @ right; total is in the operands' dtype or a wider one."""
     if total.dtype == torch.float32 and _in_cpp(backend, total.dtype, left, right):
         gemm_native.product_into(total, left, right, add=True)

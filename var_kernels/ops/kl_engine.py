@@ -56,11 +56,19 @@ class HeadPair:
 
     def column_bytes(self, gradient: bool) -> int:
         """Copies that a GEMM makes of a row of a weight, or of its gradient; one head at a time."""
-        partial = self.policy.d * partial_bytes(self.policy.operand, self.device) if gradient else 0
+        partial = (
+            self.policy.d * partial_bytes(self.policy.operand, self.device, self.policy.options.backend)
+            if gradient
+            else 0
+        )
         return max(upcast_bytes(self.policy) + partial, upcast_bytes(self.ref))
 
     def cost(self, *, gradient: bool) -> TileCost:
-        partial = self.policy.d * partial_bytes(self.policy.operand, self.device) if gradient else 0
+        partial = (
+            self.policy.d * partial_bytes(self.policy.operand, self.device, self.policy.options.backend)
+            if gradient
+            else 0
+        )
         row = upcast_bytes(self.policy) + upcast_bytes(self.ref) + partial
         return TileCost(self.element_bytes(), self.column_bytes(gradient), row)
 
@@ -97,7 +105,8 @@ def head_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_s
     hidden_nd = head.upcast_rows(rows.start, rows.stop)
     raw_nv = storage.view(rows.stop - rows.start, v_stop - v_start)
     for start, stop in spans(v_start, v_stop, step):
-        logits_into(raw_nv[:, start - v_start : stop - v_start], hidden_nd, head.lm_head_weight_VD[start:stop])
+        weight_vd = head.lm_head_weight_VD[start:stop]
+        logits_into(raw_nv[:, start - v_start : stop - v_start], hidden_nd, weight_vd, head.options.backend)
     return _transformed_(raw_nv.to(math), head.bias_slice(v_start, v_stop), head.options.transform)
 
 
@@ -233,6 +242,7 @@ def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Ten
     step = pair.weight_slice(budget)
     storages = pair.storages(plan.rows, pair.v)
     kl_N, gradients = pair.zeros(pair.n), _empty_gradients(head, needs, one_pass=True)
+    backend = head.options.backend
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
         z_nv, w_nv = pair.logits(storages, rows, 0, pair.v, step)
@@ -242,22 +252,23 @@ def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Ten
             gradients.dbias_V += grad_nv.sum(0)
         grad_nv = grad_nv.to(head.operand)
         if needs.hidden:
-            _product_in_slices(gradients.dhidden_ND[rows], grad_nv, head.lm_head_weight_VD, step)
+            _product_in_slices(gradients.dhidden_ND[rows], grad_nv, head.lm_head_weight_VD, step, backend)
         if needs.lm_head_weight:
             for v_start, v_stop in spans(0, pair.v, step):
-                add_product(gradients.dweight_VD[v_start:v_stop], grad_nv[:, v_start:v_stop].t(), head.hidden_ND[rows])
+                grad_vn, dweight_vd = grad_nv[:, v_start:v_stop].t(), gradients.dweight_VD[v_start:v_stop]
+                add_product(dweight_vd, grad_vn, head.hidden_ND[rows], backend)
         del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
     return kl_N.clamp_(min=0.0), gradients.cast(head.operand)
 
 
-def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step: int) -> None:
+def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step: int, backend: str) -> None:
     """out = grad W by ``step`` rows of W at a time: a 16-bit GEMM on a CPU packs the whole operand it is given."""
     if step >= weight_VD.shape[0]:
-        product_into(out_nd, grad_nv, weight_VD)
+        product_into(out_nd, grad_nv, weight_VD, backend)
         return
     total_nd = torch.zeros(out_nd.shape, dtype=torch.promote_types(out_nd.dtype, torch.float32), device=out_nd.device)
     for start, stop in spans(0, weight_VD.shape[0], step):
-        add_product(total_nd, grad_nv[:, start:stop], weight_VD[start:stop])
+        add_product(total_nd, grad_nv[:, start:stop], weight_VD[start:stop], backend)
     out_nd.copy_(total_nd)
 
 
@@ -286,7 +297,7 @@ def gradients_by_slices(
     head: Head, needs: Needs, plan: TilePlan, tile_gradient: Callable[[slice, int, int], Tensor]
 ) -> Gradients:
     """Gradients from those in the raw logits, tile_gradient(rows, v_start, v_stop); a slice of dW is written once."""
-    gradients = _empty_gradients(head, needs, one_pass=False)
+    gradients, backend = _empty_gradients(head, needs, one_pass=False), head.options.backend
     row_spans = list(spans(0, head.n, plan.rows))
     for v_start, v_stop in spans(0, head.v, plan.columns):
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
@@ -302,11 +313,11 @@ def gradients_by_slices(
                 gradients.dbias_V[v_start:v_stop] += grad_nv.sum(0)
             grad_nv = grad_nv.to(head.operand)
             if needs.hidden:
-                add_product(gradients.dhidden_ND[rows], grad_nv, weight_vd)
+                add_product(gradients.dhidden_ND[rows], grad_nv, weight_vd, backend)
             if needs.lm_head_weight and len(row_spans) == 1:
-                product_into(dweight_vd, grad_nv.t(), head.hidden_ND)
+                product_into(dweight_vd, grad_nv.t(), head.hidden_ND, backend)
             elif needs.lm_head_weight:
-                add_product(dweight_vd, grad_nv.t(), head.hidden_ND[rows])
+                add_product(dweight_vd, grad_nv.t(), head.hidden_ND[rows], backend)
             del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd

@@ -52,7 +52,7 @@ def main() -> int:
     import transformers.models.auto.modeling_auto
     import transformers.models.clip.modeling_clip
     import transformers.models.mixtral.modeling_mixtral
-    import transformers.models.t5.modeling_t5  # noqa: F401  (once for all children)
+    import transformers.models.t5.modeling_t5  # once for all children
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -7,16 +7,16 @@ from tests.zoo.check import REFUSED, RIGHT, UNBUILT, WRONG
 
 _HEAD = """# Which Hugging Face models
 
-Made by `python -m benchmarks.models`; do not edit. {versions}.
+Made by `python -m benchmarks.models` (`--merge RESULTS` adds a column); do not edit. {versions}.
 
 {summary}
 
 Every class of transformers' causal-LM, image-text-to-text, multimodal-LM and sequence-to-sequence mappings is built
 from a shrunk configuration with random weights, and compared with itself: `token_logprobs` with the log-softmax of the
 model's own logits, `fused_lm_head`'s loss with the model's own loss, and the gradient of every parameter under both.
-Log-probs and losses agree to 2^-17, gradients to 2^-17 of each parameter's root mean square. Models run in fp64, or in
-fp32 where their own forward knows only that. Multimodal models get text alone where they accept it, pictures or boxes
-where they do not. A class is
+Log-probs and losses agree to 2^-17, gradients to 2^-17 of each parameter's root mean square, or to 4 times what the
+model's own gradient moves by rounding. Models run in fp64, or in fp32 where their own forward knows only that.
+Multimodal models get text alone where they accept it, pictures or boxes where they do not. A class is
 
 - **right**: everything agrees;
 - **refused**: our error says why, before anything is computed; the model's own loss is the way to go;
@@ -71,15 +71,21 @@ def summary(records: list[dict]) -> str:
 
 def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> str:
     record = next(found[version] for version in versions if version in found)
-    remarks = [record.get("head", ""), *dict.fromkeys(_shortened(r["detail"]) for r in found.values() if r["detail"])]
+    said: dict[str, list[str]] = {}
+    for version, each in found.items():
+        said.setdefault(_shortened(each), []).append(version)
+    remarks = [record.get("head", "")]
+    remarks += [f"{' and '.join(at)}: {text}" if len(at) < len(found) else text for text, at in said.items() if text]
     remark = "; ".join(filter(None, remarks)).replace("|", "\\|").replace("\n", " ")
     cells = [found[version]["verdict"] if version in found else "" for version in versions]
     return f"| {key[0]} | {key[1]} | {' | '.join(cells)} | {remark} |"
 
 
-def _shortened(detail: str) -> str:
-    detail = detail.replace(" Use its own loss, or log_softmax of its logits, instead", "")
-    return detail if len(detail) <= 300 else detail[:297] + "..."
+def _shortened(record: dict) -> str:
+    detail = record["detail"].replace(" Use its own loss, or log_softmax of its logits, instead", "")
+    detail = detail if len(detail) <= 300 else detail[:297] + "..."
+    only_logprobs = record["verdict"] == REFUSED and record.get("loss") == RIGHT
+    return f"{detail} (its loss is right)" if only_logprobs else detail
 
 
 def _first(found: dict[str, dict]) -> str:

@@ -70,7 +70,10 @@ def test_class_is_right(model_type, name, words):
 )
 def test_every_other_sequence_to_sequence_class_is_right(key):
     record = examine(*key, PAIRS[key])
-    assert record["verdict"] == RIGHT, record["detail"]
+    if key[0] == "umt5" and transformers.__version__.startswith("5.17."):  # its decoder sees later tokens there
+        assert "is not causal" in record["detail"]
+    else:
+        assert record["verdict"] == RIGHT, record["detail"]
 
 
 @pytest.mark.parametrize(("model_type", "name", "words"), cases(REFUSED_ONES))
@@ -134,12 +137,12 @@ def test_a_class_that_does_not_build_has_a_reason():
 
 def rows_of(text):
     """{(model type, class): {version: verdict}} of every table."""
-    found = {}
+    found, versions = {}, []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| model type"):
             versions = cells[2:-1]
-        elif line.startswith("| ") and len(cells) >= 4 and re.fullmatch(r"\w+", cells[1]) and cells[1][0].isupper():
+        elif versions and line.startswith("| ") and {RIGHT, REFUSED, WRONG, UNBUILT} & set(cells[2:4]):
             found[cells[0], cells[1]] = dict(zip(versions, cells[2:], strict=False))
     return found
 

@@ -5,8 +5,6 @@ import copy
 import hashlib
 import logging
 import os
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,23 +15,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from var_kernels.integrations.data import (
-    DataError,
     EncodedRows,
     Example,
-    Problem,
     encode_examples,
     merge_prompts,
-    parse_row,
 )
 from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import capture
 from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples
 from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
-from var_kernels.integrations.trainer.memory import peak_memory_mb
 from var_kernels.integrations.trainer.methods import METHODS, Method, loss_in_head
+from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.model_checks import (
     check_positions,
@@ -42,12 +38,10 @@ from var_kernels.integrations.trainer.model_checks import (
     freeze_head,
 )
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
-from var_kernels.integrations.trainer.online.settings import draws_pairs
 from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
 from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
-from var_kernels.losses.weights import warn_if_collapsed
 
 logger = logging.getLogger(__name__)
 _REF_MODEL_DIR = "ref_model"
@@ -105,8 +99,8 @@ class VARTrainer(Trainer):
         optimizers: tuple = (None, None),
     ):
         args = VARConfig("var_output") if args is None else args
-        _check_arguments(args, train_dataset, ref_model, peft_config)
-        _check_online(args, reward_func, sampler, ref_model)
+        check_arguments(args, train_dataset, ref_model, peft_config)
+        check_online(args, reward_func, sampler, ref_model)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -122,8 +116,10 @@ class VARTrainer(Trainer):
         calibrate(model)  # a head that is not understood is refused here
         self.online = None
         if args.online:
-            prompts = [None if rows is None else merge_prompts(_examples(rows, name, "prompt")) for name, rows in (
-                ("train_dataset", train_dataset), ("eval_dataset", eval_dataset))]  # fmt: skip
+            named = (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+            prompts = [
+                None if rows is None else merge_prompts(parsed_examples(rows, name, "prompt")) for name, rows in named
+            ]
             self.online = OnlineLoop(
                 args, self.method, *prompts, processing_class, self.pad_token_id, sampler, reward_func
             )
@@ -167,8 +163,7 @@ class VARTrainer(Trainer):
         # accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.ref_model = ref_model
-        self._sums = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
-        self._clock = None
+        self.step_metrics = {mode: StepMetrics(self, mode) for mode in ("train", "eval")}
         try:
             tables = [] if args.online else [items.rows for items in data if items is not None]
             self._prepare_reference(tables)
@@ -188,7 +183,7 @@ class VARTrainer(Trainer):
 
     def _encode(self, rows, name: str, args: VARConfig, tokenizer, reward_func) -> Items:
         need = "optional" if reward_func is not None else self.method.need_rewards
-        examples = _examples(rows, name, need)
+        examples = parsed_examples(rows, name, need)
         if reward_func is not None:
             examples = apply_reward_function(reward_func, examples, args)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
@@ -267,11 +262,13 @@ class VARTrainer(Trainer):
         for number, batch in enumerate(batches):
             batch["micro_batches"], batch["micro_batch"] = torch.tensor(len(batches)), torch.tensor(number)
         for key, value in metrics.items():
-            self._add(mode, key, value, 1.0)
+            self.step_metrics[mode].add(key, value, 1.0)
         if "reward" in step:
-            self._add(mode, "reward_mean", step["reward"].nansum(), (~step["reward"].isnan()).sum())
+            self.step_metrics[mode].add("reward_mean", step["reward"].nansum(), (~step["reward"].isnan()).sum())
             if self.args.method == "var":
-                self._add(mode, "weighted_reward", (step["reward"] * added["weight"]).sum(), added["weight"].sum())
+                self.step_metrics[mode].add(
+                    "weighted_reward", (step["reward"] * added["weight"]).sum(), added["weight"].sum()
+                )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss, times the number of ranks (whose mean the gradients and logs
@@ -300,7 +297,7 @@ class VARTrainer(Trainer):
         self._add_batch_metrics(mode, inputs, rows, s.to(device), hits.to(device))
         if self.method.loss.item == "pair":
             margin = score.to(device) - (rows["ref_logp"] if self.method.reference else 0.0)
-            self._add(mode, "pair_accuracy", (margin[0::2] > margin[1::2]).sum(), len(margin) // 2)
+            self.step_metrics[mode].add("pair_accuracy", (margin[0::2] > margin[1::2]).sum(), len(margin) // 2)
         loss = loss * world_size + self._auxiliary_loss(outputs) / inputs["micro_batches"].to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
@@ -329,7 +326,7 @@ class VARTrainer(Trainer):
             rows = getattr(self.eval_dataset if eval_dataset is None else eval_dataset, "rows", None)
             if self.method.head == "reward" and self.method.loss.item != "pair" and rows is not None:
                 correct, pairs = judge_pairs(self, rows)
-                self._add("eval", "pair_accuracy", correct, pairs)
+                self.step_metrics["eval"].add("pair_accuracy", correct, pairs)
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.online.evaluate().items()}
         self.log(metrics)
@@ -344,64 +341,28 @@ class VARTrainer(Trainer):
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
-    def _add(self, mode: str, key: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
-        """Kept as tensors until they are logged: reading them would stall a GPU at every step."""
-        entry = self._sums[mode][key]
-        entry[0] = entry[0] + (numerator.detach().double() if isinstance(numerator, Tensor) else numerator)
-        entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
-
     def _add_batch_metrics(self, mode: str, inputs, rows, s: Tensor, hits: Tensor) -> None:
         if not self.method.reads_policy:
-            self._add(mode, "tokens", inputs["attention_mask"].sum(), 0.0)
+            self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
             return
         computed = rows["weight"] != 0  # a row of weight 0 costs nothing, and has no log-prob
-        self._add(mode, "token_accuracy", hits.sum(), (rows["length"] * computed).sum())
-        self._add(mode, "nll_per_token", -s.sum(), (rows["length"] * computed).sum())
-        self._add(mode, "tokens", inputs["attention_mask"].sum(), 0.0)
+        self.step_metrics[mode].add("token_accuracy", hits.sum(), (rows["length"] * computed).sum())
+        self.step_metrics[mode].add("nll_per_token", -s.sum(), (rows["length"] * computed).sum())
+        self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
         if "ref_logp" in rows:
             change = (s - rows["ref_logp"]).where(computed, 0.0)
-            self._add(mode, "logp_minus_ref", change.sum(), computed.sum())
+            self.step_metrics[mode].add("logp_minus_ref", change.sum(), computed.sum())
             if self.args.method == "var":
-                self._add(mode, "kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
+                self.step_metrics[mode].add("kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        logs = {**logs, **self._take_metrics(mode)}
+        logs = {**logs, **self.step_metrics[mode].take()}
         super().log(logs, start_time)
-
-    def _take_metrics(self, mode: str) -> dict[str, float]:
-        """Means over ranks and steps since the last call. Every rank calls it."""
-        sums = self._sums[mode]
-        if not sums:
-            return {}
-        keys = sorted(sums)
-        table = torch.tensor([[float(x) for x in sums[key]] for key in keys], dtype=torch.float64)
-        table = self.accelerator.reduce(table.to(self.accelerator.device, torch.float32), "sum").cpu().tolist()
-        totals = dict(zip(keys, table, strict=True))
-        sums.clear()
-        tokens, _ = totals.pop("tokens", (0.0, 0.0))
-        prefix = "eval_" if mode == "eval" else ""
-        metrics = {
-            prefix + key: numerator / denominator for key, (numerator, denominator) in totals.items() if denominator
-        }
-        if mode == "train":
-            now = time.monotonic()
-            if self._clock is not None:
-                metrics["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
-            self._clock = now
-            if "ess" in metrics and self.accelerator.device.type != "cpu":  # on the CPU var_weights has looked already
-                prompts = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-                grouped = self.args.normalizer in ("group", "self_normalised")
-                size = round(metrics["ess"] / metrics["ess_share"])
-                warn_if_collapsed(
-                    metrics["ess"], size, prompts if grouped else 1, lam=self.args.lam, reference=self.args.reference
-                )
-            metrics["peak_memory_mb"] = peak_memory_mb(self.accelerator.device)
-        return metrics
 
     def train(self, *args, **kwargs):
         """See ``transformers.Trainer.train``."""
-        self._clock = time.monotonic()
+        self.step_metrics["train"].start_clock()
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         return super().train(*args, **kwargs)
@@ -459,69 +420,6 @@ def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]
         values = inputs[name if name in inputs else source]
         rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
     return rows
-
-
-def _check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -> None:
-    if not isinstance(args, AlignConfig):
-        raise TypeError(f"args: expected a VARConfig or a method_config(...), got {type(args).__name__}")
-    if isinstance(train_dataset, str | os.PathLike):
-        raise TypeError(
-            f"train_dataset: expected rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"
-        )
-    if args.sync_ref_model and peft_config is not None:
-        raise ValueError(
-            "sync_ref_model: with peft_config the reference is the model without its adapter, which does not move; "
-            "drop one"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process would run torch.nn.DataParallel, which splits a batch's normaliser: "
-            f"start one process per GPU (torchrun --nproc-per-node {args.n_gpu} ...), or set CUDA_VISIBLE_DEVICES=0"
-        )
-
-
-def _check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
-    if not args.online:
-        if sampler is not None:
-            raise ValueError("sampler: draws completions for online training; pass online=True in the settings with it")
-        if draws_pairs(args.method):
-            logger.warning(
-                "%s on the responses of a data set: its score term is that of responses drawn by the policy "
-                "(online=True draws them)", args.method,
-            )  # fmt: skip
-        return
-    if ref_model is not None and args.refresh_reference and METHODS[args.method].reference:
-        raise ValueError(
-            "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
-            "refresh_reference=False with a reference of your own"
-        )
-    if reward_func is None and not METHODS[args.method].policy_labels:
-        raise ValueError(
-            f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
-            "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "
-            "learns without, from the policy's own labels"
-        )
-
-
-def _examples(rows, name: str, need_rewards: str) -> list[Example]:
-    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
-        parsed = list(rows)
-        if need_rewards not in ("optional", "prompt"):
-            lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
-            parsed += [
-                Problem(
-                    ex.where[0], "rewards missing: this method needs rewards, in the data or from a reward function"
-                )
-                for ex in lacking
-            ]
-    else:
-        parsed = [parse_row(row, f"{name} row {i + 1}", need_rewards) for i, row in enumerate(rows)]
-    problems = [item for item in parsed if isinstance(item, Problem)]
-    if problems:
-        raise DataError(problems, remedy="mend or leave out these rows")
-    if not parsed:
-        raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
-    return parsed
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -98,7 +98,7 @@ class OnlineLoop(TrainerCallback):
         self.dataset.fill(rows, items, self._generator("order", iteration))
         if steps_done == 0:  # a run that resumes in its middle has logged them
             for name, value in {**stored.metrics, "item_share": len(items) / self.expected_items}.items():
-                self.trainer._add("train", name, value, 1.0)
+                self.trainer.step_metrics["train"].add(name, value, 1.0)
 
     def _rows(self, iteration: int, stored: Iteration) -> EncodedRows:
         rows = encode_drawn(stored.drawn, pairs=draws_pairs(self.args.method))

@@ -1,0 +1,77 @@
+"""What a trainer is given: arguments that do not go together, and rows of the wrong form, refused before anything is
+written.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+
+from var_kernels.integrations.data import DataError, Example, Problem, parse_row
+from var_kernels.integrations.trainer.config import AlignConfig
+from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.integrations.trainer.online.settings import draws_pairs
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -> None:
+    if not isinstance(args, AlignConfig):
+        raise TypeError(f"args: expected a VARConfig or a method_config(...), got {type(args).__name__}")
+    if isinstance(train_dataset, str | os.PathLike):
+        raise TypeError(
+            f"train_dataset: expected rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"
+        )
+    if args.sync_ref_model and peft_config is not None:
+        raise ValueError(
+            "sync_ref_model: with peft_config the reference is the model without its adapter, which does not move; "
+            "drop one"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would run torch.nn.DataParallel, which splits a batch's normaliser: "
+            f"start one process per GPU (torchrun --nproc-per-node {args.n_gpu} ...), or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
+    if not args.online:
+        if sampler is not None:
+            raise ValueError("sampler: draws completions for online training; pass online=True in the settings with it")
+        if draws_pairs(args.method):
+            logger.warning(
+                "%s on the responses of a data set: its score term is that of responses drawn by the policy "
+                "(online=True draws them)", args.method,
+            )  # fmt: skip
+        return
+    if ref_model is not None and args.refresh_reference and METHODS[args.method].reference:
+        raise ValueError(
+            "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
+            "refresh_reference=False with a reference of your own"
+        )
+    if reward_func is None and not METHODS[args.method].policy_labels:
+        raise ValueError(
+            f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
+            "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "
+            "learns without, from the policy's own labels"
+        )
+
+
+def parsed_examples(rows, name: str, need_rewards: str) -> list[Example]:
+    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
+        parsed = list(rows)
+        if need_rewards not in ("optional", "prompt"):
+            lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
+            parsed += [
+                Problem(
+                    ex.where[0], "rewards missing: this method needs rewards, in the data or from a reward function"
+                )
+                for ex in lacking
+            ]
+    else:
+        parsed = [parse_row(row, f"{name} row {i + 1}", need_rewards) for i, row in enumerate(rows)]
+    problems = [item for item in parsed if isinstance(item, Problem)]
+    if problems:
+        raise DataError(problems, remedy="mend or leave out these rows")
+    if not parsed:
+        raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
+    return parsed

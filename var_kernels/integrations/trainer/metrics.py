@@ -1,0 +1,62 @@
+"""Means of what is logged, over ranks and steps."""
+
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from var_kernels.integrations.trainer.memory import peak_memory_mb
+from var_kernels.losses.weights import warn_if_collapsed
+
+
+class StepMetrics:
+    """Numerators and denominators of one kind of step ("train" or "eval") since the last log.
+
+    Kept as tensors until they are logged: reading them would stall a GPU at every step.
+    """
+
+    def __init__(self, trainer, mode: str):
+        self.trainer, self.mode = trainer, mode
+        self._sums = defaultdict(lambda: [0.0, 0.0])
+        self._clock = None
+
+    def add(self, key: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
+        entry = self._sums[key]
+        entry[0] = entry[0] + (numerator.detach().double() if isinstance(numerator, Tensor) else numerator)
+        entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
+
+    def start_clock(self) -> None:
+        self._clock = time.monotonic()
+
+    def take(self) -> dict[str, float]:
+        """Means over ranks and steps since the last call. Every rank calls it."""
+        if not self._sums:
+            return {}
+        accelerator = self.trainer.accelerator
+        keys = sorted(self._sums)
+        table = torch.tensor([[float(x) for x in self._sums[key]] for key in keys], dtype=torch.float64)
+        table = accelerator.reduce(table.to(accelerator.device, torch.float32), "sum").cpu().tolist()
+        totals = dict(zip(keys, table, strict=True))
+        self._sums.clear()
+        tokens, _ = totals.pop("tokens", (0.0, 0.0))
+        prefix = "eval_" if self.mode == "eval" else ""
+        metrics = {
+            prefix + key: numerator / denominator for key, (numerator, denominator) in totals.items() if denominator
+        }
+        if self.mode == "train":
+            now = time.monotonic()
+            if self._clock is not None:
+                metrics["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+            self._clock = now
+            if "ess" in metrics and accelerator.device.type != "cpu":  # on the CPU var_weights has looked already
+                self._warn_if_collapsed(metrics)
+            metrics["peak_memory_mb"] = peak_memory_mb(accelerator.device)
+        return metrics
+
+    def _warn_if_collapsed(self, metrics: dict[str, float]) -> None:
+        args = self.trainer.args
+        prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        grouped = args.normalizer in ("group", "self_normalised")
+        size = round(metrics["ess"] / metrics["ess_share"])
+        warn_if_collapsed(metrics["ess"], size, prompts if grouped else 1, lam=args.lam, reference=args.reference)

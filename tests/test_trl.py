@@ -1,0 +1,304 @@
+# ruff: noqa: E402  (imports that need trl stand below the skip)
+"""TRL's trainers with this library's head: TRL's own curves over 20 steps, the fields by hand, what is refused."""
+
+import copy
+import math
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed")
+datasets = pytest.importorskip("datasets")
+
+import trl
+from peft import LoraConfig
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from tests.tiny_training import ROWS, tokenizer
+from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.trl import FusedHeadMixin, _FusedForward
+from var_kernels.measure import peak_extra_bytes
+
+pytestmark = pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="trl before 1.16")
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+SFT = [{"prompt": row["prompt"], "completion": row["completions"][0]} for row in ROWS]
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][2]} for r in ROWS]
+JUDGED = [
+    {"prompt": row["prompt"], "completion": completion, "label": label}
+    for row in ROWS
+    for completion, label in zip(row["completions"][:2], (True, False), strict=True)
+]
+PROMPTS = [{"prompt": row["prompt"]} for row in ROWS]
+
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+
+
+def length_reward(completions, **_kwargs):
+    return [float(len(text) % 7) for text in completions]
+
+
+def tiny(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, **options):
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": tokenizer().pad_token_id, "eos_token_id": tokenizer().eos_token_id}
+    model = cls(config(**SIZES, **ids, bos_token_id=tokenizer().bos_token_id, initializer_range=0.3, **options))
+    return model.float()
+
+
+def fused(trainer_class):
+    return type(f"Fused{trainer_class.__name__}", (FusedHeadMixin, trainer_class), {})
+
+
+def make(trainer_class, config_class, rows, folder, *, trainer_options=None, **options):
+    torch.manual_seed(5)  # of LoRA's first matrices
+    settings = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,  # at 1e-2 Adam blows the rounding of small gradients up to 1.4e-5 within 20 steps
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    if not (Path(folder).parent / "model").exists():
+        tiny().save_pretrained(Path(folder).parent / "model")  # TRL loads its reference by name
+    return trainer_class(
+        model=LlamaForCausalLM.from_pretrained(Path(folder).parent / "model", dtype=torch.float32),
+        args=config_class(str(folder), **{**settings, **options}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        **(trainer_options or {}),
+    )
+
+
+def logs(trainer):
+    """Every number of every step's log that is not a time."""
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{k: float(v) for k, v in step.items() if "time" not in k and "speed" not in k} for step in steps]
+
+
+def assert_same_curves(got, expected, steps=20):
+    assert len(got) == len(expected) == steps
+    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            close = math.isclose(ours[name], value, rel_tol=1e-5, abs_tol=1e-6)
+            assert close or math.isnan(value), f"step {step}, {name}: {ours[name]} instead of {value}"
+    assert len({step["grad_norm"] for step in expected}) > steps // 2  # something was learnt
+
+
+CASES = {
+    "sft": (SFTTrainer, SFTConfig, SFT, {}),
+    "sft-dft-accumulated": (SFTTrainer, SFTConfig, SFT, {"loss_type": "dft", "gradient_accumulation_steps": 2}),
+    "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
+    "dpo-ipo-weighted-precomputed": (
+        DPOTrainer,
+        DPOConfig,
+        PAIRS,
+        {"loss_type": ["ipo"], "use_weighting": True, "precompute_ref_log_probs": True},
+    ),
+    "dpo-lora": (DPOTrainer, DPOConfig, PAIRS, {"trainer_options": {"peft_config": LORA}}),
+    "kto": (KTOTrainer, KTOConfig, JUDGED, {}),
+    "grpo": (
+        GRPOTrainer,
+        GRPOConfig,
+        PROMPTS,
+        {
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "temperature": 0.7,
+            "beta": 0.1,
+            "entropy_coef": 0.01,
+            "num_iterations": 2,
+            "trainer_options": {"reward_funcs": length_reward},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_curves(case, tmp_path):
+    trainer_class, config_class, rows, options = CASES[case]
+    expected = logs(make(trainer_class, config_class, rows, tmp_path / "own", **options))
+    trainer = make(fused(trainer_class), config_class, rows, tmp_path / "fused", **options)
+    assert isinstance(inner_model(trainer.model).forward, _FusedForward)
+    assert_same_curves(logs(trainer), expected)
+
+
+# ---- the fields that TRL asks for ------------------------------------------------------------------------------------
+
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "gemma2-softcap": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "mixtral-aux": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 3, "output_router_logits": True, "experts_implementation": "eager"},
+    ),
+}
+ALL_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+TEMPERATURE = 0.7
+
+
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(300, (2, 9))
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 7:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def by_hand(model, inputs):
+    output = model(input_ids=inputs["input_ids"])
+    logits, labels = output.logits[:, :-1] / TEMPERATURE, inputs["labels"][:, 1:]
+    mask, logp = labels != -100, logits.log_softmax(-1)
+    p = logp.exp()
+    fields = {
+        "log_probs": logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0],
+        "entropy": -(p * logp).sum(-1),
+        "log_sum_sq_probs": p.square().sum(-1).log(),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == labels,
+    }
+    fields = {name: torch.where(mask, field, torch.zeros_like(field)) for name, field in fields.items()}
+    aux = getattr(output, "aux_loss", None)
+    loss = -fields["log_probs"].sum() / mask.sum()
+    if aux is not None:
+        loss = loss + model.config.router_aux_loss_coef * aux
+    return {**fields, "label_mask": mask, "loss": loss}, aux
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_fields_by_hand(case):
+    cls, config, options = MODELS[case]
+    model = tiny(cls, config, **options).double().eval()
+    inputs, weights = batch(), torch.rand(2, 8, dtype=torch.float64)
+    expected, aux = by_hand(model, inputs)
+
+    def gradients(fields):
+        model.zero_grad()
+        (fields["loss"] + (weights * fields["log_probs"]).sum() + (weights * fields["entropy"]).sum()).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected_gradients = gradients(expected)
+    _FusedForward(model, TEMPERATURE, False, frozenset(ALL_FIELDS))
+    got = model(**inputs, fused_lm_head=True)
+    for name, field in expected.items():
+        torch.testing.assert_close(got[name], field, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+    assert (aux is None and got.aux_loss is None) or torch.equal(got.aux_loss, aux)
+    for ours, theirs in zip(gradients(got), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_labels_shifted_by_the_caller_and_counts():
+    model, inputs = tiny().double().eval(), batch()
+    _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
+    plain = model(**inputs, fused_lm_head=True)
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    got = model(**inputs, shift_labels=shifted, num_items_in_batch=4, fused_lm_head=True)
+    assert got.log_probs.shape == (2, 9)
+    torch.testing.assert_close(got.log_probs[:, :-1], plain.log_probs)
+    torch.testing.assert_close(got.loss, plain.loss * plain.label_mask.sum() / 4)
+
+
+def test_a_head_in_fp32_under_autocast():
+    model, inputs = tiny().eval(), batch()
+    expected = model(input_ids=inputs["input_ids"]).logits
+    _FusedForward(model, 1.0, True, frozenset(("log_probs",)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        got = model(**inputs, fused_lm_head=True).log_probs
+    logp = torch.nn.functional.linear(hidden.float(), model.lm_head.weight)[:, :-1].log_softmax(-1)
+    labels = inputs["labels"][:, 1:]
+    logp = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)
+    torch.testing.assert_close(got, logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=inputs["input_ids"]).logits, expected)  # the plain forward as ever
+
+
+def test_copies_and_bound_forwards_run_their_own_weights():
+    model, inputs = tiny().eval(), batch()
+    _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
+    before = model(**inputs, fused_lm_head=True).log_probs
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(copied(**inputs, fused_lm_head=True).log_probs, before)
+    model.forward = types.MethodType(model.forward, model)  # as accelerate leaves it
+    after = model(**inputs, fused_lm_head=True).log_probs
+    assert not torch.allclose(after, before)
+
+
+def test_no_logits_in_memory(tmp_path):
+    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run")
+    trainer.model.resize_token_embeddings(20_000)
+    ids = torch.randint(300, (4, 512))
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    trainer.compute_loss(trainer.model, inputs).backward()  # gradients exist from here on
+    extra = peak_extra_bytes(lambda: trainer.compute_loss(trainer.model, inputs).backward())
+    assert extra < 0.6 * 4 * ids.numel() * 20_000, f"{extra / 2**20:.0f} MiB"
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"trainer_options": {"compute_metrics": lambda _: {}}}, "compute_metrics"),
+        ({"trainer_options": {"compute_loss_func": lambda *_, **__: 0}}, "compute_loss_func"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_options_that_need_logits_are_refused(options, named, tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    built = []
+
+    class Trainer(SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            built.append(kwargs["model"])
+            super().__init__(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=rf"{named}: expected unset.*without FusedHeadMixin"):
+        make(fused(Trainer), SFTConfig, SFT, tmp_path / "run", **options)
+    assert "forward" not in vars(built[0])
+
+
+def test_other_classes_are_refused(tmp_path):
+    class Nothing(FusedHeadMixin):
+        pass
+
+    with pytest.raises(TypeError, match=r"expected a trainer of trl>=1\.16"):
+        Nothing()
+
+
+def test_a_head_that_is_not_understood_is_refused():
+    model = tiny()
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.GELU())
+    with pytest.raises(ValueError, match="expected its output embedding to be one nn.Linear"):
+        _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
+    assert "forward" not in vars(model)

@@ -1,0 +1,220 @@
+"""This library's head inside TRL's trainers: their losses and metrics, log-probs from ``linear_logprob``.
+
+    from trl import DPOTrainer
+    from var_kernels.integrations.trl import FusedHeadMixin
+
+    class FusedDPOTrainer(FusedHeadMixin, DPOTrainer): ...
+
+TRL 1.16's trainers ask their model for per-token numbers by ``model(..., labels=..., fused_lm_head=True)`` and give it
+that answer in their constructor, through one function of theirs: the mixin puts another in its place. Losses, metrics,
+reference log-probs and data stay TRL's.
+"""
+
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.calibration import calibrate
+from var_kernels.integrations.hf.head import (
+    HeadParams,
+    find_head,
+    head_results,
+    inner_model,
+    logits_of,
+    swapped,
+    tied,
+    without_cache,
+)
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
+from var_kernels.integrations.hf.probe import TrialFailedError
+from var_kernels.ops import linear_logprob
+
+_SEAM = "add_fused_lm_head"  # the name under which TRL's trainers look up what patches their models
+_FIELDS = frozenset(("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+_TILE_ELEMENTS = 2**22  # logits at once where their mean needs them
+
+
+class FusedHeadMixin:
+    """In front of a TRL trainer (SFT, DPO, KTO, GRPO, RLOO): its models score tokens inside their own lm_head.
+
+        class FusedSFTTrainer(FusedHeadMixin, SFTTrainer): ...
+
+    The trainer is used as before and gives TRL's own losses, gradients and metrics to rounding. The (B, T, V) logits
+    are never materialised; tokens without a label cost nothing. What the model itself does around its head (scale,
+    softcap, vocabulary bias, sliced vocabulary, MoE auxiliary loss) is found as in ``fused_lm_head``, not by config
+    names. Forward passes that TRL does not ask log-probs of, ``generate`` among them, run as ever.
+
+    Raises:
+        TypeError: the class behind the mixin has no such head, or this TRL is too old.
+        ValueError: an option needs logits (SFT's label_smoothing_factor and compute_loss_func, compute_metrics,
+            preprocess_logits_for_metrics), or the model's head is not understood. The models are as before then.
+    """
+
+    def __init__(self, *args, **kwargs):
+        added: list[_FusedForward] = []
+        try:
+            with _replaced_seam(type(self), added):
+                super().__init__(*args, **kwargs)
+            if not added:
+                raise TypeError(
+                    f"{type(self).__name__}: this trainer gives its model no head for log-probs; FusedHeadMixin serves "
+                    "TRL's SFT, DPO, KTO, GRPO and RLOO trainers. For others: fused_lm_head(model)"
+                )
+            _refuse_what_needs_logits(self)
+        except BaseException:
+            for fused in reversed(added):
+                fused.restore()
+            raise
+
+
+@contextmanager
+def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
+    """Inside the block TRL's constructors patch models by ``_FusedForward``."""
+    modules = {sys.modules[cls.__module__] for cls in trainer_class.__mro__ if cls.__module__ in sys.modules}
+    modules = [module for module in modules if _SEAM in vars(module)]
+    if not modules:
+        try:
+            found = f"trl {importlib.metadata.version('trl')}"
+        except importlib.metadata.PackageNotFoundError:
+            found = "no trl"
+        raise TypeError(
+            f"{trainer_class.__name__}: expected a trainer of trl>=1.16 (SFT, DPO, KTO, GRPO, RLOO) behind "
+            f"FusedHeadMixin, got bases {[cls.__name__ for cls in trainer_class.__bases__]} with {found}"
+        )
+
+    def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+        if unknown := set(outputs) - _FIELDS:
+            raise ValueError(f"outputs: this version of TRL asks for {sorted(unknown)}, known are {sorted(_FIELDS)}")
+        added.append(_FusedForward(model, temperature, cast_lm_head_to_fp32, frozenset(outputs)))
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(swapped(module, _SEAM, add))
+        yield
+
+
+def _refuse_what_needs_logits(trainer: Any) -> None:
+    name = type(trainer).__name__
+    asked = [
+        option
+        for option in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        if getattr(trainer, option, None) is not None
+    ]
+    # The other trainers have losses of their own and never look at it.
+    if getattr(trainer, "label_smoother", None) is not None and getattr(trainer.args, "loss_type", None) == "nll":
+        asked.append("label_smoothing_factor")
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: expected unset, as {'it needs' if len(asked) == 1 else 'they need'} the full logits, "
+            f"which {name} does not make. Leave out what is named, or use TRL's own class without FusedHeadMixin"
+        )
+
+
+class _FusedForward:
+    """Stands for the forward of a model. No function, for deepcopy's sake: see ``hf.loss``."""
+
+    def __init__(self, model: nn.Module, temperature: float, cast_to_fp32: bool, fields: frozenset[str]):
+        self.model, self.temperature, self.cast_to_fp32, self.fields = model, temperature, cast_to_fp32, fields
+        inner_model(model)
+        find_head(model)
+        with suppress(TrialFailedError):  # it wants more than tokens: its first batch will show
+            calibrate(model)
+        self.plain = model.forward
+        self.instance_forward = model.__dict__.get("forward")
+        functools.update_wrapper(self, type(model).forward)  # generate and Trainer read its signature
+        model.forward = self
+
+    def restore(self) -> None:
+        if self.instance_forward is None:
+            del self.model.forward
+        else:
+            self.model.forward = self.instance_forward
+
+    def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
+        if args and args[0] is self.model:
+            args = args[1:]  # accelerate, on unwrapping autocast, binds whatever it finds
+        if not fused_lm_head:
+            return self.plain(*args, **kwargs)
+        return self._score(args, kwargs)
+
+    def _score(self, args: tuple, kwargs: dict[str, Any]):
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        inputs = without_cache(self.model, kwargs)
+        config = self.model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            inputs.setdefault("output_router_logits", True)  # outer VLM configs do not know it
+        transform = calibrate(self.model, None if args else inputs)
+        head = find_head(self.model)
+        rows: list[Tensor] = []
+
+        def compute(hidden: Tensor):
+            rows.append(shift_labels.to(hidden.device) if labels is None else row_labels(labels, hidden, shift=True))
+            params = transform.params(head, self.model)
+            if not self.cast_to_fp32:
+                return self._fields_of(hidden, params, rows[0])
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self._fields_of(hidden.float(), params, rows[0])
+
+        if shift_labels is not None:
+            labels = None  # the model's caller has shifted, across the ranks that share a sequence
+        with head_results(self.model, head, compute, wide=transform.wide) as results:
+            output = self.plain(*args, **inputs)
+        names = ["log_probs", *sorted(self.fields - {"log_probs"})]
+        fields = dict(zip(names, tied(results, logits_of(output)), strict=True))
+        mask = rows[0] != IGNORE_INDEX
+        if labels is not None:  # (B, T - 1): the last row predicts nothing
+            mask, fields = mask[:, :-1], {name: field[:, :-1] for name, field in fields.items()}
+        loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+        aux_loss = getattr(output, "aux_loss", None)
+        if inputs.get("output_router_logits"):
+            if aux_loss is None:
+                raise ValueError(
+                    f"output_router_logits: {type(self.model).__name__} returns no aux_loss of its own; set "
+                    "router_aux_loss_coef=0.0"
+                )
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
+
+    def _fields_of(self, hidden: Tensor, head: HeadParams, labels: Tensor) -> tuple[Tensor, ...]:
+        """(B, T) log_probs, then the other fields that were asked for in the order of their names; 0 without label."""
+        call = functools.partial(linear_logprob, hidden, head.lm_head_weight, labels, head.bias, **head.logit_options)
+        wanted = {"return_entropy": "entropy" in self.fields, "return_argmax": "is_top1" in self.fields}
+        found = call(temperature=self.temperature, **wanted)
+        logp, *rest = found if isinstance(found, tuple) else (found,)
+        fields = {}
+        if "entropy" in self.fields:
+            fields["entropy"] = rest[0]
+        if "is_top1" in self.fields:
+            fields["is_top1"] = (rest[-1] == labels) & (labels != IGNORE_INDEX)
+        with torch.no_grad():
+            if "log_sum_sq_probs" in self.fields:
+                # log sum p^2 = lse(2 z) - 2 lse(z), and half the temperature doubles z: the labels' logits cancel.
+                fields["log_sum_sq_probs"] = 2 * logp - call(temperature=self.temperature / 2)
+            if "mean_logits" in self.fields:
+                fields["mean_logits"] = _mean_logits(hidden, head, labels) / self.temperature
+        return logp, *(fields[name] for name in sorted(fields))
+
+
+def _mean_logits(hidden: Tensor, head: HeadParams, labels: Tensor) -> Tensor:
+    """(B, T) fp32 mean over the vocabulary of softcap(logit_scale * (W h + bias)), 0 where there is no label."""
+    weight, bias = head.lm_head_weight, head.bias
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    rows = hidden[labels != IGNORE_INDEX]  # (n, D)
+    if head.softcap is None:
+        mean = rows.to(wide) @ weight.mean(0, dtype=wide)
+        means = head.logit_scale * (mean if bias is None else mean + bias.mean(dtype=wide))
+    else:
+        means = rows.new_empty(len(rows), dtype=wide)
+        for part in torch.arange(len(rows), device=rows.device).split(max(1, _TILE_ELEMENTS // len(weight))):
+            logits = nn.functional.linear(rows[part], weight, bias).to(wide)
+            means[part] = head.softcap * torch.tanh(logits * (head.logit_scale / head.softcap)).mean(-1)
+    return means.new_zeros(labels.shape).masked_scatter(labels != IGNORE_INDEX, means)

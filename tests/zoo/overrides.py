@@ -2,6 +2,7 @@
 defaults at all, ``DERIVED`` leaves an attribute to the class. A trailing * makes a key a prefix of several types.
 """
 
+import copy
 from typing import Any
 
 from tests.zoo.shrink import DERIVED, HEAD_DIM, HEADS, WIDTH
@@ -34,7 +35,7 @@ def overrides(model_type: str) -> dict[str, Any]:
     for key, value in OVERRIDES.items():
         if key.endswith("*") and model_type.startswith(key[:-1]) and model_type not in OVERRIDES:
             found.update(value)
-    return found
+    return copy.deepcopy(found)  # some classes empty the dicts that they are given
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {

@@ -119,20 +119,20 @@ def shrunk_kwargs(config_class: type, overrides: dict[str, Any], *, decoder_only
             if values.get(name) is None:
                 kwargs[name] = 0
     for name, inner in nested.items():  # a dict that is no configuration
-        kept = {key: value for key, value in inner.items() if value is not _DERIVED}
+        kept = {key: value for key, value in inner.items() if value is not DERIVED}
         kwargs[name] = {**(values.get(name) or {}), **kept}
     for name, value in first.items():
         kwargs.setdefault(name[1:], value)
     for name, value in flat.items():
-        if value is _DERIVED:
+        if value is DERIVED:
             kwargs.pop(name, None)
         else:
             kwargs[name] = value
     return kwargs
 
 
-_DERIVED = object()
-DERIVED = _DERIVED  # as an override: leave the attribute to the class
+class DERIVED:
+    """As an override: leave the attribute to the class. A class, because copies keep it what it is."""
 
 
 def _split(overrides):

@@ -49,3 +49,16 @@ def test_the_table_of_losses_is_the_registry():
     from var_kernels.cli.methods import markdown_table
 
     assert markdown_table() in (ROOT / "docs" / "losses.md").read_text()
+
+
+def test_figures_of_models_are_those_of_the_sweep():
+    summary = re.search(
+        r"(\d+) pairs of model type and class, (\d+) right, (\d+) refused, (\d+) wrong, (\d+) cannot",
+        (ROOT / "docs" / "models.md").read_text(),
+    )
+    pairs, right, refused, wrong, unbuilt = summary.groups()
+    text = " ".join(README.split())
+    assert wrong == "0"
+    assert f"of the {pairs} language-model classes" in text
+    assert f"{right} give their own" in text
+    assert f"{refused} are refused with a reason, none is wrong, {unbuilt} could not be built" in text

@@ -225,18 +225,24 @@ def test_labels_shifted_by_the_caller_and_counts():
     torch.testing.assert_close(got.loss, plain.loss * plain.label_mask.sum() / 4)
 
 
-def test_a_head_in_fp32_under_autocast():
-    model, inputs = tiny().eval(), batch()
-    expected = model(input_ids=inputs["input_ids"]).logits
-    _FusedForward(model, 1.0, True, frozenset(("log_probs",)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_in_fp32_over_a_body_in_bf16(autocast):
+    model, inputs = tiny().eval().bfloat16(), batch()
+    head = model.lm_head.float()
+    head.weight.data.mul_(1 / 3)  # no longer what bf16 can hold
+    head.forward = lambda hidden: torch.nn.functional.linear(hidden.float(), head.weight)  # GRPO's way
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        expected = model(input_ids=inputs["input_ids"]).logits
+        _FusedForward(model, 1.0, True, frozenset(("log_probs",)))
         got = model(**inputs, fused_lm_head=True).log_probs
-    logp = torch.nn.functional.linear(hidden.float(), model.lm_head.weight)[:, :-1].log_softmax(-1)
+        again = model(input_ids=inputs["input_ids"]).logits
+    assert hidden.dtype == torch.bfloat16
+    logp = (hidden.float() @ head.weight.T)[:, :-1].log_softmax(-1)
     labels = inputs["labels"][:, 1:]
     logp = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)
     torch.testing.assert_close(got, logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(input_ids=inputs["input_ids"]).logits, expected)  # the plain forward as ever
+    assert torch.equal(again, expected)  # the plain forward runs as ever
 
 
 def test_copies_and_bound_forwards_run_their_own_weights():
@@ -299,6 +305,6 @@ def test_other_classes_are_refused(tmp_path):
 def test_a_head_that_is_not_understood_is_refused():
     model = tiny()
     model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.GELU())
-    with pytest.raises(ValueError, match="expected its output embedding to be one nn.Linear"):
+    with pytest.raises(ValueError, match=r"expected its output embedding to be one nn\.Linear"):
         _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
     assert "forward" not in vars(model)

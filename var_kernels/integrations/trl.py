@@ -194,7 +194,7 @@ class _FusedForward:
         if "entropy" in self.fields:
             fields["entropy"] = rest[0]
         if "is_top1" in self.fields:
-            fields["is_top1"] = (rest[-1] == labels) & (labels != IGNORE_INDEX)
+            fields["is_top1"] = rest[-1] == labels  # -1 where there is no label
         with torch.no_grad():
             if "log_sum_sq_probs" in self.fields:
                 # log sum p^2 = lse(2 z) - 2 lse(z), and half the temperature doubles z: the labels' logits cancel.

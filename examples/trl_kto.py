@@ -1,0 +1,62 @@
+"""TRL's KTOTrainer with the fused head: TRL's loss and metrics, two lines more than before. Seconds on a CPU."""
+
+import copy
+import sys
+import tempfile
+
+try:
+    from trl import KTOConfig, KTOTrainer
+except ImportError:
+    print("skipped: pip install 'trl>=1.16' first")
+    sys.exit()
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from var_kernels.integrations.tokenizer import train_tokenizer
+from var_kernels.integrations.trl import FusedHeadMixin
+
+
+class FusedKTOTrainer(FusedHeadMixin, KTOTrainer):
+    pass
+
+
+torch.manual_seed(0)
+rows = [
+    {"prompt": f"{a} + {b} = ", "completion": str(a + b + wrong), "label": not wrong}
+    for a in range(8)
+    for b in range(4)
+    for wrong in (0, 1)
+]
+tokenizer = train_tokenizer([row["prompt"] + row["completion"] for row in rows], 280)
+config = LlamaConfig(
+    vocab_size=len(tokenizer),
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
+)
+model = LlamaForCausalLM(config)
+
+with tempfile.TemporaryDirectory() as folder:
+    arguments = KTOConfig(
+        folder,
+        max_steps=20,
+        learning_rate=1e-3,
+        logging_steps=5,
+        report_to=[],
+        save_strategy="no",
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    FusedKTOTrainer(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    ).train()

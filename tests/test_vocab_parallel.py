@@ -59,6 +59,7 @@ def run_rank(rank, world, folder):
                 ),
                 case, hidden, own[0], labels, own[1],
             )  # fmt: skip
+    results["bytes"] = bytes_sent(rows)
     hidden, weight, labels, _ = Case("").inputs()
     labels[3] = 507
     try:
@@ -67,6 +68,25 @@ def run_rank(rank, world, folder):
         results["refusal"] = str(error)
     torch.save(results, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def bytes_sent(rows):
+    """Of the all-reduces of a forward, and of its backward, without ignored rows."""
+    sent, all_reduce = [], dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        sent.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    hidden, weight, labels, _ = Case("", ignored=0.0).inputs()
+    dist.all_reduce = counting
+    try:
+        logp = vocab_parallel_logprob(hidden, weight[rows], labels, process_group=dist.group.WORLD)
+        forward = len(sent)
+        logp.sum().backward()
+    finally:
+        dist.all_reduce = all_reduce
+    return sent[:forward], sent[forward:]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +119,14 @@ def test_equals_one_process(ranks, name, backend, world):
         parts = [gradients[index] for _, gradients in results]
         if expected[index] is not None:
             assert_gradient(torch.cat(parts), expected[index], own[index], ("", "dweight", "dbias")[index])
+
+
+@pytest.mark.parametrize("world", SPLITS)
+def test_what_is_sent_is_what_the_docs_say(ranks, world):
+    hidden, _, _labels, _ = Case("").inputs()
+    n, d = hidden.shape
+    for found in ranks[world]:
+        assert found["bytes"] == ([4 * n, 4 * n * 3], [4 * n * d])
 
 
 @pytest.mark.parametrize("world", SPLITS)

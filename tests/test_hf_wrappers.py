@@ -1,5 +1,7 @@
 """The modes, precisions and wrappers that the fused head works under."""
 
+import types
+
 import pytest
 import torch
 
@@ -166,6 +168,15 @@ def test_fsdp2_gathers_the_head_for_the_backward(one_process, head_apart):
     assert_close(whole(gradients(model)), loss_gradients)
     token_logprobs(model, batch()).square().sum().backward()
     assert_close(whole(gradients(model)), logp_gradients)
+
+
+def test_a_forward_that_was_bound_to_the_model():
+    """What accelerate does to any forward when it takes autocast off a model."""
+    model = build(LLAMA)
+    with fused_lm_head(model):
+        expected = model(**batch()).loss
+        model.forward = types.MethodType(model.forward, model)
+        assert torch.equal(model(**batch()).loss, expected)
 
 
 def test_weights_offloaded_by_accelerate():

@@ -207,6 +207,8 @@ class _PatchedForward:
         self.fused = fused
 
     def __call__(self, *args, **kwargs):
+        if args and args[0] is self.fused.inner:
+            args = args[1:]  # accelerate, on taking autocast off a model, binds whatever forward it finds
         return self.fused._forward(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@ MODULES = (group, kto, margin, pair, regression, sail, supervised)
 CASES = {
     "sft": ("sft", {}),
     "sft, mean": ("sft", {"token_reduction": "mean"}),
+    "var": ("var", {}),
     "awr": ("awr", {"beta": 0.7}),
     "raft": ("raft", {}),
     "raft, mean": ("raft", {"token_reduction": "mean"}),
@@ -62,7 +63,7 @@ def inputs_of(loss, seed=0, spread=3.0, dtype=torch.float64) -> dict[str, torch.
         elif name.endswith("logp"):
             logp = -(20 + spread * torch.randn(ROWS, dtype=torch.float64, generator=generator)).abs()
             tensors[name] = logp.to(dtype)
-        elif name in ("reward", "chosen_reward", "rejected_reward", "value", "advantage"):
+        elif name in ("reward", "chosen_reward", "rejected_reward", "value", "advantage", "sample_weight"):
             tensors[name] = torch.rand(ROWS, dtype=torch.float64, generator=generator).to(dtype)
         else:
             assert name == "kl_baseline", f"no test input for {name}"

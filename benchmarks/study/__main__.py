@@ -63,7 +63,7 @@ def _run(args) -> int:
     work = (args.work or _ROOT / "runs" / ("study-quick" if args.quick else "study")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     if args.rewards is not None:
-        read_file(args.rewards)  # refused now, and not after half an hour
+        read_file(args.rewards, plan.real.max_length)  # refused now, and not after half an hour
     context = Context(plan, work, torch.device("cuda" if cuda else "cpu"), args.rewards)
     console, began = Console(soft_wrap=True), time.monotonic()
     runner = Runner(work / "results", context, args.jobs or 2, console, cuda)

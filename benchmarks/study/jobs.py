@@ -152,8 +152,9 @@ def _work(job: Job, context, path: Path, log: Path) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except Exception:
-        traceback.print_exc()
         sys.stderr.flush()
+        with log.open("a") as end:
+            traceback.print_exc(file=end)
         os._exit(1)
     sys.stdout.flush()
     sys.stderr.flush()

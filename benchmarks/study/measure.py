@@ -99,38 +99,44 @@ def best_and_worst(rows: list[dict], count: int) -> list[dict]:
 
 
 class Probe(TrainerCallback):
-    """Calls ``visit(model) -> dict`` at the given steps, its time kept apart from that of training, and measures the
-    memory of the second step."""
+    """Calls ``visit(model) -> dict`` at the given steps, and measures the memory of the second step. ``seconds`` are
+    those of training without the looks and without that step: of the processor on the CPU, where other work may wait in
+    between, else of the clock."""
 
     def __init__(self, steps: tuple[int, ...], visit, device: torch.device):
         self.steps, self.visit, self.device = frozenset(steps), visit, device
         self.curve: list[dict] = []
-        self.seconds = 0.0  # of looks and measurements
+        self.clock = time.monotonic if device.type == "cuda" else time.process_time
+        self.seconds = self.apart = 0.0
         self.peak_mib = math.nan
         self.profiler = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.began = self.clock()
         self._look(0, model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = self.clock() - self.began - self.apart
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:  # by now the optimiser has its state
+            self.profiled = self.clock()
             self.profiler = StepMemory(self.device)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
-            began = time.monotonic()
             self.peak_mib = self.profiler.stop()
             self.profiler = None
-            self.seconds += time.monotonic() - began
+            self.apart += self.clock() - self.profiled
         self._look(state.global_step, model)
 
     def _look(self, step: int, model) -> None:
         if step not in self.steps:
             return
-        began, was_training = time.monotonic(), model.training
+        began, was_training = self.clock(), model.training
         self.curve.append({"step": step, **self.visit(model)})
         model.train(was_training)
-        self.seconds += time.monotonic() - began
+        self.apart += self.clock() - began
 
 
 class StepMemory:

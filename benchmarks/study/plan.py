@@ -12,15 +12,14 @@ class RealPlan:
 
     model: ScratchSpec = field(default_factory=lambda: ScratchSpec(hidden=96, layers=2, heads=3, vocab=2048))
     max_length: int = 112
-    pretrain_steps: int = 500
+    pretrain_steps: int = 400
     pretrain_batch: int = 16
     pretrain_rate: float = 4e-3
     held_out: int = 200
     completions: int = 4  # of each training prompt, the first ones of the file
     prompts: int = 4  # per step
-    steps: int = 60
+    steps: int = 50
     lam: float = 0.3
-    beta: float = 0.1
     rates: tuple[float, ...] = (3e-4, 1e-3)
 
 
@@ -75,7 +74,7 @@ FULL = Plan(
     long_probes=(0, 32, 64, 128, 224, 320),
     iteration_steps=8,
     lam=0.5,
-    rates=(1e-4, 4e-4, 1.6e-3),
+    rates=(1e-4, 2e-4, 4e-4, 1.6e-3),
     eval_samples=8,
     tuning_samples=4,
     frontier_samples=32,
@@ -83,7 +82,7 @@ FULL = Plan(
     head_steps=100,
     head_pairs=16,
     head_noise=(0.0, 0.2, 0.4),
-    head_rates=(3e-4, 1e-3, 3e-3),
+    head_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 )
 # On a GPU, where a step of this model costs what a step of FULL's costs on a core.
 LARGE = replace(
@@ -209,6 +208,9 @@ METHODS: dict[str, Entry] = {
     "SAIL-PR, k 0.3": Entry(
         "sail_pr", {"beta": "lam", "score_coef": 0.3}, online=True, note="the score term at the released weight"
     ),
+    "SAIL-PR, k 0": Entry(
+        "sail_pr", {"beta": "lam", "score_coef": 0.0}, online=True, note="no score term: DPO on two draws of the policy"
+    ),
     "Iterative DPO": Entry(
         "dpo", {"beta": "lam"}, online=True, note="best against worst of the policy's own, reference moves along"
     ),
@@ -226,11 +228,8 @@ REAL: dict[str, Entry] = {
     "SFT": METHODS["SFT"],
     "Best-of-n SFT": METHODS["Best-of-n SFT"],
     "VAR, group, none": _var("group", "none", ""),
-    "VAR, group, mean": METHODS["VAR, group, mean"],
     "VAR, group, sum": METHODS["VAR, group, sum"],
     DPO: Entry("dpo", {"beta": 0.1}),
-    "IPO": Entry("ipo", {"tau": 0.1, "token_reduction": "mean"}),
-    "SAIL-DP": Entry("sail_dp", {"beta": 0.1}),
     "A-LoL": METHODS["A-LoL"],
     "DRO": Entry("dro", {"tau": 0.1}, per_row=True),
     "AVA-p": METHODS["AVA-p"],

@@ -83,7 +83,8 @@ def _methods(results: dict):
         axis.set_title(title, pad=16)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].margins(y=0.02)
-    axes[1].set_xscale("symlog", linthresh=1.0)
+    if max(run["final"]["kl"] for runs in methods.values() for run in runs.values()) > 5:
+        axes[1].set_xscale("symlog", linthresh=1.0)
     axes[1].set_xlim(left=-0.05)
     low = statistics.fmean(optima_objective["objective"] for optima_objective in optima)
     axes[2].set_xlim(min(max(min(mean.values()) - 0.1, start - 1.2), start - 0.1), low + 0.15)
@@ -95,7 +96,7 @@ def _curves(results: dict):
     shown = [name for name in CURVES if any(run["curve"] for run in results["methods"].get(name, {}).values())]
     if not shown:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     palette = dict(zip(CURVES, (_VAR, "#93c5fd", _OTHER, _DPO, _SAIL, _ONLINE, "#0f172a"), strict=True))
     for name in shown:
         points = _averaged(results["methods"][name])
@@ -111,8 +112,7 @@ def _curves(results: dict):
     right.plot(*zip(*frontier, strict=True), color=_LEVEL, linestyle=(0, (4, 3)), linewidth=1.5, label="π* for each λ")
     left.set(title="Sampled reward, held-out prompts", xlabel="step", ylabel="points")
     right.set(title="Diversity against reward", xlabel="reward, points", ylabel="entropy of a reply, nats")
-    left.legend(loc="lower right")
-    right.legend(loc="lower left")
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -165,20 +165,19 @@ def _heads(results: dict):
     heads = {name: table for name, table in results["heads"].items() if any(table.values())}
     if not heads:
         return None
-    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    styles = {"Bradley-Terry": ("#1f2937", "-"), "AVA-p": (_OTHER, "-"), "AVA-p, contrast 20": (_VAR, "-")}
-    for name, table in heads.items():
+    figure, axis = plt.subplots(figsize=(8.5, 3.8), layout="constrained")
+    colors = {"Bradley-Terry": "#1f2937", "AVA-p": _OTHER, "AVA-p, contrast 20": _VAR}
+    for place, (name, table) in enumerate(heads.items()):
         for key, reading in (("accuracy", ""), ("accuracy_of_sums", ", summed over tokens")):
             if reading and name == "Bradley-Terry":
                 continue
             noise = [level for level in table if table[level]]
             values = [[run[key] for run in table[level].values()] for level in noise]
-            color, _ = styles[name]
             axis.errorbar(
-                noise,
+                [level + 0.004 * (place + len(reading) / 25 - 1) for level in noise],
                 [statistics.fmean(v) for v in values],
                 yerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-                color=color,
+                color=colors[name],
                 linestyle=(0, (3, 2)) if reading else "-",
                 marker="o",
                 markersize=4,
@@ -190,7 +189,7 @@ def _heads(results: dict):
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axis.set_xticks(noise)
-    axis.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -202,15 +201,18 @@ def _real(results: dict):
     names = sorted(
         methods, key=lambda name: statistics.fmean(r["final"]["pair_accuracy"] for r in methods[name].values())
     )
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.5 + 0.3 * len(names)), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 1.5 + 0.3 * len(names)), sharey=True, layout="constrained")
     for axis, key, title in zip(
-        axes, ("pair_accuracy", "lift"), ("Pairs ranked right by the log-ratio", "Lift, nats a token"), strict=True
+        axes,
+        ("pair_accuracy", "lift", "nll"),
+        ("Pairs ranked right by the log-ratio", "Lift, nats a token", "NLL of all completions, nats a token"),
+        strict=True,
     ):
         for row, name in enumerate(names):
             values = [run["final"][key] for run in methods[name].values()]
             axis.plot(values, [row] * len(values), "o", color=color_of(name), alpha=0.35, markersize=4)
             axis.plot(statistics.fmean(values), row, "o", color=color_of(name), markersize=7)
-        axis.axvline(0.5 if key == "pair_accuracy" else 0, color=_LEVEL, linewidth=1, linestyle=(0, (4, 3)))
+        axis.axvline(real["reference"]["final"][key], color=_LEVEL, linewidth=1, linestyle=(0, (4, 3)))
         axis.set_title(title)
     axes[0].xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes[0].set_yticks(range(len(names)), names)

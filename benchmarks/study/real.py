@@ -21,17 +21,23 @@ from var_kernels.integrations.data import load_examples
 from var_kernels.integrations.scratch import make_model, make_tokenizer
 
 _HELD_OUT = "held_out_logp.pt"
+_CHARACTERS = 12  # a token has about four: what is dropped would have been cut after it was tokenised
 _CLEAR = 0.1  # least difference of two rewards that a pair is judged by
 
 
-def read_file(path: Path) -> list[dict]:
-    """{"prompt", "completions", "rewards"} of every prompt with two completions or more.
+def read_file(path: Path, max_length: int) -> list[dict]:
+    """{"prompt", "completions", "rewards"} of every prompt with two completions or more, without the far end of texts
+    that are many times ``max_length`` tokens.
 
     Raises:
         DataError: malformed rows. ValueError: no such rows at all.
     """
     rows = [
-        {"prompt": example.prompt, "completions": list(example.completions), "rewards": list(example.rewards)}
+        {
+            "prompt": example.prompt,
+            "completions": [text[: _CHARACTERS * max_length] for text in example.completions],
+            "rewards": list(example.rewards),
+        }
         for example in load_examples(path, need_rewards="required")[0]
         if len(example.completions) > 1 and isinstance(example.prompt, str)
     ]
@@ -53,7 +59,7 @@ def real_reference(context: Context) -> dict:
     plan: RealPlan = context.plan.real
     folder = context.folder / "reference" / "real"
     folder.mkdir(parents=True, exist_ok=True)
-    train, held_out = split(read_file(context.rewards_file), plan.held_out)
+    train, held_out = split(read_file(context.rewards_file, plan.max_length), plan.held_out)
     tokenizer = make_tokenizer(plan.model, (text for row in train for text in (row["prompt"], *row["completions"])))
     model = make_model(plan.model, len(tokenizer), plan.max_length, 0)
     began = time.monotonic()
@@ -79,7 +85,7 @@ def real_reference(context: Context) -> dict:
 def real_align(context: Context, seed: int, name: str, rate: float) -> dict:
     plan, entry = context.plan.real, REAL[name]
     base, tokenizer = context.load(context.folder / "reference" / "real")
-    train, held_out = split(read_file(context.rewards_file), plan.held_out)
+    train, held_out = split(read_file(context.rewards_file, plan.max_length), plan.held_out)
     if context.plan.tuning_seed == seed:  # rates are chosen on prompts of their own
         train, held_out = split(train, plan.held_out)
     rows = [{**row, **{key: row[key][: plan.completions] for key in ("completions", "rewards")}} for row in train]

@@ -229,7 +229,6 @@ def _real(real: dict | None, context: Context, pictures: list[str]) -> str:
 
 def _seconds(results: dict) -> float:
     runs = [run for kind in ("methods", "long") for seeds in results[kind].values() for run in seeds.values()]
-    runs += list(results["reference"].values())
     return sum(run["seconds"] for run in runs)
 
 

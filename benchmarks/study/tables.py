@@ -73,7 +73,8 @@ def claim_table(claim: Claim) -> str:
         values = [list(side.values()) for side in line.values]
         differences = line.differences
         shown = [spread(side) if side else "" for side in values]
-        gap = f"{number(statistics.fmean(differences))} ± {number(error(differences))}" if differences else ""
+        gap = number(statistics.fmean(differences)) if differences else ""
+        gap += f" ± {number(error(differences))}" if len(differences) > 1 else ""
         rows.append([line.figure, line.first, shown[0], line.second, shown[1], gap, line.verdict])
     return markdown(["figure", "of", "", "against", "", "difference ± its error", ""], rows)
 

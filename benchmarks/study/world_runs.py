@@ -88,7 +88,7 @@ _FRONTIER_LAMS = (0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 4.0, 10.0)
 def align(
     context: Context, seed: int, name: str, rate: float, steps: int, probes: list[int], samples: int, schedule: str
 ) -> dict:
-    """One policy: curve over the probes, final figures, seconds of training alone, peak memory."""
+    """One policy: curve over the probes, final figures, seconds of training alone, memory of a step."""
     plan, entry = context.plan, METHODS[name]
     base, tokenizer = context.load(context.reference_folder(seed))
     _, held_out = context.tasks(seed)
@@ -121,9 +121,7 @@ def align(
         data, options = (_prompts_only(rows), {"reward_func": checker()}) if entry.online else (rows, {})
         if entry.own_share < 1:
             options["trainer_class"] = functools.partial(MixedSail, own_share=entry.own_share)
-        began = time.monotonic()
         log = experiment.train(policy, tokenizer, data, config, _nothing, [probe], **options)
-        seconds = time.monotonic() - began - probe.seconds
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     limit = plan.reply_tokens
@@ -132,7 +130,7 @@ def align(
     return {
         "final": {**final, "objective": final["reward"] - plan.lam * final["kl"]},
         "curve": probe.curve,
-        "seconds": seconds,
+        "seconds": probe.seconds,
         "peak_mib": probe.peak_mib,
         "loss": [log[0]["loss"], log[-1]["loss"]],
     }

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -245,7 +246,10 @@ def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path, monkeypatch):
     assert not (tmp_path / "a" / "models" / "var" / "stale").exists()
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
+    # a shell that runs this in the background has it ignore SIGINT
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr("var_kernels.cli.demo.story.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(experiment, "QUICK", TINY)

@@ -222,6 +222,7 @@ except DataError as error:
     Path({folder!r}, f"error-{{rank}}").write_text(str(error))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # torch's own threads may abort an orderly exit, now and then
 """
 
 

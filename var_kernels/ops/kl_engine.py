@@ -55,8 +55,9 @@ class HeadPair:
         return (2 + temporaries) * self.math.itemsize + 1 + raw
 
     def column_bytes(self, gradient: bool) -> int:
-        """Copies that a GEMM makes of a row of a weight, or of its gradient; one head at a time. Those of torch's GEMMs,
-        which pack 16-bit operands, whichever backend runs.
+        """Copies that a GEMM makes of a row of a weight, or of its gradient; one head at a time.
+
+        Those of torch's GEMMs, which pack 16-bit operands, whichever backend runs.
         """
         partial = self.policy.d * partial_bytes(self.policy.operand, self.device, "torch") if gradient else 0
         return max(upcast_bytes(self.policy) + partial, upcast_bytes(self.ref))

@@ -121,7 +121,9 @@ class Runner:
         lines = self._log(job).read_text(errors="replace").strip().split("\n") if self._log(job).exists() else []
         reason = lines[-1] if lines and exit_code == 1 else f"ended with exit code {exit_code}"
         self.outcome.failed[job.key] = reason
-        self.console.print(f"[red]failed[/red] {job.key}: {reason} (see {self._log(job)})", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[red]failed[/red] {job.key}: {reason} (see {self._log(job)})", highlight=False, soft_wrap=True
+        )
 
     def _path(self, job: Job) -> Path:
         return self.folder / f"{job.key}.json"

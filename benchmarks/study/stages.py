@@ -2,6 +2,7 @@
 runs, reward heads, the file of rated completions."""
 
 import math
+import statistics
 from dataclasses import asdict
 
 from benchmarks.study.heads import reward_head
@@ -89,24 +90,25 @@ def _best(row: dict[float, dict], figure: str, rates: tuple[float, ...]) -> floa
 
 
 def _heads(runner: Runner, plan: Plan, seeds: list[int]) -> tuple[dict, dict]:
+    """(runs by loss, noise and seed, rates): the rate of the best mean accuracy over all noises on the tuning seed."""
     base = _settings(plan, _HEAD)
-    noise_of_rates = plan.head_noise[len(plan.head_noise) // 2]
+    options = [(name, rate, noise) for name in HEADS for rate in plan.head_rates for noise in plan.head_noise]
     jobs = [
         _job(
-            f"headrate-{slug(name)}-{rate:g}",
+            f"headrate-{slug(name)}-{rate:g}-{noise:g}",
             reward_head,
-            {"seed": plan.tuning_seed, "name": name, "rate": rate, "noise": noise_of_rates},
+            {"seed": plan.tuning_seed, "name": name, "rate": rate, "noise": noise},
             base | {"options": HEADS[name]},
             8,
         )
-        for name in HEADS
-        for rate in plan.head_rates
+        for name, rate, noise in options
     ]
     found = runner.run("rates of reward heads", jobs)
-    table = {
-        name: {rate: found[key] for rate in plan.head_rates if (key := f"headrate-{slug(name)}-{rate:g}") in found}
-        for name in HEADS
-    }
+    table: dict[str, dict[float, dict]] = {name: {} for name in HEADS}
+    for name, rate, _ in options:
+        keys = [f"headrate-{slug(name)}-{rate:g}-{noise:g}" for noise in plan.head_noise]
+        if all(key in found for key in keys):
+            table[name][rate] = {"accuracy": statistics.fmean(found[key]["accuracy"] for key in keys)}
     rates = {name: _best(row, "accuracy", plan.head_rates) for name, row in table.items()}
     jobs = [
         _job(
@@ -128,7 +130,7 @@ def _heads(runner: Runner, plan: Plan, seeds: list[int]) -> tuple[dict, dict]:
         }
         for name in HEADS
     }
-    return figures, {"chosen": rates, "table": table, "noise": noise_of_rates}
+    return figures, {"chosen": rates, "table": table}
 
 
 def _real(runner: Runner, context: Context) -> dict | None:

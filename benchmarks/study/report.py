@@ -192,7 +192,7 @@ def _head_data(heads: dict) -> str:
 
 def _real(real: dict | None, context: Context, pictures: list[str]) -> str:
     if real is None:
-        return "No file was given, so this part is left out: `make study REWARDS=FILE.jsonl.gz`."
+        return 'No file was given, so this part is left out: `make study ARGS="--rewards FILE.jsonl.gz"`.'
     if "methods" not in real:
         return "The reference of this part failed, so the part is left out."
     plan, reference = context.plan.real, real["reference"]

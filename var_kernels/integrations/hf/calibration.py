@@ -20,6 +20,8 @@ from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encode
 
 _IGNORE_INDEX = -100
 _MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
+# save_pretrained writes these, on the rank that saves: a calibration there alone would wait for the others for ever
+_BOOKKEEPING = ("architectures", "dtype", "transformers_version", "use_cache")
 _MASK = -3e4  # what we give them: exp of it is 0, and every floating point type holds it
 
 
@@ -86,6 +88,12 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, enco
     return _cached(_transforms, inner, inputs, lambda given: _calibrate_transform(Probe(model, inner, given)))
 
 
+def adopt_transform(model: nn.Module, transform: Transform) -> None:
+    """Take over what another rank's ``calibrate`` found of the same model, in place of a calibration here."""
+    inner = inner_model(model)
+    _transforms[inner] = (_fingerprint(inner), transform)
+
+
 def calibrate_loss(
     model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False
 ) -> LossRule:
@@ -145,7 +153,9 @@ def _fingerprint(inner: nn.Module) -> tuple:
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:
         numbers += [
-            (name, value) for name, value in vars(config).items() if isinstance(value, (int, float)) or value is None
+            (name, value)
+            for name, value in vars(config).items()
+            if name not in _BOOKKEEPING and (isinstance(value, (int, float)) or value is None)
         ]
     for module in (inner, getattr(inner, inner.base_model_prefix, inner)):
         numbers += [(name, value) for name, value in vars(module).items() if isinstance(value, float)]

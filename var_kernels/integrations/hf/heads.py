@@ -57,16 +57,20 @@ class _TokenHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
-    def save_pretrained(self, folder: str | os.PathLike, name: str = _NAME) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, name: str = _NAME, *, is_main_process: bool = True) -> None:
         """Write ``name``.safetensors (the weights) and ``name``.json (class and sizes) into the folder.
 
         Each file appears whole or not at all. The folder is made if need be; a model saved there is left as it is.
+        Weights that FSDP2 has spread are gathered, so every rank makes the call; is_main_process: this one writes.
         """
         from safetensors.torch import save_file
 
+        whole = {key: v.full_tensor() if hasattr(v, "full_tensor") else v for key, v in self.state_dict().items()}
+        if not is_main_process:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        weights = {key: value.detach().cpu().contiguous() for key, value in whole.items()}
         text = json.dumps({"class": type(self).__name__, **self.config}, indent=2)
         _replace(folder / f"{name}.safetensors", lambda path: save_file(weights, path))
         _replace(folder / f"{name}.json", lambda path: Path(path).write_text(text + "\n", encoding="utf-8"))

@@ -6,12 +6,13 @@ from torch import nn
 
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.trainer.sharding import rows_of
 
 logger = logging.getLogger(__name__)
 
 
 def check_vocabulary(model, tokenizer) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
+    size = rows_of(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model embeds {size}: use the model's own "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.sharding import whole_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ def default_cache_dir() -> Path:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of every weight and of the configuration: equal for equal models, wherever they were loaded from."""
+    """Hash of every weight and of the configuration: equal for equal models, wherever they were loaded from. Under
+    ZeRO-3 a collective."""
     digest = hashlib.sha256()
     config = {
         k: v
@@ -32,9 +34,9 @@ def model_fingerprint(model: nn.Module) -> str:
         if k not in ("_name_or_path", "transformers_version", "use_cache")
     }
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in whole_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -93,7 +95,8 @@ def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
     logp = torch.zeros(len(rows.token_ids), device=trainer.accelerator.device)
 
     def score(batch: dict[str, Tensor], members: list[int]) -> None:
-        for row, values in zip(members, score_batch(trainer, model, batch).float(), strict=True):
+        scored = score_batch(trainer, model, batch).float()[: len(members)]
+        for row, values in zip(members, scored, strict=True):
             logp[rows.offset[row] : rows.offset[row + 1]] = values[: rows.length(row)]
 
     over_rows(trainer, model, rows, score, "reference log-probs")
@@ -102,7 +105,8 @@ def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
 
 def over_rows(trainer, model: nn.Module, rows: EncodedRows, visit, title: str) -> None:
     """``visit(batch, its row numbers)`` for this rank's share of the rows, in batches of rows of like length, with the
-    model in eval mode."""
+    model in eval mode. Every rank makes as many visits, the last perhaps of a row that is none of its own (no row
+    numbers): a forward pass of sharded weights is a collective."""
     args, accelerator = trainer.args, trainer.accelerator
     order = sorted(range(len(rows)), key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
     size = args.per_device_eval_batch_size
@@ -111,8 +115,11 @@ def over_rows(trainer, model: nn.Module, rows: EncodedRows, visit, title: str) -
     was_training = model.training
     model.eval()
     try:
-        for batch in _progress(batches[accelerator.process_index :: accelerator.num_processes], args, title):
-            visit(collate([items[row] for row in batch]), batch)
+        ranks = accelerator.num_processes
+        own = batches[accelerator.process_index :: ranks]
+        own += [[]] * (-(-len(batches) // ranks) - len(own))
+        for batch in _progress(own, args, title):
+            visit(collate([items[row] for row in batch or order[-1:]]), batch)
     finally:
         model.train(was_training)
 

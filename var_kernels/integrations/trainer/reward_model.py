@@ -170,7 +170,7 @@ def judge_pairs(trainer, rows: EncodedRows) -> tuple[float, int]:
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         with torch.no_grad(), trainer.accelerator.autocast():
             made = _last_mu(trainer.model, trainer.extra_head, inputs, batch["labels"].to(device))
-        reward[members] = made.to(reward)
+        reward[members] = made[: len(members)].to(reward)
 
     over_rows(trainer, trainer.model, rows, visit, "rewards")
     reward = trainer.accelerator.reduce(reward, "sum").cpu()

@@ -20,7 +20,6 @@ from var_kernels.integrations.data import (
     encode_examples,
     merge_prompts,
 )
-from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import capture
 from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
@@ -41,6 +40,13 @@ from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
 from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.integrations.trainer.sharding import (
+    calibrate_first_rank,
+    check_layout,
+    of_first_rank,
+    place_reference,
+    whole_when_saved,
+)
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
 
 logger = logging.getLogger(__name__)
@@ -113,7 +119,7 @@ class VARTrainer(Trainer):
             i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None
         )
         check_vocabulary(model, processing_class)
-        calibrate(model)  # a head that is not understood is refused here
+        calibrate_first_rank(model, args.device, args.process_index)  # a head that is not understood is refused here
         self.online = None
         if args.online:
             named = (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
@@ -136,7 +142,7 @@ class VARTrainer(Trainer):
             disable_dropout(model)
         self._ref_key = ""
         if self.method.reference and args.precompute_ref_log_probs and not args.online:
-            self._ref_key = model_fingerprint(model if ref_model is None else ref_model)
+            self._ref_key = of_first_rank(model_fingerprint(model if ref_model is None else ref_model), args.device)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -164,11 +170,15 @@ class VARTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.ref_model = ref_model
         self.step_metrics = {mode: StepMetrics(self, mode) for mode in ("train", "eval")}
+        self._unscored: list[EncodedRows] = []
         try:
+            check_layout(self, ref_model)
             tables = [] if args.online else [items.rows for items in data if items is not None]
+            if ref_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self._unscored = tables  # see create_scheduler
             self._prepare_reference(tables)
-            if self.method.head == "fitted":
-                self._fit_values(tables)
+            if self.method.head == "fitted" and not self._unscored:
+                self._fit_values(self.model if self.ref_model is None else self.ref_model, tables)
         except BaseException:
             if not existed and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
                 os.rmdir(args.output_dir)
@@ -196,26 +206,41 @@ class VARTrainer(Trainer):
         if not (self.online.reads_initial_model if self.args.online else self.method.reference):
             self.ref_model = None
             return
-        device = self.accelerator.device
-        if self.args.precompute_ref_log_probs and not self.args.online:
-            precision = self.accelerator.mixed_precision
-            model = self.model if self.ref_model is None else self.ref_model.to(device)
-            for rows in tables:
-                key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
-                with self._as_reference(model):
-                    logp = cached_ref_logp(self, model, rows, key)
-                if self.method.reference == "token":
-                    rows.token_columns["ref_token_logp"] = logp
-                rows.columns["ref_logp"] = rows.row_sums(logp)
-            self.ref_model = None  # its memory is not needed any more
-        elif self.ref_model is None and not _is_peft(self.model):
+        precompute = self.args.precompute_ref_log_probs and not self.args.online
+        if self.ref_model is None and not precompute and not _is_peft(self.model):
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
-            self.ref_model.requires_grad_(False).eval().to(device)
+            self.ref_model = place_reference(self, self.ref_model)
+            if not precompute:
+                self.ref_model.requires_grad_(False).eval()
+        if precompute and not self._unscored:
+            self._score_reference(self.model if self.ref_model is None else self.ref_model, tables)
 
-    def _fit_values(self, tables: list[EncodedRows]) -> None:
+    def _score_reference(self, model: nn.Module, tables: list[EncodedRows]) -> None:
+        precision = self.accelerator.mixed_precision
+        for rows in tables:
+            key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
+            with self._as_reference(model):
+                logp = cached_ref_logp(self, model, rows, key)
+            if self.method.reference == "token":
+                rows.token_columns["ref_token_logp"] = logp
+            rows.columns["ref_logp"] = rows.row_sums(logp)
+        self.ref_model = None  # its memory is not needed any more
+
+    def create_scheduler(self, *args, **kwargs):
+        """Trainer comes by here when accelerate has spread the weights and before it loads a checkpoint into them: the
+        moment for a model that is its own reference to score the data."""
+        prepared = self.accelerator._models
+        if self._unscored and prepared:
+            tables, self._unscored = self._unscored, []
+            if self.method.reference and self.args.precompute_ref_log_probs:
+                self._score_reference(prepared[-1], tables)
+            if self.method.head == "fitted":
+                self._fit_values(prepared[-1], tables)
+        return super().create_scheduler(*args, **kwargs)
+
+    def _fit_values(self, model: nn.Module, tables: list[EncodedRows]) -> None:
         """V(x) of A-LoL: fitted on the rewards of the training set, by the reference, which is the model so far."""
-        model = self.model if self.ref_model is None else self.ref_model
         train = tables[0]
         squashed = train.reward.sigmoid() if getattr(self.args, "squash", True) else train.reward
         with self._as_reference(model):
@@ -224,7 +249,8 @@ class VARTrainer(Trainer):
                 rows.columns["value"] = values_of(self, model, rows, self.extra_head)
 
     def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        return model.disable_adapter() if _is_peft(model) and model is self.model else contextlib.nullcontext()
+        own = self.ref_model is None and _is_peft(model)
+        return model.disable_adapter() if own else contextlib.nullcontext()
 
     def _attach_reference(self, batch: dict[str, Tensor]) -> None:
         model = self.model if self.ref_model is None else self.ref_model
@@ -377,10 +403,17 @@ class VARTrainer(Trainer):
             )  # before the rest: a checkpoint is complete once Trainer has written its state
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See ``transformers.Trainer.save_model``; under FSDP it saves the whole model, also where checkpoints are in
+        parts."""
+        whole = self.is_fsdp_enabled and not _internal_call
+        with whole_when_saved(self) if whole else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.extra_head is not None:
-            self.extra_head.save_pretrained(output_dir or self.args.output_dir)
+            self.extra_head.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
 
     def create_optimizer(self, *args, **kwargs):
         """The head beside the lm_head starts from nothing, so it has a learning rate of its own."""
@@ -397,7 +430,9 @@ class VARTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.method.head in ("value", "reward"):
+        if (
+            self.method.head in ("value", "reward") and not self.is_fsdp_enabled
+        ):  # there it is among the model's weights
             self.extra_head.load_state_dict(load_head(resume_from_checkpoint).state_dict())
         if self.args.sync_ref_model:
             moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)

@@ -1,0 +1,71 @@
+"""Several CPU processes with gloo, forked from one that has imported everything: a start costs a tenth of a second."""
+
+import datetime
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PRELOADED = ("torch.distributed.fsdp", "transformers", "tests.tiny_training")
+
+
+def start_ranks(function, world: int, folder: Path, *args, environment: dict[str, str] | None = None) -> list:
+    """Processes that run ``function(rank, world, folder, *args)`` in a process group of their own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in PRELOADED])
+    store = folder / f"store-{time.monotonic_ns()}"
+    processes = [
+        context.Process(
+            target=_run_rank, args=(function, rank, world, folder, store, args, environment or {}), daemon=True
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(function, world: int, folder: Path, *args, timeout: float = 150, environment=None) -> None:
+    """Runs them to their end.
+
+    Raises:
+        AssertionError: a rank failed, with what it printed on its way out, or the time was up; none is left running.
+    """
+    processes = start_ranks(function, world, folder, *args, environment=environment)
+    codes = end_of_ranks(processes, timeout)
+    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(errors)[-6000:]
+
+
+def end_of_ranks(processes: list, timeout: float) -> list[int | None]:
+    """Their exit codes; one that is still running when the time is up is killed, and None."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def _run_rank(function, rank, world, folder, store, args, environment) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **environment})
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=float(os.environ.get("TEST_GROUP_TIMEOUT", "120")))
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+        function(rank, world, folder, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        import traceback
+
+        (folder / f"error-{rank}").write_text(f"rank {rank}\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)  # torch's own threads may abort an orderly exit, now and then

@@ -1,0 +1,142 @@
+"""Weights that are spread over ranks: FSDP and DeepSpeed ZeRO, as accelerate prepares them for the trainer.
+
+Until then a model is whole on every rank, or on the first alone (FSDP's cpu_ram_efficient_loading), or in parts
+(ZeRO-3's zero.Init); afterwards every forward pass of it is a collective, which all ranks must make equally often.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
+from var_kernels.integrations.hf.head import find_head, inner_model
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the weights in parts already: they are empty tensors here."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def rows_of(weight: Tensor) -> int:
+    """The first dimension of a weight, also of one that ZeRO-3 holds in parts."""
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by its name, one at a time gathered where ZeRO-3 holds it in parts: a collective."""
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if hasattr(tensor, "ds_id"):
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([tensor]):
+                yield name, tensor.detach()
+        else:
+            yield name, tensor.detach()
+
+
+def of_first_rank(value: Any, device: torch.device) -> Any:
+    """The first rank's value on every rank: hashes of weights that only it has, a calibration."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=device if device.type != "cpu" else None)
+    return box[0]
+
+
+def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> None:
+    """``calibrate`` on the first rank, which may be the only one with weights, for all; its refusal is everybody's.
+
+    Before the model is sharded: afterwards mixed precision rounds what it puts out. Partitioned weights cannot run yet;
+    there the first batch calibrates.
+
+    Raises:
+        ValueError: the head is not understood.
+    """
+    if is_partitioned(model):
+        find_head(inner_model(model))
+        return
+    found: Any = None
+    if rank == 0:
+        try:
+            found = calibrate(model)
+        except ValueError as error:
+            found = error
+    found = of_first_rank(found, device)
+    if isinstance(found, ValueError):
+        raise found
+    if rank:
+        adopt_transform(model, found)
+
+
+def check_layout(trainer, ref_model: nn.Module | None) -> None:
+    """Layouts in which something would be wrong or missing, refused by name.
+
+    Raises:
+        ValueError: tensor, context or sequence parallelism; under ZeRO-3 and FSDP1 a second model or a head of its own;
+            under any sharding a reference that moves.
+    """
+    args, method = trainer.args, trainer.method
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        size = getattr(layout, f"{name}_size", 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config: {name}_size is {size}, but every rank must hold rows of its own, since the "
+                "in-batch Z counts each row once. Use DDP, FSDP or ZeRO here; docs/scaling.md has losses for loops of "
+                "your own"
+            )
+    sharded = weight_sharding(trainer)
+    if not sharded:
+        return
+    if args.sync_ref_model:
+        raise ValueError(f"sync_ref_model: the reference cannot follow weights that {sharded} spreads; use DDP")
+    if args.online:
+        raise ValueError(f"online: completions cannot be drawn from weights that {sharded} spreads; use DDP or ZeRO-2")
+    if sharded == "FSDP2":
+        return
+    remedy = "use FSDP2 (fsdp_version: 2), DDP or ZeRO-2"
+    if method.head in ("value", "reward"):
+        raise ValueError(f"method {args.method!r}: its head beside the lm_head cannot learn under {sharded}; {remedy}")
+    if method.reference and (ref_model is not None or not args.precompute_ref_log_probs):
+        name = "ref_model" if ref_model is not None else "precompute_ref_log_probs=False"
+        raise ValueError(
+            f"{name}: under {sharded} the reference is the model before training, which scores the data once: leave it "
+            f"out, or {remedy}"
+        )
+
+
+def weight_sharding(trainer) -> str | None:
+    """What spreads the weights: "FSDP1", "FSDP2", "ZeRO-3", or None."""
+    if trainer.is_fsdp_enabled:
+        return f"FSDP{getattr(trainer.accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return "ZeRO-3"
+    return None
+
+
+def place_reference(trainer, model: nn.Module) -> nn.Module:
+    """A second model where the first will be: spread by FSDP2, otherwise whole on the device."""
+    if weight_sharding(trainer) != "FSDP2":
+        return model.to(trainer.accelerator.device)
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(trainer.accelerator, model)
+
+
+@contextmanager
+def whole_when_saved(trainer) -> Iterator[None]:
+    """Inside the block FSDP gathers the weights that are saved, whatever form its checkpoints have."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    before = {name: getattr(plugin, name) for name in names}
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(plugin, name, value)

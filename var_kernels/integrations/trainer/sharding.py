@@ -30,9 +30,9 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by its name, one at a time gathered where ZeRO-3 holds it in parts: a collective."""
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if hasattr(tensor, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            from deepspeed import zero
 
-            with GatheredParameters([tensor]):
+            with zero.GatheredParameters([tensor]):
                 yield name, tensor.detach()
         else:
             yield name, tensor.detach()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model
+from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, vector
 
 _IGNORE_INDEX = -100
@@ -41,6 +42,8 @@ class Transform:
     def params(self, head: nn.Linear, inner: nn.Module) -> HeadParams:
         """The head's tensors as they are now: gathered, when asked for within its forward."""
         weight, bias = head.weight, head.bias
+        if is_dtensor(weight):
+            return self._spread_params(weight, bias, inner)
         if self.vocabulary_bias is not None:
             added = vector(inner, self.vocabulary_bias).to(weight) * (self.bias_ratio / self.logit_scale)
             bias = added if bias is None else bias + added
@@ -51,6 +54,16 @@ class Transform:
         if weight.shape[0] != self.vocab:
             weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
         return HeadParams(weight, bias, self.logit_scale, self.softcap)
+
+    def _spread_params(self, weight: Tensor, bias: Tensor | None, inner: nn.Module) -> HeadParams:
+        name = type(inner).__name__
+        if self.vocabulary_bias is not None or self.masked or weight.shape[0] != self.vocab:
+            raise ValueError(
+                f"{name}: its lm_head is spread over ranks and a vocabulary bias, masked ids or a cut follow it, which "
+                "does not work together: leave lm_head out of the tensor-parallel plan"
+            )
+        weight, bias, group = vocabulary_slice(weight, bias, name)
+        return HeadParams(weight, bias, self.logit_scale, self.softcap, group)
 
 
 @dataclass(frozen=True)

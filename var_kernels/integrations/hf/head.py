@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
+
 _ABSENT = object()
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
 
@@ -25,10 +27,11 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP
 class HeadParams:
     """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh."""
 
-    lm_head_weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    lm_head_weight: Tensor  # (V, D), with a group this rank's rows of it
+    bias: Tensor | None  # (V,) likewise
     logit_scale: float
     softcap: float | None
+    group: Any = None  # the ranks over which tensor parallelism spreads the vocabulary
 
     @property
     def logit_options(self) -> dict[str, float | None]:
@@ -79,7 +82,7 @@ def find_head(inner: nn.Module) -> nn.Linear:
             "own loss instead"
         )
     weight = head.weight
-    packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not _is_dtensor(weight))
+    packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not is_dtensor(weight))
     # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
     own_forward = type(head).forward is not nn.Linear.forward
     own_forward &= getattr(head, "out_additional_features", None) != 0  # Idefics: two weights, of which one is none
@@ -101,14 +104,6 @@ def _only_head_within(inner: nn.Module) -> nn.Module | None:
             if found is not None:
                 heads[id(found)] = found
     return next(iter(heads.values())) if len(heads) == 1 else None
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    if not is_traceable_wrapper_subclass(tensor):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 # ---- running inside the head -----------------------------------------------------------------------------------------
@@ -141,11 +136,12 @@ def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[
 
 @contextmanager
 def head_results(
-    inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any], *, wide: bool = False
+    inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any], *, wide: bool = False, spread: bool = False
 ) -> Iterator[list[Tensor]]:
     """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
 
-    The placeholder is (B, T, 1) zeros, or with ``wide`` (B, T, V) on the meta device, which takes no memory.
+    The placeholder is (B, T, 1) zeros, or with ``wide`` (B, T, V) on the meta device, which takes no memory. With
+    ``spread`` fn knows a head whose vocabulary is spread over ranks; otherwise it is refused.
 
     Pass them on through ``tied``: only then does their backward come after the hooks on the outputs of head and model.
     """
@@ -158,16 +154,18 @@ def head_results(
             raise ValueError(
                 f"{type(inner).__name__} calls its lm_head more than once a forward pass, which is not understood"
             )
-        if _is_dtensor(head.weight):
+        if is_dtensor(head.weight) and not spread:
             raise ValueError(
                 f"{type(inner).__name__}: the lm_head weight is a DTensor inside its own forward (a tensor-parallel "
-                "head), which is not supported yet: leave lm_head out of the tensor-parallel plan"
+                "head), which fused_lm_head, token_logprobs and sequence_logprobs understand, this loss does not: "
+                "leave lm_head out of the tensor-parallel plan"
             )
+        hidden, restore = local_rows(hidden)
         output = fn(hidden)
         results.extend(output if isinstance(output, tuple) else (output,))
         # One result of each graph node is enough to make the node wait for the placeholder's gradient.
         nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
-        return placeholder(head, hidden, wide, *nodes.values())
+        return restore(placeholder(head, hidden, wide, *nodes.values()))
 
     with swapped_head(head, forward):
         yield results
@@ -179,12 +177,13 @@ def tied(results: list[Tensor], logits: Tensor | None) -> tuple[Tensor, ...]:
     The pre-backward hooks of FSDP and DeepSpeed sit there: they bring back the sharded weight that the results need.
     """
     if isinstance(logits, Tensor) and logits.requires_grad:
+        logits = logits.to_local() if is_dtensor(logits) else logits
         return _Tie.apply(logits, *results)
     return tuple(results)
 
 
 def capture(
-    model: nn.Module, fn: Callable[[Tensor, HeadParams], Any], inputs: Mapping[str, Any]
+    model: nn.Module, fn: Callable[[Tensor, HeadParams], Any], inputs: Mapping[str, Any], *, spread: bool = False
 ) -> tuple[tuple[Tensor, ...], Any]:
     """Run ``model(**inputs)`` with ``fn(hidden, head_params)`` computed inside the lm_head's forward instead of logits.
 
@@ -196,6 +195,7 @@ def capture(
         fn: called once, with hidden and the head's weight, bias and calibrated logit transform.
         inputs: keyword arguments of the model, without ``labels``; for an encoder-decoder with decoder_input_ids.
             use_cache is False unless given.
+        spread: fn knows a ``HeadParams`` with a group, whose vocabulary is spread over ranks.
     Returns:
         (results, output): fn's results as a tuple, and the model's output, its ``logits`` the placeholder.
     Raises:
@@ -210,7 +210,7 @@ def capture(
     def compute(hidden: Tensor):
         return fn(hidden, transform.params(head, inner))
 
-    with head_results(inner, head, compute, wide=transform.wide) as results:
+    with head_results(inner, head, compute, wide=transform.wide, spread=spread) as results:
         output = model(**without_cache(inner, inputs))
     if not results:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
 from var_kernels.integrations.hf.probe import decoder_inputs, is_encoder_decoder
-from var_kernels.ops import linear_logprob
+from var_kernels.ops import linear_logprob, vocab_parallel_logprob
 
 IGNORE_INDEX = -100
 
@@ -59,7 +59,8 @@ def token_logprobs(
         )
 
     def score(hidden: Tensor, head: HeadParams):
-        return linear_logprob(
+        spread = {} if head.group is None else {"process_group": head.group}
+        return (vocab_parallel_logprob if spread else linear_logprob)(
             hidden,
             head.lm_head_weight,
             row_labels(labels, hidden, shift=shift),
@@ -68,9 +69,10 @@ def token_logprobs(
             temperature=temperature,
             return_entropy=return_entropy,
             workspace_mb=workspace_mb,
+            **spread,
         )
 
-    results, _ = capture(model, score, inputs)
+    results, _ = capture(model, score, inputs, spread=True)
     if shift:  # (B, T): the row of t - 1 belongs to the label at t
         results = tuple(F.pad(result[:, :-1], (1, 0)) for result in results)
     return results if return_entropy else results[0]

@@ -9,10 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
-from var_kernels.integrations.hf.head import find_head, head_results, inner_model, logits_of, swapped, tied
+from var_kernels.integrations.hf.head import (
+    HeadParams,
+    find_head,
+    head_results,
+    inner_model,
+    logits_of,
+    swapped,
+    tied,
+)
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
 from var_kernels.integrations.hf.probe import TrialFailedError, decoder_inputs, is_encoder_decoder
-from var_kernels.ops import linear_weighted_nll
+from var_kernels.ops import linear_weighted_nll, vocab_parallel_logprob
 
 
 class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(model): ...)
@@ -112,6 +120,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             else:
                 rows.append(row_labels(labels, hidden, shift=self._rule.shift))
             params = self._transform.params(head, self.inner)
+            if params.group is not None:
+                return _spread_nll_mean(hidden, params, rows[0], num_items, self._options)
             return linear_weighted_nll(
                 hidden,
                 params.lm_head_weight,
@@ -125,7 +135,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 **self._options,
             )
 
-        with head_results(self.inner, head, nll_mean, wide=self._transform.wide) as results:
+        with head_results(self.inner, head, nll_mean, wide=self._transform.wide, spread=True) as results:
             if not self._rule.replaceable:
                 named["labels"] = None
                 given = [named.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
@@ -196,6 +206,17 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         # The model does not pass on the count that it was given, or makes its own.
         count = (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
         return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
+
+
+def _spread_nll_mean(
+    hidden: Tensor, head: HeadParams, labels: Tensor, num_items: Tensor | int | None, options: Mapping[str, Any]
+) -> Tensor:
+    """The mean of a head whose vocabulary is spread over ranks."""
+    logp = vocab_parallel_logprob(
+        hidden, head.lm_head_weight, labels, head.bias, process_group=head.group, **head.logit_options, **options
+    )
+    count = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items
+    return -logp.sum() / count
 
 
 class _PatchedForward:

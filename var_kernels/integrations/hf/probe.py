@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.head import find_head, logits_of, placeholder, swapped, swapped_head, without_cache
+from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
 
 _TOKENS = 8
 _NOT_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values")
@@ -147,6 +148,7 @@ class Probe:
         calls = []
 
         def forward(hidden, *_args, **_kwargs):
+            hidden, restore = local_rows(hidden)
             shape = hidden.shape[:-1]
             if draw is None:
                 value = placeholder(self.head, hidden, wide)
@@ -154,7 +156,7 @@ class Probe:
                 value = draw((*shape, self.head.out_features), torch.Generator().manual_seed(seed))
                 value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)
             calls.append((value, hidden))
-            return value.clone()  # softcaps may work in place
+            return restore(value.clone())  # softcaps may work in place
 
         with undisturbed(self.model), swapped_head(self.head, forward):
             try:
@@ -175,6 +177,14 @@ class Probe:
         if isinstance(output, tuple):
             output = tuple(item for item in output if not (isinstance(item, Tensor) and item.dim() == 0))
         logits = logits_of(output)
+        if isinstance(logits, Tensor) and is_dtensor(logits):
+            logits = logits.full_tensor()
+        elif isinstance(logits, Tensor) and is_dtensor(self.head.weight) and logits.shape[-1] < injected.shape[-1]:
+            self.refuse(
+                f"its lm_head puts out a slice of the vocabulary on each rank ({logits.shape[-1]} of "
+                f"{injected.shape[-1]}), which its own loss cannot use; give the head ColwiseParallel("
+                "output_layouts=Replicate())"
+            )
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         if shape is None or shape[:-1] != injected.shape[:-1] or shape[-1] > injected.shape[-1]:
             self.refuse(

@@ -96,6 +96,27 @@ def test_one_pass_computes_the_logits_once(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_entropy_beside_the_loss(engine, entropy):
+    hidden, weight, labels, _ = Case("").inputs()
+    loss = (lambda logp, entropy: -logp) if entropy else (lambda logp: -logp)
+    options = {"entropy": entropy, "engine": engine}
+    value, logp, got, argmax = linear_token_loss(
+        hidden, weight, labels, loss, **options, return_logp=True, return_entropy=True, return_argmax=True
+    )
+    truth_logp, truth = linear_logprob_ref(hidden, weight, labels, dtype=torch.float64, return_entropy=True)
+    assert_result(got, truth, "entropy")
+    assert_result(logp, truth_logp, "logp")
+    assert torch.equal(argmax, (hidden @ weight.T).argmax(-1).where(labels != -100, -1))
+    assert not logp.requires_grad
+    assert not got.requires_grad
+    value.backward()
+    made, hidden.grad = hidden.grad, None
+    linear_token_loss(hidden, weight, labels, lambda logp: -logp, engine=engine).backward()
+    torch.testing.assert_close(made, hidden.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_counts():
     hidden, weight, labels, _ = Case("").inputs()
     loss = linear_token_loss(hidden, weight, torch.full_like(labels, -100), lambda logp: -logp, engine="one_pass")

@@ -29,6 +29,7 @@ def linear_token_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     return_logp: bool = False,
+    return_entropy: bool = False,
     return_argmax: bool = False,
     num_active: int | None = None,
     workspace_mb: float | None = None,
@@ -54,7 +55,8 @@ def linear_token_loss(
 
     Returns:
         A scalar fp32 (fp64 for fp64 inputs); an all-ignored batch gives a differentiable 0. If asked for, a tuple with
-        the detached logp in the shape of labels, 0 where ignored, and argmax (...) int64, -1 there.
+        the detached logp and entropy in the shape of labels, 0 where ignored, and argmax (...) int64, -1 there, in this
+        order.
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
@@ -74,23 +76,31 @@ def linear_token_loss(
         precision=precision,
         workspace_mb=workspace_mb,
         num_active=num_active,
-        entropy=entropy,
+        entropy=entropy or return_entropy,
         argmax=return_argmax,
     )
+    if return_entropy and not entropy:
+        token_loss = _without_entropy(token_loss)
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
     # A compiled graph cannot call back; there autograd runs over the log-probs.
     eager = not torch.compiler.is_compiling()
     if eager and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
-        loss, logp_NK, argmax_N = apply_token_loss(call, token_loss, inputs)
+        loss, logp_NK, entropy_N, argmax_N = apply_token_loss(call, token_loss, inputs)
     else:
         logp_NK, _, entropy_N, argmax_N = apply_logprob(call)
         loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs, call.kept_NK.squeeze(1)).sum()
     outputs = [loss]
     if return_logp:
         outputs.append(call.restore_targets(logp_NK.detach()))
+    if return_entropy:
+        outputs.append(call.restore(entropy_N.detach()))
     if return_argmax:
         outputs.append(call.restore(argmax_N, fill=-1))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _without_entropy(token_loss: TokenLoss) -> TokenLoss:
+    return lambda logp_n, _entropy_n, *inputs: token_loss(logp_n, *inputs)
 
 
 def _evaluate(
@@ -110,7 +120,8 @@ def _evaluate(
 
 def apply_token_loss(
     call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The scalar loss; detached logp (n, 1), entropy and argmax (n,) or None."""
     return LinearTokenLossFunction.apply(
         call.hidden_ND,
         call.lm_head_weight_VD,
@@ -125,7 +136,7 @@ def apply_token_loss(
 
 
 class LinearTokenLossFunction(torch.autograd.Function):
-    """(sum of token_loss, logp_NK, argmax_N). Saves finished gradients, as ``LinearWeightedNLLFunction`` does."""
+    """(sum of token_loss, logp_NK, entropy_N, argmax_N). Saves finished gradients, as ``LinearWeightedNLLFunction``."""
 
     @staticmethod
     def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, kept_N, token_loss, inputs, options, needs):
@@ -139,11 +150,12 @@ class LinearTokenLossFunction(torch.autograd.Function):
             with torch.enable_grad():
                 entropy_n = leaves[1] if options.entropy else None
                 loss_n = _evaluate(token_loss, leaves[0], entropy_n, [t[rows] for t in inputs], kept_N[rows])
-                slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True, materialize_grads=True)
+                slope_n, *entropy_slope_n = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True)
             losses.append(loss_n.detach().sum())
-            if not options.entropy:
-                return head.coefficients(slopes[0].unsqueeze(1))
-            return head.coefficients(slopes[0].unsqueeze(1), None, slopes[1], known[1].detach())
+            slope_n = torch.zeros_like(leaves[0]) if slope_n is None else slope_n
+            if not entropy_slope_n or entropy_slope_n[0] is None:
+                return head.coefficients(slope_n.unsqueeze(1))
+            return head.coefficients(slope_n.unsqueeze(1), None, entropy_slope_n[0], known[1].detach())
 
         if needs:
             stats, gradients = token_chunk_pass(head, needs, coefficients_of)
@@ -155,10 +167,10 @@ class LinearTokenLossFunction(torch.autograd.Function):
             losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, kept_N).sum())
         logp_NK = stats.logp_NK(0.0, head.v)
         ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
-        ctx.mark_non_differentiable(logp_NK)
-        if stats.argmax_N is not None:
-            ctx.mark_non_differentiable(stats.argmax_N)
-        return torch.stack(losses).sum() if losses else logp_NK.new_zeros(()), logp_NK, stats.argmax_N
+        entropy_N = stats.entropy_N if options.entropy else None
+        ctx.mark_non_differentiable(*(t for t in (logp_NK, entropy_N, stats.argmax_N) if t is not None))
+        loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())
+        return loss, logp_NK, entropy_N, stats.argmax_N
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,27 +11,63 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define VK_BF16_GEMM 1
+#include "gemm.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VK_X86_TARGETS 1
+#if defined(__linux__)
+#define VK_BF16_TARGETS 1
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "gemm_x86.h"
 #endif
+#endif
 
 namespace var_kernels {
+namespace gemm {
+
+// What the compiler's baseline has: SSE2 on x86-64, NEON on arm64.
+namespace baseline {
+#define VK_LANES 4
+#include "vectors.inc"
+#include "gemm_fma.inc"
+#undef VK_LANES
+}  // namespace baseline
+
+#ifdef VK_X86_TARGETS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define VK_LANES 8
+#include "vectors.inc"
+#include "gemm_fma.inc"
+#undef VK_LANES
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
+namespace avx512 {
+#define VK_LANES 16
+#include "vectors.inc"
+#include "gemm_fma.inc"
+#undef VK_LANES
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+}  // namespace gemm
+
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#ifdef VK_BF16_GEMM
-bool has_avx512_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
+enum Level : int64_t { kTorch, kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
+#ifdef VK_BF16_TARGETS
 // The kernel gives a process the tiles' registers on request (arch_prctl ARCH_REQ_XCOMP_PERM, state 18).
 bool has_amx_bf16() {
   unsigned a, b, c, d;
@@ -39,14 +77,58 @@ bool has_amx_bf16() {
 }
 #endif
 
-// 0: none, 1: AVX-512 BF16, 2: AMX. The highest that this machine runs.
-int64_t best_gemm_level() {
-#ifdef VK_BF16_GEMM
-  static const int64_t best = has_avx512_bf16() ? 1 + has_amx_bf16() : 0;
-  return best;
+bool has_avx512() {
+#ifdef VK_X86_TARGETS
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 #else
-  return 0;
+  return false;
 #endif
+}
+
+bool has_level(int64_t level) {
+  if (level == kBaseline) return true;
+#ifdef VK_X86_TARGETS
+  if (level == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == kAvx512) return has_avx512();
+#endif
+#ifdef VK_BF16_TARGETS
+  if (level == kAvx512Bf16) return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  static const bool amx = has_amx_bf16();
+  if (level == kAmx) return has_level(kAvx512Bf16) && amx;
+#endif
+  return false;
+}
+
+// VDPBF16PS does twice the work of a multiply-add: AMD's run as many of both, Intel's (measured: model 207) a third.
+bool prefers_bf16() {
+#ifdef VK_BF16_TARGETS
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+int64_t best_gemm_level() {
+  static const int64_t best = has_level(kAmx)                             ? kAmx
+                              : has_level(kAvx512Bf16) && prefers_bf16() ? kAvx512Bf16
+                              : has_level(kAvx512)                        ? kAvx512
+                              : has_level(kAvx2)                          ? kAvx2
+                                                                          : kBaseline;
+  return best;
+}
+
+const gemm::Kernels& kernels_of(int64_t level) {
+  STD_TORCH_CHECK(has_level(level), "level: this machine does not run the instructions of level ", level);
+#ifdef VK_BF16_TARGETS
+  if (level == kAmx) return gemm::kAmx;
+  if (level == kAvx512Bf16) return gemm::kAvx512Bf16;
+#endif
+#ifdef VK_X86_TARGETS
+  if (level == kAvx512) return gemm::avx512::kKernels;
+  if (level == kAvx2) return gemm::avx2::kKernels;
+#endif
+  return gemm::baseline::kKernels;
 }
 
 void check_operand(const Tensor& t, const char* name) {
@@ -56,7 +138,6 @@ void check_operand(const Tensor& t, const char* name) {
                   ": expected rows or columns of adjacent elements");
 }
 
-#ifdef VK_BF16_GEMM
 gemm::Operand operand_of(const Tensor& t, int lane) {
   const int deep = 1 - lane;
   gemm::Operand o{static_cast<const uint16_t*>(t.const_data_ptr()), t.size(lane), t.size(deep), t.stride(lane),
@@ -64,12 +145,10 @@ gemm::Operand operand_of(const Tensor& t, int lane) {
   if (o.depth == 1) o.depth_stride = 1;
   return o;
 }
-#endif
 
 // out = or += left right: (m, k) (k, c), fp32 sums.
 void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level) {
-  STD_TORCH_CHECK(level >= 1 && level <= best_gemm_level(), "level: expected 1 to ", best_gemm_level(),
-                  " on this machine, got ", level);
+  const gemm::Kernels& kernels = kernels_of(level);
   check_operand(left, "left");
   check_operand(right, "right");
   STD_TORCH_CHECK(left.size(1) == right.size(0), "right: expected ", left.size(1), " rows, got ", right.size(0));
@@ -78,12 +157,10 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
   STD_TORCH_CHECK(out.size(1) < 2 || out.stride(1) == 1, "out: expected columns next to each other");
   const bool narrow = out.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(narrow || out.scalar_type() == ScalarType::Float, "out: expected float32 or bfloat16");
-#ifdef VK_BF16_GEMM
   STD_TORCH_CHECK(!narrow || (!add && left.size(1) <= gemm::kMaxDepth), "out: bfloat16 takes one product of a depth of ",
                   gemm::kMaxDepth, " at most");
   const gemm::Product p{operand_of(left, 0), operand_of(right, 1), static_cast<char*>(out.mutable_data_ptr()),
                         out.stride(0), narrow, add};
-  const gemm::Kernels& kernels = level == 2 ? gemm::kAmx : gemm::kAvx512;
   const int64_t rows = p.left.lanes, columns = p.right.lanes;
   if (rows == 0 || columns == 0) return;
   const bool by_columns = columns >= rows;
@@ -96,18 +173,19 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
     else
       gemm::multiply_block(p, kernels, begin, end, 0, columns);
   });
-#endif
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(var_kernels_native, m) {
   m.def("best_gemm_level() -> int");
+  m.def("has_gemm_level(int level) -> bool");
   m.def("product_into(Tensor(a!) out, Tensor left, Tensor right, bool add, int level) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("best_gemm_level", TORCH_BOX(&best_gemm_level));
+  m.impl("has_gemm_level", TORCH_BOX(&has_level));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CPU, m) {

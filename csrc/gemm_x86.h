@@ -1,68 +1,16 @@
-// out = or += A B for bf16 operands of any layout: blocks of both are packed into tiles of 1 KiB, multiplied by AMX
-// (TDPBF16PS) or AVX-512 BF16 (VDPBF16PS), summed in fp32. Products are exact; an element's sum runs over its depth in an
-// order that depends on the depth alone, so its bits depend neither on the block that it is computed in nor on threads.
-// Both instructions take denormals for 0 and round to nearest whatever MXCSR says.
+// The bf16 GEMM by instructions that multiply pairs of bf16: AMX (TDPBF16PS) or AVX-512 BF16 (VDPBF16PS). Both take
+// denormals for 0 and round to nearest whatever MXCSR says. A tile is 1 KiB: A's have a lane's pairs next to each other, B's
+// a pair's lanes.
 #pragma once
 
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
+
+#include "gemm.h"
 
 namespace var_kernels {
 namespace gemm {
-
-// One side of the product: lanes are rows of A or columns of B, depth is what is summed over; one stride of the two is 1.
-struct Operand {
-  const uint16_t* data;
-  int64_t lanes, depth, lane_stride, depth_stride;
-};
-
-struct Product {
-  Operand left, right;
-  char* out;           // (left.lanes, right.lanes) fp32 or bf16, columns next to each other
-  int64_t out_stride;  // in elements
-  bool narrow;         // bf16; then the depth is at most kMaxDepth and nothing is added to
-  bool add;
-};
-
-// A tile: 16 lanes by 32 of depth, 1 KiB, depth in pairs. A's tiles have a lane's pairs next to each other, B's a pair's
-// lanes.
-constexpr int64_t kLane = 16, kDeep = 32, kTile = kLane * kDeep;
-// Depth between roundings to memory in a micro-kernel (its panels fit the first-level cache), and of a packed block.
-constexpr int64_t kPanelTiles = 8, kBlockDepth = 2048, kMaxDepth = 4096;
-// Elements of the packed blocks of B and A, and of the sums: 1 MiB, 256 KiB, 256 KiB.
-constexpr int64_t kRightElements = 1 << 19, kLeftElements = 1 << 17, kSumElements = 1 << 16;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Kept by each thread: fresh pages cost more than their contents here.
-struct Scratch {
-  std::unique_ptr<char, Free> memory{static_cast<char*>(std::aligned_alloc(4096, kBytes))};
-  static constexpr int64_t kBytes = 2 * (kRightElements + kLeftElements) + 4 * kSumElements;
-  uint16_t* right() const { return reinterpret_cast<uint16_t*>(memory.get()); }
-  uint16_t* left() const { return right() + kRightElements; }
-  float* sums() const { return reinterpret_cast<float*>(left() + kLeftElements); }
-};
-
-// Multiplies row tiles by column tiles (1 or 2 of each) over `tiles` of depth; sums are 16 x 16 blocks, the two of a row
-// of blocks next to each other, the rows sum_stride floats apart. `fresh`: from 0.
-using Micro = void (*)(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel,
-                       int64_t tiles, float* sums, int64_t sum_stride, bool fresh);
-
-struct Kernels {
-  Micro micro[2][2];  // [row tiles - 1][column tiles - 1]
-  void (*begin)();    // before and after a thread's calls
-  void (*end)();
-};
 
 // gcc warns of its own intrinsics (bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -121,36 +69,17 @@ inline __attribute__((always_inline)) void pack_tile(const Operand& from, int64_
   for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + 32 * i, r[i]);
 }
 
-// Panels of 16 lanes, each a column of tiles along the depth.
-template <bool PairMajor>
-void pack(const Operand& from, int64_t lane, int64_t lanes, int64_t depth, int64_t deep, uint16_t* to) {
-  const int64_t tiles = ceil_div(deep, kDeep);
-  const auto pack_one = [&](int64_t l, int64_t t) {
-    pack_tile<PairMajor>(from, lane + l, depth + t * kDeep, to + (l / kLane * tiles + t) * kTile);
-  };
-  if (from.depth_stride == 1) {
-    for (int64_t l = 0; l < lanes; l += kLane)
-      for (int64_t t = 0; t < tiles; ++t) pack_one(l, t);
-  } else {
-    const int64_t width = std::min(lanes, from.lanes - lane);
-    for (int64_t t = 0; t < tiles; ++t) {
-      // The next tiles' lines are too far apart for the hardware to fetch them ahead.
-      const int64_t next = depth + (t + 1) * kDeep, last = std::min(next + kDeep, from.depth);
-      for (int64_t k = next; k < last; ++k)
-        for (int64_t l = 0; l < width; l += 32)
-          _mm_prefetch(reinterpret_cast<const char*>(from.data + lane + l + k * from.depth_stride), _MM_HINT_T0);
-      for (int64_t l = 0; l < lanes; l += kLane) pack_one(l, t);
-    }
-  }
-}
+#include "gemm_pack.inc"
 
 // 8 rows by one or two column tiles in registers.
 template <int RowTiles, int ColumnTiles>
-void micro_avx512(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel, int64_t tiles,
+void micro_avx512(const char* left_bytes, int64_t left_panel, const char* right_bytes, int64_t right_panel, int64_t tiles,
                   float* sums, int64_t sum_stride, bool fresh) {
   constexpr int kRows = 8;
+  const uint16_t* left = reinterpret_cast<const uint16_t*>(left_bytes);
+  const uint16_t* right = reinterpret_cast<const uint16_t*>(right_bytes);
   for (int row = 0; row < RowTiles * 16; row += kRows) {
-    const uint16_t* a = left + row / 16 * left_panel + row % 16 * kDeep;
+    const uint16_t* a = left + row / 16 * (left_panel / 2) + row % 16 * kDeep;
     float* out = sums + row / 16 * sum_stride + row % 16 * kLane;
     __m512 sum[kRows][ColumnTiles];
     for (int r = 0; r < kRows; ++r)
@@ -160,7 +89,7 @@ void micro_avx512(const uint16_t* left, int64_t left_panel, const uint16_t* righ
       for (int pair = 0; pair < 16; ++pair) {
         __m512bh b[ColumnTiles];
         for (int c = 0; c < ColumnTiles; ++c)
-          b[c] = (__m512bh)_mm512_load_si512(right + c * right_panel + t * kTile + pair * kDeep);
+          b[c] = (__m512bh)_mm512_load_si512(right + c * (right_panel / 2) + t * kTile + pair * kDeep);
         for (int r = 0; r < kRows; ++r) {
           int32_t word;
           std::memcpy(&word, a + t * kTile + r * kDeep + 2 * pair, sizeof word);
@@ -174,11 +103,6 @@ void micro_avx512(const uint16_t* left, int64_t left_panel, const uint16_t* righ
   }
 }
 
-inline void nothing() {}
-constexpr Kernels kAvx512 = {{{micro_avx512<1, 1>, micro_avx512<1, 2>}, {micro_avx512<2, 1>, micro_avx512<2, 2>}},
-                             nothing, nothing};
-
-// Rows [row, row + rows) by columns [column, column + columns) of the sums into the result.
 inline void write_out(const Product& p, const float* sums, int64_t row, int64_t rows, int64_t column, int64_t columns,
                       bool add) {
   const int64_t column_tiles = ceil_div(columns, kLane);
@@ -199,48 +123,16 @@ inline void write_out(const Product& p, const float* sums, int64_t row, int64_t 
   }
 }
 
-// Rows [row_begin, row_end) by columns [column_begin, column_end), by one thread.
-inline void multiply_block(const Product& p, const Kernels& kernels, int64_t row_begin, int64_t row_end,
-                           int64_t column_begin, int64_t column_end) {
-  thread_local const Scratch scratch;
-  if (!scratch.memory) throw std::bad_alloc();
-  kernels.begin();
-  const int64_t depth = p.left.depth, block_depth = p.narrow ? std::max(depth, kDeep) : kBlockDepth;
-  for (int64_t k = 0; k < depth || k == 0; k += block_depth) {
-    const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep);
-    const int64_t padded = std::max<int64_t>(tiles, 1) * kDeep;
-    const int64_t wide = std::min<int64_t>(kRightElements / padded / 32 * 32, 512);
-    for (int64_t column = column_begin; column < column_end; column += wide) {
-      const int64_t columns = std::min(wide, column_end - column), column_tiles = ceil_div(columns, kLane);
-      pack<true>(p.right, column, columns, k, deep, scratch.right());
-      const int64_t high = std::min(kLeftElements / padded, kSumElements / (column_tiles * kLane)) / 32 * 32;
-      for (int64_t row = row_begin; row < row_end; row += high) {
-        const int64_t rows = std::min(high, row_end - row), row_tiles = ceil_div(rows, kLane);
-        pack<false>(p.left, row, rows, k, deep, scratch.left());
-        const int64_t panel = tiles * kTile, sum_stride = column_tiles * kLane * kLane;
-        for (int64_t t = 0; t < tiles || t == 0; t += kPanelTiles) {
-          const int64_t count = std::min(kPanelTiles, tiles - t);
-          for (int64_t c = 0; c < column_tiles; c += 2) {
-            for (int64_t r = 0; r < row_tiles; r += 2) {
-              const Micro micro = kernels.micro[r + 1 < row_tiles][c + 1 < column_tiles];
-              micro(scratch.left() + r * panel + t * kTile, panel, scratch.right() + c * panel + t * kTile, panel,
-                    count, scratch.sums() + r * sum_stride + c * kLane * kLane, sum_stride, t == 0);
-            }
-          }
-        }
-        write_out(p, scratch.sums(), row, rows, column, columns, p.add || k > 0);
-      }
-    }
-  }
-  kernels.end();
-}
+constexpr Kernels kAvx512Bf16 = {pack<uint16_t, false>, pack<uint16_t, true>,
+                                 {{micro_avx512<1, 1>, micro_avx512<1, 2>}, {micro_avx512<2, 1>, micro_avx512<2, 2>}},
+                                 write_out, nothing, nothing, 2, 8, 1 << 20};
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
 template <int RowTiles, int ColumnTiles>
-void micro_amx(const uint16_t* left, int64_t left_panel, const uint16_t* right, int64_t right_panel, int64_t tiles,
-               float* sums, int64_t sum_stride, bool fresh) {
+void micro_amx(const char* left, int64_t left_panel, const char* right, int64_t right_panel, int64_t tiles, float* sums,
+               int64_t sum_stride, bool fresh) {
   constexpr int kRow = 64;
   // gcc does not know that tile loads read memory.
   __asm__ volatile("" ::: "memory");
@@ -257,7 +149,7 @@ void micro_amx(const uint16_t* left, int64_t left_panel, const uint16_t* right, 
     if (RowTiles > 1 && ColumnTiles > 1) _tile_loadd(3, below + kLane * kLane, kRow);
   }
   for (int64_t t = 0; t < tiles; ++t) {
-    const uint16_t *a = left + t * kTile, *b = right + t * kTile;
+    const char *a = left + 2 * t * kTile, *b = right + 2 * t * kTile;
     _tile_loadd(4, a, kRow);
     _tile_loadd(6, b, kRow);
     _tile_dpbf16ps(0, 4, 6);
@@ -283,8 +175,9 @@ alignas(64) constexpr uint8_t kTileConfig[64] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
                                                  0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
 inline void configure_tiles() { _tile_loadconfig(kTileConfig); }
 inline void release_tiles() { _tile_release(); }
-constexpr Kernels kAmx = {{{micro_amx<1, 1>, micro_amx<1, 2>}, {micro_amx<2, 1>, micro_amx<2, 2>}}, configure_tiles,
-                          release_tiles};
+constexpr Kernels kAmx = {pack<uint16_t, false>, pack<uint16_t, true>,
+                          {{micro_amx<1, 1>, micro_amx<1, 2>}, {micro_amx<2, 1>, micro_amx<2, 2>}},
+                          write_out, configure_tiles, release_tiles, 2, 8, 1 << 20};
 #pragma GCC pop_options
 
 }  // namespace gemm

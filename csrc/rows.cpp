@@ -15,14 +15,14 @@
 
 #include "rows.h"
 
-#define VK_INLINE static inline __attribute__((always_inline))
-
 namespace var_kernels {
 
 // What the compiler's baseline has: SSE2 on x86-64, NEON on arm64.
 namespace baseline {
 #define VK_LANES 4
+#include "vectors.inc"
 #include "rows_kernels.inc"
+#undef VK_LANES
 }  // namespace baseline
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -32,7 +32,9 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define VK_LANES 8
+#include "vectors.inc"
 #include "rows_kernels.inc"
+#undef VK_LANES
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -40,7 +42,9 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
 namespace avx512 {
 #define VK_LANES 16
+#include "vectors.inc"
 #include "rows_kernels.inc"
+#undef VK_LANES
 }  // namespace avx512
 #pragma GCC pop_options
 #endif

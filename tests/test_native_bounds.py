@@ -41,7 +41,7 @@ for level in range(rows_native.best_level() + 1):
             for bias_v in (None, bias):
                 rows_native.row_stats(logits, labels, stats, 0, bias_v, LogitTransform())
             rows_native.row_grad(logits, labels, stats.lse_N, coefficients, 0, bias, LogitTransform(), dtype)
-for level in range(1, gemm_native.best_level() + 1):
+for level in gemm_native.levels():
     gemm_native.LEVEL = level
     for n, d, v in ((1, 1, 1), (7, 30, 65), (5, 515, 130), (33, 2049, 17)):
         for transposed in (False, True):

@@ -40,9 +40,9 @@ def size(choose: random.Random, largest: int) -> int:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_products(seed, monkeypatch):
     if gemm_native.best_level() == 0:
-        pytest.skip("no AVX-512 BF16 here")
+        pytest.skip("no C++ kernels here")
     choose = random.Random(seed)
-    monkeypatch.setattr(gemm_native, "LEVEL", choose.randint(1, gemm_native.best_level()))
+    monkeypatch.setattr(gemm_native, "LEVEL", choose.choice(gemm_native.levels()))
     m, k, n = size(choose, 300), size(choose, 2200), size(choose, 700)
     left = strided(choose, m, k, torch.bfloat16) if seed % 2 else strided(choose, k, m, torch.bfloat16).t()
     right = strided(choose, k, n, torch.bfloat16) if seed % 3 else strided(choose, n, k, torch.bfloat16).t()

@@ -9,17 +9,25 @@ from torch import Tensor
 
 from . import rows_native
 
-# Instructions of the GEMM: None for the best of this machine, else 0 (none: torch's GEMMs), 1 (AVX-512 BF16), 2 (AMX).
+# Instructions of the GEMM: None for the fastest of this machine, else an index of LEVEL_NAMES; 0: torch's GEMMs. Those
+# up to AVX-512 multiply widened operands, the last two pairs of bf16.
 LEVEL: int | None = None
-LEVEL_NAMES = ("torch", "AVX-512 BF16", "AMX")
+LEVEL_NAMES = ("torch", "baseline vectors", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 # Of a product that is rounded to bf16: its sums stay in the cache.
 _MAX_ROUNDED_DEPTH = 4096
 
 
 @functools.cache
 def best_level() -> int:
-    """Index in ``LEVEL_NAMES`` of the best instructions that this machine runs."""
+    """Index in ``LEVEL_NAMES`` of the fastest instructions that this machine runs."""
     return 0 if rows_native.obstacle() else torch.ops.var_kernels_native.best_gemm_level()
+
+
+def levels() -> list[int]:
+    """Every level of the extension that this machine runs."""
+    if rows_native.obstacle():
+        return []
+    return [i for i in range(1, len(LEVEL_NAMES)) if torch.ops.var_kernels_native.has_gemm_level(i)]
 
 
 def _level() -> int:
@@ -27,7 +35,7 @@ def _level() -> int:
 
 
 def runs() -> bool:
-    """Whether this machine has the instructions."""
+    """Whether the extension is there, and wanted."""
     return _level() > 0
 
 
@@ -44,7 +52,7 @@ def takes(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """out = or += left @ right: exact products, fp32 sums in an order that depends on the depth alone. Denormal
-    operands count as 0.
+    """out = or += left @ right: exact products, fp32 sums in an order that depends on the depth alone. To AMX and
+    AVX-512 BF16 denormal operands are 0.
     """
     torch.ops.var_kernels_native.product_into(out, left, right, add, _level())

@@ -1,0 +1,120 @@
+// out = or += A B for bf16 operands of any layout: blocks of both are packed into panels of 16 lanes, multiplied by an
+// instruction set's own kernels (gemm_fma.inc, gemm_x86.h) and summed in fp32. Products are exact; an element's sum runs
+// over its depth in an order that depends on the depth alone, so its bits depend neither on the block that it is
+// computed in nor on threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace var_kernels {
+namespace gemm {
+
+// One side of the product: lanes are rows of A or columns of B, depth is what is summed over; one stride of the two is 1.
+struct Operand {
+  const uint16_t* data;
+  int64_t lanes, depth, lane_stride, depth_stride;
+};
+
+struct Product {
+  Operand left, right;
+  char* out;           // (left.lanes, right.lanes) fp32 or bf16, columns next to each other
+  int64_t out_stride;  // in elements
+  bool narrow;         // bf16; then the depth is at most kMaxDepth and nothing is added to
+  bool add;
+};
+
+// A tile: 16 lanes by 32 of depth. A panel: the tiles of 16 lanes, along the depth.
+constexpr int64_t kLane = 16, kDeep = 32, kTile = kLane * kDeep;
+// Depth of a packed block; of a product that is rounded as soon as it is summed.
+constexpr int64_t kBlockDepth = 2048, kMaxDepth = 4096;
+// Columns of a block of B at most; rows of one of A, and its bytes; elements of the sums, which are 16 x 16 blocks.
+constexpr int64_t kWide = 512, kHigh = 128, kLeftBytes = 1 << 18, kSumElements = kWide * kHigh;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What an instruction set brings.
+struct Kernels {
+  // Lanes [lane, lane + lanes) and [depth, depth + deep) into panels, zeros beyond the operand.
+  using Pack = void (*)(const Operand& from, int64_t lane, int64_t lanes, int64_t depth, int64_t deep, char* to);
+  // Multiplies panels of A by panels of B (1 or 2 of each, so many bytes apart) over `tiles` of depth; the sums of two
+  // column panels are next to each other, those of two row panels sum_stride floats apart. `fresh`: from 0.
+  using Micro = void (*)(const char* left, int64_t left_panel, const char* right, int64_t right_panel, int64_t tiles,
+                         float* sums, int64_t sum_stride, bool fresh);
+  // Rows [row, row + rows) by columns [column, column + columns) of the sums into the result.
+  using Write = void (*)(const Product& p, const float* sums, int64_t row, int64_t rows, int64_t column,
+                         int64_t columns, bool add);
+
+  Pack pack_left, pack_right;
+  Micro micro[2][2];  // [row panels - 1][column panels - 1]
+  Write write;
+  void (*begin)();  // before and after a thread's calls
+  void (*end)();
+  int64_t element_bytes;  // of a packed element
+  int64_t panel_tiles;    // of depth that a micro-kernel sums up before it stores: its panels fit the first-level cache
+  int64_t right_bytes;    // of a packed block of B, at most kRightBytes
+};
+
+constexpr int64_t kRightBytes = 1 << 22;
+
+inline void nothing() {}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Kept by each thread: fresh pages cost more than their contents here.
+struct Scratch {
+  std::unique_ptr<char, Free> memory{static_cast<char*>(std::aligned_alloc(4096, kBytes))};
+  static constexpr int64_t kBytes = kRightBytes + kLeftBytes + 4 * kSumElements;
+  char* right() const { return memory.get(); }
+  char* left() const { return right() + kRightBytes; }
+  float* sums() const { return reinterpret_cast<float*>(left() + kLeftBytes); }
+};
+
+// Rows [row_begin, row_end) by columns [column_begin, column_end), by one thread.
+inline void multiply_block(const Product& p, const Kernels& kernels, int64_t row_begin, int64_t row_end,
+                           int64_t column_begin, int64_t column_end) {
+  thread_local const Scratch scratch;
+  if (!scratch.memory) throw std::bad_alloc();
+  kernels.begin();
+  const int64_t depth = p.left.depth, block_depth = p.narrow ? std::max(depth, kDeep) : kBlockDepth;
+  const int64_t tile_bytes = kTile * kernels.element_bytes, left_tiles = kLeftBytes / tile_bytes / (kHigh / kLane);
+  for (int64_t k = 0; k < depth || k == 0; k += block_depth) {
+    const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep);
+    const int64_t right_panel = tiles * tile_bytes;
+    const int64_t panels = std::min(kernels.right_bytes / std::max(right_panel, tile_bytes), kWide / kLane) / 2 * 2;
+    for (int64_t column = column_begin; column < column_end; column += panels * kLane) {
+      const int64_t columns = std::min(panels * kLane, column_end - column), column_panels = ceil_div(columns, kLane);
+      kernels.pack_right(p.right, column, columns, k, deep, scratch.right());
+      for (int64_t row = row_begin; row < row_end; row += kHigh) {
+        const int64_t rows = std::min(kHigh, row_end - row), row_panels = ceil_div(rows, kLane);
+        const int64_t sum_stride = column_panels * kLane * kLane;
+        for (int64_t first = 0; first < tiles || first == 0; first += left_tiles) {
+          const int64_t count = std::min(left_tiles, tiles - first), left_panel = count * tile_bytes;
+          kernels.pack_left(p.left, row, rows, k + first * kDeep, std::min(count * kDeep, deep - first * kDeep),
+                            scratch.left());
+          for (int64_t t = 0; t < count || t == 0; t += kernels.panel_tiles) {
+            for (int64_t c = 0; c < column_panels; c += 2) {
+              for (int64_t r = 0; r < row_panels; r += 2) {
+                const Kernels::Micro micro = kernels.micro[r + 1 < row_panels][c + 1 < column_panels];
+                micro(scratch.left() + r * left_panel + t * tile_bytes, left_panel,
+                      scratch.right() + c * right_panel + (first + t) * tile_bytes, right_panel,
+                      std::min(kernels.panel_tiles, count - t), scratch.sums() + r * sum_stride + c * kLane * kLane,
+                      sum_stride, first + t == 0);
+              }
+            }
+          }
+        }
+        kernels.write(p, scratch.sums(), row, rows, column, columns, p.add || k > 0);
+      }
+    }
+  }
+  kernels.end();
+}
+
+}  // namespace gemm
+}  // namespace var_kernels

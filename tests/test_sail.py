@@ -203,3 +203,68 @@ def test_refusals():
         sail_pp_loss(*[ZERO] * 4, beta=0.1, score_coef=math.inf)
     with pytest.raises(ValueError, match="beta must be finite and > 0"):
         sail_pp_loss(*[ZERO] * 4, beta=0.0)
+
+
+# ---- the baseline of the score term ----------------------------------------------------------------------------------
+
+PAIRS_A_CALL = 2
+CALLS = torch.cartesian_prod(*[torch.arange(R * R)] * PAIRS_A_CALL)  # every call of two pairs that can be drawn
+
+
+def gradients_of_calls(case, **options):
+    """Probability of each call, (C,), and the gradient that it gives, the mean over its pairs, (C, R)."""
+    probability, _ = probability_of_pairs(THETA, case)
+    probability = probability.view(R, R)[WIN, LOSE]
+    theta = THETA.clone().requires_grad_()
+    logp = theta.log_softmax(0)
+    jacobian = torch.stack([torch.autograd.grad(logp[y], theta, retain_graph=True)[0] for y in range(R)])  # (R, R)
+    rows = []
+    for call in CALLS:
+        chosen, rejected = logp.detach()[WIN[call]], logp.detach()[LOSE[call]]
+        reference = (REF_LOGP[WIN[call]], REF_LOGP[LOSE[call]])
+        dchosen, drejected = gradients(LOSSES[case], chosen, rejected, *reference, beta=BETA, **options)
+        rows.append((dchosen @ jacobian[WIN[call]] + drejected @ jacobian[LOSE[call]]) / PAIRS_A_CALL)
+    return probability[CALLS].prod(-1), torch.stack(rows)
+
+
+@pytest.mark.parametrize("case", ["PP", "PR"])
+def test_baseline_keeps_the_expected_gradient_and_takes_the_variance(case):
+    spread = {}
+    for baseline in ("none", "leave_one_out"):
+        probability, rows = gradients_of_calls(case, baseline=baseline)
+        assert probability.sum().item() == pytest.approx(1.0)
+        mean = probability @ rows
+        assert (mean - exact_gradient(case)).abs().max() < 1e-12
+        spread[baseline] = (probability @ (rows - mean).square().sum(-1)).item()
+    assert spread["leave_one_out"] < 0.3 * spread["none"]
+
+
+def test_baseline_by_hand():
+    logps = log_probs(p=3)
+    margin = BETA * (logps[0] - logps[2] - logps[1] + logps[3])
+    f = margin.sigmoid().log()
+    others = torch.stack([(f[1] + f[2]) / 2, (f[0] + f[2]) / 2, (f[0] + f[1]) / 2])
+    exact, reduced = (
+        gradients(sail_pp_loss, *logps, beta=BETA, score_coef=0.3, baseline=baseline)
+        for baseline in ("none", "leave_one_out")
+    )
+    for before, after in zip(exact, reduced, strict=True):
+        torch.testing.assert_close(after, before + 0.3 * others)
+    alone = [logp[:1] for logp in logps]  # no other pair: no baseline
+    kept = sail_pr_loss(*alone, beta=BETA, baseline="leave_one_out")
+    assert torch.equal(kept, sail_pr_loss(*alone, beta=BETA))
+
+
+def test_a_baseline_of_all_pairs_would_be_biased():
+    """With the pair itself in the mean, (1 - 1/P) of the score term is left: the enumeration above can tell."""
+    probability, left_out = gradients_of_calls("PR", baseline="leave_one_out")
+    _, without = gradients_of_calls("PR", score_coef=0.0)
+    all_pairs = without + (left_out - without) * (1 - 1 / PAIRS_A_CALL)
+    assert (probability @ all_pairs - exact_gradient("PR")).abs().max() > 1e-3
+
+
+def test_baseline_refusals():
+    with pytest.raises(ValueError, match="baseline must be one of 'none', 'leave_one_out', got 'mean'"):
+        sail_pr_loss(*[ZERO] * 4, beta=0.1, baseline="mean")
+    with pytest.raises(ValueError, match="baseline must be 'none' for form='released', got 'leave_one_out'"):
+        sail_pp_loss(*[ZERO] * 4, beta=0.1, form="released", baseline="leave_one_out")

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_number, check_rows, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.token import check_tokens
 
@@ -74,7 +74,7 @@ def alol_loss(
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
     advantage_B = alol_advantage(reward, value, squash=squash)
-    return -advantage_B * _clipped_ratio(policy_logp, ref_logp, clip_range) * wide(policy_logp)
+    return times(-advantage_B * _clipped_ratio(policy_logp, ref_logp, clip_range), wide(policy_logp))
 
 
 @register(
@@ -108,7 +108,7 @@ def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor,
     """
     check_tokens({"token_logp": token_logp, "ref_token_logp": ref_token_logp, "advantage": advantage})
     ratio = _clipped_ratio(token_logp, ref_token_logp, clip_range)
-    return -wide(advantage.detach()) * ratio * wide(token_logp)
+    return times(-wide(advantage.detach()) * ratio, wide(token_logp))
 
 
 @register("alol_ref_free", pass_class="A", item="sequence", formula="-A+ s", source=_SOURCE, evidence="code")
@@ -131,7 +131,7 @@ def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, sq
     """
     check_rows(policy_logp=policy_logp, reward=reward, value=value)
     check_constants(reward=reward, value=value)
-    return -alol_advantage(reward, value, squash=squash) * wide(policy_logp)
+    return times(-alol_advantage(reward, value, squash=squash), wide(policy_logp))
 
 
 @register("alol_kl", pass_class="A", item="sequence", formula="-A+ s + beta (s - sr)", source=_SOURCE, evidence="code")
@@ -160,8 +160,8 @@ def alol_kl_loss(
     check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
-    policy_B = wide(policy_logp)
-    return -alol_advantage(reward, value, squash=squash) * policy_B + beta * (policy_B - wide(ref_logp.detach()))
+    slope_B = beta - alol_advantage(reward, value, squash=squash)
+    return times(slope_B, wide(policy_logp)) - beta * wide(ref_logp.detach())
 
 
 @register(
@@ -196,7 +196,7 @@ def rlol_loss(
     """
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_constants(ref_logp=ref_logp, reward=reward)
-    return -_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range) * wide(policy_logp)
+    return times(-_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range), wide(policy_logp))
 
 
 @register("rgold", pass_class="B", item="token", formula="-R sg(max(p, 0.1)) lp", source=_SOURCE, evidence="code")
@@ -225,7 +225,7 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
         raise ValueError(f"min_prob must be in [0, 1], got {min_prob}; it bounds a probability from below")
     check_tokens({"token_logp": token_logp, "advantage": advantage})
     logp = wide(token_logp)
-    return -wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob) * logp
+    return times(-wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob), logp)
 
 
 @register("weighted_bc", pass_class="A", item="sequence", formula="-R s", source=_SOURCE, evidence="code")
@@ -248,7 +248,7 @@ def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True
     """
     check_rows(policy_logp=policy_logp, reward=reward)
     check_constants(reward=reward)
-    return -_squashed(reward, squash) * wide(policy_logp)
+    return times(-_squashed(reward, squash), wide(policy_logp))
 
 
 def _squashed(reward: Tensor, squash: bool) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_number, check_rows, wide
+from var_kernels.losses.checks import check_choice, check_number, check_rows, times, wide
 from var_kernels.losses.registry import register
 
 REGULARISED = ("both", "chosen", "rejected")
@@ -75,7 +75,7 @@ def ava_d_loss(
     _check_options(beta=beta, lam=lam, gamma=gamma)
     _check("", token_logp=token_logp, mu=mu, log_sigma=log_sigma, mask=mask)
     q, mu, log_sigma = _masked(mask, token_logp, mu, log_sigma)
-    return -(beta * q.sum(-1) + _regulariser(q, mu, log_sigma, mask, gamma, lam))
+    return -(times(beta, q.sum(-1)) + _regulariser(q, mu, log_sigma, mask, gamma, lam))
 
 
 @register(
@@ -143,7 +143,7 @@ def ava_p_loss(
     for name, sign, response in (("chosen", 1.0, chosen), ("rejected", -1.0, rejected)):
         mask = response["mask"]
         q, mu, log_sigma = _masked(mask, response["token_logp"], response["mu"], response["log_sigma"])
-        objective = objective + sign * beta * q.sum(-1)
+        objective = objective + times(sign * beta, q.sum(-1))
         if regularise in ("both", name):
             objective = objective + _regulariser(q, mu, log_sigma, mask, gamma, lam)
         last_mu.append(last_value(mu, mask))
@@ -192,9 +192,9 @@ def _regulariser(q: Tensor, mu: Tensor, log_sigma: Tensor, mask: Tensor, gamma: 
     """sum_t (-KL_t + lam TD_t) of each sequence, (B,)."""
     kl = ((2 * log_sigma).exp() + mu.square() - 1) / 2 - log_sigma
     both = mask[:, 1:] & mask[:, :-1]
-    error = (q[:, :-1] - gamma * q[:, 1:] - mu[:, :-1]) * (-log_sigma[:, :-1]).exp()
+    error = (q[:, :-1] - times(gamma, q[:, 1:]) - mu[:, :-1]) * (-log_sigma[:, :-1]).exp()
     td = -error.square() / 2 - log_sigma[:, :-1] - math.log(2 * math.pi) / 2
-    return lam * td.where(both, 0.0).sum(-1) - kl.sum(-1)  # N(0, 1) stands where nothing counts: KL 0
+    return times(lam, td.where(both, 0.0).sum(-1)) - kl.sum(-1)  # N(0, 1) stands where nothing counts: KL 0
 
 
 def last_value(mu: Tensor, mask: Tensor) -> Tensor:

@@ -16,6 +16,13 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def times(weight: float | Tensor, values: Tensor) -> Tensor:
+    """weight * values, and 0 where the weight is 0, also of -inf: the log-prob of a label that the policy forbids."""
+    if isinstance(weight, Tensor):
+        return (weight * values).where(weight != 0, 0.0)
+    return weight * values if weight else torch.zeros_like(values)
+
+
 def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
     """Floating-point vectors of one shape and device, one entry per ``item``: named after the arguments."""
     first, *others = tensors

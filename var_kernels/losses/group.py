@@ -56,7 +56,8 @@ def exo_loss(
     check_constants(ref_logp=ref_logp, reward=reward)
     log_f_B = group_log_softmax(beta * (wide(policy_logp) - wide(ref_logp.detach())), group_ids)
     log_p_B = group_log_softmax(wide(reward.detach()) / reward_temperature, group_ids)
-    return log_f_B.exp() * (log_f_B - log_p_B)
+    f_B = log_f_B.exp()
+    return f_B * (log_f_B - log_p_B).where(f_B > 0, 0.0)
 
 
 @register(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_number, check_rows, per_token, wide
+from var_kernels.losses.checks import check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 
@@ -51,7 +51,7 @@ def slic_loss(
         tensors["policy_target_logp"] = policy_target_logp
     check_rows("pair", **tensors)
     hinge_P = torch.relu(delta - (wide(policy_chosen_logp) - wide(policy_rejected_logp)))
-    return hinge_P - target_weight * wide(policy_target_logp)
+    return hinge_P - times(target_weight, wide(policy_target_logp))
 
 
 @register(
@@ -135,7 +135,7 @@ def orpo_loss(
     """
     check_number("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
-    return -chosen_P - odds_weight * logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P))
+    return -chosen_P - times(odds_weight, logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P)))
 
 
 def _log_odds(logp_P: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, wide
+from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 _SWAP = "swap chosen and rejected to reverse the preference"
@@ -53,7 +53,7 @@ def dpo_loss(
     """
     _check_smoothing(label_smoothing)
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
+    return -(1 - label_smoothing) * logsigmoid(margin_P) - times(label_smoothing, logsigmoid(-margin_P))
 
 
 @register(
@@ -97,7 +97,7 @@ def robust_dpo_loss(
     """
     _check_smoothing(label_smoothing)
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) + label_smoothing * logsigmoid(-margin_P)
+    loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) + times(label_smoothing, logsigmoid(-margin_P))
     return loss_P / (1 - 2 * label_smoothing)
 
 

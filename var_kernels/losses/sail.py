@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_number, wide
+from var_kernels.losses.checks import check_choice, check_number, times, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 
 FORMS = ("exact", "released")
+BASELINES = ("none", "leave_one_out")
 
 
 @register(
@@ -62,7 +63,7 @@ def sail_dp_loss(
     "sail_pp",
     pass_class="C",
     item="pair",
-    formula="-F - squared_coef/2 F^2 - score_coef sg(F) (s_w + s_l), F = log sigmoid(beta D)",
+    formula="-F - squared_coef/2 F^2 - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
 )
@@ -76,14 +77,19 @@ def sail_pp_loss(
     squared_coef: float = 1.0,
     score_coef: float = 1.0,
     form: str = "exact",
+    baseline: str = "none",
 ) -> Tensor:
     """SAIL on responses of the policy, with labels of the policy (PP).
 
-        loss = -F - squared_coef/2 F^2 - score_coef sg(F) (s_w + s_l)
-        dloss/ds_w = -a - score_coef F,   dloss/ds_l = a - score_coef F,   a as in ``sail_dp_loss``
+        loss = -F - squared_coef/2 F^2 - score_coef sg(F - b) (s_w + s_l)
+        dloss/ds_w = -a - score_coef (F - b),   dloss/ds_l = a - score_coef (F - b),   a as in ``sail_dp_loss``
 
     sg stops the gradient: the last term is the score function of the responses' own distribution. Draw both responses
     from the current policy, then the label with ``draw_preference``. Coefficients of 1 give the exact gradient.
+
+    b is 0, or the mean of F over the OTHER pairs of the call. The score s_w + s_l has no gradient on average over the
+    policy's own draws, so a b that does not depend on the pair leaves the expected gradient as it is; and F hovers
+    about log 1/2, so nearly all of the score term's variance goes with it.
 
     Args:
         as ``sail_dp_loss``, and
@@ -91,18 +97,22 @@ def sail_pp_loss(
         form: "exact", or "released" for replication: the released code divides the score term by the sequence's
             log-prob, which is negative, so that the term's sign is flipped and its size is off by |s|:
             -score_coef sg(F) (s_w / sg(s_w) + s_l / sg(s_l)). Not a gradient of the objective.
+        baseline: "none", as derived, b = 0; or "leave_one_out", b_i = sum_{j != i} F_j / (P - 1), 0 for a single pair.
+            It couples the pairs of a call (of a micro-batch of a rank); each call by itself stays unbiased. Not with
+            the released form, whose score has a gradient on average.
 
-    Returns, Raises, Source: as ``sail_dp_loss``.
+    Returns, Raises, Source: as ``sail_dp_loss``; the baseline is REINFORCE's, left one out (arXiv 2402.14740).
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(*logps, beta=beta, squared_coef=squared_coef, score_coef=score_coef, form=form)
+    options = {"squared_coef": squared_coef, "score_coef": score_coef, "form": form, "baseline": baseline}
+    return _sail(*logps, beta=beta, **options)
 
 
 @register(
     "sail_pr",
     pass_class="C",
     item="pair",
-    formula="-F - score_coef sg(F) (s_w + s_l), F = log sigmoid(beta D)",
+    formula="-F - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
 )
@@ -115,11 +125,12 @@ def sail_pr_loss(
     beta: float,
     score_coef: float = 1.0,
     form: str = "exact",
+    baseline: str = "none",
 ) -> Tensor:
     """SAIL on responses of the policy, with labels of a reward model (PR).
 
-        loss = -F - score_coef sg(F) (s_w + s_l)
-        dloss/ds_w = -beta sigmoid(-m) - score_coef F,   dloss/ds_l = beta sigmoid(-m) - score_coef F
+        loss = -F - score_coef sg(F - b) (s_w + s_l)
+        dloss/ds_w = -beta sigmoid(-m) - score_coef (F - b),   dloss/ds_l = beta sigmoid(-m) - score_coef (F - b)
 
     Draw both responses from the current policy; the label from sigmoid(r_w - r_l) or by the higher reward.
     score_coef = 1 gives the exact gradient. Released: share 0.3, score_coef 0.3.
@@ -130,7 +141,7 @@ def sail_pr_loss(
     Returns, Raises, Source: as ``sail_dp_loss``.
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(*logps, beta=beta, score_coef=score_coef, form=form)
+    return _sail(*logps, beta=beta, score_coef=score_coef, form=form, baseline=baseline)
 
 
 def draw_preference(margin: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -161,18 +172,27 @@ def _sail(
     squared_coef: float = 0.0,
     score_coef: float = 0.0,
     form: str = "exact",
+    baseline: str = "none",
 ) -> Tensor:
     check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
     check_number("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
     check_number("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
     check_choice("form", form, FORMS)
+    check_choice("baseline", baseline, BASELINES)
+    if form == "released" and baseline != "none":
+        raise ValueError(
+            f"baseline must be 'none' for form='released', got {baseline!r}; it would shift that form's gradient"
+        )
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     log_win_P = logsigmoid(beta * (chosen_P - rejected_P))
-    loss_P = -log_win_P - 0.5 * squared_coef * log_win_P.square()
+    loss_P = -log_win_P * (1 + times(0.5 * squared_coef, log_win_P))
     if score_coef == 0:
         return loss_P
+    factor_P = log_win_P.detach()
+    if baseline == "leave_one_out" and len(factor_P) > 1:
+        factor_P = factor_P - (factor_P.sum() - factor_P) / (len(factor_P) - 1)
     scores = [wide(policy_chosen_logp), wide(policy_rejected_logp)]
     if form == "released":
         # a log-prob of 0 has no ratio: held just below it
         scores = [s / s.detach().clamp(max=-torch.finfo(s.dtype).eps) for s in scores]
-    return loss_P - score_coef * log_win_P.detach() * (scores[0] + scores[1])
+    return loss_P - times(score_coef * factor_P, scores[0] + scores[1])

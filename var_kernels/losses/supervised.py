@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, wide
+from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 ADVANTAGE_EPS = 1e-5  # the authors' code
@@ -78,7 +78,7 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     check_rows(policy_logp=policy_logp, advantage=advantage)
     check_constants(advantage=advantage)
     log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
-    return -log_weight_B.exp() * wide(policy_logp)
+    return times(-log_weight_B.exp(), wide(policy_logp))
 
 
 def standardised_advantage(
@@ -141,4 +141,4 @@ def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
     """
     check_rows(policy_logp=policy_logp, sample_weight=sample_weight)
     check_constants(sample_weight=sample_weight)
-    return -wide(sample_weight.detach()) * wide(policy_logp)
+    return times(-wide(sample_weight.detach()), wide(policy_logp))

@@ -8,12 +8,13 @@ How the terms of a sequence are weighted (1 / length and the like) is no part of
 ``token_weight``, which ``length_weights`` makes for GRPO, DAPO and Dr. GRPO.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_number, wide
+from var_kernels.losses.checks import check_choice, check_number, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
 
@@ -45,7 +46,7 @@ def dft_loss(token_logp: Tensor) -> Tensor:
     """
     check_tokens({"token_logp": token_logp})
     logp = wide(token_logp)
-    return -logp.detach().exp() * logp
+    return times(-logp.detach().exp(), logp)
 
 
 @register(
@@ -228,7 +229,8 @@ def kl_k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
     From lpr - lp = 20 nats on it follows its tangent. (...), (...) -> (...).
     """
     log_ratio = _log_ratio(token_logp, ref_token_logp)
-    return _bounded_exp(log_ratio, minus_one=True) - log_ratio
+    near, beyond = _split(log_ratio)
+    return near.expm1() - near + math.expm1(_LARGEST_LOG_RATIO) * beyond
 
 
 def _log_ratio(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
@@ -236,10 +238,15 @@ def _log_ratio(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
     return wide(ref_token_logp.detach()) - wide(token_logp)
 
 
-def _bounded_exp(x: Tensor, *, minus_one: bool = False) -> Tensor:
-    """exp(x), or expm1(x), and beyond 20 its tangent there: never inf, and the gradient does not vanish."""
-    near = x.clamp(max=_LARGEST_LOG_RATIO)
-    return (near.expm1() if minus_one else near.exp()) + near.detach().exp() * (x - near)
+def _bounded_exp(x: Tensor) -> Tensor:
+    """exp(x), and beyond 20 its tangent there: never inf, and the gradient does not vanish."""
+    near, beyond = _split(x)
+    return near.exp() + math.exp(_LARGEST_LOG_RATIO) * beyond
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """min(x, 20) and max(x - 20, 0): no difference of infinities for x = -inf."""
+    return x.clamp(max=_LARGEST_LOG_RATIO), torch.relu(x - _LARGEST_LOG_RATIO)
 
 
 def _check_clip(clip_low: float, clip_high: float) -> None:

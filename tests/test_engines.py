@@ -8,7 +8,7 @@ from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob, linear_token_loss, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients
 from var_kernels.ops import checks
-from var_kernels.ops.engines import Head, HeadOptions, _zero_row_ends
+from var_kernels.ops.head import Head, HeadOptions, zero_row_ends
 
 N, V, D = 63, 507, 72
 ALL = {"return_lse": True, "return_entropy": True, "return_argmax": True}
@@ -39,11 +39,11 @@ def test_row_ends_are_zero_for_16_bit_gemms(target):
 
 def test_row_ends_leave_the_next_row_alone():
     values = torch.ones(3, 40)
-    _zero_row_ends(values[:, :38])
+    zero_row_ends(values[:, :38])
     assert values[:, :38].all()
     assert not values[:, 38:].any()
     whole = torch.ones(2, 33)
-    _zero_row_ends(whole)
+    zero_row_ends(whole)
     assert whole.all()
 
 

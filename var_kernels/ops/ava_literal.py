@@ -8,8 +8,9 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from var_kernels.ops.call import prepare
-from var_kernels.ops.engines import Head, Needs, forward_pass
+from var_kernels.ops.engines import forward_pass
 from var_kernels.ops.gemm import partial_bytes
+from var_kernels.ops.head import Head, Needs
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices, spans, upcast_bytes
 from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, within_cache
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import HeadOptions, Needs, tile_dtype
+from var_kernels.ops.head import HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import UNKNOWN, budget_bytes
 
 

@@ -9,17 +9,8 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import (
-    Gradients,
-    Head,
-    HeadOptions,
-    Needs,
-    forward_pass,
-    one_pass_fits,
-    tile_dtype,
-    token_chunk_pass,
-    vocabulary_pass,
-)
+from var_kernels.ops.engines import forward_pass, one_pass_fits, token_chunk_pass, vocabulary_pass
+from var_kernels.ops.head import Gradients, Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import UNKNOWN, budget_bytes
 
 

@@ -7,220 +7,23 @@ vocabulary_pass   3 GEMMs  backward for any upstream gradient: logits recomputed
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.backend import row_kernels
-from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into, upcasts
+from var_kernels.kernels.rows import RowCoefficients, RowStats
+from var_kernels.ops.gemm import add_product, logits_into, product_into
+from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
 from var_kernels.ops.workspace import (
     MAX_CPU_BACKWARD_ROWS,
     MAX_FORWARD_ROWS,
-    TileCost,
     TilePlan,
     holds_token_chunks,
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
-    within_cache,
 )
-
-_ROW_ELEMENTS = 32
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """Everything about the head and the run that is no tensor: budget in bytes; lse, entropy, argmax: outputs that
-    were asked for.
-    """
-
-    transform: LogitTransform
-    label_smoothing: float
-    precision: str
-    budget: int
-    backend: str
-    lse: bool = False
-    entropy: bool = False
-    argmax: bool = False
-
-
-def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
-    """fp32 logits, fp64 ones for fp64 operands; "fast" keeps the operands' dtype."""
-    return operand if operand == torch.float64 or precision == "fast" else torch.float32
-
-
-def _aligned(columns: int) -> int:
-    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes, and read up to
-    32 elements at once (see ``_zero_row_ends``)."""
-    return -(-columns // _ROW_ELEMENTS) * _ROW_ELEMENTS
-
-
-def _zero_row_ends(values_nv: Tensor) -> None:
-    """Zeros in the columns behind a row's last, up to a multiple of 32.
-
-    On CPUs with AMX the bf16 GEMM of torch 2.13 reads them and multiplies by 0, which leaves NaN where they hold NaN.
-    """
-    n, columns = values_nv.shape
-    end = min(-(-columns // 32) * 32, values_nv.stride(0))
-    if columns < end:
-        offset = values_nv.storage_offset() + columns
-        values_nv.as_strided((n, end - columns), values_nv.stride(), offset).zero_()
-
-
-@dataclass(frozen=True)
-class TileStorage:
-    """Memory that tiles of several shapes use in turn."""
-
-    elements: Tensor
-
-    def view(self, rows: int, columns: int) -> Tensor:
-        return self.elements[: rows * _aligned(columns)].view(rows, _aligned(columns))[:, :columns]
-
-
-@dataclass
-class Head:
-    """One call's tensors: hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), and the
-    options.
-    """
-
-    hidden_ND: Tensor
-    lm_head_weight_VD: Tensor
-    bias_V: Tensor | None
-    labels_NK: Tensor
-    options: HeadOptions
-
-    def __post_init__(self):
-        self.n, self.d = self.hidden_ND.shape
-        self.v = self.lm_head_weight_VD.shape[0]
-        self.operand = self.hidden_ND.dtype
-        self.tile = tile_dtype(self.operand, self.options.precision)
-        self.kernels = row_kernels(self.options.backend)
-        self.upcast = upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile, self.options.backend)
-
-    def new_stats(self) -> RowStats:
-        options = self.options
-        return RowStats.empty(
-            self.n,
-            self.labels_NK.shape[1],
-            self.hidden_ND,
-            entropy=options.entropy,
-            mean=options.label_smoothing > 0,
-            argmax=options.argmax,
-        )
-
-    def tile_cost(self, *, gradient: bool) -> TileCost:
-        """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs need beside it."""
-        copies = self._operand_copies(gradient)
-        return TileCost(
-            self._element(gradient), copies, copies, self.kernels.temporary_bytes(self.n, self.v, self.tile)
-        )
-
-    def tile_budget(self, rows: int, cost: TileCost) -> int:
-        """The budget of tiles that need not hold whole rows; the C++ kernels run faster on those that stay cached."""
-        budget = self.options.budget
-        return within_cache(rows, self.v, budget, cost) if self.options.backend == "native" else budget
-
-    def chunk_cost(self, budget: int) -> TileCost:
-        """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
-        copies = self._operand_copies(gradient=True)
-        fixed = self.kernels.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
-        return TileCost(self._element(gradient=True), 0, copies, fixed)
-
-    def weight_slice(self, budget: int) -> int:
-        """Vocabulary columns whose operand copies fit the quarter that ``chunk_cost`` sets aside; all of them where
-        none is made.
-        """
-        copies = self._operand_copies(gradient=True)
-        return min(self.v, max(1, budget // 4 // copies)) if copies else self.v
-
-    def _element(self, gradient: bool) -> int:
-        copies = self.kernels.COPIES_GRADIENT or self.bias_V is not None
-        cast = self.operand.itemsize if gradient and copies and self.operand != self.tile else 0
-        return self.tile.itemsize + cast
-
-    def _operand_copies(self, gradient: bool) -> int:
-        """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py)."""
-        upcast = self.tile.itemsize if self.upcast else 0
-        partial = 0
-        if gradient:
-            partial = partial_bytes(self.operand, self.hidden_ND.device, self.options.backend)
-        return self.d * (upcast + partial)
-
-    def new_tile(self, rows: int, columns: int) -> "TileStorage":
-        return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
-
-    def upcast_rows(self, start: int, stop: int) -> Tensor:
-        rows_nd = self.hidden_ND[start:stop]
-        return rows_nd.to(self.tile) if self.upcast else rows_nd
-
-    def bias_slice(self, start: int, stop: int) -> Tensor | None:
-        return None if self.bias_V is None else self.bias_V[start:stop]
-
-    def row_stats(self, logits_nv: Tensor, rows: slice, stats: RowStats, v_start: int) -> None:
-        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        self.kernels.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
-
-    def row_grad(
-        self,
-        logits_nv: Tensor,
-        rows: slice,
-        lse_n: Tensor,
-        coefficients: RowCoefficients,
-        v_start: int,
-        dbias_v: Tensor | None,
-    ) -> Tensor:
-        """The gradient in the raw logits, in the operands' dtype, its column sums added to dbias_v; in place."""
-        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        labels_nk, transform = self.labels_NK[rows], self.options.transform
-        # The columns' entries cancel, so they are summed before they are rounded.
-        dtype = self.operand if dbias_v is None else self.tile
-        dlogits_nv = self.kernels.row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, dtype)
-        if dbias_v is not None:
-            dbias_v += dlogits_nv.sum(0, dtype=dbias_v.dtype)
-        dlogits_nv = dlogits_nv.to(self.operand)
-        if dlogits_nv.device.type == "cpu" and self.operand == torch.bfloat16:
-            _zero_row_ends(dlogits_nv)
-        return dlogits_nv
-
-    def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
-        return RowCoefficients.from_upstream(
-            dlogp_NK, self.options.label_smoothing, self.v, dlse_N, dentropy_N, entropy_N
-        )
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients somebody asked for."""
-
-    hidden: bool
-    lm_head_weight: bool
-    bias: bool
-
-    def __bool__(self):
-        return self.hidden or self.lm_head_weight or self.bias
-
-
-@dataclass
-class Gradients:
-    """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), dbias_V in fp32; None where not
-    needed.
-    """
-
-    dhidden_ND: Tensor | None = None
-    dweight_VD: Tensor | None = None
-    dbias_V: Tensor | None = None
-
-    def cast(self, dtype: torch.dtype) -> "Gradients":
-        def to(t):
-            return None if t is None else t.to(dtype)
-
-        return Gradients(to(self.dhidden_ND), to(self.dweight_VD), to(self.dbias_V))
-
-
-def _accumulation_dtype(operand: torch.dtype) -> torch.dtype:
-    return torch.float64 if operand == torch.float64 else torch.float32
 
 
 def _spans(total: int, step: int):
@@ -307,7 +110,7 @@ def _in_one_chunk(head: Head) -> bool:
 
 def dweight_bytes(head: Head, needs: Needs) -> int:
     """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
-    accumulation = _accumulation_dtype(head.operand)
+    accumulation = accumulation_dtype(head.operand)
     if not needs.lm_head_weight or accumulation == head.operand or _in_one_chunk(head):
         return 0
     return head.v * head.d * accumulation.itemsize
@@ -324,7 +127,7 @@ def token_chunk_pass(
     plan = chunk_plan(head, needs)
     slice_width = head.weight_slice(head.options.budget - dweight_bytes(head, needs))
     storage = head.new_tile(plan.rows, head.v)
-    accumulation = _accumulation_dtype(head.operand)
+    accumulation = accumulation_dtype(head.operand)
     if needs.hidden:
         gradients.dhidden_ND = torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format)
     if needs.lm_head_weight:
@@ -360,7 +163,7 @@ def vocabulary_pass(
     head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients, logits_NV: Tensor | None = None
 ) -> Gradients:
     """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, or taken and overwritten."""
-    accumulation, backend = _accumulation_dtype(head.operand), head.options.backend
+    accumulation, backend = accumulation_dtype(head.operand), head.options.backend
     if logits_NV is None:
         plan = slice_plan(head)
         storage = head.new_tile(plan.rows, plan.columns)

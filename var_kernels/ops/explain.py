@@ -4,18 +4,8 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import (
-    Head,
-    HeadOptions,
-    Needs,
-    chunk_plan,
-    dweight_bytes,
-    forward_plan,
-    keeps_logits,
-    one_pass_fits,
-    slice_plan,
-    tile_dtype,
-)
+from var_kernels.ops.engines import chunk_plan, dweight_bytes, forward_plan, keeps_logits, one_pass_fits, slice_plan
+from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import MIB, budget_bytes
 
 

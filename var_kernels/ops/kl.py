@@ -11,7 +11,7 @@ from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks, compiled
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import Head, HeadOptions, Needs, tile_dtype
+from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.kl_engine import (
     HeadPair,
     kl_chunk_pass,

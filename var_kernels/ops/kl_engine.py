@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops.engines import Gradients, Head, Needs, TileStorage, dweight_bytes
+from var_kernels.ops.engines import dweight_bytes
 from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into
+from var_kernels.ops.head import Gradients, Head, Needs, TileStorage
 from var_kernels.ops.workspace import (
     MAX_FORWARD_ROWS,
     TileCost,

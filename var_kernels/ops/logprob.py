@@ -9,8 +9,6 @@ from torch.autograd.function import once_differentiable
 from var_kernels.ops import compiled
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import (
-    Head,
-    Needs,
     forward_pass,
     forward_with_logits,
     keeps_logits,
@@ -18,6 +16,7 @@ from var_kernels.ops.engines import (
     token_chunk_pass,
     vocabulary_pass,
 )
+from var_kernels.ops.head import Head, Needs
 
 
 def linear_logprob(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import Gradients, Head, RowCoefficients, RowStats, forward_pass, token_chunk_pass
+from var_kernels.ops.engines import forward_pass, token_chunk_pass
+from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
 

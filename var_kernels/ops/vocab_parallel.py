@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import prepare
-from var_kernels.ops.engines import Head, forward_pass, vocabulary_pass
+from var_kernels.ops.engines import forward_pass, vocabulary_pass
+from var_kernels.ops.head import Head
 
 
 def vocab_parallel_logprob(

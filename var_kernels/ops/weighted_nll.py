@@ -4,17 +4,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks, compiled
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import (
-    Gradients,
-    Head,
-    RowCoefficients,
-    RowStats,
-    forward_pass,
-    one_pass_fits,
-    token_chunk_pass,
-)
+from var_kernels.ops.engines import forward_pass, one_pass_fits, token_chunk_pass
+from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 
 

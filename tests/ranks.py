@@ -1,5 +1,6 @@
 """Several CPU processes with gloo, forked from one that has imported everything: a start costs a tenth of a second."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ PRELOADED = ("torch.distributed.fsdp", "transformers", "tests.tiny_training")
 def start_ranks(function, world: int, folder: Path, *args, environment: dict[str, str] | None = None) -> list:
     """Processes that run ``function(rank, world, folder, *args)`` in a process group of their own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in PRELOADED])
+    context.set_forkserver_preload(list(PRELOADED))
     store = folder / f"store-{time.monotonic_ns()}"
     processes = [
         context.Process(
@@ -69,3 +70,19 @@ def _run_rank(function, rank, world, folder, store, args, environment) -> None:
         (folder / f"error-{rank}").write_text(f"rank {rank}\n{traceback.format_exc()}")
         os._exit(1)
     os._exit(0)  # torch's own threads may abort an orderly exit, now and then
+
+
+@contextlib.contextmanager
+def as_accelerators():
+    """In a rank: accelerate takes CPUs for accelerators, on which alone it offers FSDP and ZeRO."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    backend = PartialState._prepare_backend
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_args, **_kwargs: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = backend
+        del os.environ["ACCELERATE_TORCH_DEVICE"]

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.kto import kto_baseline
 from var_kernels.losses.pair import implicit_reward
 from var_kernels.losses.registry import Loss, find_loss, single_name
 from var_kernels.losses.sail import draw_preference
@@ -159,7 +158,8 @@ class _Rows:
         if not self.loss.reads_tokens:
             policy["policy_logp"] = sequence_sum(logp, self.labels, **self.layout)
         if "kl_baseline" in self.loss.tensors and "kl_baseline" not in self.inputs:
-            policy["kl_baseline"] = _global_baseline(policy["policy_logp"], self.inputs["ref_logp"], process_group)
+            given = (policy["policy_logp"], self.inputs["ref_logp"], item_weight)
+            policy["kl_baseline"] = _global_baseline(*given, process_group)
         arguments = self._arguments(policy)
         if label_generator is not None:
             arguments = _relabelled(arguments, options["beta"], label_generator)
@@ -206,11 +206,11 @@ def _relabelled(arguments: dict[str, Tensor], beta: float, generator: torch.Gene
     return found
 
 
-def _global_baseline(policy_logp: Tensor, ref_logp: Tensor, process_group) -> Tensor:
-    """``kto_baseline`` over the rows of every rank."""
-    if process_group is None:
-        return kto_baseline(policy_logp, ref_logp)
+def _global_baseline(policy_logp: Tensor, ref_logp: Tensor, item_weight: Tensor | None, process_group) -> Tensor:
+    """``kto_baseline`` over the rows of every rank that have weight."""
     change_B = policy_logp.detach().double() - ref_logp.double()
-    total = torch.stack([change_B.sum(), change_B.new_tensor(float(len(change_B)))])
-    dist.all_reduce(total, group=process_group)
+    counted_B = torch.ones_like(change_B) if item_weight is None else (item_weight != 0).to(change_B)
+    total = torch.stack([(change_B * counted_B).sum(), counted_B.sum()])
+    if process_group is not None:
+        dist.all_reduce(total, group=process_group)
     return (total[0] / total[1].clamp(min=1)).clamp(min=0).to(policy_logp.dtype)

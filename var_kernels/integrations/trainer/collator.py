@@ -27,7 +27,7 @@ class Items(torch.utils.data.Dataset):
 @dataclass
 class RowCollator:
     """Flattens items to rows and pads them on the right: input_ids, attention_mask, labels and log-probs of tokens
-    (B, T); everything else (B,)."""
+    (B, T); everything else (B,), the number of the row's item in the batch among it."""
 
     pad_token_id: int
 
@@ -42,7 +42,24 @@ class RowCollator:
             if key not in batch:
                 values = [row[key] for row in rows]
                 batch[key] = torch.stack(values) if values[0].dim() == 0 else _pad(values, 0)
+        batch["item"] = torch.tensor([number for number, item in enumerate(items) for _ in item])
         return batch
+
+
+def first_items(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The batch without what follows its first ``count`` items.
+
+    With none left one item stays, so that this rank takes part in its step: without labels, and with ``stand_in``,
+    which keeps it out of everything that is computed from the step's rows.
+    """
+    kept = batch["item"] < max(count, 1)
+    batch = {key: values[kept] for key, values in batch.items()}
+    if count < 1:
+        for key in ("ref_logp", "ref_token_logp"):
+            if key in batch:
+                batch[key] = torch.zeros_like(batch[key])
+        batch |= {"labels": torch.full_like(batch["labels"], -100), "stand_in": kept[kept]}
+    return batch
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:

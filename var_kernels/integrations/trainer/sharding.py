@@ -89,6 +89,11 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
                 "in-batch Z counts each row once. Use DDP, FSDP or ZeRO here; docs/scaling.md has losses for loops of "
                 "your own"
             )
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "accelerator_config: even_batches must be True, since every rank takes part in every step; rows that "
+            "accelerate adds to an epoch's last batch are left out again here"
+        )
     sharded = weight_sharding(trainer)
     if not sharded:
         return

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,15 +20,15 @@ from var_kernels.integrations.data import (
     merge_prompts,
 )
 from var_kernels.integrations.hf.head import capture
-from var_kernels.integrations.hf.heads import attach_head, load_head
+from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples
 from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
-from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.checkpoints import Checkpoints
+from var_kernels.integrations.trainer.collator import Items, RowCollator, first_items
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.methods import METHODS, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
-from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.model_checks import (
     check_positions,
     check_vocabulary,
@@ -45,15 +44,13 @@ from var_kernels.integrations.trainer.sharding import (
     check_layout,
     of_first_rank,
     place_reference,
-    whole_when_saved,
 )
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
 
 logger = logging.getLogger(__name__)
-_REF_MODEL_DIR = "ref_model"
 
 
-class VARTrainer(Trainer):
+class VARTrainer(Checkpoints, Trainer):
     """Aligns a causal LM by VAR, or by any other method of the registry, on rows with rewards or pairs.
 
     The loss of an optimiser step is that of its global batch, over all ranks and gradient-accumulation steps:
@@ -269,9 +266,19 @@ class VARTrainer(Trainer):
         """The micro-batches of one optimiser step, each row with its share of the loss of the global batch."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         group = dist.group.WORLD if self.args.world_size > 1 else None
+        last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if batches and group is not None and last:
+            batches[-1] = self._without_fillers(batches[-1])
         if batches:
             self._prepare_step(batches, group, "train")
         return batches, num_items if num_items is not None else torch.tensor(0)
+
+    def _without_fillers(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """accelerate fills the last batches of an epoch, rank by rank, with items that were in it before."""
+        size = int(batch["item"][-1]) + 1
+        remainder = len(self.train_dataset) % (size * self.args.world_size)
+        own = remainder - self.args.process_index * size
+        return first_items(batch, own) if remainder > 0 and own < size else batch
 
     def _prepare_step(self, batches: list[dict[str, Tensor]], group, mode: str) -> None:
         for batch in batches:
@@ -279,12 +286,17 @@ class VARTrainer(Trainer):
             if self.method.reference and "ref_logp" not in batch:
                 self._attach_reference(batch)
         keys = [key for key in ("length", "group", "reward", "ref_logp", "value") if key in batches[0]]
-        step = {key: torch.cat([batch[key] for batch in batches]).to(self.accelerator.device) for key in keys}
+        sizes = [0 if "stand_in" in batch else len(batch["length"]) for batch in batches]
+        device = self.accelerator.device
+        step = {
+            key: torch.cat([batch[key][:size] for batch, size in zip(batches, sizes, strict=True)]).to(device)
+            for key in keys
+        }
         added, metrics = self.method.prepare(step, self.args, group)
-        sizes = [len(batch["length"]) for batch in batches]
         for key, values in added.items():
             for batch, part in zip(batches, values.split(sizes), strict=True):
-                batch[key] = part
+                missing = len(batch["length"]) - len(part)
+                batch[key] = F.pad(part, (0, missing)) if missing else part
         for number, batch in enumerate(batches):
             batch["micro_batches"], batch["micro_batch"] = torch.tensor(len(batches)), torch.tensor(number)
         for key, value in metrics.items():
@@ -323,7 +335,8 @@ class VARTrainer(Trainer):
         self._add_batch_metrics(mode, inputs, rows, s.to(device), hits.to(device))
         if self.method.loss.item == "pair":
             margin = score.to(device) - (rows["ref_logp"] if self.method.reference else 0.0)
-            self.step_metrics[mode].add("pair_accuracy", (margin[0::2] > margin[1::2]).sum(), len(margin) // 2)
+            counted = rows["weight"][0::2] != 0
+            self.step_metrics[mode].add("pair_accuracy", (counted & (margin[0::2] > margin[1::2])).sum(), counted.sum())
         loss = loss * world_size + self._auxiliary_loss(outputs) / inputs["micro_batches"].to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
@@ -365,6 +378,19 @@ class VARTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
+    def create_optimizer(self, *args, **kwargs):
+        """The head beside the lm_head starts from nothing, so it has a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.method.head in ("value", "reward"):
+            own = {id(parameter) for parameter in self.extra_head.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            parameters = [parameter for parameter in self.extra_head.parameters() if parameter.requires_grad]
+            optimizer.add_param_group(
+                {"params": parameters, "lr": self.args.head_learning_rate, "weight_decay": self.args.weight_decay}
+            )
+        return optimizer
+
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     def _add_batch_metrics(self, mode: str, inputs, rows, s: Tensor, hits: Tensor) -> None:
@@ -392,56 +418,6 @@ class VARTrainer(Trainer):
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         return super().train(*args, **kwargs)
-
-    # ---- checkpoints and saving --------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model, trial):
-        if self.args.sync_ref_model and self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _REF_MODEL_DIR
-            self.ref_model.save_pretrained(
-                folder
-            )  # before the rest: a checkpoint is complete once Trainer has written its state
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See ``transformers.Trainer.save_model``; under FSDP it saves the whole model, also where checkpoints are in
-        parts."""
-        whole = self.is_fsdp_enabled and not _internal_call
-        with whole_when_saved(self) if whole else contextlib.nullcontext():
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.extra_head is not None:
-            self.extra_head.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
-
-    def create_optimizer(self, *args, **kwargs):
-        """The head beside the lm_head starts from nothing, so it has a learning rate of its own."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.method.head in ("value", "reward"):
-            own = {id(parameter) for parameter in self.extra_head.parameters()}
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            parameters = [parameter for parameter in self.extra_head.parameters() if parameter.requires_grad]
-            optimizer.add_param_group(
-                {"params": parameters, "lr": self.args.head_learning_rate, "weight_decay": self.args.weight_decay}
-            )
-        return optimizer
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (
-            self.method.head in ("value", "reward") and not self.is_fsdp_enabled
-        ):  # there it is among the model's weights
-            self.extra_head.load_state_dict(load_head(resume_from_checkpoint).state_dict())
-        if self.args.sync_ref_model:
-            moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
-            self.ref_model.load_state_dict(moved.state_dict())
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """README.md in output_dir: what was trained on what, the settings, the last metrics."""
-        if self.is_world_process_zero():
-            write_model_card(self)
 
 
 def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:

@@ -46,9 +46,11 @@ def test_memory_figures_are_measured():
 
 def test_the_table_of_losses_is_the_registry():
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from var_kernels.cli.methods import markdown_table
+    from var_kernels.cli.methods import markdown_table, variants_table
 
-    assert markdown_table() in (ROOT / "docs" / "losses.md").read_text()
+    page = (ROOT / "docs" / "losses.md").read_text()
+    assert markdown_table() in page
+    assert variants_table() in page
 
 
 def test_figures_of_models_are_those_of_the_sweep():

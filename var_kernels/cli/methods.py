@@ -13,18 +13,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from var_kernels.integrations.trainer.methods import METHODS
-    from var_kernels.losses import PASS_CLASSES
+    from var_kernels.losses import PASS_CLASSES, VARIANTS
 
     if args.markdown:
-        print(markdown_table())
+        print(markdown_table(), variants_table(), sep="\n\n")
         return 0
     if args.name is None:
-        width = max(map(len, METHODS))
+        width = max(map(len, (*METHODS, *VARIANTS)))
         for name, method in METHODS.items():
             print(f"{name:<{width}}  {method.loss.formula}")
+        print("\nvariants, each a method with settings, or a function:")
+        for name, variant in VARIANTS.items():
+            print(f"{name:<{width}}  {variant.use}")
+        return 0
+    if args.name in VARIANTS:
+        variant = VARIANTS[args.name]
+        print(f"{variant.name}: {variant.formula}")
+        print(f"  use        {variant.use}")
+        print(f"  source     {variant.source} (evidence: {variant.evidence})\n")
+        function = variant.function or METHODS[variant.loss].loss.function
+        print(inspect.getdoc(function))
         return 0
     if args.name not in METHODS:
-        raise ValueError(f"unknown method {args.name!r}{nearest(args.name, METHODS)}; methods: {', '.join(METHODS)}")
+        known = (*METHODS, *VARIANTS)
+        raise ValueError(f"unknown method {args.name!r}{nearest(args.name, known)}; methods: {', '.join(known)}")
     method = METHODS[args.name]
     loss = method.loss
     print(f"{loss.name}: {loss.formula}")
@@ -53,5 +65,16 @@ def markdown_table() -> str:
         reads = ", ".join(f"`{read}`" for read in loss.inputs)
         formula = loss.formula.replace("|", "\\|")
         cells = (f"`{name}`", formula, loss.pass_class, loss.item, reads, options, loss.source, loss.evidence)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def variants_table() -> str:
+    from var_kernels.losses import VARIANTS
+
+    lines = ["| variant | what it is | class | use | source | evidence |", "|---" * 6 + "|"]
+    for name, variant in VARIANTS.items():
+        formula = variant.formula.replace("|", "\\|")
+        cells = (f"`{name}`", formula, variant.pass_class, f"`{variant.use}`", variant.source, variant.evidence)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

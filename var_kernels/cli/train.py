@@ -166,7 +166,7 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     known = (*_RUN, *_CONFIG, *_ONLINE)
     given = {name: value for name, value in vars(args).items() if name in known and value is not None}
     options = read_yaml(args.config) if args.config else {}
-    options |= given | args.extra
+    options = _of_variant(options | given | args.extra)
     run_options = {name: default for name, (_, default, _) in _RUN.items()}
     config_options, rest = {}, {}
     for name, value in options.items():
@@ -179,6 +179,18 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     if rest:
         config_options |= _config_fields(rest, run_options["method"], option_names(args.parser))
     return run_options, config_options
+
+
+def _of_variant(options: dict) -> dict:
+    """A variant's name stands for a method and settings, which others given beside it override."""
+    from var_kernels.losses import VARIANTS
+
+    variant = VARIANTS.get(options.get("method"))
+    if variant is None:
+        return options
+    if variant.function is not None:
+        raise ValueError(f"method: {variant.name} is no method of training; call {variant.use}")
+    return {**variant.settings, **options, "method": variant.loss}
 
 
 def _config_fields(options: dict, method: str, known: list[str]) -> dict:

@@ -36,6 +36,7 @@ from var_kernels.losses.token import (
     token_objective,
 )
 from var_kernels.losses.var import VARLoss, VARStats, var_loss, weighted_sequence_nll
+from var_kernels.losses.variants import VARIANTS, Variant
 from var_kernels.losses.weights import (
     CollapsedWeightsWarning,
     VARWeights,
@@ -47,11 +48,13 @@ from var_kernels.losses.weights import (
 __all__ = [
     "LOSSES",
     "PASS_CLASSES",
+    "VARIANTS",
     "CollapsedWeightsWarning",
     "Loss",
     "VARLoss",
     "VARStats",
     "VARWeights",
+    "Variant",
     "alol_advantage",
     "alol_kl_loss",
     "alol_loss",

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from var_kernels.integrations.trainer.methods import METHODS, Method
 from var_kernels.integrations.trainer.online.settings import OnlineSettings, resolve
+from var_kernels.losses import VARIANTS
 from var_kernels.losses.weights import check_options
 
 
@@ -156,6 +157,8 @@ def method_config(method: str) -> type[AlignConfig]:
     Raises:
         ValueError: an unknown method.
     """
+    if method in VARIANTS:
+        raise ValueError(f"method: {method!r} is a variant, got by {VARIANTS[method].use}; give its settings by name")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
     return METHOD_CONFIGS[method]

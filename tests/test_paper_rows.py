@@ -1,0 +1,144 @@
+"""Every loss that the papers and their baselines name is a row of the registry, a variant of one, or a function."""
+
+import inspect
+
+import pytest
+
+from var_kernels.losses import LOSSES, VARIANTS
+
+# what the papers call it: (where it stands, the setting that makes it, if a default does not)
+ROWS = {
+    "VAR, Z over the batch": ("var", "normalizer=batch"),
+    "VAR, Z as a mean over the batch": ("var_batch_mean", ""),
+    "VAR, cross scores": ("var_cross", ""),
+    "VAR, Z over the prompt's completions": ("var_group", ""),
+    "VAR, self-normalised": ("var_self_normalised", ""),
+    "VAR, online": ("online_var", ""),
+    "AVA-d": ("ava_d", ""),
+    "AVA-p": ("ava_p", ""),
+    "AVA-p, regularised over one response": ("ava_p", "regularise=both"),
+    "AVA, Q read literally": ("ava_literal", ""),
+    "SAIL-DP": ("sail_dp", "squared_coef=1.0"),
+    "SAIL-PP": ("sail_pp", "form=exact"),
+    "SAIL-PR": ("sail_pr", "form=exact"),
+    "SAIL-DP as released": ("sail_dp_released", ""),
+    "SAIL-PR as released": ("sail_pr_released", ""),
+    "SAIL-PP online": ("online_sail_pp", ""),
+    "SAIL-PR online": ("online_sail_pr", ""),
+    "SFT": ("sft", ""),
+    "DPO": ("dpo", "label_smoothing=0.0"),
+    "cDPO": ("cdpo", ""),
+    "robust DPO": ("robust_dpo", ""),
+    "IPO, means": ("ipo", "token_reduction=mean"),
+    "IPO, sums": ("ipo_sum", ""),
+    "SLiC-HF": ("slic", ""),
+    "hinge with a reference": ("hinge", ""),
+    "A-LoL": ("alol", "clip_range=0.9"),
+    "A-LoL seq": ("alol_seq", ""),
+    "A-LoL ref-free": ("alol_ref_free", ""),
+    "A-LoL KL": ("alol_kl", ""),
+    "R-LoL": ("rlol", ""),
+    "R-GOLD": ("rgold", "min_prob=0.1"),
+    "weighted BC": ("weighted_bc", ""),
+    "DRO-V": ("dro", "standardise_rewards=True"),
+    "online iterative DPO": ("iterative_dpo", ""),
+    "AWR": ("awr", "max_weight=20.0"),
+    "RAFT": ("raft", ""),
+    "best-of-n SFT": ("best_of_n", ""),
+    "REBEL": ("rebel", ""),
+    "QRPO": ("qrpo", ""),
+    "KTO": ("kto", ""),
+    "SimPO": ("simpo", ""),
+    "ORPO": ("orpo", ""),
+    "EXO": ("exo", ""),
+    "LIRE": ("lire", ""),
+    "DFT": ("dft", ""),
+    "PPO token clip": ("ppo", "clip_low=0.2"),
+    "GRPO": ("grpo", ""),
+    "DAPO": ("dapo", ""),
+    "Dr. GRPO": ("dr_grpo", ""),
+    "token-wise KL to a reference": ("token_kl", ""),
+    "Bradley-Terry reward model": ("bradley_terry", ""),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row_is_in_the_table(row):
+    pytest.importorskip("transformers")
+    from var_kernels.cli.methods import markdown_table, variants_table
+    from var_kernels.integrations.trainer.methods import METHODS
+
+    name, setting = ROWS[row]
+    assert sum(f"\n| `{name}` |" in table for table in (markdown_table(), variants_table())) == 1
+    if setting:
+        option, value = setting.split("=")
+        assert str(METHODS[name].own_settings[option][1]) == value
+
+
+def test_the_table_has_no_other_rows():
+    assert {name for name, _ in ROWS.values()} == {*LOSSES, *VARIANTS, "bradley_terry"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_what_it_says(name, tmp_path):
+    """Its settings are those of its method, differ from the defaults, and make a configuration; a function is public
+    and documented."""
+    variant = VARIANTS[name]
+    if variant.function is not None:
+        assert "Returns" in inspect.getdoc(variant.function)
+        assert not variant.settings
+        return
+    pytest.importorskip("transformers")
+    from var_kernels.integrations.trainer import method_config
+
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    plain = method_config(variant.loss)(**settings)
+    config = method_config(variant.loss)(**settings, **variant.settings)
+    given = {key: getattr(config, key) for key in variant.settings}
+    assert given == dict(variant.settings)
+    if name != "best_of_n":  # sft's default, by its other name
+        assert given != {key: getattr(plain, key) for key in variant.settings}
+
+
+def test_variants_are_methods_of_the_command(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    from var_kernels.cli import main
+    from var_kernels.integrations import trainer
+
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        seen.append(args[1])
+        raise Stop
+
+    monkeypatch.setattr(trainer, "VARTrainer", stop)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0]}\n')
+    base = f"--dataset {tmp_path}/rows.jsonl --from-scratch vocab=270 --max-length 32 --output-dir {tmp_path}/run".split()
+    for method, more, expected in (
+        ("cdpo", [], {"method": "dpo", "label_smoothing": 0.1}),
+        ("cdpo", ["--label-smoothing", "0.3"], {"method": "dpo", "label_smoothing": 0.3}),
+        ("dr_grpo", [], {"method": "ppo", "advantage_std": False, "length_normalization": "constant"}),
+        ("online_sail_pp", ["--max-new-tokens", "4"], {"method": "sail_pp", "online": True, "generations_per_prompt": 2}),
+    ):
+        with pytest.raises(Stop):
+            main(["train", "--method", method, *base, *more])
+        assert {key: getattr(seen[-1], key) for key in expected} == expected
+    # as it is printed: the same settings by flags
+    with pytest.raises(Stop):
+        main(["train", *VARIANTS["dr_grpo"].use.split(), *base])
+    assert seen[-1].advantage_std is False
+    assert main(["train", "--method", "token_kl", *base]) == 2
+    assert "token_kl is no method of training; call linear_token_kl(...)" in capsys.readouterr().err
+
+
+def test_the_command_says_what_a_variant_is(capsys):
+    pytest.importorskip("transformers")
+    from var_kernels.cli import main
+
+    assert main(["methods", "iterative_dpo"]) == 0
+    out = capsys.readouterr().out
+    assert "--method dpo --online --generations-per-prompt 8 --refresh-reference" in out
+    assert "Direct preference optimisation" in out

@@ -1,0 +1,163 @@
+"""Rows of the papers' tables that are no function of their own: a loss of the registry with other options or another
+source of data, or a function of another kind than one loss an item.
+
+Those of the first kind are methods of ``var-kernels train`` by their names: a loss and settings beside its defaults.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from var_kernels.losses.ava import literal_q
+from var_kernels.losses.registry import LOSSES, PASS_CLASSES
+from var_kernels.losses.var import var_loss
+from var_kernels.ops import linear_token_kl
+
+VARIANTS: dict[str, "Variant"] = {}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table that points to another.
+
+    loss: a name of ``LOSSES`` and settings: those of its method that make the variant (``linear_loss`` takes the loss's
+    own among them, ``VARTrainer`` all); or loss "" and function: what to call. pass_class: of the function; a loss has
+    its own.
+    """
+
+    name: str
+    formula: str
+    source: str
+    evidence: str
+    loss: str = ""
+    settings: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    function: Callable | None = None
+    function_class: str = ""
+
+    def __post_init__(self):
+        assert (self.loss in LOSSES) != (self.function is not None), self.name
+        assert self.pass_class in PASS_CLASSES, self.name
+
+    @property
+    def pass_class(self) -> str:
+        return LOSSES[self.loss].pass_class if self.loss else self.function_class
+
+    @property
+    def use(self) -> str:
+        """How to have it: the command's options, or the function's name."""
+        if self.function is not None:
+            return f"{self.function.__name__}(...)"
+        words = [f"--{name.replace('_', '-')}" + ("" if v is True else f" {v}") for name, v in self.settings.items()]
+        return " ".join([f"--method {self.loss}", *words])
+
+
+def _enter(
+    name: str, formula: str, source: str, evidence: str, loss: str = "", function=None, pass_class="", **settings
+):
+    VARIANTS[name] = Variant(
+        name, formula, source, evidence, loss, MappingProxyType(settings), function, function_class=pass_class
+    )
+
+
+_VAR, _SAIL, _DERIVED = "arXiv 2502.11026", "arXiv 2406.15567", "derived"
+_RELEASED = "as in the first author's code, on a share of the pairs there"
+_enter("var_batch_mean", "log Z = LSE_j a_j - log B", _VAR, _DERIVED, "var", normalizer="batch_mean")
+_enter("var_group", "log Z = LSE of a over the prompt's completions", _VAR, _DERIVED, "var", normalizer="group")
+_enter(
+    "var_self_normalised",
+    "log Z = log mean_k exp(r_k / lam); right where y ~ pi_ref",
+    _VAR,
+    _DERIVED,
+    "var",
+    normalizer="self_normalised",
+)
+_enter(
+    "var_cross",
+    'log Z_i = LSE_j a_ij, a_ij of y_j under x_i: var_loss(..., normalizer="cross")',
+    _VAR,
+    _DERIVED,
+    function=var_loss,
+    pass_class="A",
+)
+_enter(
+    "online_var",
+    "var_self_normalised on draws of the policy, which is the iteration's reference",
+    _VAR,
+    _DERIVED,
+    "var",
+    online=True,
+    normalizer="self_normalised",
+)
+_enter(
+    "best_of_n",
+    "-s of each prompt's best completion, per token of the batch",
+    "best-of-n SFT",
+    _DERIVED,
+    "sft",
+    sft_on="best",
+)
+_enter(
+    "cdpo",
+    "dpo with e > 0: labels are wrong at the rate e",
+    "the DPO authors' code",
+    "code",
+    "dpo",
+    label_smoothing=0.1,
+)
+_enter("ipo_sum", "(D - 1/(2 tau))^2, D of sums", "the DPO authors' code", "code", "ipo", token_reduction="sum")
+_enter(
+    "iterative_dpo",
+    "dpo on the best against the worst of K = 8 draws; the reference is the iteration's policy",
+    "online iterative DPO",
+    "code",
+    "dpo",
+    online=True,
+    generations_per_prompt=8,
+    refresh_reference=True,
+)
+_enter("online_sail_pp", "sail_pp on two draws of the policy at T = 0.9", _SAIL, "code", "sail_pp", online=True)
+_enter("online_sail_pr", "sail_pr on two draws of the policy at T = 0.9", _SAIL, "code", "sail_pr", online=True)
+_enter("sail_dp_released", _RELEASED, _SAIL, "code", "sail_dp", squared_coef=0.2)
+_enter(
+    "sail_pr_released",
+    f"{_RELEASED}, where the score is divided by s",
+    _SAIL,
+    "code",
+    "sail_pr",
+    form="released",
+    score_coef=0.3,
+)
+_enter(
+    "ava_literal",
+    "Q = alpha p_y - log sum_v exp(alpha p_v), for ava_d and ava_p in place of lp",
+    "arXiv 2411.09341, read literally",
+    "paper",
+    function=literal_q,
+    pass_class="C",
+)
+_enter(
+    "dapo",
+    "ppo, mean over the batch's tokens, upper clip 0.28",
+    "arXiv 2503.14476",
+    "third-party code",
+    "ppo",
+    length_normalization="token",
+    clip_high=0.28,
+)
+_enter(
+    "dr_grpo",
+    "ppo, sums over a constant length, advantages not divided",
+    "arXiv 2503.20783",
+    "third-party code",
+    "ppo",
+    length_normalization="constant",
+    advantage_std=False,
+)
+_enter(
+    "token_kl",
+    "KL(p || q) or KL(q || p) of each token over the vocabulary, q the reference's",
+    "the definition",
+    _DERIVED,
+    function=linear_token_kl,
+    pass_class="B",
+)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PRELOADED = ("torch.distributed.fsdp", "transformers", "tests.tiny_training")
 
@@ -86,3 +88,19 @@ def as_accelerators():
     finally:
         PartialState._prepare_backend = backend
         del os.environ["ACCELERATE_TORCH_DEVICE"]
+
+
+class Collectives(TorchDispatchMode):
+    """Inside the block, ``sent``: (name, bytes that this rank puts in) of every collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            # the ``_base`` ones and the lists of all-gathers write into their first argument
+            source = args[1] if "gather" in func.__name__ or "reduce_scatter" in func.__name__ else args[0]
+            tensors = [leaf for leaf in tree_leaves(source) if isinstance(leaf, torch.Tensor)]
+            self.sent.append((func.__name__.split(".")[0], sum(tensor.nbytes for tensor in tensors)))
+        return func(*args, **(kwargs or {}))

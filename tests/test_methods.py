@@ -219,3 +219,25 @@ def test_values_that_nothing_explains_are_the_mean(tmp_path):
     rows = [{"prompt": f"{a} ", "completions": ["1", "2"], "rewards": [1.0, 0.0]} for a in range(10)]
     value = tiny_trainer(tmp_path, rows, method="alol").train_dataset.rows.columns["value"]
     torch.testing.assert_close(value, torch.full((20,), (torch.tensor([1.0, 0.0]).sigmoid().mean().item())))
+
+
+# ---- what is logged --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["raft", "alol_ref_free", "sft", "dpo", "dft"])
+def test_logged_log_probs_are_those_of_what_was_computed(method, tmp_path):
+    """One pass leaves out rows that the loss gives no weight: they are no part of the means."""
+    trainer = run(tmp_path, method, max_steps=1, logging_steps=1)
+    table = naive_rows(tiny_model())
+    group = torch.tensor([entry["group"] for entry in table])
+    reward = torch.stack([entry["reward"] for entry in table])
+    if method == "alol_ref_free":
+        value = trainer.train_dataset.rows.columns["value"]
+        counted = {index for index in range(len(table)) if reward[index].sigmoid() > value[index]}
+        assert 0 < len(counted) < len(table)
+    else:
+        counted = {int((reward + (group != g) * -1e9).argmax()) for g in group.unique()}
+        if method == "dpo":
+            counted |= {int((reward + (group != g) * 1e9).argmin()) for g in group.unique()}
+    logp = torch.cat([table[index]["logp"] for index in sorted(counted)])
+    assert trainer.state.log_history[0]["nll_per_token"] == pytest.approx(-logp.mean().item(), rel=1e-5)

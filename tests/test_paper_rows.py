@@ -107,27 +107,29 @@ def test_variants_are_methods_of_the_command(tmp_path, capsys, monkeypatch):
 
     seen = []
 
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(*args, **kwargs):
         seen.append(args[1])
-        raise Stop
+        raise StoppedError
 
     monkeypatch.setattr(trainer, "VARTrainer", stop)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0]}\n')
-    base = f"--dataset {tmp_path}/rows.jsonl --from-scratch vocab=270 --max-length 32 --output-dir {tmp_path}/run".split()
+    base = f"--dataset {tmp_path}/rows.jsonl --output-dir {tmp_path}/run --from-scratch vocab=270 --max-length 32"
+    base = base.split()
+    sail = {"method": "sail_pp", "online": True, "generations_per_prompt": 2}
     for method, more, expected in (
         ("cdpo", [], {"method": "dpo", "label_smoothing": 0.1}),
         ("cdpo", ["--label-smoothing", "0.3"], {"method": "dpo", "label_smoothing": 0.3}),
         ("dr_grpo", [], {"method": "ppo", "advantage_std": False, "length_normalization": "constant"}),
-        ("online_sail_pp", ["--max-new-tokens", "4"], {"method": "sail_pp", "online": True, "generations_per_prompt": 2}),
+        ("online_sail_pp", ["--max-new-tokens", "4"], sail),
     ):
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             main(["train", "--method", method, *base, *more])
         assert {key: getattr(seen[-1], key) for key in expected} == expected
     # as it is printed: the same settings by flags
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         main(["train", *VARIANTS["dr_grpo"].use.split(), *base])
     assert seen[-1].advantage_std is False
     assert main(["train", "--method", "token_kl", *base]) == 2

@@ -7,7 +7,7 @@ batch. The micro-batch losses of a step, summed over accumulation steps and rank
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -230,6 +230,18 @@ def _standardised(rows, config) -> Rows:
 # ---- losses inside the head ------------------------------------------------------------------------------------------
 
 
+class HeadResult(NamedTuple):
+    """loss: the micro-batch's share of it, (). logp: of the sequences, (B,). hits: the label is the most likely token,
+    (B, T). computed: where the head was computed at all, (B, T): one pass leaves out what has no weight. score: what
+    the policy or its reward head makes of each sequence, (B,); pairs are judged by it."""
+
+    loss: Tensor
+    logp: Tensor
+    hits: Tensor
+    computed: Tensor
+    score: Tensor
+
+
 def loss_in_head(
     method: Method,
     hidden: Tensor,
@@ -241,18 +253,17 @@ def loss_in_head(
     extra_head=None,
     process_group=None,
     label_generator=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The micro-batch's share of the loss (scalar), log-probs of the sequences (B,), argmax hits at each label (B, T),
-    and what the policy or its reward head makes of each sequence (B,): pairs are judged by it. A method that does not
-    read the policy makes no logits, and has zeros for log-probs and hits."""
+) -> "HeadResult":
+    """What the head computes for a micro-batch. A method that does not read the policy makes no logits, and has zeros
+    for log-probs and hits."""
     loss = method.loss
     inputs = {name: rows[name] for name in loss.inputs if name in rows}
     kept = labels != IGNORE_INDEX
     if not method.reads_policy:
         score_B = last_value(extra_head(hidden)[0], kept)
         items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
-        zero_B = torch.zeros_like(score_B.detach())
-        return (items * rows["weight"][0::2]).sum(), zero_B, torch.zeros_like(kept), score_B.detach()
+        loss, nothing = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept)
+        return HeadResult(loss, torch.zeros_like(score_B.detach()), nothing, nothing, score_B.detach())
     if method.head == "reward":
         inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
     elif method.head == "value":
@@ -277,7 +288,7 @@ def loss_in_head(
         given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
         total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
     score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
-    return total, logp_B, argmax == labels, score_B.detach()
+    return HeadResult(total, logp_B, argmax == labels, argmax >= 0, score_B.detach())
 
 
 _SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}

@@ -27,7 +27,7 @@ from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReferenc
 from var_kernels.integrations.trainer.checkpoints import Checkpoints
 from var_kernels.integrations.trainer.collator import Items, RowCollator, first_items
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
-from var_kernels.integrations.trainer.methods import METHODS, Method, loss_in_head
+from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_checks import (
     check_positions,
@@ -327,17 +327,18 @@ class VARTrainer(Checkpoints, Trainer):
                 extra_head=self.extra_head, process_group=group, label_generator=generator,
             )  # fmt: skip
 
-        (loss, s, hits, score), outputs = capture(
+        result, outputs = capture(
             model, in_head, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         )
         world_size = self.args.world_size if mode == "train" else 1
-        device = rows["weight"].device
-        self._add_batch_metrics(mode, inputs, rows, s.to(device), hits.to(device))
+        result = HeadResult(result[0], *(values.to(rows["weight"].device) for values in result[1:]))
+        self._add_batch_metrics(mode, inputs, rows, result)
         if self.method.loss.item == "pair":
-            margin = score.to(device) - (rows["ref_logp"] if self.method.reference else 0.0)
+            margin = result.score - (rows["ref_logp"] if self.method.reference else 0.0)
             counted = rows["weight"][0::2] != 0
             self.step_metrics[mode].add("pair_accuracy", (counted & (margin[0::2] > margin[1::2])).sum(), counted.sum())
-        loss = loss * world_size + self._auxiliary_loss(outputs) / inputs["micro_batches"].to(loss.device)
+        shares = inputs["micro_batches"].to(result.loss.device)
+        loss = result.loss * world_size + self._auxiliary_loss(outputs) / shares
         return (loss, outputs) if return_outputs else loss
 
     def _label_generator(self, inputs: dict[str, Tensor]) -> torch.Generator:
@@ -393,16 +394,17 @@ class VARTrainer(Checkpoints, Trainer):
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
-    def _add_batch_metrics(self, mode: str, inputs, rows, s: Tensor, hits: Tensor) -> None:
+    def _add_batch_metrics(self, mode: str, inputs, rows, result: HeadResult) -> None:
         if not self.method.reads_policy:
             self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
             return
-        computed = rows["weight"] != 0  # a row of weight 0 costs nothing, and has no log-prob
-        self.step_metrics[mode].add("token_accuracy", hits.sum(), (rows["length"] * computed).sum())
-        self.step_metrics[mode].add("nll_per_token", -s.sum(), (rows["length"] * computed).sum())
+        # a row that the loss gives no weight costs nothing, and has no log-prob
+        self.step_metrics[mode].add("token_accuracy", result.hits.sum(), result.computed.sum())
+        self.step_metrics[mode].add("nll_per_token", -result.logp.sum(), result.computed.sum())
         self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
         if "ref_logp" in rows:
-            change = (s - rows["ref_logp"]).where(computed, 0.0)
+            computed = result.computed.any(-1)
+            change = (result.logp - rows["ref_logp"]).where(computed, 0.0)
             self.step_metrics[mode].add("logp_minus_ref", change.sum(), computed.sum())
             if self.args.method == "var":
                 self.step_metrics[mode].add("kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())

@@ -64,8 +64,9 @@ def _run_rank(function, rank, world, folder, store, args, environment) -> None:
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
         function(rank, world, folder, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the command line ends it itself
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         import traceback
 

@@ -16,10 +16,12 @@ class Checkpoints:
     """Mixin in front of transformers.Trainer."""
 
     def _save_checkpoint(self, model, trial):
+        # before the rest: a checkpoint is complete once Trainer has written its state
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.sync_ref_model and self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _REF_MODEL_DIR
-            # before the rest: a checkpoint is complete once Trainer has written its state
-            self.ref_model.save_pretrained(folder)
+            self.ref_model.save_pretrained(folder / _REF_MODEL_DIR)
+        if self.is_fsdp_enabled and self.args.should_save:  # with weights in parts Trainer leaves the tokenizer out
+            self.processing_class.save_pretrained(folder)
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -14,7 +14,7 @@ from . import rows_native
 LEVEL: int | None = None
 LEVEL_NAMES = ("torch", "baseline vectors", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 # Of a product that is rounded to bf16: its sums stay in the cache.
-_MAX_ROUNDED_DEPTH = 4096
+MAX_ROUNDED_DEPTH = 4096
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def takes(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
     """Whether ``left @ right`` runs here: bf16 matrices with adjacent rows or columns, an fp32 result or a rounded one
     of moderate depth.
     """
-    fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= _MAX_ROUNDED_DEPTH)
+    fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= MAX_ROUNDED_DEPTH)
     return fits and _readable(left) and _readable(right) and runs()
 
 

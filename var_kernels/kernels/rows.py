@@ -27,6 +27,12 @@ class LogitTransform:
         """dz/dx without the softcap's own derivative."""
         return self.logit_scale / self.temperature
 
+    def derivative(self, z: Tensor) -> Tensor | float:
+        """dz/dx where the transform gives z."""
+        if self.softcap is None:
+            return self.slope
+        return self.slope * (1 - (z * (self.temperature / self.softcap)).square())
+
     @property
     def is_identity(self) -> bool:
         return self.logit_scale == 1.0 and self.softcap is None and self.temperature == 1.0

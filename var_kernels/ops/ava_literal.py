@@ -11,8 +11,8 @@ from var_kernels.ops.call import prepare
 from var_kernels.ops.engines import forward_pass
 from var_kernels.ops.gemm import partial_bytes
 from var_kernels.ops.head import Head, Needs
-from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices, spans, upcast_bytes
-from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, within_cache
+from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices, upcast_bytes
+from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
 
 
 def linear_prob_lse(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import forward_pass, one_pass_fits, token_chunk_pass, vocabulary_pass
+from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits, vocabulary_pass
 from var_kernels.ops.head import Gradients, Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import UNKNOWN, budget_bytes
 
@@ -194,7 +194,7 @@ def weighted_nll(
 
     fits = not underflows(head.operand) and one_pass_fits(head, wanted)
     if wanted and (engine == "one_pass" or (engine == "auto" and fits)):
-        stats, gradients = token_chunk_pass(head, wanted, coefficients_of)
+        stats, gradients = one_pass(head, wanted, coefficients_of)
     else:
         stats, gradients = forward_pass(head), Gradients()
         if wanted:

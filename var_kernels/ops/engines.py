@@ -1,8 +1,8 @@
 """The engines: which tiles are computed in which order. No autograd here; every tensor is flat and on one device.
 
 forward_pass      1 GEMM   statistics only: rows x vocabulary slices, merged
-token_chunk_pass  3 GEMMs  whole rows: statistics, then the gradient in the same tile (known per-token gradient;
-frozen head)
+one_pass          3 GEMMs  token_chunk_pass, whole rows: statistics, then the gradient in the same tile (known per-token
+                           gradient); 2 for a frozen head (frozen.py)
 vocabulary_pass   3 GEMMs  backward for any upstream gradient: logits recomputed slice by slice, dW written once
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
+from var_kernels.ops import frozen
 from var_kernels.ops.gemm import add_product, logits_into, product_into
 from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
 from var_kernels.ops.workspace import (
@@ -23,12 +24,8 @@ from var_kernels.ops.workspace import (
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
+    spans,
 )
-
-
-def _spans(total: int, step: int):
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
 
 
 def forward_plan(head: Head) -> TilePlan:
@@ -72,9 +69,9 @@ def forward_pass(head: Head) -> RowStats:
         return stats
     plan = forward_plan(head)
     storage = head.new_tile(plan.rows, plan.columns)
-    for start, stop in _spans(head.n, plan.rows):
+    for start, stop in spans(0, head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
-        for v_start, v_stop in _spans(head.v, plan.columns):
+        for v_start, v_stop in spans(0, head.v, plan.columns):
             logits_nv = storage.view(stop - start, v_stop - v_start)
             weight_vd = head.lm_head_weight_VD[v_start:v_stop]
             logits_into(logits_nv, hidden_nd, weight_vd, head.options.backend)
@@ -97,8 +94,10 @@ def _fused_forward(head: Head, stats: RowStats) -> None:
 
 def one_pass_fits(head: Head, needs: Needs) -> bool:
     """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
-    length.
+    length; a frozen head needs neither.
     """
+    if frozen.serves(head, needs):
+        return True
     budget = head.options.budget - dweight_bytes(head, needs)
     return holds_token_chunks(head.n, head.v, budget, head.chunk_cost(budget))
 
@@ -116,12 +115,21 @@ def dweight_bytes(head: Head, needs: Needs) -> int:
     return head.v * head.d * accumulation.itemsize
 
 
-def token_chunk_pass(
+def one_pass(
     head: Head, needs: Needs, coefficients_of: Callable[[slice, RowStats], RowCoefficients]
 ) -> tuple[RowStats, Gradients]:
     """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
     gradient.
     """
+    if frozen.serves(head, needs):
+        return frozen.frozen_head_pass(head, coefficients_of)
+    return token_chunk_pass(head, needs, coefficients_of)
+
+
+def token_chunk_pass(
+    head: Head, needs: Needs, coefficients_of: Callable[[slice, RowStats], RowCoefficients]
+) -> tuple[RowStats, Gradients]:
+    """``one_pass`` over chunks of whole rows."""
     stats = head.new_stats()
     gradients, backend = Gradients(), head.options.backend
     plan = chunk_plan(head, needs)
@@ -137,11 +145,11 @@ def token_chunk_pass(
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 
-    for start, stop in _spans(head.n, plan.rows):
+    for start, stop in spans(0, head.n, plan.rows):
         rows = slice(start, stop)
         logits_nv = storage.view(stop - start, head.v)
         hidden_nd = head.upcast_rows(start, stop)
-        for v_start, v_stop in _spans(head.v, slice_width):
+        for v_start, v_stop in spans(0, head.v, slice_width):
             weight_vd = head.lm_head_weight_VD[v_start:v_stop]
             logits_into(logits_nv[:, v_start:v_stop], hidden_nd, weight_vd, backend)
         chunk_stats = stats.rows(start, stop)
@@ -151,7 +159,7 @@ def token_chunk_pass(
         if needs.hidden:
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
         if needs.lm_head_weight:
-            for v_start, v_stop in _spans(head.v, slice_width):
+            for v_start, v_stop in spans(0, head.v, slice_width):
                 multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
                 multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
@@ -177,8 +185,8 @@ def vocabulary_pass(
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
 
-    row_spans = list(_spans(head.n, plan.rows))
-    for v_start, v_stop in _spans(head.v, plan.columns):
+    row_spans = list(spans(0, head.n, plan.rows))
+    for v_start, v_stop in spans(0, head.v, plan.columns):
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
         dbias_v = gradients.dbias_V[v_start:v_stop] if needs.bias else None
         dweight_vd = None

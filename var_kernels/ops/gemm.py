@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels import gemm_native
+from var_kernels.ops.workspace import spans
+
+_ROUNDED_ROWS = 1024
 
 
 def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, backend: str) -> bool:
@@ -20,6 +23,17 @@ def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, bac
 
 def _in_cpp(backend: str, out: torch.dtype, left: Tensor, right: Tensor) -> bool:
     return backend == "native" and gemm_native.takes(out, left, right)
+
+
+def rounding_bytes(operand: torch.dtype, n: int, d: int, v: int, backend: str) -> int:
+    """Bytes of the fp32 sums that the C++ GEMM keeps beside a gradient in bf16: of dH (n, d) over v columns, of dW
+    (v, d) over n rows.
+    """
+    if backend != "native" or operand != torch.bfloat16 or not gemm_native.runs():
+        return 0
+    deep = gemm_native.MAX_ROUNDED_DEPTH
+    rows = max(min(n, _ROUNDED_ROWS) if v > deep else 0, min(v, _ROUNDED_ROWS) if n > deep else 0)
+    return 4 * rows * d
 
 
 def partial_bytes(operand: torch.dtype, device: torch.device, backend: str) -> int:
@@ -43,6 +57,12 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None
     """out = left @ right for operands of one dtype, written once: out has that dtype, or a wider one."""
     if _in_cpp(backend, out.dtype, left, right):
         gemm_native.product_into(out, left, right)
+    elif out.dtype == torch.bfloat16 and _in_cpp(backend, torch.float32, left, right):
+        # Too deep to be rounded as it is summed.
+        for start, stop in spans(0, out.shape[0], _ROUNDED_ROWS):
+            total = out.new_empty(stop - start, out.shape[1], dtype=torch.float32)
+            gemm_native.product_into(total, left[start:stop], right)
+            out[start:stop] = total
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     elif out.device.type == "cuda":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
-from var_kernels.ops.gemm import partial_bytes, upcasts
+from var_kernels.ops.gemm import partial_bytes, rounding_bytes, upcasts
 from var_kernels.ops.workspace import TileCost, within_cache
 
 _ROW_ELEMENTS = 32
@@ -109,6 +109,7 @@ class Head:
         """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
         copies = self._operand_copies(gradient=True)
         fixed = self.kernels.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
+        fixed += rounding_bytes(self.operand, self.n, self.d, self.v, self.options.backend)
         return TileCost(self._element(gradient=True), 0, copies, fixed)
 
     def weight_slice(self, budget: int) -> int:

@@ -23,6 +23,7 @@ from var_kernels.ops.workspace import (
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
+    spans,
     within_cache,
 )
 
@@ -114,11 +115,6 @@ def _transformed_(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform
         x_nv.mul_(transform.logit_scale / transform.softcap).tanh_()
         return x_nv.mul_(transform.softcap / transform.temperature)
     return x_nv if transform.is_identity else x_nv.mul_(transform.slope)
-
-
-def spans(start: int, stop: int, step: int):
-    for first in range(start, stop, step):
-        yield first, min(first + step, stop)
 
 
 @dataclass

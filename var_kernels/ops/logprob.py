@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from var_kernels.ops import compiled
+from var_kernels.ops import compiled, frozen
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import (
     forward_pass,
     forward_with_logits,
     keeps_logits,
-    one_pass_fits,
-    token_chunk_pass,
     vocabulary_pass,
 )
 from var_kernels.ops.head import Head, Needs
@@ -125,7 +123,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         ctx.frozen_head = _is_frozen_head(head, needs)
         ctx.logits_NV = None
         if ctx.frozen_head:
-            stats, gradients = token_chunk_pass(head, needs, lambda rows, _: head.coefficients(_ones(head, rows)))
+            stats, gradients = frozen.frozen_head_pass(head, lambda rows, _: head.coefficients(_ones(head, rows)))
             ctx.save_for_backward(gradients.dhidden_ND)
         elif needs and keeps_logits(head):
             stats, ctx.logits_NV = forward_with_logits(head)
@@ -166,6 +164,4 @@ def _is_frozen_head(head: Head, needs: Needs) -> bool:
     """Only hidden needs a gradient, and only through logp of one target: one [N, D] product serves every upstream
     gradient.
     """
-    only_hidden = needs.hidden and not needs.lm_head_weight and not needs.bias
-    only_logp = head.labels_NK.shape[1] == 1 and not head.options.lse and not head.options.entropy
-    return only_hidden and only_logp and one_pass_fits(head, needs)
+    return frozen.serves(head, needs) and not head.options.lse

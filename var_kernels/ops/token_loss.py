@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import forward_pass, token_chunk_pass
+from var_kernels.ops.engines import forward_pass, one_pass
 from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
@@ -160,7 +160,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
             return head.coefficients(slope_n.unsqueeze(1), None, entropy_slope_n[0], known[1].detach())
 
         if needs:
-            stats, gradients = token_chunk_pass(head, needs, coefficients_of)
+            stats, gradients = one_pass(head, needs, coefficients_of)
             gradients = gradients.cast(head.operand)
         else:  # no slopes: under inference_mode there are none to be had
             stats, gradients = forward_pass(head), Gradients()

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks, compiled
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import forward_pass, one_pass_fits, token_chunk_pass
+from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
 from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 
@@ -181,7 +181,7 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
                 dlse_n = 2 * z_loss * weight_nk.sum(1) * stats.lse_N if z_loss else None
                 return head.coefficients(-weight_nk, dlse_n)
 
-            stats, gradients = token_chunk_pass(head, needs, coefficients_of)
+            stats, gradients = one_pass(head, needs, coefficients_of)
             gradients = gradients.cast(head.operand)
         else:
             stats, gradients = forward_pass(head), Gradients()

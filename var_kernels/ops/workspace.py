@@ -1,7 +1,7 @@
 """From a memory budget to tile shapes. The number of chunks follows from ``workspace_mb``, never from V / D."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,12 @@ def _cuda_memory(index: int) -> int:
     return torch.cuda.get_device_properties(index).total_memory
 
 
+def spans(start: int, stop: int, step: int):
+    """(start, stop) of consecutive pieces of a range."""
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
 @dataclass(frozen=True)
 class TilePlan:
     """How many rows and vocabulary columns a tile holds."""
@@ -50,6 +56,9 @@ class TileCost:
     column: int = 0
     row: int = 0
     fixed: int = 0
+
+    def with_row(self, more: int) -> "TileCost":
+        return replace(self, row=self.row + more)
 
     def columns_within(self, budget: int, rows: int) -> int:
         return (budget - self.fixed - rows * self.row) // (rows * self.element + self.column)

@@ -15,14 +15,16 @@ from torch.utils._pytree import tree_leaves
 PRELOADED = ("torch.distributed.fsdp", "transformers", "tests.tiny_training")
 
 
-def start_ranks(function, world: int, folder: Path, *args, environment: dict[str, str] | None = None) -> list:
-    """Processes that run ``function(rank, world, folder, *args)`` in a process group of their own."""
+def start_ranks(
+    function, world: int, folder: Path, *args, environment: dict[str, str] | None = None, timeout: float = 120
+) -> list:
+    """Processes that run ``function(rank, world, folder, *args)`` in a process group of that timeout, in seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     store = folder / f"store-{time.monotonic_ns()}"
     processes = [
         context.Process(
-            target=_run_rank, args=(function, rank, world, folder, store, args, environment or {}), daemon=True
+            target=_run_rank, args=(function, rank, world, folder, store, args, environment or {}, timeout), daemon=True
         )
         for rank in range(world)
     ]
@@ -43,10 +45,10 @@ def run_ranks(function, world: int, folder: Path, *args, timeout: float = 150, e
     assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(errors)[-6000:]
 
 
-def end_of_ranks(processes: list, timeout: float) -> list[int | None]:
-    """Their exit codes; one that is still running when the time is up is killed, and None."""
+def end_of_ranks(processes: list, timeout: float, wait_for: int | None = None) -> list[int | None]:
+    """The exit codes once all, or the first ``wait_for``, have ended; one that still runs then is killed, and None."""
     deadline = time.monotonic() + timeout
-    for process in processes:
+    for process in processes[:wait_for]:
         process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
@@ -55,14 +57,14 @@ def end_of_ranks(processes: list, timeout: float) -> list[int | None]:
     return codes
 
 
-def _run_rank(function, rank, world, folder, store, args, environment) -> None:
+def _run_rank(function, rank, world, folder, store, args, environment, timeout) -> None:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **environment})
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=float(os.environ.get("TEST_GROUP_TIMEOUT", "120")))
+    limit = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
         function(rank, world, folder, *args)
         if dist.is_initialized():  # the command line ends it itself
             dist.barrier()

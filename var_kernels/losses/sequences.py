@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -12,6 +13,7 @@ def sequence_sum(
     *,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Sum of per-token values over each sequence, differentiable in the values.
 
@@ -25,6 +27,10 @@ def sequence_sum(
         labels: the values' shape, int64; positions equal to ``ignore_index`` are left out. None: every position counts.
         cu_seqlens: (B + 1,) int32 or int64, from 0 to N: sequence i is the rows cu_seqlens[i]:cu_seqlens[i + 1].
         ignore_index: the label that carries no loss.
+        process_group: the ranks that hold the tokens of these B sequences between them (context or sequence
+            parallelism, in any order); the sums go over all of them. Every rank makes the call, and the same loss of
+            the sums: its gradient reaches the own tokens as it is, so gradients of weights are to be summed over the
+            group (times the group's size where a layout takes their mean).
 
     Returns:
         (B,), fp32 (fp64 for fp64 values); 0 for a sequence without a kept token. Nats where the values are log-probs.
@@ -52,13 +58,38 @@ def sequence_sum(
         values_N = values.reshape(-1)
         check_cu_seqlens(cu_seqlens, values_N.shape[0])
         total_B = torch.segment_reduce(values_N, "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)
+    if process_group is not None:
+        total_B = _SumOverRanks.apply(total_B, process_group)
     return total_B if token_values.dtype == torch.float64 else total_B.float()
 
 
-def sequence_lengths(labels: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """Number of tokens that carry loss in each sequence: labels (B, T), or (N,) with ``cu_seqlens`` -> (B,) int64."""
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce of (B,). Every rank computes the same loss of the sums, so its gradient is each summand's already."""
+
+    @staticmethod
+    def forward(ctx, part_B, group):
+        total_B = part_B.clone()
+        dist.all_reduce(total_B, group=group)
+        return total_B
+
+    @staticmethod
+    def backward(ctx, dtotal_B):
+        return dtotal_B, None
+
+
+def sequence_lengths(
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Number of tokens that carry loss in each sequence: labels (B, T), or (N,) with ``cu_seqlens`` -> (B,) int64.
+
+    process_group: as in ``sequence_sum``.
+    """
     kept = (labels != ignore_index).to(torch.float64)
-    return sequence_sum(kept, cu_seqlens=cu_seqlens).long()
+    return sequence_sum(kept, cu_seqlens=cu_seqlens, process_group=process_group).long()
 
 
 def expand_to_tokens(per_sequence_B: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

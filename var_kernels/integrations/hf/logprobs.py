@@ -38,8 +38,10 @@ def token_logprobs(
         batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as
             everywhere in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score.
             Without labels every token is scored that attention_mask does not hide, and that has one before it that
-            is not hidden either (behind padding on the left comes a first token). An encoder-decoder needs labels, of
-            a length of their own; decoder_input_ids are made from them where they are missing.
+            is not hidden either (behind padding on the left comes a first token). ``shift_labels`` in place of labels
+            are the tokens after those of input_ids, and logp is aligned with them: a part of a sequence (context
+            parallelism) ends with a label that is not in it. An encoder-decoder needs labels, of a length of their own;
+            decoder_input_ids are made from them where they are missing.
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
@@ -50,9 +52,10 @@ def token_logprobs(
     """
     inner = inner_model(model)
     find_head(inner)  # before anything is said about the batch
-    shift = not is_encoder_decoder(inner)
-    inputs, labels = _inputs_and_labels(batch) if shift else _decoder_inputs_and_labels(inner, batch)
-    if not is_causal(model, inputs, encoder_decoder=not shift):
+    decoder_only = not is_encoder_decoder(inner)
+    shift = decoder_only and (not isinstance(batch, Mapping) or batch.get("shift_labels") is None)
+    inputs, labels = _inputs_and_labels(batch) if decoder_only else _decoder_inputs_and_labels(inner, batch)
+    if not is_causal(model, inputs, encoder_decoder=not decoder_only):
         raise ValueError(
             f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token "
             "log-probabilities. A BERT-like model needs config.is_decoder = True"
@@ -119,6 +122,10 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
         )
     inputs = dict(batch)
     input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
+    shifted = inputs.pop("shift_labels", None)
+    if shifted is not None and labels is not None:
+        raise ValueError("batch: expected labels or shift_labels, got both; they say the same of other positions")
+    labels = shifted if labels is None else labels
     if labels is None:
         mask = inputs.get("attention_mask")
         labels = input_ids if mask is None else _scored_by_mask(input_ids, mask)

@@ -3,6 +3,7 @@
 #     csrc/sanitize.sh [PYTHON] [pytest arguments]
 # Masked loads and stores of AVX-512 and tile loads are not instrumented: the pages without access of
 # tests/test_native_bounds.py watch those.
+# The thread sanitizer does not see into torch's pool: tests/test_selftest.py runs it over the kernels without torch.
 # Builds beside the checkout's own binary, which stays as it is. Leaks are not looked for: the interpreter has its own.
 set -eu
 python=${1:-python3}

@@ -1,5 +1,7 @@
 """Sequences whose tokens lie on several ranks: sums per sequence, losses and gradients are those of one process."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,7 +56,62 @@ def model_and_ids():
     from tests.test_sharded import make_model
 
     ids = torch.randint(1, 151, (2, 10), generator=torch.Generator().manual_seed(1))
-    return make_model(), ids
+    return make_model(), ids, F.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+class Gathered(torch.autograd.Function):
+    """(B, H, T, D) of this rank -> (B, H, T * ranks, D) of all."""
+
+    @staticmethod
+    def forward(ctx, part):
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    def backward(ctx, dwhole):
+        dwhole = dwhole.contiguous()
+        dist.all_reduce(dwhole)
+        return dwhole.chunk(dist.get_world_size(), 2)[dist.get_rank()]
+
+
+def gathered_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Causal attention of this rank's positions to those of all ranks."""
+    key, value = Gathered.apply(key), Gathered.apply(value)
+    own = query.shape[2]
+    start = dist.get_rank() * own
+    visible = torch.arange(key.shape[2]) <= torch.arange(start, start + own).unsqueeze(1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def scored(model, inputs, group):
+    """Of a loss that couples the tokens of a sequence: (sums of log-probs, gradients summed over the ranks)."""
+    from var_kernels.integrations.hf import token_logprobs
+
+    s = sequence_sum(token_logprobs(model, inputs), inputs["shift_labels"], process_group=group)
+    (s.square() * torch.tensor([1.0, -0.5])).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    if group is not None:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+    return s.detach(), gradients
+
+
+def in_parts(rank, world):
+    from transformers import AttentionInterface
+
+    from var_kernels.integrations.hf.calibration import calibrate
+
+    AttentionInterface.register("gathered", gathered_attention)
+    model, ids, following = model_and_ids()
+    calibrate(model)  # on a plain pass: the parts of a sequence see other ranks' tokens
+    model.set_attn_implementation("gathered")
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    whole = {"input_ids": ids, "position_ids": positions, "shift_labels": following}
+    size = ids.shape[1] // world
+    part = slice(rank * size, (rank + 1) * size)
+    return scored(model, {name: values[:, part] for name, values in whole.items()}, dist.group.WORLD)
 
 
 def run_rank(rank, world, folder):
@@ -65,6 +122,8 @@ def run_rank(rank, world, folder):
     packed = batch["labels"][:, PARTS["halves"][rank]]
     offsets = torch.arange(B + 1) * packed.shape[1]
     results["lengths"] = sequence_lengths(packed.reshape(-1), cu_seqlens=offsets, process_group=dist.group.WORLD)
+    if importlib.util.find_spec("transformers"):
+        results["model"] = in_parts(rank, world)
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -94,14 +153,22 @@ def test_lengths_of_packed_rows_go_over_the_ranks(ranks):
         assert torch.equal(found["lengths"], sequence_lengths(make_batch()["labels"]))
 
 
+def test_a_model_with_attention_over_the_ranks_equals_one_process(ranks):
+    pytest.importorskip("transformers")
+    model, ids, following = model_and_ids()
+    s, gradients = scored(model, {"input_ids": ids, "shift_labels": following}, None)
+    for got, found in (rank["model"] for rank in ranks):
+        torch.testing.assert_close(got, s, rtol=1e-7, atol=1e-7)  # the norms round to fp32
+        for made, wanted in zip(found, gradients, strict=True):
+            assert (made - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
 def test_shifted_labels_give_the_same_log_probs():
-    """Two parts, each with the label that follows it, hold what the whole has; the body runs on the whole here."""
     pytest.importorskip("transformers")
     from var_kernels.integrations.hf import token_logprobs
 
-    model, ids = model_and_ids()
+    model, ids, following = model_and_ids()
     whole = token_logprobs(model, {"input_ids": ids})
-    following = F.pad(ids[:, 1:], (0, 1), value=-100)
     shifted = token_logprobs(model, {"input_ids": ids, "shift_labels": following})
     assert torch.equal(shifted[:, :-1], whole[:, 1:])
     assert shifted[:, -1].eq(0).all()

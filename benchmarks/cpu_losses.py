@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from var_kernels import linear_weighted_nll
+from var_kernels.kernels import gemm_native
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops.backend import use_backend
 
@@ -128,8 +129,9 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
     peaks, milliseconds = {}, {key: [] for key in calls}
     for key, call in list(calls.items()):
         try:
-            call()
-            peaks[key] = peak_extra_bytes(call) / MIB
+            peaks[key] = (
+                peak_extra_bytes(call) / MIB
+            )  # the warm-up as well: what is kept from one call to the next counts
         except Exception as error:
             print(f"{key}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
             del calls[key]
@@ -159,6 +161,7 @@ def header() -> str:
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         flags = " ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split())
         model = f"{fields.get('model name', model)} model {fields.get('model', '?')} ({flags})"
+        model += f"; bf16 GEMM by {gemm_native.LEVEL_NAMES[gemm_native.best_level()]}"
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     versions = f"torch={torch.__version__} python={platform.python_version()}"

@@ -131,7 +131,7 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
         try:
             peaks[key] = (
                 peak_extra_bytes(call) / MIB
-            )  # the warm-up as well: what is kept from one call to the next counts
+            )
         except Exception as error:
             print(f"{key}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
             del calls[key]

@@ -1,14 +1,13 @@
 """Z over the global batch: two gloo processes, unevenly split, give the weights, loss and gradients of one."""
 
-import datetime
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from tests.ranks import run_ranks
 from var_kernels import VARLoss, var_loss, var_weights
 from var_kernels.losses import CollapsedWeightsWarning
 
@@ -81,11 +80,7 @@ def collapse_warnings(rank, process_group):
     return sum(issubclass(w.category, CollapsedWeightsWarning) for w in caught)
 
 
-def run_rank(rank, rendezvous, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
-    )
+def run_rank(rank, world, folder):
     group, batch, out = dist.group.WORLD, make_batch(), {}
     for split, sizes in SPLITS.items():
         start = sum(sizes[:rank])
@@ -112,15 +107,14 @@ def run_rank(rank, rendezvous, results):
         var_weights(torch.empty(0), lam=1.0, reference="none", process_group=group)
     except ValueError as error:
         out["empty"] = str(error)
-    torch.save(out, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(out, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the two processes returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(folder / "rendezvous", folder), nprocs=RANKS)
+    run_ranks(run_rank, RANKS, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

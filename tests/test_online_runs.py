@@ -2,9 +2,7 @@
 fit, two ranks."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+from tests.ranks import run_ranks
 from tests.tiny_online import Recording, buffered, online_trainer, reward, trained
-from tests.tiny_training import losses
+from tests.tiny_training import ROWS, losses, tiny_trainer
 from var_kernels.integrations.data import DataError
 from var_kernels.integrations.trainer.callbacks import METRICS_FILE
 from var_kernels.integrations.trainer.online import Buffer, GenerateSampler
@@ -45,6 +44,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from transformers import TrainerCallback
 from tests.test_online_runs import RUN, SAMPLER
+from tests.ranks import run_ranks
 from tests.tiny_online import Recording, online_trainer
 
 class Kill(TrainerCallback):
@@ -192,63 +192,31 @@ def test_half_a_line_of_a_part_is_dropped_and_another_key_drops_all(tmp_path):
 
 # ---- two ranks -------------------------------------------------------------------------------------------------------
 
-RANK = """
-import os, sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-import torch
-from tests.tiny_online import online_trainer, reward
-from tests.test_online_runs import logged
-from tests.tiny_training import ROWS, tiny_trainer
-from var_kernels.integrations.data import DataError
-for method in {methods!r}:
-    trainer = online_trainer(Path({folder!r}, method), method=method, per_device_train_batch_size=2,
-                             sampling_batch_size=4, ddp_backend="gloo")
-    assert trainer.args.world_size == 2
-    trainer.train()
-pairs = [dict(prompt=row["prompt"], chosen="12", rejected="x") for row in ROWS]
-tiny_trainer(Path({folder!r}, "judge"), pairs, method="bradley_terry", max_steps=3, per_device_train_batch_size=2,
-             ddp_backend="gloo", ddp_find_unused_parameters=False).train()
-rank = int(os.environ["RANK"])
+ON_RANKS = ("grpo", "sail_pr")
 
-def breaks(prompts, completions):
-    if rank == 1:
-        raise OSError("away")
-    return reward(prompts, completions)
 
-try:
-    online_trainer(Path({folder!r}, "broken"), reward_func=breaks, sampling_batch_size=4, ddp_backend="gloo").train()
-except DataError as error:
-    Path({folder!r}, f"error-{{rank}}").write_text(str(error))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-os._exit(0)  # torch's own threads may abort an orderly exit, now and then
-"""
+def run_rank(rank, world, folder):
+    for method in ON_RANKS:
+        sizes = {"per_device_train_batch_size": 2, "sampling_batch_size": 4}
+        online_trainer(folder / method, method=method, ddp_backend="gloo", **sizes).train()
+    pairs = [{"prompt": row["prompt"], "chosen": "12", "rejected": "x"} for row in ROWS]
+    options = {"method": "bradley_terry", "max_steps": 3, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    tiny_trainer(folder / "judge", pairs, per_device_train_batch_size=2, **options).train()
+
+    def breaks(prompts, completions):
+        if rank == 1:
+            raise OSError("away")
+        return reward(prompts, completions)
+
+    broken = online_trainer(folder / "broken", reward_func=breaks, sampling_batch_size=4, ddp_backend="gloo")
+    with pytest.raises(DataError) as refused:
+        broken.train()
+    (folder / f"refusal-{rank}").write_text(str(refused.value))
 
 
 def test_two_ranks_draw_their_shares_and_train_as_one(tmp_path):
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this build of torch has no gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    methods = ["grpo", "sail_pr"]
-    script = RANK.format(root=str(ROOT), folder=str(tmp_path), methods=methods)
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    for method in methods:
+    run_ranks(run_rank, 2, tmp_path)
+    for method in ON_RANKS:
         two, one = tmp_path / method, tmp_path / "one" / method
         single = trained(one, method=method, per_device_train_batch_size=4, sampling_batch_size=4)
         for iteration in range(3):
@@ -258,7 +226,7 @@ def test_two_ranks_draw_their_shares_and_train_as_one(tmp_path):
             both = [[entry[name] for entry in logged(folder) if name in entry] for folder in (two, one)]
             assert len(both[0]) == 3
             assert both[0] == pytest.approx(both[1], rel=1e-4, abs=1e-6)
-    messages = [(tmp_path / f"error-{rank}").read_text() for rank in range(2)]
+    messages = [(tmp_path / f"refusal-{rank}").read_text() for rank in range(2)]
     assert messages[0] == messages[1]
     assert "6 malformed rows" in messages[0]
     assert "sample 1: the reward function raised OSError: away" in messages[0]

@@ -4,7 +4,6 @@ Two and four CPU processes with gloo. VAR's in-batch Z spans the ranks, whose sh
 rank's labels may all be ignored.
 """
 
-import datetime
 import functools
 import itertools
 import math
@@ -12,12 +11,12 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.ranks import run_ranks
 from var_kernels import linear_loss, var_loss
 from var_kernels.integrations.hf.head import capture
 
@@ -113,9 +112,6 @@ def collectives(model, batch, name, group, workspace_mb):
 
 
 def run_rank(rank, world, folder):
-    torch.set_num_threads(1)
-    address, timeout = f"file://{folder}/store-{world}", datetime.timedelta(seconds=90)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timeout)
     group, results = dist.group.WORLD, {}
     for (case, sizes), layout, name in itertools.product(SHARES[world].items(), LAYOUTS, LOSSES):
         start = sum(sizes[:rank])
@@ -133,7 +129,6 @@ def run_rank(rank, world, folder):
             results["collectives", layout, name] = counts
     if rank == 0:
         torch.save(results, f"{folder}/{world}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +136,7 @@ def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     found = {}
     for world in SHARES:
-        mp.spawn(run_rank, args=(world, folder), nprocs=world)
+        run_ranks(run_rank, world, folder)
         found[world] = torch.load(folder / f"{world}.pt")
     return found
 

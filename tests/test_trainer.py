@@ -1,11 +1,6 @@
 """VARTrainer: the loss of a step against an oracle, whatever way its batch is cut up, and what is logged of it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -115,62 +110,6 @@ def test_the_last_accumulation_of_an_epoch_may_be_short(tmp_path):
     whole = tiny_trainer(tmp_path / "whole", max_steps=2, per_device_train_batch_size=20, learning_rate=0.0)
     whole.train()
     assert losses(trainer) == pytest.approx(losses(whole), rel=LOGGED)
-
-
-RANKED = [("var", "batch", 3), ("var", "group", 1), ("sft", "batch", 2), ("dpo", "batch", 1)]
-RANK = """
-import json, sys, torch
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.tiny_training import tiny_trainer
-for method, normalizer, size in {cases!r}:
-    folder = Path({folder!r}, method + normalizer)
-    trainer = tiny_trainer(folder, method=method, normalizer=normalizer, max_steps=2,
-                           per_device_train_batch_size=size, gradient_accumulation_steps=2, ddp_backend="gloo")
-    assert trainer.args.world_size == 2
-    trainer.train()
-    if trainer.args.process_index == 0:
-        torch.save([p.detach() for p in trainer.model.parameters()], folder / "weights.pt")
-        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()  # gloo's threads must not outlive the interpreter
-"""
-
-
-def test_two_ranks_are_one_batch_twice_as_large(tmp_path):
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this build of torch has no gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parents[1]
-    script = RANK.format(root=str(root), folder=str(tmp_path), cases=RANKED)
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd=root,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    for method, normalizer, size in RANKED:
-        folder = tmp_path / (method + normalizer)
-        options = {"method": method, "normalizer": normalizer, "per_device_train_batch_size": 4 * size}
-        single = tiny_trainer(folder / "one", max_steps=2, **options)
-        single.train()
-        history = json.loads((folder / "history.json").read_text())
-        assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses(single), rel=LOGGED)
-        for made, wanted in zip(torch.load(folder / "weights.pt"), single.model.parameters(), strict=True):
-            torch.testing.assert_close(made, wanted.detach(), **EXACT)
-        for key in ("ess", "log_z", "weight_entropy", "reward_mean", "kl_to_ref", "logp_minus_ref", "nll_per_token"):
-            if key in history[1]:
-                assert history[1][key] == pytest.approx(single.state.log_history[1][key], rel=1e-5, abs=1e-6), key
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """A vocabulary spread over two and three ranks, in slices of different size: forward and backward equal one process."""
 
-import datetime
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.op_cases import Case
+from tests.ranks import run_ranks
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob
 from var_kernels.kernels import rows_native
@@ -44,9 +43,6 @@ def run(op, case, hidden, weight, labels, bias):
 
 
 def run_rank(rank, world, folder):
-    torch.set_num_threads(1)
-    address, timeout = f"file://{folder}/store-{world}", datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timeout)
     sizes, results = SPLITS[world], {}
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for (name, case), backend in itertools.product(CASES.items(), BACKENDS):
@@ -67,7 +63,6 @@ def run_rank(rank, world, folder):
     except ValueError as error:
         results["refusal"] = str(error)
     torch.save(results, f"{folder}/{world}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def bytes_sent(rows):
@@ -93,7 +88,7 @@ def bytes_sent(rows):
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
     for world in SPLITS:
-        mp.spawn(run_rank, args=(world, folder), nprocs=world)
+        run_ranks(run_rank, world, folder)
     return {world: [torch.load(folder / f"{world}-{r}.pt") for r in range(world)] for world in SPLITS}
 
 

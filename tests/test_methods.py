@@ -45,7 +45,7 @@ def test_trains_on_pairs_without_rewards(method, tmp_path):
     assert len(losses(run(tmp_path, method, rows))) == 2
 
 
-@pytest.mark.parametrize("method", [name for name in ALL if METHODS[name].need_rewards == "required"])
+@pytest.mark.parametrize("method", [name for name in ALL if METHODS[name].need_rewards != "optional"])
 def test_missing_rewards_are_named(method, tmp_path):
     rows = [{key: row[key] for key in ("prompt", "completions")} for row in ROWS]
     with pytest.raises(DataError, match="train_dataset row 1: rewards missing: this method needs rewards"):
@@ -55,8 +55,29 @@ def test_missing_rewards_are_named(method, tmp_path):
 @pytest.mark.parametrize("method", [name for name in ALL if METHODS[name].loss.item in ("pair", "group")])
 def test_one_completion_a_prompt_is_not_enough(method, tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["completions"][0], "reward": 1.0} for row in ROWS]
-    with pytest.raises(ValueError, match=f"method '{method}' (needs pairs|compares the completions)"):
+    wrong = f"method '{method}' (needs pairs|compares the completions).*\\(train_dataset row 1, train_dataset row 2, "
+    with pytest.raises(ValueError, match=wrong):
         tiny_trainer(tmp_path, rows, method=method)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_prompts_of_one_completion_among_others_are_named(method, tmp_path, caplog):
+    rows = [*ROWS[:6], *({"prompt": r["prompt"], "completion": r["completions"][0], "reward": 1.0} for r in ROWS[6:])]
+    trainer = tiny_trainer(tmp_path, rows, method=method)
+    assert len(trainer.train_dataset) == 6
+    assert "2 of 8 prompts have" in caplog.text
+    assert "are left out: train_dataset row 7, train_dataset row 8" in caplog.text
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_bad_rows_are_named_and_nothing_is_left_behind(method, tmp_path):
+    """A reward that is no number, and a prompt alone: whatever the method does with rewards."""
+    broken = {**ROWS[3], "rewards": [1.0, float("nan"), 0.5]}
+    for row, reason in ((broken, r"rewards\[1\] must be finite, got nan"), ({"prompt": "p"}, "no completion among")):
+        with pytest.raises(DataError, match=f"1 malformed row.*\n.*train_dataset row 4: {reason}"):
+            tiny_trainer(tmp_path, [*ROWS[:3], row, *ROWS[4:]], method=method)
+    assert not list(tmp_path.iterdir())
 
 
 # KTO's baseline is that of a micro-batch, and a policy's labels are drawn for each: those two are other objectives.

@@ -3,6 +3,13 @@
 import logging
 
 logger = logging.getLogger(__name__)
+_NAMED = 3
+
+
+def _places(rows, groups: list[list[int]]) -> str:
+    """Where the first of these prompts were read from."""
+    places = [rows.where[group[0]] for group in groups[:_NAMED]]
+    return ", ".join(places) + (", ..." if len(groups) > _NAMED else "")
 
 
 def single_rows(rows, config) -> list[list[int]]:
@@ -12,14 +19,17 @@ def single_rows(rows, config) -> list[list[int]]:
 def whole_prompts(rows, config) -> list[list[int]]:
     """A prompt with all its completions. Prompts of one completion have nothing to be compared with."""
     items = [group for group in rows.groups if len(group) > 1]
-    lonely = len(rows.groups) - len(items)
+    lonely = [group for group in rows.groups if len(group) == 1]
     if not items:
         raise ValueError(
-            f"method {config.method!r} compares the completions of a prompt: no prompt has two; the data need rows of "
-            "prompt + completions + rewards"
+            f"method {config.method!r} compares the completions of a prompt: no prompt has two ({_places(rows, lonely)}"
+            "); the data need rows of prompt + completions + rewards"
         )
     if lonely:
-        logger.warning("%d of %d prompts have a single completion, which cannot be compared", lonely, len(rows.groups))
+        logger.warning(
+            "%d of %d prompts have a single completion, which cannot be compared, and are left out: %s",
+            len(lonely), len(rows.groups), _places(rows, lonely),
+        )  # fmt: skip
     return items
 
 
@@ -44,7 +54,7 @@ def sft_items(rows, config) -> list[list[int]]:
 
 def pairs(rows, config) -> list[list[int]]:
     """[chosen, rejected]: those of a pair, otherwise the best and the worst of a prompt, if their rewards differ."""
-    items, ties = [], 0
+    items, ties = [], []
     for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
         if is_pair:
             items.append(group)
@@ -54,13 +64,18 @@ def pairs(rows, config) -> list[list[int]]:
         if rows.reward[best] > rows.reward[worst]:
             items.append([best, worst])
         else:
-            ties += 1
+            ties.append(group)
+    if not items:
+        raise ValueError(
+            f"method {config.method!r} needs pairs: no prompt has two completions with different rewards "
+            f"({_places(rows, ties)}); the data need rows of prompt + chosen + rejected, or of prompt + completions + "
+            "rewards"
+        )
     if ties:
         logger.warning(
-            "%d of %d prompts have no two completions with different rewards: no pair", ties, len(rows.groups)
-        )
-    if not items:
-        raise ValueError(f"method {config.method!r} needs pairs: no prompt has two completions with different rewards")
+            "%d of %d prompts have no two completions with different rewards, make no pair and are left out: %s",
+            len(ties), len(rows.groups), _places(rows, ties),
+        )  # fmt: skip
     return items
 
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.ranks import run_ranks
 from var_kernels import linear_loss, var_loss
+from var_kernels.integrations.hf import fused_lm_head
 from var_kernels.integrations.hf.head import capture
 
 B, T, V = 8, 10, 151
@@ -111,6 +112,24 @@ def collectives(model, batch, name, group, workspace_mb):
     return counted.get_total_counts()
 
 
+def rounded_output(batch, early):
+    """The loss of a model that FSDP2 rounds to bf16 on its way out, its head fused before or after sharding."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = make_model().float()
+    fused = fused_lm_head(model)
+    try:
+        if early:
+            fused.apply()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+        fused = fused if early else fused.apply()
+        return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    except ValueError as error:
+        return str(error)
+
+
 def run_rank(rank, world, folder):
     group, results = dist.group.WORLD, {}
     for (case, sizes), layout, name in itertools.product(SHARES[world].items(), LAYOUTS, LOSSES):
@@ -127,6 +146,7 @@ def run_rank(rank, world, folder):
         if layout.startswith("fsdp2") and case == "uneven":
             counts = [collectives(model, batch, name, group, mb) for mb in (0.5, 64)]
             results["collectives", layout, name] = counts
+    results["rounded"] = [rounded_output(make_batch("uneven", (4, 4)), early) for early in (True, False)]
     if rank == 0:
         torch.save(results, f"{folder}/{world}.pt")
 
@@ -159,3 +179,13 @@ def test_the_head_is_gathered_once_whatever_the_chunks(worlds, layout, name):
     """A budget of many tiles makes no collective more than one that holds all logits."""
     small, large = worlds[2]["collectives", layout, name]
     assert small == large > 0
+
+
+def test_a_model_that_rounds_its_output_is_fused_before_it_is_sharded(worlds):
+    batch = make_batch("uneven", (4, 4))
+    with fused_lm_head(model := make_model()):
+        expected = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    early, late = worlds[2]["rounded"]
+    assert math.isclose(early, expected, rel_tol=2**-6)
+    assert "logits are rounded to torch.bfloat16" in late
+    assert "before the model is sharded" in late

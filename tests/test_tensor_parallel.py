@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from tests.ranks import run_ranks
 from tests.test_sharded import make_model
+from tests.tiny_training import tiny_model, tiny_trainer
 from var_kernels.integrations.hf import fused_lm_head, token_logprobs
 from var_kernels.integrations.hf.head import capture
 
@@ -88,9 +89,9 @@ def fused_loss(model, batch):
         return model(**batch).loss
 
 
-def refusal(call, *args):
+def refusal(call, *args, **options):
     try:
-        call(*args)
+        call(*args, **options)
     except ValueError as error:
         return str(error)
     return None
@@ -108,6 +109,7 @@ def run_rank(rank, world, folder):
     results["other loss"] = refusal(capture, model, lambda hidden, head: hidden.sum(), inputs)
     for make in (by_torch_sliced, by_torch_rowwise):
         results[make.__name__] = [refusal(call, make(folder, mesh), batch) for call in (fused_loss, token_logprobs)]
+    results["trainer"] = refusal(tiny_trainer, folder, model=by_plan(folder / "trained", mesh), ddp_backend="gloo")
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -115,6 +117,7 @@ def run_rank(rank, world, folder):
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
     make_model().save_pretrained(folder / "model")
+    tiny_model().save_pretrained(folder / "trained" / "model")
     run_ranks(run_rank, 2, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -142,6 +145,11 @@ def test_equals_one_process(ranks, one_process, layout, what):
 def test_the_vocabulary_is_spread_unevenly(ranks):
     for layout in ("by_plan", "by_torch"):
         assert [found["rows", layout] for found in ranks] == [76, 75]
+
+
+def test_the_trainer_wants_rows_of_each_ranks_own(ranks):
+    for found in ranks:
+        assert "every rank must hold rows of its own" in found["trainer"]
 
 
 def test_other_losses_and_other_layouts_are_refused(ranks):

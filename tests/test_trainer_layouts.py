@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="peft is not installed")
 
 from tests.ranks import as_accelerators, run_ranks
 from tests.tiny_training import losses, tiny_model, tiny_trainer
@@ -42,6 +43,7 @@ CASES = {
     "fsdp2 var": (fsdp(), "var", 3, {"gradient_accumulation_steps": 2, **ADAM, **TWO_EPOCHS}),
     "fsdp2 var, first rank's weights": (fsdp(cpu_ram_efficient_loading=True), "var", 5, TWO_EPOCHS),
     "fsdp2 dpo, live reference": (fsdp(), "dpo", 3, {"precompute_ref_log_probs": False, **TWO_EPOCHS}),
+    "fsdp2 dpo, adapter": (fsdp(), "dpo", 3, {"adapter": True, **TWO_EPOCHS}),
     "fsdp2 dro": (fsdp(**SHARDED), "dro", 5, {**ADAM, **TWO_EPOCHS}),
     "fsdp2 alol": (fsdp(), "alol", 5, TWO_EPOCHS),
     "fsdp1 var": (fsdp(1), "var", 5, TWO_EPOCHS),
@@ -66,7 +68,14 @@ def dtype_of(name):
 def trainer_of(name, folder, size, layout, **more):
     _, method, _, options = CASES[name]
     settings = {"method": method, "per_device_train_batch_size": size, **options, **layout, **more}
-    return tiny_trainer(folder, model=tiny_model(dtype=dtype_of(name)), **settings)
+    others = {}
+    if settings.pop("adapter", False):
+        from peft import LoraConfig
+
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        others = {"trainer_options": {"peft_config": lora}}
+    return tiny_trainer(folder, model=tiny_model(dtype=dtype_of(name)), **others, **settings)
 
 
 def whole_weights(trainer):

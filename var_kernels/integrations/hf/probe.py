@@ -191,6 +191,11 @@ class Probe:
                 f"its head puts out {tuple(injected.shape)} but its logits are {shape} (several prediction streams, or "
                 "logits of some positions only)"
             )
+        if logits.dtype.itemsize < min(injected.dtype.itemsize, 4):
+            self.refuse(
+                f"its logits are rounded to {logits.dtype} on their way out, by FSDP's mixed precision perhaps: apply "
+                "fused_lm_head (or score once) before the model is sharded"
+            )
         return logits.to(torch.float64 if injected.dtype == torch.float64 else logits.dtype)
 
     # ---- vectors over the vocabulary besides the head's own bias ---------------------------------------------------

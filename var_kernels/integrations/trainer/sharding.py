@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
 from var_kernels.integrations.hf.head import find_head, inner_model
+from var_kernels.integrations.hf.parallel import is_dtensor
 
 
 def is_partitioned(model: nn.Module) -> bool:
@@ -54,8 +55,13 @@ def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> N
     there the first batch calibrates.
 
     Raises:
-        ValueError: the head is not understood.
+        ValueError: the head is not understood; the weights are DTensors already.
     """
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "model: its weights are spread over ranks already (tensor parallelism, a distributed_config), but every rank "
+            "must hold rows of its own: load it plain, and let accelerate spread it (FSDP, ZeRO)"
+        )
     if is_partitioned(model):
         find_head(inner_model(model))
         return

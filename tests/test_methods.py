@@ -235,6 +235,25 @@ def test_fitted_values_follow_the_rewards(tmp_path):
     assert torch.equal(trainer.eval_dataset.rows.columns["value"], trainer.train_dataset.rows.columns["value"][:8])
 
 
+def test_prompts_are_run_once_for_their_values(tmp_path, monkeypatch):
+    """Each prompt without its completions, and not once for each of them; states as the whole rows have them."""
+    from var_kernels.integrations.trainer import values
+
+    seen = []
+
+    def counted(model, fn, inputs):
+        seen.append(inputs["input_ids"])
+        return values_capture(model, fn, inputs)
+
+    values_capture = values.capture
+    monkeypatch.setattr(values, "capture", counted)
+    trainer = tiny_trainer(tmp_path, ROWS, method="alol")
+    assert sum(map(len, seen)) == len(ROWS)
+    states = values.prompt_states(trainer, trainer.model, trainer.train_dataset.rows)
+    expected = torch.stack([entry["state"] for entry in naive_rows(tiny_model())])
+    torch.testing.assert_close(states, expected.detach().float(), rtol=1e-5, atol=1e-6)
+
+
 def test_values_that_nothing_explains_are_the_mean(tmp_path):
     """Rewards that do not depend on the prompt."""
     rows = [{"prompt": f"{a} ", "completions": ["1", "2"], "rewards": [1.0, 0.0]} for a in range(10)]

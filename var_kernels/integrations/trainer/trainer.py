@@ -45,7 +45,7 @@ from var_kernels.integrations.trainer.sharding import (
     of_first_rank,
     place_reference,
 )
-from var_kernels.integrations.trainer.values import fit_value_head, new_head, values_of
+from var_kernels.integrations.trainer.values import fit_value_head, new_head, prompt_states, values_of
 
 logger = logging.getLogger(__name__)
 
@@ -241,9 +241,11 @@ class VARTrainer(Checkpoints, Trainer):
         train = tables[0]
         squashed = train.reward.sigmoid() if getattr(self.args, "squash", True) else train.reward
         with self._as_reference(model):
-            self.extra_head = fit_value_head(self, model, train, squashed)
-            for rows in tables:
-                rows.columns["value"] = values_of(self, model, rows, self.extra_head)
+            states = [prompt_states(self, model, rows) for rows in tables]
+        self.extra_head = new_head(model, "value")
+        fit_value_head(self.extra_head, states[0], train, squashed)
+        for rows, states_of_rows in zip(tables, states, strict=True):
+            rows.columns["value"] = values_of(self.extra_head, states_of_rows)
 
     def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
         own = self.ref_model is None and _is_peft(model)

@@ -28,16 +28,15 @@ def prompt_end(labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_value_head(trainer, model: nn.Module, rows: EncodedRows, targets: Tensor) -> ValueHead:
-    """V(x) by ridge regression from the model's hidden state at the end of the prompt.
+def fit_value_head(head: ValueHead, states: Tensor, rows: EncodedRows, targets: Tensor) -> None:
+    """V(x) by ridge regression from the model's hidden state at the end of the prompt: fills ``head``.
 
-    targets: (rows,), averaged over the completions of a prompt. The ridge is chosen by generalised cross-validation, so
-    a few prompts or uninformative states give the mean and not noise.
+    states: (rows, D), see ``prompt_states``. targets: (rows,), averaged over the completions of a prompt. The ridge is
+    chosen by generalised cross-validation, so a few prompts or uninformative states give the mean and not noise.
     """
-    features = _prompt_states(trainer, model, rows).double()
+    features = states.double()
     first = torch.tensor([group[0] for group in rows.groups])
     mean = torch.stack([targets[group].double().mean() for group in rows.groups])
-    head = new_head(model, "value")
     head.weight.copy_(torch.zeros_like(head.weight))
     if len(first) > 1:
         x_PD, centre = features[first] - features[first].mean(0), features[first].mean(0)
@@ -49,7 +48,6 @@ def fit_value_head(trainer, model: nn.Module, rows: EncodedRows, targets: Tensor
         )
     else:
         head.bias.fill_(mean.mean().item())
-    return head
 
 
 def _ridge(x_PD: Tensor, y_P: Tensor) -> tuple[Tensor, float]:
@@ -72,21 +70,22 @@ def _ridge(x_PD: Tensor, y_P: Tensor) -> tuple[Tensor, float]:
     return vt.T @ (best[1] / safe * along), 1.0 - best[0] / constant
 
 
-def values_of(trainer, model: nn.Module, rows: EncodedRows, head: ValueHead) -> Tensor:
+@torch.no_grad()
+def values_of(head: ValueHead, states: Tensor) -> Tensor:
     """(rows,) V(x) of each row's prompt, fp32."""
-    with torch.no_grad():
-        return head.cpu()._outputs(_prompt_states(trainer, model, rows)).squeeze(-1)
+    return head.cpu()._outputs(states).squeeze(-1)
 
 
 @torch.no_grad()
-def _prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
-    """(rows, D) fp32 hidden states at the end of each row's prompt."""
+def prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
+    """(rows, D) fp32 hidden states at the end of each row's prompt; a prompt of several completions is run once."""
     width = find_head(inner_model(model)).in_features
     device = trainer.accelerator.device
-    states = torch.zeros(len(rows), width, device=device)
+    prompts, index = distinct_prompts(rows)
+    states = torch.zeros(len(prompts), width, device=device)
 
     def visit(batch: dict[str, Tensor], members: list[int]) -> None:
-        last = (rows.prompt_length[members] - 1).to(device)
+        last = (prompts.prompt_length[members] - 1).to(device)
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         with trainer.accelerator.autocast():
             (hidden,), _ = capture(
@@ -94,5 +93,28 @@ def _prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
             )
         states[members] = hidden.to(device).float()
 
-    over_rows(trainer, model, rows, visit, "values")
-    return trainer.accelerator.reduce(states, "sum").cpu()
+    over_rows(trainer, model, prompts, visit, "values")
+    return trainer.accelerator.reduce(states, "sum").cpu()[index]
+
+
+def distinct_prompts(rows: EncodedRows) -> tuple[EncodedRows, Tensor]:
+    """The prompts alone, each once, and which of them each row has, (rows,). A prompt that was cut differently for
+    different completions counts as several."""
+    found: dict[tuple[int, ...], int] = {}
+    spans = zip(rows.offset.tolist(), rows.prompt_length.tolist(), strict=False)
+    index = [
+        found.setdefault(tuple(rows.token_ids[start : start + size].tolist()), len(found)) for start, size in spans
+    ]
+    length = torch.tensor([len(ids) for ids in found])
+    size = len(found)
+    prompts = EncodedRows(
+        token_ids=torch.tensor([token for ids in found for token in ids], dtype=rows.token_ids.dtype),
+        offset=torch.nn.functional.pad(length.cumsum(0), (1, 0)),
+        prompt_length=length,
+        reward=None,
+        group=torch.arange(size),
+        groups=[[row] for row in range(size)],
+        is_pair=[False] * size,
+        where=[""] * size,
+    )
+    return prompts, torch.tensor(index)

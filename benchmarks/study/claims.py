@@ -157,16 +157,22 @@ def _interpolate(points: list[tuple[float, float]], x: float) -> float:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y0
 
 
+SAIL = (
+    *("SAIL-DP", "SAIL-DP, mixed", "SAIL-PP", "SAIL-PP, baseline"),
+    *("SAIL-PR", "SAIL-PR, baseline", "SAIL-PR, k 0.3", "SAIL-PR, k 0"),
+)
+
+
 def _sail(methods: dict) -> Claim:
     lines = [
         Line(figure, name, DPO, (final(methods, name, figure), final(methods, DPO, figure)))
-        for name in ("SAIL-DP", "SAIL-DP, mixed", "SAIL-PP", "SAIL-PR", "SAIL-PR, k 0.3", "SAIL-PR, k 0")
+        for name in SAIL
         for figure in ("reward", "objective")
         if name in methods
     ]
     meaning = (
         "The same beta and budget, each at its own best learning rate; k is the weight of the score term, 1 in the "
-        "exact gradient. Pure SAIL-DP and SAIL-PP take all labels from the policy, so that nothing tells them which "
+        "exact gradient; a baseline leaves the expected gradient as it is and takes its variance. Pure SAIL-DP and SAIL-PP take all labels from the policy, so that nothing tells them which "
         "answers are good; their authors' code mixes them with pairs that the data label, as the mixed row does (for "
         "PP and PR, whose pairs are drawn online, no such mixture is run here)."
     )

@@ -204,7 +204,19 @@ METHODS: dict[str, Entry] = {
         note="DPO on the data's labels at 6 steps of 10, SAIL-DP at the others",
     ),
     "SAIL-PP": Entry("sail_pp", {"beta": "lam"}, online=True, note="pairs and labels from the policy"),
+    "SAIL-PP, baseline": Entry(
+        "sail_pp",
+        {"beta": "lam", "baseline": "leave_one_out"},
+        online=True,
+        note="F of the batch's other pairs taken off",
+    ),
     "SAIL-PR": Entry("sail_pr", {"beta": "lam"}, online=True, note="pairs from the policy, labels from the reward"),
+    "SAIL-PR, baseline": Entry(
+        "sail_pr",
+        {"beta": "lam", "baseline": "leave_one_out"},
+        online=True,
+        note="F of the batch's other pairs taken off",
+    ),
     "SAIL-PR, k 0.3": Entry(
         "sail_pr", {"beta": "lam", "score_coef": 0.3}, online=True, note="the score term at the released weight"
     ),

@@ -4,6 +4,7 @@ Two and four CPU processes with gloo. VAR's in-batch Z spans the ranks, whose sh
 rank's labels may all be ignored.
 """
 
+import collections
 import functools
 import itertools
 import math
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.ranks import run_ranks
+from tests.ranks import Collectives, run_ranks
 from var_kernels import linear_loss, var_loss
 from var_kernels.integrations.hf import fused_lm_head
 from var_kernels.integrations.hf.head import capture
 
 B, T, V = 8, 10, 151
 LAYOUTS = ("ddp", "fsdp1", "fsdp2", "fsdp2, head apart")
+COUNTED = ("ddp", "fsdp2", "fsdp2, head apart")
 LOSSES = ("var", "dpo")
 # Rows of each rank: whole pairs, of unequal number. "silent": rank 1's labels are all ignored.
 SHARES = {2: {"uneven": (6, 2), "silent": (4, 4)}, 4: {"uneven": (4, 2, 0, 2)}}
@@ -105,11 +107,10 @@ def whole_gradients(model, layout):
 
 
 def collectives(model, batch, name, group, workspace_mb):
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    with CommDebugMode() as counted:
+    """[(name, bytes that this rank puts in)] of a forward and a backward."""
+    with Collectives() as counted:
         step(model, batch, name, group, workspace_mb)
-    return counted.get_total_counts()
+    return counted.sent
 
 
 def rounded_output(batch, early):
@@ -143,7 +144,7 @@ def run_rank(rank, world, folder):
         loss = step(model, batch, name, group)
         dist.all_reduce(loss)
         results[case, layout, name] = loss.item() / world, whole_gradients(model, layout)
-        if layout.startswith("fsdp2") and case == "uneven":
+        if layout in COUNTED and case == "uneven":
             counts = [collectives(model, batch, name, group, mb) for mb in (0.5, 64)]
             results["collectives", layout, name] = counts
     results["rounded"] = [rounded_output(make_batch("uneven", (4, 4)), early) for early in (True, False)]
@@ -173,12 +174,33 @@ def test_equals_one_process(worlds, world, case, layout, name):
         torch.testing.assert_close(gradients[parameter], value.grad, rtol=1e-9, atol=1e-11, msg=parameter)
 
 
+def shard_bytes(parameters, world):
+    """What FSDP2 makes of each on a rank: rows rounded up, 8 bytes an element."""
+    return sum(-(-len(p) // world) * p[0].numel() * 8 for p in parameters)
+
+
+@pytest.mark.parametrize("world", SHARES)
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.startswith("fsdp2")])
-def test_the_head_is_gathered_once_whatever_the_chunks(worlds, layout, name):
-    """A budget of many tiles makes no collective more than one that holds all logits."""
-    small, large = worlds[2]["collectives", layout, name]
-    assert small == large > 0
+@pytest.mark.parametrize("layout", COUNTED)
+def test_what_is_sent_is_what_the_docs_say(worlds, layout, name, world):
+    """And the same for a budget of many tiles as for one that holds all logits."""
+    model, found = make_model(), []
+    for sent in worlds[world]["collectives", layout, name]:
+        found.append(collections.Counter())
+        for kind, size in sent:
+            found[-1][kind] += size
+    everything, units = list(model.parameters()), list(model.model.layers.parameters())
+    if "apart" in layout:
+        units += list(model.lm_head.parameters())
+    wanted = {"allreduce_": shard_bytes(everything, 1)}
+    if layout != "ddp":  # forward: all; backward: the units that were dropped after the forward
+        gathered = shard_bytes(everything, world) + shard_bytes(units, world)
+        wanted = {"_allgather_base_": gathered, "_reduce_scatter_base_": world * shard_bytes(everything, world)}
+    if name == "var":
+        wanted["allgather_"] = 8 * SHARES[world]["uneven"][0] + 8  # log-weights, and their number
+    for counted in found:
+        del counted["broadcast_"]  # DDP's buckets, once
+        assert counted == wanted
 
 
 def test_a_model_that_rounds_its_output_is_fused_before_it_is_sharded(worlds):

@@ -59,8 +59,8 @@ def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> N
     """
     if any(is_dtensor(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "model: its weights are spread over ranks already (tensor parallelism, a distributed_config), but every rank "
-            "must hold rows of its own: load it plain, and let accelerate spread it (FSDP, ZeRO)"
+            "model: its weights are spread over ranks already (tensor parallelism, a distributed_config), but every "
+            "rank must hold rows of its own: load it plain, and let accelerate spread it (FSDP, ZeRO)"
         )
     if is_partitioned(model):
         find_head(inner_model(model))

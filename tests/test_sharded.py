@@ -101,7 +101,8 @@ def whole_gradients(model, layout):
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
             found = {name: p.grad.clone() for name, p in model.named_parameters()}
     else:
-        found = {n: g.full_tensor() if hasattr(g := p.grad, "full_tensor") else g for n, p in model.named_parameters()}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        found = {n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in grads.items()}
     clean = ("_fsdp_wrapped_module.", "module.")
     return {functools.reduce(lambda n, part: n.replace(part, ""), clean, name): g for name, g in found.items()}
 

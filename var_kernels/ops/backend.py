@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from var_kernels.kernels import rows_native
+from var_kernels.kernels import gemm_native, rows_native
 
 BACKENDS = ("torch", "native", "triton")
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
@@ -46,8 +46,10 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
     obstacle = _OBSTACLES[name](device, tile)
     if obstacle:
         return "torch", obstacle
-    detail = rows_native.LEVEL_NAMES[rows_native.best_level()] if name == "native" else f"tiles on {device.type}"
-    return name, detail
+    if name == "triton":
+        return name, f"tiles on {device.type}"
+    rows, gemm = rows_native.LEVEL_NAMES[rows_native.best_level()], gemm_native.LEVEL_NAMES[gemm_native.best_level()]
+    return name, f"{rows}; bf16 GEMM by {gemm}"
 
 
 def triton_obstacle(device: torch.device, tile: torch.dtype) -> str | None:

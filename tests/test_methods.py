@@ -235,6 +235,20 @@ def test_fitted_values_follow_the_rewards(tmp_path):
     assert torch.equal(trainer.eval_dataset.rows.columns["value"], trainer.train_dataset.rows.columns["value"][:8])
 
 
+@pytest.mark.parametrize("method", ["alol", "alol_ref_free"])
+def test_values_are_those_of_a_reference_that_is_given(method, tmp_path):
+    rows = [{**row, "rewards": [x - 2 * ("+ 1" in row["prompt"]) for x in row["rewards"]]} for row in ROWS]
+    given, own, policy = (
+        tiny_trainer(tmp_path / name, rows, model=tiny_model(seed), method=method, trainer_options=options)
+        for name, seed, options in (
+            ("given", 0, {"ref_model": tiny_model(1)}), ("own", 1, {}), ("policy", 0, {}),
+        )
+    )  # fmt: skip
+    values = [trainer.train_dataset.rows.columns["value"] for trainer in (given, own, policy)]
+    torch.testing.assert_close(values[0], values[1])
+    assert (values[0] - values[2]).abs().max() > 1e-4
+
+
 def test_prompts_are_run_once_for_their_values(tmp_path, monkeypatch):
     """Each prompt without its completions, and not once for each of them; states as the whole rows have them."""
     from var_kernels.integrations.trainer import values

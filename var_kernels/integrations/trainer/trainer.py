@@ -173,9 +173,9 @@ class VARTrainer(Checkpoints, Trainer):
             tables = [] if args.online else [items.rows for items in data if items is not None]
             if ref_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 self._unscored = tables  # see create_scheduler
+            if self.method.head == "fitted" and not self._unscored:  # before the reference is let go
+                self._fit_values(self.model if ref_model is None else ref_model.to(self.accelerator.device), tables)
             self._prepare_reference(tables)
-            if self.method.head == "fitted" and not self._unscored:
-                self._fit_values(self.model if self.ref_model is None else self.ref_model, tables)
         except BaseException:
             if not existed and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
                 os.rmdir(args.output_dir)

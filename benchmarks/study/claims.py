@@ -172,9 +172,10 @@ def _sail(methods: dict) -> Claim:
     ]
     meaning = (
         "The same beta and budget, each at its own best learning rate; k is the weight of the score term, 1 in the "
-        "exact gradient; a baseline leaves the expected gradient as it is and takes its variance. Pure SAIL-DP and SAIL-PP take all labels from the policy, so that nothing tells them which "
-        "answers are good; their authors' code mixes them with pairs that the data label, as the mixed row does (for "
-        "PP and PR, whose pairs are drawn online, no such mixture is run here)."
+        "exact gradient; a baseline leaves the expected gradient as it is and takes most of its variance. Pure SAIL-DP "
+        "and SAIL-PP take all labels from the policy, so that nothing tells them which answers are good; their "
+        "authors' code mixes them with pairs that the data label, as the mixed row does (for PP and PR, whose pairs "
+        "are drawn online, no such mixture is run here)."
     )
     return Claim("SAIL is above offline DPO", meaning, lines)
 

@@ -185,6 +185,17 @@ def test_first_step_is_the_naive_one(method, tmp_path):
     torch.testing.assert_close(step.detach(), model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["sail_pp", "sail_pr"])
+def test_baseline_trains_and_needs_another_pair(method, tmp_path):
+    losses_of = [
+        losses(run(tmp_path / baseline, method, max_steps=3, baseline=baseline))
+        for baseline in ("none", "leave_one_out")
+    ]
+    assert abs(losses_of[1][0]) < 0.1 * abs(losses_of[0][0])  # F is log 1/2 for every pair at the start
+    with pytest.raises(ValueError, match="baseline: 'leave_one_out' is the mean over the other pairs"):
+        tiny_trainer(tmp_path, method=method, baseline="leave_one_out", per_device_train_batch_size=1)
+
+
 def test_policy_labels_are_drawn_anew_and_reproducibly(tmp_path):
     first, again = run(tmp_path / "1", "sail_dp", max_steps=4), run(tmp_path / "2", "sail_dp", max_steps=4)
     other = run(tmp_path / "3", "sail_dp", max_steps=4, seed=8)

@@ -94,6 +94,11 @@ class Method:
                 f"length_normalization: expected one of {LENGTH_NORMALIZATIONS}, got {config.length_normalization!r}"
             )
         self.loss.function(**self.loss.no_rows(), **self.loss_options(config))
+        if getattr(config, "baseline", "none") != "none" and config.per_device_train_batch_size == 1:
+            raise ValueError(
+                f"baseline: {config.baseline!r} is the mean over the other pairs of a micro-batch, and "
+                "per_device_train_batch_size=1 leaves none; take 2 or more"
+            )
 
     def loss_options(self, config) -> dict[str, object]:
         return {name: getattr(config, name) for name in self.loss.options}

@@ -93,6 +93,13 @@ def as_accelerators():
         del os.environ["ACCELERATE_TORCH_DEVICE"]
 
 
+def compile_nothing() -> None:
+    """In a rank: DeepSpeed goes without its shared-memory collectives, which take a minute to compile."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Collectives(TorchDispatchMode):
     """Inside the block, ``sent``: (name, bytes that this rank puts in) of every collective."""
 

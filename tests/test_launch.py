@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from tests.ranks import as_accelerators, run_ranks
+from tests.ranks import as_accelerators, compile_nothing, run_ranks
 from tests.tiny_training import ROWS
 from var_kernels.cli import main
 
@@ -108,9 +108,7 @@ def test_the_readme_names_every_file():
 
 def run_rank(rank, world, folder, data, *more):
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # a minute of compiling
+        compile_nothing()
     words = [*words_for(folder, data), "--per-device-train-batch-size", "5", "--ddp-backend", "gloo"]
     with as_accelerators():
         assert main([*words, *more]) == 0

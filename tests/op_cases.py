@@ -54,6 +54,14 @@ class Case:
 
         return leaf("hidden", hidden), leaf("weight", weight), labels.to(device), leaf("bias", bias)
 
+    def low_rank(self, dtype=None, rank=3, device="cpu"):
+        """Two factors for these inputs, rounded to ``dtype``; their product is about as large as the logits."""
+        n, _, v = self.shape
+        generator = torch.Generator().manual_seed(7)
+        left = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+        right = torch.randn(v, rank, generator=generator, dtype=torch.float64) * (self.logits / rank**0.5)
+        return tuple(t.to(device, dtype or self.dtype) for t in (left, right))
+
     @property
     def largest_logit(self) -> float:
         """Where it makes fp32 logits coarse; see ``assert_result``."""

@@ -97,27 +97,47 @@ def test_a_training_step_with_inductor():
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
 
 
-def samples(bias):
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+def test_low_rank(factors):
+    """Two passes and one, with gradients of both factors."""
+    torch._dynamo.reset()
+    case = Case("", dtype=torch.bfloat16 if factors == torch.bfloat16 else torch.float32)
+    hidden, weight, labels, _ = case.inputs()
+    leaves = [hidden, weight, *(f.requires_grad_() for f in case.low_rank(factors))]
+
+    def step(hidden, weight, left, right):
+        low_rank = (left, right)
+        logp = linear_logprob(hidden, weight, labels, low_rank=low_rank)
+        return logp.sum() + linear_weighted_nll(hidden, weight, labels, None, reduction="mean", low_rank=low_rank)
+
+    expected = torch.autograd.grad(step(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if factors == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-5}
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        torch.testing.assert_close(g, e, **tolerance)
+
+
+def samples(bias, low_rank):
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, requires_grad=True)
     weight = torch.randn(11, 5, requires_grad=True)
     bias = torch.randn(11, requires_grad=True) if bias else None
     labels = torch.randint(0, 11, (7, 1))
-    return hidden, weight, bias, labels, [1.0, 3.0, 1.2, 0.1], "fp32", -1
+    factors = [torch.randn(n, 2, requires_grad=True) if low_rank else None for n in (7, 11)]
+    return hidden, weight, bias, *factors, labels, [1.0, 3.0, 1.2, 0.1], "fp32", -1
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(bias):
-    hidden, weight, bias_v, labels, *options = samples(bias)
-    torch.library.opcheck(compiled.logprob, (hidden, weight, bias_v, labels, *options, True, True))
-    scales, precision, budget = options
+@pytest.mark.parametrize(("bias", "low_rank"), [(False, False), (True, False), (False, True)])
+def test_opcheck(bias, low_rank):
+    *tensors, labels, scales, precision, budget = samples(bias, low_rank)
+    options = (scales, precision, budget)
+    torch.library.opcheck(compiled.logprob, (*tensors, labels, *options, True, True))
     token_weight = torch.rand(7, 1, requires_grad=True)
     kept = torch.ones(7, 1, dtype=torch.bool)
-    needs = [True, True, bias]
+    needs = [True, True, bias, low_rank, low_rank]
     arguments = (
-        hidden,
-        weight,
-        bias_v,
+        *tensors,
         token_weight,
         labels,
         kept,
@@ -131,6 +151,6 @@ def test_opcheck(bias):
     )
     torch.library.opcheck(compiled.weighted_nll, arguments)
     lse = torch.randn(7)
-    saved = [t if t is None else t.detach() for t in (hidden, weight, bias_v)]
+    saved = [t if t is None else t.detach() for t in tensors]
     arguments = (torch.randn(7, 1), lse, lse, *saved, labels, lse, lse, scales, precision, budget, needs)
     torch.library.opcheck(compiled.logprob_backward, arguments)

@@ -17,10 +17,14 @@ def logits_ref(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """z = c(W h + b) with c = scale, then softcap, then temperature: (..., D), (V, D) -> (..., V)."""
+    """z = c(W h + right left + b) with c = scale, then softcap, then temperature: (..., D), (V, D) -> (..., V)."""
     logits = hidden.to(dtype) @ lm_head_weight.to(dtype).T
+    if low_rank is not None:
+        left, right = low_rank
+        logits = logits + left.to(dtype) @ right.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logits * logit_scale

@@ -19,6 +19,7 @@ HEAD_OPTIONS = frozenset(
         "temperature",
         "label_smoothing",
         "z_loss",
+        "low_rank",
         "num_active",
         "workspace_mb",
         "precision",

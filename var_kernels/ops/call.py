@@ -23,6 +23,8 @@ class HeadCall:
     hidden_ND: Tensor
     lm_head_weight_VD: Tensor
     bias_V: Tensor | None
+    left_NR: Tensor | None
+    right_VR: Tensor | None
     labels_NK: Tensor
     kept_NK: Tensor
     rows: Tensor | None
@@ -31,6 +33,11 @@ class HeadCall:
     needs: Needs
     leading: torch.Size
     several: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient, in the order in which autograd functions and registered ops take it."""
+        return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
 
     def restore(self, values: Tensor, fill: float = 0) -> Tensor:
         """(n,) or (n, K) of the kept rows -> the call's leading shape, ``fill`` in the other rows."""
@@ -67,6 +74,10 @@ class _TakeRows(torch.autograd.Function):
         return dtaken_nD.new_zeros(ctx.shape).index_copy_(0, rows, dtaken_nD), None
 
 
+def _taken(values_NX: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values_NX is None else _TakeRows.apply(values_NX, rows)
+
+
 def _active_rows(kept_N: Tensor, num_active: int) -> Tensor | None:
     """``num_active`` distinct rows with every kept one among them, or None for all rows; nothing is read from the
     device, where a count that is too small ends the run by a device-side assertion.
@@ -100,6 +111,7 @@ def prepare(
     vocabulary: int | None = None,
     entropy: bool = False,
     argmax: bool = False,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> HeadCall:
     """Check everything, then flatten; rows without a target that counts are left out. Their number is read from the
     device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
@@ -109,12 +121,17 @@ def prepare(
     checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
     checks.check_token_weight(token_weight, labels)
     checks.check_num_active(num_active)
+    checks.check_low_rank(low_rank, hidden, lm_head_weight, workspace_mb)
+    left, right = (None, None) if low_rank is None else low_rank
     device = hidden.device
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        left, right = (None, None) if left is None else (left.to(dtype), right.to(dtype))
     checks.check_dtypes(hidden, lm_head_weight, bias)
+    if left is not None:
+        checks.check_low_rank_dtypes(left, right, hidden)
     bias = None if bias is None else bias.contiguous()  # row kernels read it by index
     leading = hidden.shape[:-1]
     several = labels.dim() == hidden.dim()
@@ -125,6 +142,7 @@ def prepare(
         kept_NK = kept_NK & (token_weight.reshape(kept_NK.shape) != 0)
     labels_NK = labels_NK.where(kept_NK, 0)
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
+    left_NR = None if left is None else left.reshape(leading.numel(), left.shape[-1])
 
     traced = torch.compiler.is_compiling()
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -134,17 +152,18 @@ def prepare(
         if num_active is not None:
             rows = _active_rows(kept_NK.any(1), num_active)
         if rows is not None:
-            hidden_ND = _TakeRows.apply(hidden_ND, rows)
+            hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
             labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
         # Some of these rows may not count: masked. Padding may hold NaN.
-        hidden_ND = hidden_ND.where(kept_NK.any(1, keepdim=True), 0.0)
+        kept_N1 = kept_NK.any(1, keepdim=True)
+        hidden_ND, left_NR = hidden_ND.where(kept_N1, 0.0), None if left_NR is None else left_NR.where(kept_N1, 0.0)
     else:
         # The one synchronisation of a call: the number of rows decides the sizes of every GEMM that follows.
         rows = kept_NK.any(1).nonzero().squeeze(1)
         if rows.numel() == hidden_ND.shape[0]:
             rows = None
         else:
-            hidden_ND = _TakeRows.apply(hidden_ND, rows)
+            hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
             labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
 
     grad = torch.is_grad_enabled()
@@ -152,14 +171,19 @@ def prepare(
         hidden=grad and hidden.requires_grad,
         lm_head_weight=grad and lm_head_weight.requires_grad,
         bias=grad and bias is not None and bias.requires_grad,
+        left=grad and left is not None and left.requires_grad,
+        right=grad and right is not None and right.requires_grad,
     )
     budget = UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, device)
     # spelled out: torch 2.11 does not trace bool(needs)
-    checks.check_budget(budget, needs.hidden or needs.lm_head_weight or needs.bias)
+    asked = needs.hidden or needs.lm_head_weight or needs.bias or needs.left or needs.right
+    checks.check_budget(budget, asked)
     return HeadCall(
         hidden_ND=hidden_ND,
         lm_head_weight_VD=lm_head_weight,
         bias_V=bias,
+        left_NR=left_NR,
+        right_VR=right,
         labels_NK=labels_NK,
         kept_NK=kept_NK,
         rows=rows,

@@ -70,6 +70,43 @@ def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
         )
 
 
+def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_mb) -> None:
+    """Two factors that belong to hidden's rows and the head's."""
+    if low_rank is None:
+        return
+    if not isinstance(low_rank, tuple | list) or len(low_rank) != 2 or not all(isinstance(t, Tensor) for t in low_rank):
+        raise TypeError(
+            f"low_rank must be a pair of tensors (left (..., R), right (V, R)), got {type(low_rank).__name__}; of a "
+            "LoRA adapter: (scaling * hidden @ A.T, B)"
+        )
+    left, right = low_rank
+    leading, v = tuple(hidden.shape[:-1]), lm_head_weight.shape[0]
+    if right.dim() != 2 or right.shape[0] != v or left.shape != (*leading, right.shape[1]):
+        raise ValueError(
+            f"low_rank must have the shapes left {(*leading, 'R')} and right ({v}, R), got {tuple(left.shape)} and "
+            f"{tuple(right.shape)}; left has a row for each row of hidden, right one for each row of lm_head_weight"
+        )
+    for name, factor in (("left", left), ("right", right)):
+        if factor.device != hidden.device:
+            raise ValueError(
+                f"low_rank's {name} is on {factor.device} but hidden is on {hidden.device}; move both to one device"
+            )
+    if workspace_mb == 0:
+        raise ValueError(
+            "workspace_mb must be positive with low_rank, got 0; the fused forward has no second product, pass None"
+        )
+
+
+def check_low_rank_dtypes(left: Tensor, right: Tensor, hidden: Tensor) -> None:
+    """One dtype, hidden's or fp32 beside 16 bit; called after autocast had its say."""
+    allowed = (hidden.dtype, torch.float32) if hidden.dtype.itemsize == 2 else (hidden.dtype,)
+    if left.dtype != right.dtype or left.dtype not in allowed:
+        raise TypeError(
+            f"low_rank must be of one dtype, {' or '.join(map(str, allowed))} beside hidden of {hidden.dtype}, got "
+            f"{left.dtype} and {right.dtype}; cast them, or run under torch.autocast"
+        )
+
+
 def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:
     """One dtype for all operands; called after autocast had its say."""
     for name, value in (("lm_head_weight", lm_head_weight), ("bias", bias)):

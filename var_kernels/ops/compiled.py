@@ -18,6 +18,8 @@ def _head(
     hidden: Tensor,
     lm_head_weight: Tensor,
     bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
     labels: Tensor,
     scales: list[float],
     precision: str,
@@ -31,7 +33,7 @@ def _head(
     transform = LogitTransform(logit_scale, softcap or None, temperature)
     budget = budget_bytes(None, hidden.device) if budget == UNKNOWN else budget
     options = HeadOptions(transform, label_smoothing, precision, budget, backend, entropy=entropy, argmax=argmax)
-    return Head(hidden, lm_head_weight, bias, labels, options)
+    return Head(hidden, lm_head_weight, bias, labels, options, left, right)
 
 
 def flat_options(options: HeadOptions) -> tuple[list[float], str, int]:
@@ -63,6 +65,8 @@ def logprob(
     hidden: Tensor,
     lm_head_weight: Tensor,
     bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
     labels: Tensor,
     scales: list[float],
     precision: str,
@@ -71,7 +75,7 @@ def logprob(
     argmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp (N, K), lse (N,), entropy (N,) or (0,), argmax (N,) or (0,)."""
-    head = _head(hidden, lm_head_weight, bias, labels, scales, precision, budget, entropy, argmax)
+    head = _head(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget, entropy, argmax)
     stats = forward_pass(head)
     lse = stats.lse_N
     return (
@@ -83,7 +87,7 @@ def logprob(
 
 
 @logprob.register_fake
-def _(hidden, lm_head_weight, bias, labels, scales, precision, budget, entropy, argmax):
+def _(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget, entropy, argmax):
     n, wide = hidden.shape[0], _wide(hidden)
     return (
         hidden.new_empty(labels.shape, dtype=wide),
@@ -101,6 +105,8 @@ def logprob_backward(
     hidden: Tensor,
     lm_head_weight: Tensor,
     bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
     labels: Tensor,
     lse: Tensor,
     entropy: Tensor,
@@ -108,49 +114,67 @@ def logprob_backward(
     precision: str,
     budget: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dlm_head_weight, dbias; an empty tensor where not needed."""
-    head = _head(hidden, lm_head_weight, bias, labels, scales, precision, budget)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dhidden, dlm_head_weight, dbias, dleft, dright; an empty tensor where not needed."""
+    head = _head(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget)
     coefficients = head.coefficients(dlogp.contiguous(), dlse, dentropy, entropy if dentropy is not None else None)
-    return _outputs(vocabulary_pass(head, Needs(*needs), lse, coefficients).cast(hidden.dtype), hidden)
+    return _outputs(vocabulary_pass(head, Needs(*needs), lse, coefficients).cast(head.operand, head.factor), hidden)
 
 
-def _outputs(gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    all_three = (gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
-    return tuple(_none(like) if g is None else g for g in all_three)
+def _outputs(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(_none(like) if g is None else g for g in gradients.tensors)
 
 
-def _fake_gradients(hidden, lm_head_weight, needs):
-    shapes = (hidden.shape, lm_head_weight.shape, lm_head_weight.shape[:1])
-    return tuple(hidden.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
+def _fake_gradients(hidden, lm_head_weight, left, right, needs):
+    shapes = [hidden.shape, lm_head_weight.shape, lm_head_weight.shape[:1]]
+    shapes += [() if factor is None else factor.shape for factor in (left, right)]
+    dtypes = [hidden.dtype] * 3 + [hidden.dtype if factor is None else factor.dtype for factor in (left, right)]
+    return tuple(
+        hidden.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+    )
 
 
 @logprob_backward.register_fake
-def _(dlogp, dlse, dentropy, hidden, lm_head_weight, bias, labels, lse, entropy, scales, precision, budget, needs):
-    return _fake_gradients(hidden, lm_head_weight, needs)
+def _(
+    dlogp,
+    dlse,
+    dentropy,
+    hidden,
+    lm_head_weight,
+    bias,
+    left,
+    right,
+    labels,
+    lse,
+    entropy,
+    scales,
+    precision,
+    budget,
+    needs,
+):
+    return _fake_gradients(hidden, lm_head_weight, left, right, needs)
 
 
 def _logprob_context(ctx, inputs, output):
-    hidden, lm_head_weight, bias, labels, ctx.scales, ctx.precision, ctx.budget, _, _ = inputs
+    *tensors, ctx.scales, ctx.precision, ctx.budget, _, _ = inputs
     _, lse, entropy, _ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, lm_head_weight, bias, labels, lse, entropy)
+    ctx.save_for_backward(*tensors, lse, entropy)
 
 
 def _logprob_backward(ctx, dlogp, dlse, dentropy, _):
     if dlogp is None and dlse is None and dentropy is None:
-        return (None,) * 9
-    hidden, lm_head_weight, bias, labels, lse, entropy = ctx.saved_tensors
+        return (None,) * 11
+    *tensors, labels, lse, entropy = ctx.saved_tensors
     if dlogp is None:
         dlogp = torch.zeros(labels.shape, dtype=lse.dtype, device=lse.device)
-    needs = list(ctx.needs_input_grad[:3])
+    needs = list(ctx.needs_input_grad[:5])
     gradients = logprob_backward(
         dlogp,
         dlse,
         dentropy,
-        hidden,
-        lm_head_weight,
-        bias,
+        *tensors,
         labels,
         lse,
         entropy,
@@ -173,6 +197,8 @@ def weighted_nll(
     hidden: Tensor,
     lm_head_weight: Tensor,
     bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
     token_weight: Tensor,
     labels: Tensor,
     kept: Tensor,
@@ -183,9 +209,9 @@ def weighted_nll(
     engine: str,
     needs: list[bool],
     argmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logp (N, K), argmax (N,) or (0,), nll (N, K), dhidden, dlm_head_weight, dbias."""
-    head = _head(hidden, lm_head_weight, bias, labels, scales, precision, budget, argmax=argmax)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), logp (N, K), argmax (N,) or (0,), nll (N, K), dhidden, dlm_head_weight, dbias, dleft, dright."""
+    head = _head(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget, argmax=argmax)
     wanted = Needs(*needs)
 
     def coefficients_of(rows, stats):
@@ -208,13 +234,27 @@ def weighted_nll(
         logp,
         stats.argmax_N if argmax else _none(labels),
         nll,
-        *_outputs(gradients.cast(hidden.dtype), hidden),
+        *_outputs(gradients.cast(head.operand, head.factor), hidden),
     )
 
 
 @weighted_nll.register_fake
 def _(
-    hidden, lm_head_weight, bias, token_weight, labels, kept, scales, z_loss, precision, budget, engine, needs, argmax
+    hidden,
+    lm_head_weight,
+    bias,
+    left,
+    right,
+    token_weight,
+    labels,
+    kept,
+    scales,
+    z_loss,
+    precision,
+    budget,
+    engine,
+    needs,
+    argmax,
 ):
     wide = _wide(hidden)
     return (
@@ -222,12 +262,12 @@ def _(
         hidden.new_empty(labels.shape, dtype=wide),
         labels.new_empty(hidden.shape[0] if argmax else 0),
         hidden.new_empty(labels.shape, dtype=wide),
-        *_fake_gradients(hidden, lm_head_weight, needs),
+        *_fake_gradients(hidden, lm_head_weight, left, right, needs),
     )
 
 
 def _weighted_nll_context(ctx, inputs, output):
-    ctx.needs = inputs[11]
+    ctx.needs = inputs[13]
     ctx.save_for_backward(*output[3:])
 
 

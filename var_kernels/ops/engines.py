@@ -14,7 +14,7 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import frozen
-from var_kernels.ops.gemm import add_product, logits_into, product_into
+from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into
 from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
 from var_kernels.ops.workspace import (
     MAX_CPU_BACKWARD_ROWS,
@@ -47,6 +47,29 @@ def slice_plan(head: Head) -> TilePlan:
     return plan_vocabulary_slices(rows, head.v, head.tile_budget(rows, cost), cost)
 
 
+def fill_logits(head: Head, logits_nv: Tensor, hidden_nd: Tensor, rows: slice, columns: slice) -> None:
+    """The raw logits of some rows (``hidden_nd``, see ``Head.upcast_rows``) and columns."""
+    logits_into(logits_nv, hidden_nd, head.lm_head_weight_VD[columns], head.options.backend)
+    if head.left_NR is not None:
+        add_low_rank(logits_nv, head.left_NR[rows], head.right_VR[columns])
+
+
+def _start_factor_gradients(head: Head, needs: Needs, gradients: Gradients) -> None:
+    dtype = accumulation_dtype(head.operand)
+    if needs.left:
+        gradients.dleft_NR = torch.zeros(head.left_NR.shape, dtype=dtype, device=head.hidden_ND.device)
+    if needs.right:
+        gradients.dright_VR = torch.zeros(head.right_VR.shape, dtype=dtype, device=head.hidden_ND.device)
+
+
+def _add_factor_gradients(head: Head, gradients: Gradients, dlogits_nv: Tensor, rows: slice, columns: slice) -> None:
+    backend = head.options.backend
+    if gradients.dleft_NR is not None:
+        add_product(gradients.dleft_NR[rows], dlogits_nv, head.right_VR[columns].to(head.operand), backend)
+    if gradients.dright_VR is not None:
+        add_product(gradients.dright_VR[columns], dlogits_nv.t(), head.left_NR[rows].to(head.operand), backend)
+
+
 def keeps_logits(head: Head) -> bool:
     """Whether the budget holds all logits, so that the backward need not recompute them."""
     return head.n > 0 and head.tile_cost(gradient=True).columns_within(head.options.budget, head.n) >= head.v
@@ -56,7 +79,7 @@ def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
     """Statistics of every row and the whole tile of raw logits, for ``vocabulary_pass``."""
     stats = head.new_stats()
     logits_NV = head.new_tile(head.n, head.v).view(head.n, head.v)
-    logits_into(logits_NV, head.upcast_rows(0, head.n), head.lm_head_weight_VD, head.options.backend)
+    fill_logits(head, logits_NV, head.upcast_rows(0, head.n), slice(0, head.n), slice(0, head.v))
     head.row_stats(logits_NV, slice(0, head.n), stats, 0)
     return stats, logits_NV
 
@@ -73,8 +96,7 @@ def forward_pass(head: Head) -> RowStats:
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in spans(0, head.v, plan.columns):
             logits_nv = storage.view(stop - start, v_stop - v_start)
-            weight_vd = head.lm_head_weight_VD[v_start:v_stop]
-            logits_into(logits_nv, hidden_nd, weight_vd, head.options.backend)
+            fill_logits(head, logits_nv, hidden_nd, slice(start, stop), slice(v_start, v_stop))
             head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
     return stats
 
@@ -144,14 +166,14 @@ def token_chunk_pass(
         gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dtype, device=head.hidden_ND.device)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
+    _start_factor_gradients(head, needs, gradients)
 
     for start, stop in spans(0, head.n, plan.rows):
         rows = slice(start, stop)
         logits_nv = storage.view(stop - start, head.v)
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in spans(0, head.v, slice_width):
-            weight_vd = head.lm_head_weight_VD[v_start:v_stop]
-            logits_into(logits_nv[:, v_start:v_stop], hidden_nd, weight_vd, backend)
+            fill_logits(head, logits_nv[:, v_start:v_stop], hidden_nd, rows, slice(v_start, v_stop))
         chunk_stats = stats.rows(start, stop)
         head.row_stats(logits_nv, rows, chunk_stats, 0)
         coefficients = coefficients_of(rows, chunk_stats)
@@ -163,6 +185,9 @@ def token_chunk_pass(
                 multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
                 multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
+        for v_start, v_stop in spans(0, head.v, slice_width) if needs.left or needs.right else ():
+            columns = slice(v_start, v_stop)
+            _add_factor_gradients(head, gradients, dlogits_nv[:, columns], rows, columns)
         del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
     return stats, gradients
 
@@ -184,6 +209,7 @@ def vocabulary_pass(
         gradients.dweight_VD = torch.empty_like(head.lm_head_weight_VD, memory_format=torch.contiguous_format)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
+    _start_factor_gradients(head, needs, gradients)
 
     row_spans = list(spans(0, head.n, plan.rows))
     for v_start, v_stop in spans(0, head.v, plan.columns):
@@ -200,7 +226,7 @@ def vocabulary_pass(
             logits_nv = logits_NV
             if logits_NV is None:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
-                logits_into(logits_nv, head.upcast_rows(start, stop), weight_vd, backend)
+                fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, slice(v_start, v_stop))
             chunk = coefficients.rows(start, stop)
             dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
             if needs.hidden:
@@ -208,6 +234,7 @@ def vocabulary_pass(
             if needs.lm_head_weight:
                 multiply = add_product if start else product_into
                 multiply(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
+            _add_factor_gradients(head, gradients, dlogits_nv, rows, slice(v_start, v_stop))
             del dlogits_nv
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd

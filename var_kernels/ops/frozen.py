@@ -25,10 +25,10 @@ _GATHERED_ROWS = 256
 
 
 def serves(head: Head, needs: Needs) -> bool:
-    """Whether ``frozen_head_pass`` gives what is needed: one target a row, no gradient of the entropy; label smoothing
-    without a softcap.
+    """Whether ``frozen_head_pass`` gives what is needed: one target a row, no gradient of the entropy, no low-rank
+    term; label smoothing without a softcap.
     """
-    only_hidden = needs.hidden and not needs.lm_head_weight and not needs.bias
+    only_hidden = needs.hidden and not needs.lm_head_weight and not needs.bias and head.left_NR is None
     options = head.options
     smooth = options.label_smoothing > 0 and options.transform.softcap is not None
     return only_hidden and head.labels_NK.shape[1] == 1 and not options.entropy and not smooth

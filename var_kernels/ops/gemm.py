@@ -53,6 +53,12 @@ def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, ba
         torch.mm(hidden_nd, weight_dv, out_dtype=dtype, out=out_nv)
 
 
+def add_low_rank(logits_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
+    """logits += left right^T in the logits' dtype, whatever the factors' is: few columns, so copies are cheap."""
+    dtype = logits_nv.dtype
+    logits_nv.addmm_(left_nr.to(dtype), right_vr.to(dtype).t())
+
+
 def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
     """out = left @ right for operands of one dtype, written once: out has that dtype, or a wider one."""
     if _in_cpp(backend, out.dtype, left, right):

@@ -64,8 +64,8 @@ class TileStorage:
 
 @dataclass
 class Head:
-    """One call's tensors: hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), and the
-    options.
+    """One call's tensors: hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), the options,
+    and two factors or None: raw logits are hidden W^T + left right^T.
     """
 
     hidden_ND: Tensor
@@ -73,14 +73,23 @@ class Head:
     bias_V: Tensor | None
     labels_NK: Tensor
     options: HeadOptions
+    left_NR: Tensor | None = None
+    right_VR: Tensor | None = None
 
     def __post_init__(self):
         self.n, self.d = self.hidden_ND.shape
         self.v = self.lm_head_weight_VD.shape[0]
         self.operand = self.hidden_ND.dtype
+        self.factor = self.operand if self.left_NR is None else self.left_NR.dtype
         self.tile = tile_dtype(self.operand, self.options.precision)
         self.kernels = row_kernels(self.options.backend)
         self.upcast = upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile, self.options.backend)
+
+    @classmethod
+    def of(cls, tensors, labels_NK: Tensor, options: HeadOptions) -> "Head":
+        """From ``HeadCall.tensors``."""
+        hidden_ND, lm_head_weight_VD, bias_V, left_NR, right_VR = tensors
+        return cls(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, left_NR, right_VR)
 
     def new_stats(self) -> RowStats:
         options = self.options
@@ -125,12 +134,19 @@ class Head:
         return self.tile.itemsize + cast
 
     def _operand_copies(self, gradient: bool) -> int:
-        """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py)."""
+        """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py), and of factors
+        in the tile's dtype and the operands'.
+        """
         upcast = self.tile.itemsize if self.upcast else 0
         partial = 0
         if gradient:
             partial = partial_bytes(self.operand, self.hidden_ND.device, self.options.backend)
-        return self.d * (upcast + partial)
+        copies = self.d * (upcast + partial)
+        if self.left_NR is not None:
+            casts = (self.tile.itemsize if self.factor != self.tile else 0) + partial
+            casts += self.operand.itemsize if gradient and self.factor != self.operand else 0
+            copies += self.left_NR.shape[1] * casts
+        return copies
 
     def new_tile(self, rows: int, columns: int) -> "TileStorage":
         return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
@@ -181,26 +197,38 @@ class Needs:
     hidden: bool
     lm_head_weight: bool
     bias: bool
+    left: bool = False
+    right: bool = False
 
     def __bool__(self):
-        return self.hidden or self.lm_head_weight or self.bias
+        return self.hidden or self.lm_head_weight or self.bias or self.left or self.right
 
 
 @dataclass
 class Gradients:
-    """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), dbias_V in fp32; None where not
+    """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), the others in fp32; None where not
     needed.
     """
 
     dhidden_ND: Tensor | None = None
     dweight_VD: Tensor | None = None
     dbias_V: Tensor | None = None
+    dleft_NR: Tensor | None = None
+    dright_VR: Tensor | None = None
 
-    def cast(self, dtype: torch.dtype) -> "Gradients":
-        def to(t):
+    def cast(self, dtype: torch.dtype, factor: torch.dtype | None = None) -> "Gradients":
+        """In the operands' dtype, the factors' in theirs."""
+
+        def to(t, dtype):
             return None if t is None else t.to(dtype)
 
-        return Gradients(to(self.dhidden_ND), to(self.dweight_VD), to(self.dbias_V))
+        whole = [to(t, dtype) for t in (self.dhidden_ND, self.dweight_VD, self.dbias_V)]
+        return Gradients(*whole, *(to(t, factor or dtype) for t in (self.dleft_NR, self.dright_VR)))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of ``HeadCall.tensors``."""
+        return self.dhidden_ND, self.dweight_VD, self.dbias_V, self.dleft_NR, self.dright_VR
 
 
 def accumulation_dtype(operand: torch.dtype) -> torch.dtype:

@@ -28,6 +28,7 @@ def linear_logprob(
     softcap: float | None = None,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
@@ -37,7 +38,7 @@ def linear_logprob(
 ):
     """Log-probability of each label under the lm_head, without the [N, V] logits.
 
-        x = W h + b;   z = c(x): times logit_scale, softcap * tanh(. / softcap), divided by temperature
+        x = W h [+ right left] + b;   z = c(x): times logit_scale, softcap * tanh(. / softcap), divided by temperature
         logp = z_y - lse,   lse = log sum_v exp z_v,   entropy = lse - sum_v p_v z_v
         with label_smoothing e:  logp = (1 - e) log p_y + e * mean_v log p_v
 
@@ -52,6 +53,9 @@ def linear_logprob(
         labels: (...) or (..., K) int64 in [0, V) or ``ignore_index``; aligned with hidden, nothing is shifted. Rows
             without a label cost nothing.
         bias: (V,), hidden's dtype; -inf forbids a token.
+        low_rank: (left (..., R), right (V, R)), hidden's dtype, or fp32 beside 16 bit: a second product, added to the
+            logits tile by tile, as a LoRA adapter of the head is: left = scaling * dropout(hidden) A^T, right = B. Peak
+            memory besides: their gradients in fp32. No (V, D) matrix is merged.
         num_active: at least the number of rows with a label, when the caller knows it: nothing is read from the device
             then, also under torch.compile and CUDA-graph capture, and only that many rows are computed. Too small a
             count is an error (on an accelerator a device-side assertion).
@@ -81,6 +85,7 @@ def linear_logprob(
         precision=precision,
         workspace_mb=workspace_mb,
         num_active=num_active,
+        low_rank=low_rank,
         lse=return_lse,
         entropy=return_entropy,
         argmax=return_argmax,
@@ -95,7 +100,7 @@ def linear_logprob(
 
 def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
-    head = (call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK)
+    head = (*call.tensors, call.labels_NK)
     options = call.options
     if torch.compiler.is_compiling():
         others = (options.entropy, options.argmax)
@@ -109,16 +114,17 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
 
 
 class LinearLogprobFunction(torch.autograd.Function):
-    """(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs) -> logp_NK, lse_N, entropy_N, argmax_N.
+    """(the five of ``HeadCall.tensors``, labels_NK, options, needs) -> logp_NK, lse_N, entropy_N, argmax_N.
 
     Saves lse and entropy and recomputes logits in the backward, unless the budget holds them all: then the first
     backward uses them up. With a frozen head it saves dlogp/dhidden instead.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs):
+    def forward(ctx, *args):
+        *tensors, labels_NK, options, needs = args
         ctx.set_materialize_grads(False)
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        head = Head.of(tensors, labels_NK, options)
         ctx.needs, ctx.options = needs, options
         ctx.frozen_head = _is_frozen_head(head, needs)
         ctx.logits_NV = None
@@ -131,7 +137,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             stats = forward_pass(head)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
         if needs and not ctx.frozen_head:
-            ctx.save_for_backward(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N)
+            ctx.save_for_backward(*tensors, labels_NK, lse_N, entropy_N)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
         return stats.logp_NK(options.label_smoothing, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
@@ -141,18 +147,18 @@ class LinearLogprobFunction(torch.autograd.Function):
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
         no_others = (None,) * 3
         if dlogp_NK is None and dlse_N is None and dentropy_N is None:
-            return (None, None, None, *no_others)
+            return (*(None,) * 5, *no_others)
         if ctx.frozen_head:
             (dlogp_dhidden_ND,) = ctx.saved_tensors
-            return ((dlogp_NK * dlogp_dhidden_ND).to(dlogp_dhidden_ND.dtype), None, None, *no_others)
-        hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N = ctx.saved_tensors
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, ctx.options)
+            return ((dlogp_NK * dlogp_dhidden_ND).to(dlogp_dhidden_ND.dtype), *(None,) * 4, *no_others)
+        *tensors, labels_NK, lse_N, entropy_N = ctx.saved_tensors
+        head = Head.of(tensors, labels_NK, ctx.options)
         if dlogp_NK is None:
             dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
         coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
         logits_NV, ctx.logits_NV = ctx.logits_NV, None
-        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients, logits_NV).cast(head.operand)
-        return (gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *no_others)
+        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients, logits_NV).cast(head.operand, head.factor)
+        return (*gradients.tensors, *no_others)
 
 
 def _ones(head: Head, rows: slice) -> Tensor:

@@ -30,6 +30,7 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     return_logp: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
@@ -78,6 +79,7 @@ def linear_token_loss(
         precision=precision,
         workspace_mb=workspace_mb,
         num_active=num_active,
+        low_rank=low_rank,
         entropy=entropy or return_entropy,
         argmax=return_argmax,
     )
@@ -125,9 +127,7 @@ def apply_token_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The scalar loss; detached logp (n, 1), entropy and argmax (n,) or None."""
     return LinearTokenLossFunction.apply(
-        call.hidden_ND,
-        call.lm_head_weight_VD,
-        call.bias_V,
+        *call.tensors,
         call.labels_NK,
         call.kept_NK.squeeze(1),
         token_loss,
@@ -141,9 +141,10 @@ class LinearTokenLossFunction(torch.autograd.Function):
     """(sum of token_loss, logp_NK, entropy_N, argmax_N). Saves finished gradients, as ``LinearWeightedNLLFunction``."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, kept_N, token_loss, inputs, options, needs):
+    def forward(ctx, *args):
+        *tensors, labels_NK, kept_N, token_loss, inputs, options, needs = args
         ctx.set_materialize_grads(False)
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        head = Head.of(tensors, labels_NK, options)
         losses: list[Tensor] = []
 
         def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
@@ -161,14 +162,14 @@ class LinearTokenLossFunction(torch.autograd.Function):
 
         if needs:
             stats, gradients = one_pass(head, needs, coefficients_of)
-            gradients = gradients.cast(head.operand)
+            gradients = gradients.cast(head.operand, head.factor)
         else:  # no slopes: under inference_mode there are none to be had
             stats, gradients = forward_pass(head), Gradients()
             logp_N = stats.logp_NK(0.0, head.v).squeeze(1)
             entropy_N = stats.entropy_N if options.entropy else None
             losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, kept_N).sum())
         logp_NK = stats.logp_NK(0.0, head.v)
-        ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V)
+        ctx.save_for_backward(*gradients.tensors)
         entropy_N = stats.entropy_N if options.entropy else None
         ctx.mark_non_differentiable(*(t for t in (logp_NK, entropy_N, stats.argmax_N) if t is not None))
         loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())
@@ -179,5 +180,5 @@ class LinearTokenLossFunction(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         others = (None,) * 6
         if dloss is None:
-            return (None, None, None, *others)
+            return (*(None,) * 5, *others)
         return (*scaled_gradients(ctx.saved_tensors, dloss), *others)

@@ -27,6 +27,7 @@ def linear_weighted_nll(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
     num_active: int | None = None,
@@ -81,6 +82,7 @@ def linear_weighted_nll(
         precision=precision,
         workspace_mb=workspace_mb,
         num_active=num_active,
+        low_rank=low_rank,
         lse=z_loss != 0,
         argmax=return_argmax,
     )
@@ -118,7 +120,7 @@ def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float
 
 
 def _head(call: HeadCall) -> Head:
-    return Head(call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options)
+    return Head.of(call.tensors, call.labels_NK, call.options)
 
 
 def one_pass_serves(call: HeadCall) -> bool:
@@ -131,9 +133,7 @@ def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, eng
     scales, precision, budget = compiled.flat_options(call.options)
     needs, argmax = call.needs, call.options.argmax
     loss, logp_NK, argmax_N, *_ = compiled.weighted_nll(
-        call.hidden_ND,
-        call.lm_head_weight_VD,
-        call.bias_V,
+        *call.tensors,
         weight_NK,
         call.labels_NK,
         call.kept_NK,
@@ -142,7 +142,7 @@ def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, eng
         precision,
         budget,
         engine,
-        [needs.hidden, needs.lm_head_weight, needs.bias],
+        [needs.hidden, needs.lm_head_weight, needs.bias, needs.left, needs.right],
         argmax,
     )
     return loss, logp_NK.detach().where(call.kept_NK, 0.0), argmax_N if argmax else None
@@ -151,9 +151,7 @@ def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, eng
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
     loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
-        call.hidden_ND,
-        call.lm_head_weight_VD,
-        call.bias_V,
+        *call.tensors,
         weight_NK,
         call.labels_NK,
         call.kept_NK,
@@ -171,9 +169,10 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, weight_NK, labels_NK, kept_NK, z_loss, options, needs):
+    def forward(ctx, *args):
+        *tensors, weight_NK, labels_NK, kept_NK, z_loss, options, needs = args
         ctx.set_materialize_grads(False)
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        head = Head.of(tensors, labels_NK, options)
         if needs:
 
             def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
@@ -182,14 +181,14 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
                 return head.coefficients(-weight_nk, dlse_n)
 
             stats, gradients = one_pass(head, needs, coefficients_of)
-            gradients = gradients.cast(head.operand)
+            gradients = gradients.cast(head.operand, head.factor)
         else:
             stats, gradients = forward_pass(head), Gradients()
         logp_NK = stats.logp_NK(options.label_smoothing, head.v)
         nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
         # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
         nll_NK = nll_NK.where(kept_NK, 0.0)
-        ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, nll_NK)
+        ctx.save_for_backward(*gradients.tensors, nll_NK)
         ctx.mark_non_differentiable(logp_NK)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
@@ -199,10 +198,10 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 9
+            return (None,) * 11
         *gradients, nll_NK = ctx.saved_tensors
         gradients = scaled_gradients(gradients, dloss)
-        return (*gradients, dloss * nll_NK if ctx.needs_input_grad[3] else None, *(None,) * 5)
+        return (*gradients, dloss * nll_NK if ctx.needs_input_grad[5] else None, *(None,) * 5)
 
 
 def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:

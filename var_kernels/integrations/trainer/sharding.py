@@ -106,7 +106,7 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
     if args.sync_ref_model:
         raise ValueError(f"sync_ref_model: the reference cannot follow weights that {sharded} spreads; use DDP")
     if args.online:
-        raise ValueError(f"online: completions cannot be drawn from weights that {sharded} spreads; use DDP or ZeRO-2")
+        raise ValueError(f"online: completions cannot be drawn from weights that {sharded} spreads; use DDP")
     if sharded == "FSDP2":
         return
     remedy = "use FSDP2 (fsdp_version: 2), DDP or ZeRO-2"

@@ -60,7 +60,7 @@ def end_of_ranks(processes: list, timeout: float, wait_for: int | None = None) -
 def _run_rank(function, rank, world, folder, store, args, environment, timeout) -> None:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **environment})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": "", **environment})
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
     try:

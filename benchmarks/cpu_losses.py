@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/cpu_losses.py [--shape N,D,V] [--dtype bfloat16]
 
-Writes DIR/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws
-DIR/loss.png with matplotlib. Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the
+Writes OUT/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws
+OUT/loss.png with matplotlib; OUT is benchmarks/results/cpu- and the instructions of this machine's GEMM. Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the
 gradients that are returned. Operands: random, logits of standard deviation 3.
 
 - bare GEMMs: torch.mm alone, in the operands' dtype: 1 (forward), 3 (gradients in one pass), 4 (in two), 2 + 1 less dW
@@ -33,7 +33,8 @@ SHAPES = [(1024, 1024, 32000), (4096, 512, 50257), (512, 2048, 128256), (2048, 8
 DTYPES = ("bfloat16", "float32")
 MODES = ("forward", "one pass", "two passes", "frozen head")
 MIB = 1 << 20
-RESULTS = Path(__file__).parent / "results" / "cpu-2-cores"
+# By the instructions of the GEMM, which decide more than the processor's name.
+RESULTS = Path(__file__).parent / "results"
 
 
 def one_pass_mb(n: int, d: int, v: int, tile: int, accumulator: int) -> float:
@@ -129,9 +130,7 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
     peaks, milliseconds = {}, {key: [] for key in calls}
     for key, call in list(calls.items()):
         try:
-            peaks[key] = (
-                peak_extra_bytes(call) / MIB
-            )
+            peaks[key] = peak_extra_bytes(call) / MIB
         except Exception as error:
             print(f"{key}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
             del calls[key]
@@ -199,7 +198,8 @@ def plot(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    gemm = gemm_native.LEVEL_NAMES[gemm_native.best_level()].lower().replace(" ", "-")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"cpu-{gemm}", help="default: %(default)s")
     parser.add_argument("--shape", help="N,D,V; all of the list if not given")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--runs", type=int, default=5)

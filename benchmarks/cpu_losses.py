@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/cpu_losses.py [--shape N,D,V] [--dtype bfloat16]
 
 Writes OUT/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws
-OUT/loss.png with matplotlib; OUT is benchmarks/results/cpu- and the instructions of this machine's GEMM. Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the
-gradients that are returned. Operands: random, logits of standard deviation 3.
+OUT/loss.png with matplotlib; OUT is benchmarks/results/cpu- and the instructions of this machine's GEMM.
+Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the gradients that are returned.
+Operands: random, logits of standard deviation 3.
 
 - bare GEMMs: torch.mm alone, in the operands' dtype: 1 (forward), 3 (gradients in one pass), 4 (in two), 2 + 1 less dW
   (frozen head). Their results have rounded logits and no loss.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.hf_zoo import VOCAB, Case, batch, build, llama
-from var_kernels.integrations.hf import capture, fused_lm_head, sequence_logprobs, token_logprobs
+from var_kernels.integrations.hf import capture, fused_lm_head, token_logprobs
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,23 +78,6 @@ def test_head_with_a_packed_weight():
     head = nn.Linear(32, VOCAB, bias=False)
     head.weight = nn.Parameter(torch.zeros(VOCAB, 32, dtype=torch.int8), requires_grad=False)
     assert_refused(with_head(head), "torch.int8", "quantised", "dequantise")
-
-
-def test_lora_on_the_head():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build(LLAMA), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match=r"PEFT adapter.*exclude_modules.*merge_and_unload"):
-        token_logprobs(model, batch())
-    merged = model.merge_and_unload()
-    assert sequence_logprobs(merged, batch()).isfinite().all()
-
-
-def test_trainable_tokens_of_a_tied_head():
-    peft = pytest.importorskip("peft")
-    model = build(llama("LlamaForCausalLM", tie_word_embeddings=True))
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
-    with pytest.raises(ValueError, match=r"nn\.Linear"):
-        token_logprobs(model, batch())
 
 
 # ---- what follows the head -------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ class Transform:
             bias = bias.index_fill(0, ids, math.copysign(_MASK, -self.logit_scale))
         if weight.shape[0] != self.vocab:
             weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
-        return HeadParams(weight, bias, self.logit_scale, self.softcap)
+        factors = getattr(head, "_var_kernels_low_rank", None)
+        low_rank = None if factors is None else (factors.left, factors.right[: self.vocab])
+        return HeadParams(weight, bias, self.logit_scale, self.softcap, low_rank=low_rank)
 
     def _spread_params(self, weight: Tensor, bias: Tensor | None, inner: nn.Module) -> HeadParams:
         name = type(inner).__name__

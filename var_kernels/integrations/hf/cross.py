@@ -155,19 +155,21 @@ class _Scorer:
 
     def _captured(self, rows_of, labels: Tensor, inputs: dict):
         def score(hidden: Tensor, head: HeadParams) -> Tensor:
-            labels_here = labels.to(hidden.device)
+            labels_here, options = labels.to(hidden.device), head.logit_options
+            if head.low_rank is not None:
+                options["low_rank"] = (rows_of(head.low_rank[0]), head.low_rank[1])
             return linear_logprob(
                 rows_of(hidden),
                 head.lm_head_weight,
                 labels_here,
                 head.bias,
-                **head.logit_options,
+                **options,
                 workspace_mb=self.workspace_mb,
             )
 
         if "output_router_logits" in inspect.signature(inner_model(self.model).forward).parameters:
             inputs = {**inputs, "output_router_logits": False}  # an auxiliary loss cannot be had of a continuation
-        return capture(self.model, score, inputs)
+        return capture(self.model, score, inputs, low_rank=True)
 
     def _padded(self, sequences: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Right-padded (n, T) int64 ids and 0/1 mask."""

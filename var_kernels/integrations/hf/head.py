@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from var_kernels.integrations.hf.adapters import (
+    LowRank,
+    check_adapter,
+    inside_adapter,
+    is_active,
+    is_adapter,
+    unwrapped,
+)
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
 
 _ABSENT = object()
@@ -25,18 +33,22 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP
 
 @dataclass(frozen=True)
 class HeadParams:
-    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh."""
+    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh; W h +
+    right left where the head carries a LoRA adapter.
+    """
 
     lm_head_weight: Tensor  # (V, D), with a group this rank's rows of it
     bias: Tensor | None  # (V,) likewise
     logit_scale: float
     softcap: float | None
     group: Any = None  # the ranks over which tensor parallelism spreads the vocabulary
+    low_rank: tuple[Tensor, Tensor] | None = None  # left (B, T, R), a row for each of hidden's, and right (V, R)
 
     @property
-    def logit_options(self) -> dict[str, float | None]:
-        """The keyword arguments by which every op of ``var_kernels.ops`` takes the transform."""
-        return {"logit_scale": self.logit_scale, "softcap": self.softcap}
+    def logit_options(self) -> dict[str, Any]:
+        """The keyword arguments by which the ops take the transform, and the adapter where there is one."""
+        options = {"logit_scale": self.logit_scale, "softcap": self.softcap}
+        return options if self.low_rank is None else {**options, "low_rank": self.low_rank}
 
 
 # ---- finding the model and its head ----------------------------------------------------------------------------------
@@ -58,24 +70,26 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def find_head(inner: nn.Module) -> nn.Linear:
-    """The nn.Linear that makes the logits; for a head in PEFT's modules_to_save its active copy. Others are refused."""
+    """The nn.Linear that makes the logits, or PEFT's LoRA layer around one; of a head in modules_to_save its active
+    copy. Others are refused.
+    """
     name = type(inner).__name__
     head = inner.get_output_embeddings()
     if head is None:
         head = _only_head_within(inner)
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        active = head.active_adapters
-        saved = not head.disable_adapters and all(adapter in head.modules_to_save for adapter in active)
-        head = head.modules_to_save[active[0]] if saved else head.original_module
+    head = unwrapped(head)
     head = getattr(head, "_fsdp_wrapped_module", head)
     if head is None:
         raise ValueError(f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM")
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"{name}: the lm_head carries a PEFT adapter ({type(head).__module__}.{type(head).__name__}), which is not "
-            "supported yet. Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with "
-            "modules_to_save=['lm_head'], or merge_and_unload() first"
-        )
+    if is_adapter(head):
+        check_adapter(head, name)
+        _check_linear(head.base_layer, name)
+    else:
+        _check_linear(head, name)
+    return head
+
+
+def _check_linear(head: nn.Module, name: str) -> None:
     if isinstance(head, nn.Embedding) or not isinstance(head, nn.Linear):
         raise ValueError(
             f"{name}: expected its output embedding to be one nn.Linear, got {type(head).__name__}. Use the model's "
@@ -92,7 +106,6 @@ def find_head(inner: nn.Module) -> nn.Linear:
             "weight, which does not compute a plain W h + b (a quantised head?). Keep the head in floating point "
             "(modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or dequantise it"
         )
-    return head
 
 
 def _only_head_within(inner: nn.Module) -> nn.Module | None:
@@ -128,20 +141,32 @@ def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[
     """``head(hidden)`` runs ``forward(hidden)`` inside the block, between whatever hooks the head carries."""
     if getattr(head, "_var_kernels_busy", False):
         raise RuntimeError("this lm_head is captured already: a loss run inside the head must not call the model again")
-    # accelerate's device_map hooks replace .forward and bring the weight to its device before they call _old_forward.
-    name = "_old_forward" if hasattr(head, "_hf_hook") and hasattr(head, "_old_forward") else "forward"
-    with swapped(head, "_var_kernels_busy", True), swapped(head, name, forward):
+    with swapped(head, "_var_kernels_busy", True), swapped_forward(head, forward):
         yield
+
+
+def swapped_forward(module: nn.Module, forward: Callable):
+    """``module(...)`` runs ``forward`` inside the block, between whatever hooks the module carries."""
+    # accelerate's device_map hooks replace .forward and bring the weight to its device before they call _old_forward.
+    name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
+    return swapped(module, name, forward)
 
 
 @contextmanager
 def head_results(
-    inner: nn.Module, head: nn.Linear, fn: Callable[[Tensor], Any], *, wide: bool = False, spread: bool = False
+    inner: nn.Module,
+    head: nn.Linear,
+    fn: Callable[[Tensor], Any],
+    *,
+    wide: bool = False,
+    spread: bool = False,
+    low_rank: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
 
     The placeholder is (B, T, 1) zeros, or with ``wide`` (B, T, V) on the meta device, which takes no memory. With
-    ``spread`` fn knows a head whose vocabulary is spread over ranks; otherwise it is refused.
+    ``spread`` fn knows a head whose vocabulary is spread over ranks, with ``low_rank`` one with a LoRA adapter;
+    otherwise these are refused.
 
     Pass them on through ``tied``: only then does their backward come after the hooks on the outputs of head and model.
     """
@@ -149,7 +174,14 @@ def head_results(
 
     # Runs eagerly in a compiled model: the swap itself is nothing that a graph can hold.
     @_disable_dynamo
-    def forward(hidden, *_args, **_kwargs):
+    def forward(hidden, *_args, adapter_names=None, **_kwargs):
+        if adapter_names is not None:
+            raise ValueError("adapter_names: an adapter for each row is not understood; use one set_adapter for all")
+        if is_active(head) and not low_rank:
+            raise ValueError(
+                f"{type(inner).__name__}: its lm_head carries a LoRA adapter, which this loss does not know: it must "
+                "pass on HeadParams.logit_options (capture(..., low_rank=True)); or merge it, or leave the head out"
+            )
         if results:
             raise ValueError(
                 f"{type(inner).__name__} calls its lm_head more than once a forward pass, which is not understood"
@@ -161,11 +193,18 @@ def head_results(
                 "leave lm_head out of the tensor-parallel plan"
             )
         hidden, restore = local_rows(hidden)
-        output = fn(hidden)
-        results.extend(output if isinstance(output, tuple) else (output,))
-        # One result of each graph node is enough to make the node wait for the placeholder's gradient.
-        nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
-        return restore(placeholder(head, hidden, wide, *nodes.values()))
+
+        def compute(hidden: Tensor, factors: LowRank | None) -> Tensor:
+            with swapped(head, "_var_kernels_low_rank", factors):
+                output = fn(hidden)
+            results.extend(output if isinstance(output, tuple) else (output,))
+            # One result of each graph node is enough to make the node wait for the placeholder's gradient.
+            nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
+            return placeholder(head, hidden, wide, *nodes.values())
+
+        if is_adapter(head):
+            return restore(inside_adapter(head, hidden, type(inner).__name__, compute, swapped_forward))
+        return restore(compute(hidden, None))
 
     with swapped_head(head, forward):
         yield results
@@ -183,7 +222,12 @@ def tied(results: list[Tensor], logits: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def capture(
-    model: nn.Module, fn: Callable[[Tensor, HeadParams], Any], inputs: Mapping[str, Any], *, spread: bool = False
+    model: nn.Module,
+    fn: Callable[[Tensor, HeadParams], Any],
+    inputs: Mapping[str, Any],
+    *,
+    spread: bool = False,
+    low_rank: bool = False,
 ) -> tuple[tuple[Tensor, ...], Any]:
     """Run ``model(**inputs)`` with ``fn(hidden, head_params)`` computed inside the lm_head's forward instead of logits.
 
@@ -196,6 +240,8 @@ def capture(
         inputs: keyword arguments of the model, without ``labels``; for an encoder-decoder with decoder_input_ids.
             use_cache is False unless given.
         spread: fn knows a ``HeadParams`` with a group, whose vocabulary is spread over ranks.
+        low_rank: fn passes ``**head_params.logit_options`` on to the ops, or adds ``head_params.low_rank`` itself;
+            without it a head with an active LoRA adapter is refused.
     Returns:
         (results, output): fn's results as a tuple, and the model's output, its ``logits`` the placeholder.
     Raises:
@@ -210,7 +256,7 @@ def capture(
     def compute(hidden: Tensor):
         return fn(hidden, transform.params(head, inner))
 
-    with head_results(inner, head, compute, wide=transform.wide, spread=spread) as results:
+    with head_results(inner, head, compute, wide=transform.wide, spread=spread, low_rank=low_rank) as results:
         output = model(**without_cache(inner, inputs))
     if not results:
         raise ValueError(

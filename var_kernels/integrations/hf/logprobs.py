@@ -75,7 +75,7 @@ def token_logprobs(
             **spread,
         )
 
-    results, _ = capture(model, score, inputs, spread=True)
+    results, _ = capture(model, score, inputs, spread=True, low_rank=True)
     if shift:  # (B, T): the row of t - 1 belongs to the label at t
         results = tuple(F.pad(result[:, :-1], (1, 0)) for result in results)
     return results if return_entropy else results[0]

@@ -135,7 +135,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 **self._options,
             )
 
-        with head_results(self.inner, head, nll_mean, wide=self._transform.wide, spread=True) as results:
+        with head_results(self.inner, head, nll_mean, wide=self._transform.wide, spread=True, low_rank=True) as results:
             if not self._rule.replaceable:
                 named["labels"] = None
                 given = [named.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]

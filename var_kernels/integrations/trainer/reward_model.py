@@ -183,7 +183,7 @@ def _last_mu(model: nn.Module, head: RewardHead, inputs, labels: Tensor) -> Tens
     def in_head(hidden: Tensor, _):
         return last_value(head(hidden)[0], next_labels(labels, hidden) != IGNORE_INDEX)
 
-    (reward_B,), _ = capture(model, in_head, inputs)
+    (reward_B,), _ = capture(model, in_head, inputs, low_rank=True)
     return reward_B
 
 

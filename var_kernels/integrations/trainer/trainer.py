@@ -329,9 +329,8 @@ class VARTrainer(Checkpoints, Trainer):
                 extra_head=self.extra_head, process_group=group, label_generator=generator,
             )  # fmt: skip
 
-        result, outputs = capture(
-            model, in_head, {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        )
+        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        result, outputs = capture(model, in_head, given, low_rank=True)
         world_size = self.args.world_size if mode == "train" else 1
         result = HeadResult(result[0], *(values.to(rows["weight"].device) for values in result[1:]))
         self._add_batch_metrics(mode, inputs, rows, result)

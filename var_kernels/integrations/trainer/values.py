@@ -89,7 +89,10 @@ def prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         with trainer.accelerator.autocast():
             (hidden,), _ = capture(
-                model, lambda h, _: h[torch.arange(len(last), device=h.device), last.to(h.device)], inputs
+                model,
+                lambda h, _: h[torch.arange(len(last), device=h.device), last.to(h.device)],
+                inputs,
+                low_rank=True,
             )
         states[members] = hidden.to(device).float()
 

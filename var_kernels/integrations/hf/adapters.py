@@ -1,0 +1,156 @@
+"""An lm_head under a PEFT adapter: LoRA layers, and single trainable tokens of a tied head.
+
+    logits = W h + b + sum over active adapters of scaling B A dropout(h)
+
+is W h + right left + b with left = scaling A dropout(h) and right = B, which the ops add tile by tile. PEFT is not
+imported: its layers are told by their names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.parallel import is_dtensor
+
+_REMEDY = (
+    "Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or "
+    "merge_and_unload() first"
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What active adapters add to the raw logits: right left. The bias of lora_B is a column beside ones in left."""
+
+    left: Tensor  # (B, T, R)
+    right: Tensor  # (V, R)
+
+
+def unwrapped(head: nn.Module) -> nn.Module:
+    """What makes the logits inside PEFT's wrappers: modules_to_save's active copy, the layer of trainable tokens."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        active = head.active_adapters
+        saved = not head.disable_adapters and all(adapter in head.modules_to_save for adapter in active)
+        return head.modules_to_save[active[0]] if saved else head.original_module
+    return head.token_adapter if hasattr(head, "token_adapter") else head
+
+
+def is_adapter(head: nn.Module) -> bool:
+    return hasattr(head, "base_layer")
+
+
+def is_active(head: nn.Module) -> bool:
+    """Whether something is added to the base layer's logits now."""
+    return is_adapter(head) and bool(_active(head))
+
+
+def check_adapter(head: nn.Module, name: str) -> None:
+    """Refuse adapters that are no low-rank term; what is merged or switched off does not matter."""
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    if kind.endswith("trainable_tokens.layer.TrainableTokensLayer"):
+        if head.base_layer.bias is not None:
+            raise ValueError(f"{name}: PEFT's trainable tokens drop the bias of its lm_head. Train no single tokens")
+        return
+    if not kind.endswith("tuners.lora.layer.Linear") or is_adapter(head.base_layer):
+        raise ValueError(f"{name}: the lm_head carries a PEFT adapter ({kind}) that is no plain LoRA. {_REMEDY}")
+    variants = getattr(head, "lora_variant", {})
+    for adapter in _active(head):
+        if adapter in variants or getattr(head, "use_dora", {}).get(adapter, False):
+            variant = type(variants[adapter]).__name__ if adapter in variants else "DoRA"
+            raise ValueError(
+                f"{name}: the adapter {adapter!r} of its lm_head is a {variant}, whose logits are not W h + B A h "
+                f"(DoRA scales each row of the weight). Use plain LoRA on the lm_head. {_REMEDY}"
+            )
+
+
+def _active(head: nn.Module) -> list[str]:
+    """The adapters that take part in a forward pass now."""
+    if head.disable_adapters or head.merged:
+        return []
+    known = head.lora_A if hasattr(head, "lora_A") else head.token_indices
+    return [adapter for adapter in head.active_adapters if adapter in known]
+
+
+def inside_adapter(
+    head: nn.Module, hidden: Tensor, name: str, compute: Callable[[Tensor, LowRank | None], Tensor], swap: Callable
+) -> Tensor:
+    """``compute(hidden, low_rank)`` inside the forward of every module whose weight it reads: hooks on these gather
+    sharded weights and move inputs. ``swap`` is ``head.swapped_forward``.
+    """
+    if head.disable_adapters and head.merged:
+        head.unmerge()  # as PEFT's own forward does
+    if hasattr(head, "lora_A"):
+        return _inside_lora(head, hidden, name, compute, swap)
+    adapters = _active(head)
+    if len(adapters) > 1:
+        head._check_overlapping_tokens(adapters)
+
+    def at_the_core(hidden: Tensor, *_args, **_kwargs) -> Tensor:
+        terms = [_token_term(head, adapter, hidden) for adapter in adapters]
+        return compute(hidden, _joined(terms, hidden))
+
+    with swap(head.base_layer, at_the_core):
+        return head.base_layer(hidden)
+
+
+def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable, swap: Callable) -> Tensor:
+    adapters, terms = _active(head), []
+
+    def with_the_next(hidden: Tensor, remaining: list[str]) -> Tensor:
+        if not remaining:
+            return compute(hidden, _joined(terms, hidden))
+        adapter, *remaining = remaining
+        right = head.lora_B[adapter]
+
+        def inside_right(left: Tensor, *_args, **_kwargs) -> Tensor:
+            terms.append((left * head.scaling[adapter], right.weight))
+            if right.bias is not None:
+                ones = torch.full_like(left[..., :1], head.scaling[adapter])
+                terms.append((ones, right.bias.unsqueeze(1)))
+            return with_the_next(hidden, remaining)
+
+        with swap(right, inside_right):
+            return right(lefts[adapter])
+
+    def at_the_core(hidden: Tensor, *_args, **_kwargs) -> Tensor:
+        if is_dtensor(head.base_layer.weight):
+            raise ValueError(f"{name}: LoRA on an lm_head that is spread over ranks is not supported. {_REMEDY}")
+        return with_the_next(hidden, adapters)
+
+    lefts, given = {}, hidden
+    for adapter in adapters:
+        down = head.lora_A[adapter]
+        if getattr(head, "cast_input_dtype_enabled", True):
+            given = given.to(down.weight.dtype)
+        lefts[adapter] = down(head.lora_dropout[adapter](given))
+    with swap(head.base_layer, at_the_core):
+        return head.base_layer(hidden)
+
+
+def _token_term(head: nn.Module, adapter: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Row i of the weight replaced by d_i adds (d_i - W_i) h to logit i: one column each."""
+    weight = head.base_layer.weight
+    ids = torch.tensor(head.token_indices[adapter], device=weight.device)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    change_RD = head.trainable_tokens_delta[adapter].to(weight.device).to(weight.dtype).to(wide) - weight[ids].to(wide)
+    right = torch.zeros(len(weight), len(ids), dtype=wide, device=weight.device)
+    right[ids, torch.arange(len(ids), device=weight.device)] = 1
+    return hidden.to(wide) @ change_RD.t(), right
+
+
+def _joined(terms: list[tuple[Tensor, Tensor]], hidden: Tensor) -> LowRank | None:
+    """One pair of factors, in hidden's dtype or fp32, on hidden's device."""
+    if not terms:
+        return None
+    lefts, rights = zip(*terms, strict=True)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if all(t.dtype == hidden.dtype for t in (*lefts, *rights)):
+        dtype = hidden.dtype
+
+    def join(tensors):
+        moved = [t.to(hidden.device, dtype) for t in tensors]
+        return moved[0] if len(moved) == 1 else torch.cat(moved, -1)
+
+    return LowRank(join(lefts), join(rights))

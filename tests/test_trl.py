@@ -1,19 +1,14 @@
-# ruff: noqa: E402  (imports that need trl stand below the skip)
 """TRL's trainers with this library's head: TRL's own curves over 20 steps, the fields by hand, what is refused."""
 
 import copy
-import math
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed")
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
 
-import trl
-from peft import LoraConfig
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -24,92 +19,26 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-from tests.tiny_training import ROWS, tokenizer
+from tests.trl_runs import (
+    JUDGED,
+    LORA,
+    PAIRS,
+    PROMPTS,
+    SFT,
+    assert_same_curves,
+    fused,
+    length_reward,
+    logs,
+    make,
+    needs_fused_trl,
+    tiny,
+)
 from var_kernels.integrations.hf.head import inner_model
 from var_kernels.integrations.trl import FusedHeadMixin, _FusedForward
 from var_kernels.measure import peak_extra_bytes
+from var_kernels.ops import logprob
 
-pytestmark = pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="trl before 1.16")
-
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-}
-SFT = [{"prompt": row["prompt"], "completion": row["completions"][0]} for row in ROWS]
-PAIRS = [{"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][2]} for r in ROWS]
-JUDGED = [
-    {"prompt": row["prompt"], "completion": completion, "label": label}
-    for row in ROWS
-    for completion, label in zip(row["completions"][:2], (True, False), strict=True)
-]
-PROMPTS = [{"prompt": row["prompt"]} for row in ROWS]
-
-
-LORA = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-
-
-def length_reward(completions, **_kwargs):
-    return [float(len(text) % 7) for text in completions]
-
-
-def tiny(cls=LlamaForCausalLM, config=LlamaConfig, seed=0, **options):
-    torch.manual_seed(seed)
-    ids = {"pad_token_id": tokenizer().pad_token_id, "eos_token_id": tokenizer().eos_token_id}
-    model = cls(config(**SIZES, **ids, bos_token_id=tokenizer().bos_token_id, initializer_range=0.3, **options))
-    return model.float()
-
-
-def fused(trainer_class):
-    return type(f"Fused{trainer_class.__name__}", (FusedHeadMixin, trainer_class), {})
-
-
-def make(trainer_class, config_class, rows, folder, *, trainer_options=None, **options):
-    torch.manual_seed(5)  # of LoRA's first matrices
-    settings = {
-        "max_steps": 20,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,  # at 1e-2 Adam blows the rounding of small gradients up to 1.4e-5 within 20 steps
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    if not (Path(folder).parent / "model").exists():
-        tiny().save_pretrained(Path(folder).parent / "model")  # TRL loads its reference by name
-    return trainer_class(
-        model=LlamaForCausalLM.from_pretrained(Path(folder).parent / "model", dtype=torch.float32),
-        args=config_class(str(folder), **{**settings, **options}),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        **(trainer_options or {}),
-    )
-
-
-def logs(trainer):
-    """Every number of every step's log that is not a time."""
-    trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [{k: float(v) for k, v in step.items() if "time" not in k and "speed" not in k} for step in steps]
-
-
-def assert_same_curves(got, expected, steps=20):
-    assert len(got) == len(expected) == steps
-    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            close = math.isclose(ours[name], value, rel_tol=1e-5, abs_tol=1e-6)
-            assert close or math.isnan(value), f"step {step}, {name}: {ours[name]} instead of {value}"
-    assert len({step["grad_norm"] for step in expected}) > steps // 2  # something was learnt
-
+pytestmark = needs_fused_trl
 
 CASES = {
     "sft": (SFTTrainer, SFTConfig, SFT, {}),
@@ -266,6 +195,48 @@ def test_no_logits_in_memory(tmp_path):
     trainer.compute_loss(trainer.model, inputs).backward()  # gradients exist from here on
     extra = peak_extra_bytes(lambda: trainer.compute_loss(trainer.model, inputs).backward())
     assert extra < 0.6 * 4 * ids.numel() * 20_000, f"{extra / 2**20:.0f} MiB"
+
+
+def sft_inputs():
+    ids = torch.randint(3, 300, (4, 9))
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"trainer_options": {"peft_config": LORA}}])
+def test_sft_has_its_gradients_after_the_forward(options, tmp_path, monkeypatch):
+    def second_pass(*_args, **_kwargs):
+        raise AssertionError("a second pass over the head")
+
+    monkeypatch.setattr(logprob, "vocabulary_pass", second_pass)
+    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run", **options)
+    trainer.compute_loss(trainer.model.train(), sft_inputs(), num_items_in_batch=torch.tensor(20)).backward()
+    assert any(p.grad is not None for p in trainer.model.parameters())
+
+
+class Weighted(SFTTrainer):
+    """A loss of its own on TRL's log-probs: the second half of each row counts twice."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        log_probs = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+        return -(log_probs * torch.linspace(1, 2, log_probs.shape[1])).sum()
+
+
+def test_a_loss_of_ones_own_takes_two_passes_and_is_right(tmp_path):
+    torch.manual_seed(0)
+    inputs, grads = sft_inputs(), []
+    for trainer_class in (Weighted, fused(Weighted)):
+        trainer = make(trainer_class, SFTConfig, SFT, tmp_path / trainer_class.__name__)
+        trainer.compute_loss(trainer.model.train(), dict(inputs)).backward()
+        grads.append(trainer.model.lm_head.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_made_for_another_loss_is_refused(tmp_path):
+    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run")
+    trainer.model.train()
+    log_probs = trainer.model(**sft_inputs(), use_cache=False, fused_lm_head=True).log_probs
+    with pytest.raises(RuntimeError, match="not the one that its gradient was made for"):
+        (log_probs * torch.linspace(1, 2, log_probs.shape[1])).sum().backward()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -40,8 +40,9 @@ def token_logprobs(
             Without labels every token is scored that attention_mask does not hide, and that has one before it that
             is not hidden either (behind padding on the left comes a first token). ``shift_labels`` in place of labels
             are the tokens after those of input_ids, and logp is aligned with them: a part of a sequence (context
-            parallelism) ends with a label that is not in it. An encoder-decoder needs labels, of a length of their own;
-            decoder_input_ids are made from them where they are missing.
+            parallelism) ends with a label that is not in it. A row may hold several sequences (padding-free batches):
+            where position_ids are 0, or cu_seq_lens_q say so, one begins, and no token precedes it. An encoder-decoder
+            needs labels, of a length of their own; decoder_input_ids are made from them where they are missing.
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
@@ -82,10 +83,45 @@ def token_logprobs(
 
 
 def sequence_logprobs(
-    model: nn.Module, batch: Mapping[str, Any], *, temperature: float = 1.0, workspace_mb: float | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    packed: bool = False,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
 ) -> Tensor:
-    """Log-probability of each sequence's labels: ``token_logprobs`` summed over t. (B,) fp32, nats per sequence."""
-    return token_logprobs(model, batch, temperature=temperature, workspace_mb=workspace_mb).sum(-1)
+    """Log-probability of each sequence's labels: ``token_logprobs`` summed over t. (B,) fp32, nats per sequence.
+
+    With ``packed`` rows hold several sequences and the result is (S,), the sequences of all rows in their order; they
+    begin as ``token_logprobs`` says. Padding behind them must carry positions other than 0.
+    """
+    logp = token_logprobs(model, batch, temperature=temperature, workspace_mb=workspace_mb)
+    if not packed:
+        return logp.sum(-1)
+    starts = sequence_starts(batch)
+    if starts is None:
+        raise ValueError(
+            "packed: expected position_ids (B, T), 0 where a sequence begins, or cu_seq_lens_q in batch, got "
+            f"{', '.join(batch)}; DataCollatorWithFlattening makes them"
+        )
+    index = starts.flatten().cumsum(0) - 1  # (B T,) which sequence
+    sums = logp.new_zeros(int(index[-1]) + 1)
+    return sums.index_add(0, index.to(logp.device), logp.flatten())
+
+
+def sequence_starts(batch: Mapping[str, Any]) -> Tensor | None:
+    """(B, T) bool, True where a sequence begins, of rows that hold several; None where nothing says so."""
+    input_ids, positions, ends = (batch.get(name) for name in ("input_ids", "position_ids", "cu_seq_lens_q"))
+    if isinstance(ends, Tensor):
+        starts = torch.zeros_like(input_ids, dtype=torch.bool).flatten()
+        # an entry at the end begins nothing
+        starts = F.pad(starts, (0, 1)).index_fill(0, ends.to(starts.device, torch.int64), True)[:-1]
+        return starts.view_as(input_ids)
+    if not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[-1] or positions.dim() != 2:
+        return None
+    starts = (positions == 0).expand_as(input_ids).clone()
+    starts[:, 0] = True
+    return starts
 
 
 def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
@@ -135,7 +171,8 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
             "labels are not shifted, and -100 where ignored"
         )
     _check_int64(labels)
-    return inputs, labels
+    starts = sequence_starts(inputs) if shifted is None else None
+    return inputs, labels if starts is None else labels.masked_fill(starts.to(labels.device), IGNORE_INDEX)
 
 
 def _decoder_inputs_and_labels(inner: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

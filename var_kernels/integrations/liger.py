@@ -136,7 +136,9 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
                 f"ce_weight must be ({lin_weight.shape[0]},), one per class, got {tuple(self.ce_weight.shape)}"
             )
         kept = target != self.ignore_index
-        weight = self.ce_weight.to(target.device, torch.float32)[target.where(kept, 0)].where(kept, 0.0)
+        weight = self.ce_weight.to(target.device, torch.promote_types(lin_weight.dtype, torch.float32))[
+            target.where(kept, 0)
+        ].where(kept, 0.0)
         return weight, weight.sum() if self.reduction == "mean" else None
 
     def _metrics(self, argmax: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -147,7 +149,59 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return accuracy, argmax if self.return_predicted_tokens else None
 
 
-def liger_fused_linear_cross_entropy(input, weight, target, bias=None, **options):
-    """``LigerFusedLinearCrossEntropyLoss(**options)`` as a function, in the argument order of liger-kernel's own."""
-    options.pop("chunk_mem_const", None)  # a memory budget takes its place
-    return LigerFusedLinearCrossEntropyLoss(**options)(weight, input, target, bias)
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
+):
+    """``LigerFusedLinearCrossEntropyLoss`` as a function, in liger-kernel's own argument order; chunk_mem_const is
+    taken and not needed: a memory budget takes its place.
+    """
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ce_weight,
+        ignore_index,
+        lse_square_scale,
+        label_smoothing,
+        reduction,
+        softcap,
+        return_z_loss,
+        accum_dtype,
+        use_token_scaling,
+        return_token_accuracy,
+        return_predicted_tokens,
+    )
+    return loss(weight, input, target, bias)
+
+
+class LigerFusedLinearCrossEntropyFunction:
+    """``LigerFusedLinearCrossEntropyFunction.apply(_input, weight, target, ...)`` by position, as liger-kernel's:
+    (loss, z_loss, token_accuracy, predicted_tokens), None where not asked for.
+    """
+
+    @staticmethod
+    def apply(_input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+              label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+              use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None,
+              ce_mode=None, chunk_mem_const=1):  # fmt: skip
+        if ce_impl is not None or ce_mode is not None:
+            name = "ce_impl" if ce_impl is not None else "ce_mode"
+            raise ValueError(f"{name}: expected None, it chooses among liger-kernel's own kernels; leave it out")
+        options = (ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss)
+        asked = (accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens)
+        found = liger_fused_linear_cross_entropy(_input, weight, target, bias, *options, *asked)
+        if isinstance(found, Tensor):
+            return found, None, None, None
+        return found.loss, found.z_loss, found.token_accuracy, found.predicted_tokens

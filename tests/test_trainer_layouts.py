@@ -65,7 +65,7 @@ def dtype_of(name):
     return torch.float32 if name.startswith("fsdp1") else torch.float64  # FSDP1 clips in fp32
 
 
-def trainer_of(name, folder, size, layout, **more):
+def trainer_of(name, folder, size, layout, weightless=False, **more):
     _, method, _, options = CASES[name]
     settings = {"method": method, "per_device_train_batch_size": size, **options, **layout, **more}
     others = {}
@@ -75,7 +75,12 @@ def trainer_of(name, folder, size, layout, **more):
         torch.manual_seed(0)
         lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
         others = {"trainer_options": {"peft_config": lora}}
-    return tiny_trainer(folder, model=tiny_model(dtype=dtype_of(name)), **others, **settings)
+    model = tiny_model(dtype=dtype_of(name))
+    if weightless:  # what from_pretrained leaves on all ranks but the first
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+    return tiny_trainer(folder, model=model, **others, **settings)
 
 
 def whole_weights(trainer):
@@ -90,11 +95,8 @@ def whole_weights(trainer):
 def train(name, folder, rank):
     layout, _, size, _ = CASES[name]
     saving = {"save_strategy": "steps", "save_steps": 2} if name in RESUMED else {}
-    trainer = trainer_of(name, folder, size, layout, ddp_backend="gloo", **saving)
-    if "first rank's" in name and rank:
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter.fill_(torch.nan)  # what from_pretrained leaves on all ranks but the first
+    weightless = "first rank's" in name and rank > 0
+    trainer = trainer_of(name, folder, size, layout, weightless, ddp_backend="gloo", **saving)
     trainer.train()
     weights = whole_weights(trainer)
     results = {"losses": losses(trainer), "weights": weights, "history": trainer.state.log_history[:2]}

@@ -20,6 +20,14 @@ _REMEDY = (
 )
 
 
+# Around nn.Linear and around quantised layers; all add the same term.
+_LORA_LAYERS = (
+    "tuners.lora.layer.Linear",
+    "tuners.lora.bnb.Linear4bit",
+    "tuners.lora.torchao.TorchaoLoraLinear",
+)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """What active adapters add to the raw logits: right left. The bias of lora_B is a column beside ones in left."""
@@ -53,7 +61,7 @@ def check_adapter(head: nn.Module, name: str) -> None:
         if head.base_layer.bias is not None:
             raise ValueError(f"{name}: PEFT's trainable tokens drop the bias of its lm_head. Train no single tokens")
         return
-    if not kind.endswith("tuners.lora.layer.Linear") or is_adapter(head.base_layer):
+    if not kind.endswith(_LORA_LAYERS) or is_adapter(head.base_layer):
         raise ValueError(f"{name}: the lm_head carries a PEFT adapter ({kind}) that is no plain LoRA. {_REMEDY}")
     variants = getattr(head, "lora_variant", {})
     for adapter in _active(head):

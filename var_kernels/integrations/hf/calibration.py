@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_kernels.integrations.hf.adapters import is_adapter
 from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, vector
+from var_kernels.integrations.hf.quantised import dense_weight
 
 _IGNORE_INDEX = -100
 _MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
@@ -41,7 +43,8 @@ class Transform:
 
     def params(self, head: nn.Linear, inner: nn.Module) -> HeadParams:
         """The head's tensors as they are now: gathered, when asked for within its forward."""
-        weight, bias = head.weight, head.bias
+        core = head.base_layer if is_adapter(head) else head
+        weight, bias = dense_weight(core), core.bias
         if is_dtensor(weight):
             return self._spread_params(weight, bias, inner)
         if self.vocabulary_bias is not None:

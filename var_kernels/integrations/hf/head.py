@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from var_kernels.integrations.hf.adapters import (
     LowRank,
@@ -26,6 +25,7 @@ from var_kernels.integrations.hf.adapters import (
     unwrapped,
 )
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
+from var_kernels.integrations.hf.quantised import computes_a_product, is_packed
 
 _ABSENT = object()
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
@@ -96,11 +96,11 @@ def _check_linear(head: nn.Module, name: str) -> None:
             "own loss instead"
         )
     weight = head.weight
-    packed = not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not is_dtensor(weight))
     # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
     own_forward = type(head).forward is not nn.Linear.forward
     own_forward &= getattr(head, "out_additional_features", None) != 0  # Idefics: two weights, of which one is none
-    if packed or own_forward:
+    packed = is_packed(weight)
+    if (packed or own_forward) and not (packed and computes_a_product(head)):
         raise ValueError(
             f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as "
             "weight, which does not compute a plain W h + b (a quantised head?). Keep the head in floating point "

@@ -1,0 +1,66 @@
+"""An lm_head whose frozen weight is packed: bitsandbytes' 4 bit, torchao's and other tensors with ``dequantize()``.
+
+It is dequantised whole, inside the head's forward, for the time of the loss: V x D in the model's dtype. Layers that
+also round their input (8-bit activations) compute something else than W h and are refused: each head is compared once
+with its dequantised weight.
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from var_kernels.integrations.hf.parallel import is_dtensor
+
+_PROBES = 4
+# Module -> (its weight then, how far it is from W h)
+_errors: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def is_packed(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not is_dtensor(weight))
+
+
+def dense_weight(head: nn.Module) -> Tensor | None:
+    """(V, D) floating point, the head's own weight where it is that already; None where it cannot be made."""
+    weight = head.weight
+    if not is_packed(weight):
+        return weight
+    if getattr(weight, "quant_state", None) is not None:
+        dense = _dequantised_4bit(weight.data, weight.quant_state)
+    elif is_traceable_wrapper_subclass(weight) and callable(getattr(type(weight), "dequantize", None)):
+        dense = weight.dequantize()
+    else:
+        return None
+    return dense.detach() if dense.shape == (head.out_features, head.in_features) else None
+
+
+def _dequantised_4bit(codes: Tensor, state) -> Tensor:
+    from bitsandbytes import functional
+
+    if getattr(state, "packing_format_for_cpu", False):  # by a forward pass in eval mode without gradients
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+    return functional.dequantize_4bit(codes, state)
+
+
+@torch.no_grad()
+def computes_a_product(head: nn.Module) -> bool:
+    """Whether the head's output is W h + b with the dequantised W, to the rounding of its dtype; looked at once."""
+    seen = _errors.get(head)
+    if seen is None or seen[0] != id(head.weight):
+        dense = dense_weight(head)
+        _errors[head] = (id(head.weight), float("inf") if dense is None else _distance(head, dense))
+    return _errors[head][1] <= 1.0
+
+
+def _distance(head: nn.Module, dense: Tensor) -> float:
+    """rms of the difference over what rounding of the operands to their dtype explains."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(_PROBES, dense.shape[1], generator=generator).to(dense.device, dense.dtype)
+    hidden.requires_grad_()  # bitsandbytes packs its weight anew where nobody wants gradients
+    bias = 0.0 if head.bias is None else head.bias.double()
+    truth = hidden.double() @ dense.double().t() + bias
+    error = type(head).forward(head, hidden).double() - truth
+    allowed = max(1e-4, 0.5 * torch.finfo(dense.dtype).eps)
+    return (error.square().mean().sqrt() / truth.square().mean().sqrt() / allowed).item()

@@ -23,7 +23,9 @@ def lines_of(code):
 
 
 def name_of(code):
-    found = re.search(r"from trl import (\w+)|import (LigerF)|import (sequence_logprobs)|(accelerator)", code)
+    found = re.search(
+        r"from trl import (\w+)|import (LigerF)|import (sequence_logprobs)|import (lightning)|(accelerator)", code
+    )
     return next(group for group in found.groups() if group) if found else "Trainer"
 
 
@@ -42,6 +44,15 @@ def names_for(kind, folder):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loader = torch.utils.data.DataLoader(rows, batch_size=4)
         return {**names, "accelerator": Accelerator(cpu=True), "optimizer": optimizer, "loader": loader}
+    if kind == "lightning":
+        lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+        steps = {
+            "training_step": lambda module, batch, _index: module.model(**batch).loss,
+            "configure_optimizers": lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
+        }
+        module = type("Module", (lightning.LightningModule,), steps)()
+        module.model = model
+        return {**names, "module": module, "loader": torch.utils.data.DataLoader(rows, batch_size=4)}
     if kind == "sequence_logprobs":
         return {**names, "chosen": {"input_ids": ids[:4]}, "rejected": {"input_ids": ids[4:]}}
     if kind == "LigerF":
@@ -67,7 +78,7 @@ def names_for_trl(kind, folder):
 
 
 def test_the_page_has_every_trainer():
-    wanted = {"Trainer", "SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "accelerator"}
+    wanted = {"Trainer", "SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "accelerator", "lightning"}
     assert wanted <= {name_of(code) for code in BLOCKS}
 
 
@@ -89,6 +100,14 @@ def test_trl_example_runs(name, capsys):
     pytest.importorskip("trl", reason="trl is not installed")
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
     assert len(re.findall(r"'loss': '?-?\d", capsys.readouterr().out)) == 4
+
+
+def test_lightning_example_learns(capsys):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    runpy.run_path(str(ROOT / "examples" / "lightning_module.py"))
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
 
 
 def test_accumulation_in_the_accelerate_loop_equals_large_batches(capsys):

@@ -4,6 +4,7 @@ method's own. One class per method, made from ``METHODS``.
 
 import dataclasses
 import sys
+import typing
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -53,6 +54,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
 
     def __post_init__(self):
+        _read_numbers(self)
         # Checked first: TrainingArguments' own __post_init__ may already touch devices and directories.
         if self.method not in METHODS:
             raise TypeError("AlignConfig belongs to no method; take VARConfig, or method_config(name)")
@@ -111,6 +113,19 @@ class AlignConfig(OnlineSettings, TrainingArguments):
     def _check_method(self) -> None:
         """The method's own settings, by the loss's own checks: it is called on no rows at all."""
         METHODS[self.method].check(self)
+
+
+def _read_numbers(config: AlignConfig) -> None:
+    """Numbers that came as text: YAML reads 1e-4, without a point, as a string."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name, None)
+        kinds = [kind, *typing.get_args(kind)]
+        if isinstance(value, str) and str not in kinds and (float in kinds or int in kinds):
+            wanted = float if float in kinds else int
+            try:
+                setattr(config, name, wanted(value))
+            except ValueError:
+                raise ValueError(f"{name}: expected {wanted.__name__}, got {value!r}") from None
 
 
 def _check_range(name: str, value: object, good: bool, wanted: str) -> None:

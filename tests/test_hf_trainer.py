@@ -1,0 +1,126 @@
+"""transformers.Trainer with fused_lm_head: plain Trainer's own curve under every option that reaches the loss."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+from transformers import Trainer, TrainingArguments
+
+from tests.tiny_training import tiny_model
+from var_kernels.integrations.hf import fused_lm_head
+from var_kernels.integrations.hf_trainer import FusedLossMixin
+
+STEPS = 20
+
+
+def rows(count=40, length=12):
+    """Of different numbers of labels, so that a mean of means is another loss than one mean."""
+    torch.manual_seed(0)
+    made = []
+    for number, ids in enumerate(torch.randint(3, 200, (count, length))):
+        labels = ids.clone()
+        labels[: number % 11] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def trainer(folder, *, trainer_class=Trainer, trainer_options=None, model=None, **options):
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    arguments = TrainingArguments(str(folder), **{**settings, **options})
+    return trainer_class(
+        model=tiny_model(dtype=torch.float32) if model is None else model,
+        args=arguments,
+        train_dataset=rows(),
+        eval_dataset=rows(6),
+        **(trainer_options or {}),
+    )
+
+
+def curve(made):
+    made.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in made.state.log_history if "loss" in entry]
+
+
+def doubled(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return 2 * torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+CASES = {
+    "plain": {},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    "average_tokens_across_devices off": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},  # Trainer asks for logits then, and gets them
+    "compute_loss_func": {"trainer_options": {"compute_loss_func": doubled}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_curve_of_plain_trainer(case, tmp_path):
+    expected = curve(trainer(tmp_path / "plain", **CASES[case]))
+    model = tiny_model(dtype=torch.float32)
+    with fused_lm_head(model):
+        got = curve(trainer(tmp_path / "fused", model=model, **CASES[case]))
+    assert len(expected) == STEPS
+    assert expected[-1][0] < expected[0][0]
+    assert torch.tensor(got).tolist() == [
+        pytest.approx(step, rel=3e-2 if case == "bf16" else 2e-5) for step in expected
+    ]
+
+
+def test_the_curve_under_torch_compile(tmp_path):
+    options = {"max_steps": 4, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    expected = curve(trainer(tmp_path / "plain", max_steps=4))
+    model = tiny_model(dtype=torch.float32)
+    with fused_lm_head(model):
+        got = curve(trainer(tmp_path / "fused", model=model, **options))
+    assert got == [pytest.approx(step, rel=2e-5) for step in expected]
+
+
+class FusedTrainer(FusedLossMixin, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_evaluation_has_logits_where_it_wants_them_and_training_none(bf16, tmp_path):
+    """With bf16 accelerate puts a forward of its own above ours before the first evaluation."""
+    shapes = {}
+
+    def metrics(prediction):
+        shapes["metrics"] = prediction.predictions.shape
+        return {"first": float(prediction.predictions[0, 0, 0])}
+
+    results = []
+    for trainer_class in (Trainer, FusedTrainer):
+        options = {"trainer_class": trainer_class, "trainer_options": {"compute_metrics": metrics}, "bf16": bf16}
+        made = trainer(tmp_path / trainer_class.__name__, max_steps=4, eval_strategy="steps", eval_steps=2, **options)
+        losses = [loss for loss, _ in curve(made)]
+        predictions = made.predict(rows(4)).predictions
+        found = made.evaluate(metric_key_prefix="last")
+        results.append([*losses, found["last_loss"], found["last_first"], *predictions[0, 0, :9].tolist()])
+    assert shapes["metrics"] == (6, 12, made.model.config.vocab_size)
+    assert results[1] == pytest.approx(results[0], rel=5e-2 if bf16 else 1e-4, abs=2e-2 if bf16 else 1e-5)
+    batch = made.data_collator(rows(2))
+    assert made.model(**batch).logits is None  # fused again
+
+
+def test_evaluation_of_the_loss_makes_no_logits(tmp_path):
+    expected = trainer(tmp_path / "plain").evaluate()["eval_loss"]
+    made = trainer(tmp_path / "fused", trainer_class=FusedTrainer)
+    seen = []
+    made.model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[-1]))
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert set(seen) == {1}

@@ -1,6 +1,5 @@
 """The model's own language-modelling loss, computed without logits."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -37,7 +36,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
 
     ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller
-    calls it (DDP, FSDP, PEFT ... around it); only the innermost model is patched. ``copy.deepcopy`` of it is plain.
+    calls it (DDP, FSDP, PEFT ... around it); only the innermost model is patched. A copy of it, by ``copy.deepcopy``
+    or pickle, is plain.
 
     Args:
         model: an HF causal LM, plain or wrapped.
@@ -94,11 +94,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         else:
             self.inner.forward = self._instance_forward
 
-    def __deepcopy__(self, memo) -> "fused_lm_head":
-        copied = memo[id(self)] = copy.copy(self)
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        copied._applied = False  # nobody would restore a copy of the model, so it is a plain one
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_applied": False}  # nobody would restore a copy of the model, so it is a plain one
 
     def _forward(self, *args, **kwargs):
         if not self._applied:

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.tiny_training import ROWS, tokenizer
+from tests.tiny_training import ROWS, losses, tiny_config, tiny_model, tokenizer
 from var_kernels.integrations.data import DataError, Example, encode_examples, load_examples, merge_prompts, parse_row
+from var_kernels.integrations.trainer import VARTrainer
 
 GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0.5], "generators": ["m", "n"]}
 SINGLE = {"prompt": "p", "completion": "a", "reward": -2}
@@ -89,6 +90,84 @@ def test_a_malformed_row_is_named_by_line_and_reason(row, reason, tmp_path):
     examples, problems = load_examples(path, need_rewards="required", skip_malformed=True)
     assert len(examples) == 2
     assert [problem.where for problem in problems] == [f"{path}:3"]
+
+
+def message(role, content=None, **more):
+    return {"role": role, "content": content, **more}
+
+
+TALK = [message("system", "be kind"), message("user", "hi"), message("assistant", "yo"), message("user", "bye")]
+CALL = message("assistant", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completions", "rewards"),
+    [
+        ({"messages": [*TALK, message("assistant", "ciao")]}, TALK, [[message("assistant", "ciao")]], None),
+        (
+            {"chosen": [*TALK, message("assistant", "ciao")], "rejected": [*TALK, message("assistant", "no")]},
+            TALK,
+            [[message("assistant", "ciao")], [message("assistant", "no")]],
+            None,
+        ),
+        ({"prompt": "2 + 2", "completion": "4", "label": True}, "2 + 2", ["4"], [1.0]),
+        ({"prompt": "2 + 2", "completion": "5", "label": False}, "2 + 2", ["5"], [-1.0]),
+        ({"prompt": TALK, "completion": [CALL]}, TALK, [[CALL]], None),
+    ],
+    ids=["messages", "a pair with its prompt inside", "desirable", "undesirable", "a tool call"],
+)
+def test_the_forms_of_other_trainers(row, prompt, completions, rewards):
+    example = parse_row(row, "here")
+    assert (example.prompt, example.completions, example.rewards) == (prompt, completions, rewards)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": TALK}, "messages must be a conversation"),
+        ({"messages": "hi"}, "messages must be a conversation"),
+        ({"chosen": TALK[:1], "rejected": TALK[1:2]}, "prompt missing"),
+        ({"prompt": "a", "completion": "b", "tools": "f"}, "tools must be a list"),
+    ],
+)
+def test_a_conversation_that_does_not_fit_is_named(row, reason):
+    assert reason in parse_row(row, "here").reason
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ("sft", [{"messages": [*TALK, message("assistant", text)]} for text in ("yes", "no", "well")]),
+        (
+            "dpo",
+            [{"chosen": [*TALK, message("assistant", text)], "rejected": [*TALK, CALL]} for text in ("ciao", "yo")],
+        ),
+        ("kto", [{"prompt": "2 + 2", "completion": text, "label": text == "4"} for text in ("4", "5", "6")]),
+    ],
+    ids=["messages", "pairs of conversations", "judged"],
+)
+def test_training_on_the_forms_of_other_trainers(method, rows, tmp_path):
+    import copy
+
+    chat = copy.deepcopy(tokenizer())
+    chat.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content or 'f()' }};{% endfor %}"
+    config = tiny_config(tmp_path, method=method, max_steps=2, per_device_train_batch_size=2)
+    trainer = VARTrainer(tiny_model(), config, rows, processing_class=chat)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+    assert losses(trainer)[1] != losses(trainer)[0]
+
+
+def test_tools_reach_the_chat_template():
+    import copy
+
+    chat = copy.deepcopy(tokenizer())
+    chat.chat_template = (
+        "{% if tools %}<{{ tools[0].name }}>{% endif %}{% for m in messages %}{{ m.content }};{% endfor %}"
+    )
+    row = {"prompt": USER, "completion": ASSISTANT, "tools": [{"name": "add"}]}
+    encoded = encode_examples([parse_row(row, "here")], chat, 64).row(0)
+    assert encoded["input_ids"].tolist() == _ids("<add>hi;yo;")
 
 
 def test_every_problem_is_counted_and_ten_are_shown(tmp_path):

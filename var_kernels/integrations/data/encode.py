@@ -128,19 +128,19 @@ def _split_texts(examples: Sequence[Example], tokenizer) -> tuple[list[tuple[str
                 texts.append((example.prompt, completion, False, where))
                 continue
             try:
-                texts.append((*_render(tokenizer, example.prompt, completion), True, where))
+                texts.append((*_render(tokenizer, example.prompt, completion, example.tools), True, where))
             except _template_errors() as error:
                 problems.append(Problem(where, str(error)))
     return texts, problems
 
 
-def _render(tokenizer, prompt: Text, completion: Text) -> tuple[str, str]:
+def _render(tokenizer, prompt: Text, completion: Text, tools: list | None) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "messages need a tokenizer with a chat template: set tokenizer.chat_template, or give plain text"
         )
-    head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    head = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tools=tools, tokenize=False)
     if not whole.startswith(head):
         raise ValueError(
             "the chat template renders prompt + completion differently from the prompt alone, so they cannot be told "

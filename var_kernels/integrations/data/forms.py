@@ -12,6 +12,7 @@ FORMS = (
     "prompt + completion + reward",
     "prompt + completions + rewards",
     "prompt + chosen + rejected (+ chosen_reward + rejected_reward, or rewards)",
+    "messages",
 )
 SHOWN_PROBLEMS = 10
 _LARGEST = 3.4e38
@@ -45,14 +46,15 @@ class DataError(ValueError):
 
 @dataclass
 class Example:
-    """A prompt with its completions. ``rewards`` and ``where`` run parallel to ``completions``; a pair is (chosen,
-    rejected). A prompt alone has one ``where``."""
+    """A prompt with its completions, and the tools that its messages may call. ``rewards`` and ``where`` run parallel to
+    ``completions``; a pair is (chosen, rejected). A prompt alone has one ``where``."""
 
     prompt: Text
     completions: list[Text]
     rewards: list[float] | None
     where: list[str] = field(default_factory=list)
     is_pair: bool = False
+    tools: list | None = None  # for the chat template
 
 
 class _BadRowError(Exception):
@@ -73,6 +75,9 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
         raise _BadRowError(f"expected an object with keys ({' | '.join(FORMS)}), got {_kind(row)}")
     # A Parquet file of mixed forms has every column in every row, null where unused.
     present = {key for key, value in row.items() if value is not None} or set(row)
+    row = _with_prompt(row, present)
+    present |= {key for key in ("prompt", "completion") if key in row}
+    tools = _list(row, "tools") if "tools" in present else None
     prompt = _text(row, "prompt")
     is_pair = "chosen" in present or "rejected" in present
     if is_pair:
@@ -85,7 +90,7 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
         rewards = _rewards(row, "rewards", len(completions)) if "rewards" in row else None
     elif "completion" in row:
         completions = [_text(row, "completion", prompt)]
-        rewards = [_number(row["reward"], "reward")] if "reward" in row else None
+        rewards = _reward(row, present)
     elif need_rewards == "prompt":
         completions, rewards = [], None
     else:
@@ -93,7 +98,33 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
     if rewards is None and (need_rewards == "required" or (need_rewards == "unless_pair" and not is_pair)):
         name = "chosen_reward and rejected_reward" if is_pair else "rewards" if "completions" in present else "reward"
         raise _BadRowError(f"{name} missing: this method needs rewards, in the data or from a reward function")
-    return Example(prompt, completions, rewards, [where] * max(1, len(completions)), is_pair)
+    return Example(prompt, completions, rewards, [where] * max(1, len(completions)), is_pair, tools)
+
+
+def _with_prompt(row: dict, present: set) -> dict:
+    """The row with the prompt that a conversation holds: all before its last answer, or what a pair has in common."""
+    if "prompt" in present:
+        return row
+    if "messages" in present and not present & {"chosen", "rejected", "completion", "completions"}:
+        messages = _text(row, "messages")
+        if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise _BadRowError("messages must be a conversation of two messages or more that the assistant ends")
+        return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+    if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+        beside = list(zip(row["chosen"], row["rejected"], strict=False))
+        shared = next((n for n, (a, b) in enumerate(beside) if a != b), len(beside))
+        if shared:
+            cut = {key: row[key][shared:] for key in ("chosen", "rejected")}
+            return {**row, "prompt": row["chosen"][:shared], **cut}
+    return row
+
+
+def _reward(row: dict, present: set) -> list[float] | None:
+    if "reward" in row:
+        return [_number(row["reward"], "reward")]
+    if "label" in present and isinstance(row["label"], bool):
+        return [1.0 if row["label"] else -1.0]
+    return None
 
 
 def _kind(value: object) -> str:
@@ -119,7 +150,7 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
         if not value:
             raise _BadRowError(f"{name} is an empty list of messages")
         for i, message in enumerate(value):
-            if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            if not _is_message(message):
                 raise _BadRowError(f"{name} message {i} must be {{'role': str, 'content': str}}, got {_kind(message)}")
     else:
         raise _BadRowError(f"{name} must be text or a list of messages, got {_kind(value)}")
@@ -130,6 +161,13 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
             "for both"
         )
     return value
+
+
+def _is_message(message: object) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    calls = message.get("content") is None and isinstance(message.get("tool_calls"), list)
+    return calls or isinstance(message.get("content"), str)
 
 
 def _number(value: object, name: str) -> float:
@@ -160,7 +198,11 @@ def merge_prompts(examples: Iterable[Example]) -> list[Example]:
     """Join the completions of equal prompts, in the order of first appearance. Pairs stay as they are."""
     merged: dict[object, Example] = {}
     for i, example in enumerate(examples):
-        key = i if example.is_pair else (json.dumps(example.prompt, sort_keys=True), example.rewards is None)
+        key = (
+            i
+            if example.is_pair
+            else (json.dumps([example.prompt, example.tools], sort_keys=True), example.rewards is None)
+        )
         if key not in merged:
             merged[key] = Example(
                 example.prompt,
@@ -168,6 +210,7 @@ def merge_prompts(examples: Iterable[Example]) -> list[Example]:
                 example.rewards and list(example.rewards),
                 list(example.where),
                 example.is_pair,
+                example.tools,
             )
             continue
         kept = merged[key]

@@ -46,8 +46,8 @@ class DataError(ValueError):
 
 @dataclass
 class Example:
-    """A prompt with its completions, and the tools that its messages may call. ``rewards`` and ``where`` run parallel to
-    ``completions``; a pair is (chosen, rejected). A prompt alone has one ``where``."""
+    """A prompt with its completions, and the tools that its messages may call. ``rewards`` and ``where`` run parallel
+    to ``completions``; a pair is (chosen, rejected). A prompt alone has one ``where``."""
 
     prompt: Text
     completions: list[Text]

@@ -1,279 +1,287 @@
-"""Roofs, primitive timings and the comparison with other libraries on one GPU; one CSV a section.
+"""Measures every section on one GPU, one CSV a section, each row written as soon as it is there.
 
-    python benchmarks/gpu_bench.py --out DIR [--dry-run] [--sections roofs primitives compare] [--minutes 6]
+    python benchmarks/gpu_bench.py --out DIR [--minutes 6] [--sections roofs compare ...] [--retry] [--plan] [--dry-run]
 
-Times are medians (p20, p80) of interleaved runs by CUDA events, with the L2 cache flushed before each and fresh
-gradients; memory is the allocator's peak above the inputs. ``--dry-run`` runs tiny shapes on a CPU.
+Items run in a worker process. One that crashes, or takes longer than its limit, gets a row that says so, and a new
+worker goes on after it. What is in the CSVs is not measured again: the next call continues. ``--dry-run`` runs tiny
+shapes on a CPU. Exit status 1 where something failed that is not another library.
 """
 
 import argparse
 import csv
-import importlib.metadata
+import gc
+import json
 import os
-import platform
+import queue
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks import gpu_providers
-from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.backend import choose_backend, row_kernels
-from var_kernels.ops.gemm import add_product, logits_into, product_into
-
-TFLOP, GIGA, MIB = 1e12, 1e9, 2**20
+ROOT = Path(__file__).parents[1]
+# A worker's start: imports, the device's context.
+START_SECONDS = 15
 
 
-class Bench:
-    """Where to run, how long, and how to time."""
+@dataclass(frozen=True)
+class Item:
+    """One measurement. run(bench) gives its rows (without the key); seconds: how long it takes at the floors' rate,
+    compilation included; other: another library, whose failure is only noted; rank: 0 for what a first call wants.
+    """
 
-    def __init__(self, dry_run: bool, minutes: float):
-        self.device = torch.device("cpu" if dry_run else "cuda")
-        self.dry_run = dry_run
-        self.deadline = time.monotonic() + 60 * minutes
-        self._flush = None if dry_run else torch.empty(256 * MIB, dtype=torch.uint8, device=self.device)
+    section: str
+    key: str
+    run: Callable
+    seconds: float
+    other: bool = False
+    rank: int = 1
 
-    def out_of_time(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def once(self, step) -> float:
-        """Milliseconds of one run."""
-        if self.dry_run:
-            start = time.perf_counter()
-            step()
-            return 1e3 * (time.perf_counter() - start)
-        self._flush.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop)
-
-    def times(self, steps: dict, runs: int) -> dict[str, dict[str, float]]:
-        """Interleaved: every step once a round. median, p20, p80 in ms."""
-        runs = 2 if self.dry_run else runs
-        found = {name: [] for name in steps}
-        for step in steps.values():
-            step()
-            step()
-        for _ in range(runs):
-            for name, step in steps.items():
-                found[name].append(self.once(step))
-        return {name: _quantiles(ms) for name, ms in found.items()}
-
-    def randn(self, *shape, dtype=torch.bfloat16, scale=1.0):
-        return (torch.randn(*shape, device=self.device) * scale).to(dtype)
+    @property
+    def limit(self) -> float:
+        """After this many seconds it hangs."""
+        return 45 + 4 * self.seconds
 
 
-def _quantiles(ms: list[float]) -> dict[str, float]:
-    values = torch.tensor(ms, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    return dict(zip(("ms", "p20", "p80"), values.tolist(), strict=True))
+def all_sections() -> dict[str, Callable]:
+    """Name -> function of dry_run that lists the items."""
+    from benchmarks import gpu_compare, gpu_primitives, gpu_training
+
+    return {**gpu_primitives.SECTIONS, **gpu_compare.SECTIONS, **gpu_training.SECTIONS}
 
 
-def _copy_row(bench: Bench) -> dict:
-    source = torch.empty(1 << (16 if bench.dry_run else 31), dtype=torch.uint8, device=bench.device)
-    target = torch.empty_like(source)
-    timing = bench.times({"copy": lambda: target.copy_(source)}, 10)["copy"]
-    return {"what": "copy", **timing, "rate": 2 * source.numel() / timing["ms"] * 1e3 / GIGA, "unit": "GB/s"}
+ORDER = (
+    "roofs",
+    "compare",
+    "primitives",
+    "masked",
+    "crossover",
+    "step",
+    "rowkernels",
+    "forward",
+    "batch",
+    "hard",
+    "curve",
+)
 
 
-def roofs(bench: Bench) -> list[dict]:
-    """Copy bandwidth, and the bf16 GEMM at a square and at the op's own shapes."""
-    rows = [_copy_row(bench)]
-    shapes = [(8192, 8192, 8192), (8192, 4096, 128256), (2048, 4096, 128256), (8192, 896, 151936)]
-    for n, d, v in [(64, 32, 128)] if bench.dry_run else shapes:
-        hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=0.02)
-        timing = bench.times({"mm": lambda h=hidden, w=weight: h @ w.T}, 10)["mm"]
-        flop = 2 * n * d * v
-        rate = flop / timing["ms"] * 1e3 / TFLOP
-        rows.append({"what": f"mm {n}x{d}x{v}", **timing, "rate": rate, "unit": "TFLOP/s"})
-    return rows
+class Table:
+    """A section's CSV: a header line, then rows; all rows of an item are written at once, the file as a whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header, self.rows = "", []
+        if path.exists():
+            self.header, *lines = path.read_text().splitlines()
+            self.rows = list(csv.DictReader(lines))
+
+    @property
+    def done(self) -> set[str]:
+        return {row["key"] for row in self.rows}
+
+    def forget_failures(self) -> None:
+        kept = [row for row in self.rows if not row["note"].startswith("failed")]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self._write()
+
+    def add(self, header: str, key: str, rows: list[dict]) -> None:
+        self.header = self.header or header
+        self.rows += [{"key": key, "note": "", **row} for row in rows]
+        self._write()
+
+    def _write(self) -> None:
+        fields = list(dict.fromkeys(field for row in self.rows for field in row if field != "note"))
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            file.write(self.header + "\n")
+            writer = csv.DictWriter(file, fieldnames=[*fields, "note"], restval="")
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+        part.replace(self.path)
 
 
-def primitives(bench: Bench) -> list[dict]:
-    """What decides the defaults: output precision, accumulation, slice widths, chunk lengths, row kernels."""
-    n, d, v = (64, 32, 512) if bench.dry_run else (8192, 4096, 128256)
-    widths = (128, 256) if bench.dry_run else (8192, 16384, 32768)
-    chunks = (16, 32) if bench.dry_run else (1024, 2048, 4096)
-    hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=0.02)
-    rows, backend = [], choose_backend(bench.device, torch.float32)[0]
-
-    def record(what, timing, flop=None, bytes_moved=None):
-        rate = flop / timing["ms"] * 1e3 / TFLOP if flop else bytes_moved / timing["ms"] * 1e3 / GIGA
-        rows.append({"what": what, **timing, "rate": rate, "unit": "TFLOP/s" if flop else "GB/s"})
-
-    chunk = hidden[: chunks[1]]
-    operand = chunk.float() if bench.dry_run else chunk  # only CUDA takes 16-bit operands to fp32
-    wide = torch.empty(chunks[1], v, dtype=torch.float32, device=bench.device)
-    narrow = torch.empty(chunks[1], v, dtype=torch.bfloat16, device=bench.device)
-    timings = bench.times(
-        {
-            "logits, fp32 out": lambda: logits_into(wide, operand, weight, backend),
-            "logits, bf16 out": lambda: torch.mm(chunk, weight.T, out=narrow),
-        },
-        10,
-    )
-    for name, timing in timings.items():
-        record(name, timing, flop=2 * chunks[1] * d * v)
-    for name, timing in bench.times(_overlap_steps(bench, wide, operand, weight), 10).items():
-        record(name, timing, flop=chunks[1] * d * v)
-    dhidden = torch.zeros(n, d, dtype=torch.float32, device=bench.device)
-    for width in widths:
-        dlogits, dweight = bench.randn(n, width), torch.empty(width, d, dtype=torch.bfloat16, device=bench.device)
-        steps = {
-            f"dH += dlogits W, slice {width}": lambda g=dlogits, w=width: add_product(dhidden, g, weight[:w], backend),
-            f"dW = dlogits^T H, slice {width}": lambda g=dlogits, o=dweight: product_into(o, g.t(), hidden, backend),
-        }
-        for name, timing in bench.times(steps, 10).items():
-            record(name, timing, flop=2 * n * d * width)
-    total = torch.zeros(v, d, dtype=torch.float32, device=bench.device)
-    for length in chunks:
-        dlogits = bench.randn(length, v)
-        timing = bench.times({"": lambda g=dlogits, c=length: add_product(total, g.t(), hidden[:c], backend)}, 5)[""]
-        record(f"fp32 dW += dlogits^T H, chunk {length}", timing, flop=2 * length * d * v)
-    for tile in (wide, narrow):
-        for name, timing in _row_kernels(bench, tile).items():
-            # The gradient is written in bf16, into the tile's own storage where the backend can.
-            written = 2 * tile.numel() if "grad" in name else 0
-            record(f"{name}, {tile.dtype}", timing, bytes_moved=tile.numel() * tile.element_size() + written)
-    return rows
+def todo(args, sections: dict[str, Callable]) -> list[Item]:
+    """Items that have no row yet, in order of value: a call that is cut has the first ones."""
+    found = []
+    for name in sorted(args.sections or sections, key=ORDER.index):
+        done = Table(args.out / f"{name}.csv").done
+        found += (item for item in sections[name](args.dry_run) if item.key not in done)
+    return sorted(found, key=lambda item: item.rank)
 
 
-def _overlap_steps(bench: Bench, tile: torch.Tensor, operand: torch.Tensor, weight: torch.Tensor) -> dict:
-    """The GEMM of half a tile and the statistics of the other half: one after the other, and on two streams."""
-    half = tile.shape[0] // 2
-    backend = choose_backend(bench.device, tile.dtype)[0]
-    kernels = row_kernels(backend)
-    labels = torch.zeros(half, 1, dtype=torch.int64, device=bench.device)
-    stats = RowStats.empty(half, 1, tile, entropy=False, mean=False, argmax=False)
-    tile.zero_()
-
-    def gemm():
-        logits_into(tile[:half], operand[:half], weight, backend)
-
-    def statistics():
-        kernels.row_stats(tile[half : 2 * half], labels, stats, 0, None, LogitTransform())
-
-    def serial():
-        gemm()
-        statistics()
-
-    if bench.dry_run:
-        return {"logits and row_stats, one stream": serial, "logits and row_stats, two streams": serial}
-    other = torch.cuda.Stream()
-
-    def overlapped():
-        other.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(other):
-            statistics()
-        gemm()
-        torch.cuda.current_stream().wait_stream(other)
-
-    return {"logits and row_stats, one stream": serial, "logits and row_stats, two streams": overlapped}
+def message(error: BaseException) -> str:
+    return f"failed: {type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
-def _row_kernels(bench: Bench, tile: torch.Tensor) -> dict:
-    n, v = tile.shape
-    tile.normal_()
-    kernels = row_kernels(choose_backend(bench.device, tile.dtype)[0])
-    labels = torch.randint(0, v, (n, 1), device=bench.device)
-    lse = torch.full((n,), 12.0, device=bench.device)
-    coefficients = RowCoefficients(-torch.ones_like(lse), torch.ones(n, 1, device=bench.device))
-    bare = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
-    full = RowStats.empty(n, 1, tile, entropy=True, mean=True, argmax=True)
-    head = (None, LogitTransform())
-    steps = {
-        "row_stats": lambda: kernels.row_stats(tile, labels, bare, 0, *head),
-        "row_stats, every output": lambda: kernels.row_stats(tile, labels, full, 0, *head),
-        "row_grad": lambda: kernels.row_grad(tile, labels, lse, coefficients, 0, *head, torch.bfloat16),
-    }
-    return bench.times(steps, 10)
+def work(args) -> None:
+    """The worker: measures item after item and reports on standard output, a JSON object a line."""
+    import torch
 
+    from benchmarks.gpu_timing import Bench, header
 
-def compare(bench: Bench) -> list[dict]:
-    """Ours and others on the same inputs: time of forward and backward, peak memory, error of a sample."""
-    shapes = [
-        (8192, 4096, 128256),
-        (8192, 896, 151936),
-        (4096, 2048, 32000),
-        (8192, 4096, 151936),
-        (8192, 2304, 256000),
-        (32768, 4096, 128256),
-    ]
-    rows = []
-    for n, d, v in [(48, 16, 200)] if bench.dry_run else shapes:
-        if bench.out_of_time():
-            rows.append({"shape": f"{n}x{d}x{v}", "provider": "", "note": "skipped: out of time"})
+    def report(**fields):
+        print(json.dumps(fields), file=reports, flush=True)
+
+    # What libraries print must not come between the reports.
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    bench = Bench(args.dry_run)
+    head = header(args.dry_run)
+    for item in todo(args, all_sections()):
+        left = args.deadline - time.time()
+        if left < item.seconds:
+            report(event="postponed", section=item.section, key=item.key, seconds=item.seconds)
             continue
-        rows += gpu_providers.compare_shape(bench, n, d, v)
-    return rows
-
-
-SECTIONS = {"roofs": roofs, "primitives": primitives, "compare": compare}
-
-
-def header(bench: Bench) -> str:
-    versions = []
-    for package in ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
+        torch.manual_seed(0)
+        about = {"section": item.section, "key": item.key}
+        report(event="begin", **about, limit=item.limit, left=left, other=item.other, header=head)
         try:
-            versions.append(f"{package}={importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    if bench.dry_run:
-        return f"# dry run on a CPU: no figure here means anything; {' '.join(versions)}"
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-    machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    commit = commit or os.environ.get("COMMIT", "unknown")
-    return f"# {machine}; python={platform.python_version()} {' '.join(versions)} commit={commit}"
+            rows = item.run(bench)
+            failed = False
+        except Exception as error:  # one failure must not end the run
+            if not item.other:
+                traceback.print_exc()
+            rows, failed = [{"note": message(error)}], True
+        Table(args.out / f"{item.section}.csv").add(head, item.key, rows)
+        report(event="end", **about, failed=failed, note=rows[-1].get("note", ""))
+        gc.collect()
+        if not bench.dry_run:
+            torch.cuda.empty_cache()
+    report(event="finished")
 
 
-def write(path: Path, head: str, rows: list[dict]) -> None:
-    """Whole or not at all: a partial file would count as done on the next call."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        file.write(head + "\n")
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
-    part.replace(path)
+class Watch:
+    """The parent: starts workers, prints progress, ends those that hang."""
+
+    def __init__(self, args):
+        self.args = args
+        self.failed, self.postponed = [], []
+
+    def run(self) -> None:
+        while not self._one_worker():
+            pass
+
+    def _one_worker(self) -> bool:
+        """True when there is nothing left for another worker."""
+        args = self.args
+        command = [sys.executable, "-u", sys.argv[0], *sys.argv[1:], "--worker", "--deadline", str(args.deadline)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        with (args.out / "worker.log").open("a") as log:
+            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        lines = queue.Queue()
+        threading.Thread(target=lambda: [*map(lines.put, worker.stdout), lines.put(None)], daemon=True).start()
+        current, limit = None, 120.0
+        self.postponed = []
+        try:
+            while True:
+                try:
+                    line = lines.get(timeout=max(1.0, min(limit, args.deadline + 20 - time.time())))
+                except queue.Empty:
+                    late = time.time() > args.deadline + 20
+                    if late and current and current["limit"] > 25:
+                        # Out of time, not proven to hang: the next call measures it.
+                        print(f"  {current['section']} {current['key']}: cut off, out of time")
+                    else:
+                        self._note(current, f"failed: no end after {limit:.0f} s")
+                    return late or current is None
+                if line is None:
+                    self._note(current, f"failed: the process ended with status {worker.wait()}")
+                    return current is None
+                event = json.loads(line)
+                if event["event"] == "finished":
+                    return True
+                if event["event"] == "begin":
+                    current, limit = event, event["limit"]
+                    print(f"  {event['left']:4.0f} s left: {event['section']} {event['key']}", flush=True)
+                elif event["event"] == "end":
+                    self._ended(event, current["other"])
+                    current, limit = None, 120.0
+                else:
+                    self.postponed.append(event)
+        finally:
+            worker.kill()
+            worker.wait()
+
+    def _ended(self, event, other: bool) -> None:
+        if event["failed"]:
+            print(f"    {event['note']}")
+            if not other:
+                self.failed.append(f"{event['section']} {event['key']}")
+
+    def _note(self, item, note: str) -> None:
+        if item is None:
+            self.failed.append("a worker, between items")
+            print(f"  {note}; {self.args.out / 'worker.log'} says why")
+            return
+        Table(self.args.out / f"{item['section']}.csv").add(item["header"], item["key"], [{"note": note}])
+        self._ended({**item, "failed": True, "note": note}, item["other"])
+
+
+def print_plan(items: list[Item]) -> None:
+    """Estimated seconds of what is left to do."""
+    total = 0.0
+    for rank, name in dict.fromkeys((item.rank, item.section) for item in items):
+        chosen = [item for item in items if (item.rank, item.section) == (rank, name)]
+        seconds = sum(item.seconds for item in chosen)
+        total += seconds
+        print(f"  {name:<12}{len(chosen):4} to do, about {seconds:4.0f} s; {total:5.0f} s in all")
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU; no figure means anything")
+    parser.add_argument(
+        "--sections", nargs="+", default=None, metavar="NAME", help=f"of {', '.join(ORDER)}; default: all"
+    )
+    parser.add_argument("--minutes", type=float, default=6.0, help="nothing is begun that would end after this")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed")
+    parser.add_argument("--plan", action="store_true", help="print what is left to do and how long it takes, and end")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    unknown = set(args.sections or ()) - set(ORDER)
+    if unknown:
+        parser.error(f"--sections: expected some of {', '.join(ORDER)}; got {', '.join(sorted(unknown))}")
+    if not (args.dry_run or args.plan or args.worker):
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("no CUDA device; --dry-run exercises the sections on a CPU")
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--minutes", type=float, default=5.0, help="no new shape is begun after this")
-    args = parser.parse_args()
-    if not args.dry_run and not torch.cuda.is_available():
-        parser.error("no CUDA device; --dry-run exercises the sections on a CPU")
+    args = arguments()
+    if args.worker:
+        work(args)
+        return 0
+    start = time.time()
+    args.deadline = start + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.dry_run, args.minutes)
-    torch.manual_seed(0)
-    failed = []
-    for name in args.sections:
-        path = args.out / f"{name}.csv"
-        if path.exists():
-            print(f"{name}: done before, {path}")
-            continue
-        start = time.monotonic()
-        try:
-            rows = SECTIONS[name](bench)
-        except Exception:
-            failed.append(name)
-            (args.out / f"{name}.error.txt").write_text(traceback.format_exc())
-            print(f"{name}: FAILED\n{traceback.format_exc()}", file=sys.stderr)
-            continue
-        write(path, header(bench), rows)
-        print(f"{name}: {time.monotonic() - start:.0f} s -> {path}\n{path.read_text()}")
-    return 1 if failed else 0
+    if args.retry:
+        for path in args.out.glob("*.csv"):
+            Table(path).forget_failures()
+    items = todo(args, all_sections())
+    if args.plan:
+        print_plan(items)
+        return 0
+    print(f"{len(items)} items to measure in {args.minutes:g} minutes -> {args.out}")
+    print_plan(items)
+    watch = Watch(args)
+    if items:
+        watch.run()
+    print(f"{time.time() - start:.0f} s; {len(watch.postponed)} items left for the next call")
+    if watch.failed:
+        print("FAILED: " + "; ".join(watch.failed))
+    return 1 if watch.failed else 0
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -1,141 +1,204 @@
-"""The sides of the comparison: each takes hidden, weight, labels and token weights and gives a scalar loss."""
+"""The sides of the comparison: each takes hidden, weight, labels and token weights and gives a scalar loss.
+
+Other libraries are called as their published versions want it: liger-kernel 0.8.5, cut-cross-entropy 25.1.1,
+quack-kernels 0.6.5, trl 1.16.0, torch 2.13.
+"""
 
 import functools
-import importlib.util
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from var_kernels import linear_logprob, linear_weighted_nll
-from var_kernels.measure import peak_extra_bytes
 
-MIB = 2**20
-SAMPLE = 64
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Provider:
+    """loss(hidden, weight, labels, token_weight): a scalar, or None where only scoring is offered.
+    score(hidden, weight, labels) -> anything, run without gradients.
+
+    gemms: of the forward and backward. weighted: whether tokens can be weighted; the others sum plain losses.
+    module: must import; None: ours, or torch's own.
+    """
+
+    loss: Callable | None
+    score: Callable | None
+    gemms: int
+    weighted: bool = True
+    module: str | None = None
+    frozen: bool = False
+
+    @property
+    def other(self) -> bool:
+        return self.module is not None
 
 
 def plain(hidden, weight, labels, token_weight):
     """As transformers computes it: all logits, upcast."""
-    return (F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none") * token_weight).sum()
+    nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none", ignore_index=IGNORED)
+    return (nll * token_weight).sum()
 
 
-def bare_gemms(count):
-    """What no implementation can beat: the forward, dH and dW products alone (and the recomputed logits)."""
-
-    def run(hidden, weight, labels, token_weight):
-        with torch.no_grad():
-            logits = hidden @ weight.T
-            for _ in range(count - 3):
-                torch.mm(hidden, weight.T, out=logits)
-            if count >= 2:
-                logits @ weight
-            if count >= 3:
-                logits.T @ hidden
-
-    return run
+def plain_score(hidden, weight, labels):
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none", ignore_index=IGNORED)
 
 
-def ours(engine, precision="fp32"):
-    def run(hidden, weight, labels, token_weight):
-        return linear_weighted_nll(hidden, weight, labels, token_weight, engine=engine, precision=precision)
+@functools.cache
+def _compiled(function, backend):
+    return torch.compile(function, dynamic=False, backend=backend)
+
+
+def _by_compiler(function):
+    def run(hidden, *others):
+        # A dry run need not wait for C++.
+        return _compiled(function, "inductor" if hidden.is_cuda else "aot_eager")(hidden, *others)
 
     return run
 
 
-def ours_any_gradient(hidden, weight, labels, token_weight):
-    return -(linear_logprob(hidden, weight, labels) * token_weight).sum()
+def _weighted_nll(engine, precision="fp32", **options):
+    def loss(hidden, weight, labels, token_weight):
+        return linear_weighted_nll(hidden, weight, labels, token_weight, engine=engine, precision=precision, **options)
+
+    return loss
 
 
-def liger(hidden, weight, labels, token_weight):
+def _logprob(precision="fp32", **options):
+    def loss(hidden, weight, labels, token_weight):
+        return -(linear_logprob(hidden, weight, labels, precision=precision, **options) * token_weight).sum()
+
+    return loss
+
+
+def _score(precision="fp32", **options):
+    def score(hidden, weight, labels):
+        return linear_logprob(hidden, weight, labels, precision=precision, **options)
+
+    return score
+
+
+def _liger(chunk_mem_const=1, accum_dtype=None):
+    def call(hidden, weight, labels, _=None):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            reduction="sum",
+            ignore_index=IGNORED,
+            accum_dtype=accum_dtype,
+            chunk_mem_const=chunk_mem_const,
+        )
+
+    return Provider(call, call, 3, weighted=False, module="liger_kernel")
+
+
+def _liger_per_token(hidden, weight, labels, token_weight):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="sum")
+    nll = liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="none", ignore_index=IGNORED)
+    return (nll * token_weight).sum()
 
 
-def cce(hidden, weight, labels, token_weight):
-    from cut_cross_entropy import linear_cross_entropy
+def _liger_scaled_score(hidden, weight, labels):
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
-    return (linear_cross_entropy(hidden, weight, labels, reduction="none") * token_weight).sum()
-
-
-def torch_own(hidden, weight, labels, token_weight):
-    return F.linear_cross_entropy(hidden, weight, labels, reduction="sum")
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels, 1.0, IGNORED)
 
 
-def providers(on_cpu: bool) -> dict:
-    found = {
-        "ours, one pass": ours("one_pass"),
-        "ours, two passes": ours("two_pass"),
-        "ours, any gradient": ours_any_gradient,
-        "ours, one pass, fast": ours("one_pass", "fast"),
-        "plain": plain,
-    }
-    if not on_cpu:
-        found["torch.compile"] = torch.compile(plain)
-        others = {"liger": ("liger_kernel", liger), "cce": ("cut_cross_entropy", cce)}
-        found |= {name: run for name, (module, run) in others.items() if importlib.util.find_spec(module)}
-    if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = torch_own
-    return found
+def _liger_scaled(hidden, weight, labels, token_weight):
+    return (_liger_scaled_score(hidden, weight, labels) * token_weight).sum()
 
 
-def _truth(hidden, weight, labels):
-    """log-probs of the sampled rows in fp64."""
-    logits = hidden[:SAMPLE].double() @ weight.double().T
-    return logits.log_softmax(-1).gather(-1, labels[:SAMPLE, None]).squeeze(-1)
+def _cce(**options):
+    def score(hidden, weight, labels):
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, reduction="none", **options)
+
+    def loss(hidden, weight, labels, token_weight):
+        return (score(hidden, weight, labels) * token_weight).sum()
+
+    return Provider(loss, score, 4, module="cut_cross_entropy")
 
 
-def compare_shape(bench, n: int, d: int, v: int) -> list[dict]:
-    """One row a provider; those that fail say why, bare GEMMs give the roof."""
-    hidden = bench.randn(n, d).requires_grad_()
-    weight = bench.randn(v, d, scale=3 / d**0.5).requires_grad_()
-    labels = torch.randint(0, v, (n,), device=bench.device)
-    token_weight = torch.rand(n, device=bench.device)
-    inputs = (hidden, weight, labels, token_weight)
+def _trl_score(hidden, weight, labels):
+    # The function under TRL's add_fused_lm_head, with that function's chunk and selection of rows.
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    def training(run):
-        def step():
-            hidden.grad = weight.grad = None
-            run(*inputs).backward()
+    kept = labels != IGNORED
+    logp = ChunkedLogProbFunction.apply(hidden[kept], weight, None, labels[kept], 1.0, 32768, None, 1.0, ())[0]
+    return logp.new_zeros(labels.shape).masked_scatter(kept, logp)
 
-        return step
 
-    def scoring():
-        with torch.no_grad():
-            linear_logprob(hidden, weight, labels)
+def _trl(hidden, weight, labels, token_weight):
+    return -(_trl_score(hidden, weight, labels) * token_weight).sum()
 
-    shape = f"{n}x{d}x{v}"
-    rows, steps = [], {}
-    for name, run in providers(bench.dry_run).items():
-        step = training(run)
+
+def _quack(hidden, weight, labels, _=None):
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    # tuned=False: no search over kernels where the scaled-exp pipeline does not apply.
+    return chunked_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, reduction="sum", tuned=False)
+
+
+def _torch_own(policy):
+    def call(hidden, weight, labels, _=None):
+        options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
+        return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORED, options=options)
+
+    return Provider(call, call, 3, weighted=False, module="torch")
+
+
+# The most telling first: a call that is cut short has them.
+PROVIDERS = {
+    "ours, one pass": Provider(_weighted_nll("one_pass"), _score(), 3),
+    "ours, any gradient": Provider(_logprob(), _score(), 4),
+    "plain": Provider(plain, plain_score, 3),
+    "liger, factor 16": _liger(16),
+    "ours, one pass, fast": Provider(_weighted_nll("one_pass", "fast"), _score("fast"), 3),
+    "cce": _cce(),
+    "trl": Provider(_trl, _trl_score, 4, module="trl"),
+    "torch.compile": Provider(_by_compiler(plain), _by_compiler(plain_score), 3, module="torch"),
+    "ours, two passes": Provider(_weighted_nll("two_pass"), None, 4),
+    "ours, frozen head": Provider(_logprob(), None, 2, frozen=True),
+    "ours, frozen head, fast": Provider(_logprob("fast"), None, 2, frozen=True),
+    "ours, two passes, fast": Provider(_logprob("fast"), None, 4),
+    "ours, fused forward": Provider(None, _score(workspace_mb=0), 1),
+    "ours, with entropy": Provider(None, lambda *a: linear_logprob(*a, return_entropy=True), 1),
+    "ours, fused forward, with entropy": Provider(
+        None, lambda *a: linear_logprob(*a, return_entropy=True, workspace_mb=0), 1
+    ),
+    "liger": _liger(),
+    "liger, factor 16, fp32 sums": _liger(16, torch.float32),
+    "liger, fp32 sums": _liger(1, torch.float32),
+    "liger, per token": Provider(_liger_per_token, None, 4, module="liger_kernel"),
+    "liger, scaled": Provider(_liger_scaled, _liger_scaled_score, 4, module="liger_kernel"),
+    "cce, exact": _cce(filter_eps=None),
+    "quack": Provider(_quack, _quack, 3, weighted=False, module="quack"),
+    "F.linear_cross_entropy": _torch_own("auto"),
+    "F.linear_cross_entropy, accurate": _torch_own("accurate"),
+}
+# Where many shapes are measured.
+FEW = ("ours, one pass", "ours, any gradient", "plain", "liger, factor 16", "cce", "torch.compile")
+
+
+def obstacle(name: str, on_cpu: bool) -> str | None:
+    """Why a provider cannot run here at all, or None."""
+    provider = PROVIDERS[name]
+    if name.startswith("F.linear") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return "torch has no chunked linear_cross_entropy"
+    if on_cpu and ("fused forward" in name or (provider.other and provider.module != "torch")):
+        return "needs a GPU"
+    if provider.other:
         try:
-            step()
-        except Exception as error:  # another library, or memory: the rest still counts
-            rows.append({"shape": shape, "provider": name, "note": f"{type(error).__name__}: {error}"[:200]})
-            torch.cuda.empty_cache()
-            continue
-        steps[name] = step
-    frozen = weight.detach()
-
-    def frozen_head():
-        hidden.grad = None
-        ours_any_gradient(hidden, frozen, labels, token_weight).backward()
-
-    steps["ours, frozen head"] = frozen_head
-    steps["ours, forward"] = scoring
-    memory = {}
-    for name, step in steps.items():
-        hidden.grad = weight.grad = None
-        memory[name] = peak_extra_bytes(step, bench.device) / MIB
-    hidden.grad = weight.grad = None
-    steps |= {f"bare GEMMs, {count}": functools.partial(bare_gemms(count), *inputs) for count in (1, 2, 3, 4)}
-    timings = bench.times(steps, 10 if n * d * v < 6e12 else 5)
-    with torch.no_grad():
-        error = (
-            linear_logprob(hidden[:SAMPLE], weight, labels[:SAMPLE]).double() - _truth(hidden, weight, labels)
-        ).abs()
-    for name, timing in timings.items():
-        row = {"shape": shape, "provider": name, **timing, "peak_mib": memory.get(name, ""), "note": ""}
-        if name == "ours, forward":
-            row["note"] = f"logp error {error.max().item():.2e}"
-        rows.append(row)
-    return rows
+            importlib.import_module(provider.module)
+        except ImportError as error:
+            return f"does not import: {error}"
+    return None

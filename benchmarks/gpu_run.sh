@@ -1,25 +1,56 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call without network: the GPU tests, the roofs and primitive timings, the comparison.
-#   benchmarks/gpu_run.sh [OUT]        results go to OUT (default $OUT, else benchmarks/results/<gpu name>)
-#   benchmarks/gpu_run.sh --dry-run    the same sections on tiny shapes on a CPU
-# A section whose CSV is there already is skipped; one that fails is reported and the rest still runs.
+# Everything that needs a GPU, without network: the GPU tests, then every measurement, then the report.
+#   benchmarks/gpu_run.sh [OUT]            OUT: $OUT, else benchmarks/results/<gpu name>
+#   benchmarks/gpu_run.sh --dry-run [OUT]  the measurements and the report on tiny shapes on a CPU
+# Calls go on where the last one ended: tests that passed and rows that are in OUT's CSVs are left out.
+#   MINUTES=9   of the whole call      TEST_SECONDS=150   of them for the tests at most      JOBS=6   test processes
+#   RETRY=1     measure again what failed      SECTIONS="compare step"   only these
+# Wheels of other libraries in .whl/ (benchmarks/fetch_peers.sh) are installed into a folder of their own.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+start=$SECONDS
+dry=
 if [ "${1:-}" = --dry-run ]; then
-  exec "$PYTHON" benchmarks/gpu_bench.py --dry-run --out "${2:-$(mktemp -d)}"
-fi
-out=${1:-${OUT:-}}
-if [ -z "$out" ]; then
-  out=benchmarks/results/$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
+  dry=--dry-run
+  shift
+  out=${1:-$(mktemp -d)}
+else
+  out=${1:-${OUT:-}}
+  if [ -z "$out" ]; then
+    out=benchmarks/results/$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
+  fi
 fi
 mkdir -p "$out"
 status=0
-if [ ! -s "$out/tests.txt" ]; then
-  timeout 240 "$PYTHON" -m pytest -p no:cacheprovider -q -m gpu tests > "$out/tests.part" 2>&1 || status=1
-  tail -n 200 "$out/tests.part" > "$out/tests.txt" && rm "$out/tests.part"
-  tail -n 15 "$out/tests.txt"
+if [ -z "$dry" ] && ls .whl/*.whl >/dev/null 2>&1; then
+  peers=$(mktemp -d)
+  for wheel in .whl/*.whl; do
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$peers" "$wheel" 2>/dev/null \
+      || echo "$wheel: not installed"
+  done
+  # Its .pth file is not read from there.
+  export PYTHONPATH=$PYTHONPATH:$peers:$peers/nvidia_cutlass_dsl/dsl_packages
 fi
-"$PYTHON" benchmarks/gpu_bench.py --out "$out" || status=1
+if [ -z "$dry" ] && [ ! -e "$out/tests.finished" ]; then
+  cat "$out/tests.csv" > "$out/tests.done" 2>/dev/null
+  GPU_TESTS_CSV="$out/tests.csv" GPU_TESTS_DONE="$out/tests.done" timeout "${TEST_SECONDS:-150}" \
+    "$PYTHON" -m pytest -p no:cacheprovider -p benchmarks.gpu_tests -n "${JOBS:-6}" -q --tb=short --show-capture=no -m gpu tests \
+    > "$out/tests.log" 2>&1
+  tested=$?
+  case $tested in
+    0 | 5) touch "$out/tests.finished" ;;
+    124) echo "tests: cut off after ${TEST_SECONDS:-150} s; the next call goes on" ;;
+    *) status=1 ;;
+  esac
+  grep -E '^(FAILED|ERROR) ' "$out/tests.log" | cut -c1-200 | head -n 30
+  tail -n 1 "$out/tests.log"
+  rm -f "$out/tests.done"
+fi
+# Fragments of one provider's memory must not make the next one fail.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+left=$("$PYTHON" -c "print(max(1, ${MINUTES:-9} - ($SECONDS - $start) / 60 - 0.5))")
+"$PYTHON" benchmarks/gpu_bench.py $dry --out "$out" --minutes "$left" ${RETRY:+--retry} ${SECTIONS:+--sections $SECTIONS} || status=1
+"$PYTHON" benchmarks/gpu_report.py "$out" || status=1
 exit $status

@@ -1,0 +1,326 @@
+"""Roofs, and the timings that decide the defaults: GEMMs, row kernels, the fused forward, where the engines cross."""
+
+import functools
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks.gpu_bench import Item
+from benchmarks.gpu_timing import GIGA, MIB, TFLOP
+from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops.backend import choose_backend, row_kernels
+from var_kernels.ops.gemm import add_product, logits_into, product_into
+from var_kernels.ops.workspace import default_workspace_mb
+
+MAIN = (8192, 4096, 128256)
+TINY = (64, 32, 512)
+
+
+def _gemm_row(what: str, timing: dict, flop: float) -> dict:
+    return {"what": what, **timing, "rate": flop / timing["ms"] * 1e3 / TFLOP, "unit": "TFLOP/s"}
+
+
+def _bytes_row(what: str, timing: dict, moved: float) -> dict:
+    return {"what": what, **timing, "rate": moved / timing["ms"] * 1e3 / GIGA, "unit": "GB/s"}
+
+
+def _copy(bench) -> list[dict]:
+    source = torch.empty(1 << (16 if bench.dry_run else 31), dtype=torch.uint8, device=bench.device).random_()
+    target = torch.empty_like(source)
+    timing = bench.total({"copy": lambda: _ignore(target.copy_(source))})["copy"]
+    return [_bytes_row("copy", timing, 2 * source.numel())]
+
+
+def _ignore(_) -> None:
+    """Steps return nothing."""
+
+
+def _matrix_product(bench, shape) -> list[dict]:
+    n, d, v = shape
+    hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=0.02)
+    timing = bench.total({"mm": lambda: _ignore(torch.mm(hidden, weight.t()))})["mm"]
+    return [_gemm_row(f"mm {n}x{d}x{v}", timing, 2 * n * d * v)]
+
+
+def roofs(dry_run: bool) -> list[Item]:
+    """Copy bandwidth, and the bf16 GEMM at a square and at the op's own shapes."""
+    shapes = [(8192, 8192, 8192), MAIN, (2048, 4096, 128256), (8192, 896, 151936), (8192, 2304, 256000)]
+    items = [Item("roofs", "copy", _copy, 0.0 if dry_run else 1.5, rank=0)]
+    for shape in [(64, 32, 128)] if dry_run else shapes:
+        run = functools.partial(_matrix_product, shape=shape)
+        items.append(Item("roofs", "x".join(map(str, shape)), run, 0.0 if dry_run else 1.2, rank=0))
+    return items
+
+
+def _sizes(bench, real, tiny=TINY):
+    return tiny if bench.dry_run else real
+
+
+def _logit_gemms(bench) -> list[dict]:
+    """fp32 against bf16 results of the logits' GEMM."""
+    _, d, v = _sizes(bench, MAIN)
+    rows, backend = _sizes(bench, 2048, 32), choose_backend(bench.device, torch.float32)[0]
+    hidden, weight = bench.randn(rows, d), bench.randn(v, d, scale=0.02)
+    wide = torch.empty(rows, v, dtype=torch.float32, device=bench.device)
+    narrow = torch.empty(rows, v, dtype=torch.bfloat16, device=bench.device)
+    # Only CUDA takes 16-bit operands to fp32.
+    operand = hidden.float() if bench.dry_run else hidden
+    steps = {
+        "logits, fp32 out": lambda: logits_into(wide, operand, weight, backend),
+        "logits, bf16 out": lambda: logits_into(narrow, hidden, weight, backend),
+    }
+    return [_gemm_row(name, timing, 2 * rows * d * v) for name, timing in bench.total(steps).items()]
+
+
+def _slice_gemms(bench, width: int) -> list[dict]:
+    """The backward's two products of one slice of the vocabulary, and the recomputed logits of its width."""
+    n, d, _ = _sizes(bench, MAIN)
+    backend = choose_backend(bench.device, torch.float32)[0]
+    hidden, weight = bench.randn(n, d), bench.randn(width, d, scale=0.02)
+    dlogits = bench.randn(n, width)
+    # As the in-place gradient lies: bf16 in rows of fp32's stride.
+    strided = torch.empty(n, 2 * width, dtype=torch.bfloat16, device=bench.device)[:, :width].copy_(dlogits)
+    dhidden = torch.zeros(n, d, dtype=torch.float32, device=bench.device)
+    dweight = torch.empty(width, d, dtype=torch.bfloat16, device=bench.device)
+    logits = torch.empty(n, width, dtype=torch.float32, device=bench.device)
+    operand = hidden.float() if bench.dry_run else hidden
+    steps = {
+        f"logits, slice {width}": lambda: logits_into(logits, operand, weight, backend),
+        f"dH += dlogits W, slice {width}": lambda: add_product(dhidden, dlogits, weight, backend),
+        f"dH += dlogits W, slice {width}, strided": lambda: add_product(dhidden, strided, weight, backend),
+        f"dW = dlogits^T H, slice {width}": lambda: product_into(dweight, dlogits.t(), hidden, backend),
+        f"dW = dlogits^T H, slice {width}, strided": lambda: product_into(dweight, strided.t(), hidden, backend),
+    }
+    return [_gemm_row(name, timing, 2 * n * d * width) for name, timing in bench.total(steps).items()]
+
+
+def _chunk_gemms(bench, length: int) -> list[dict]:
+    """fp32 dW of one chunk of rows: written, and added to."""
+    _, d, v = _sizes(bench, MAIN)
+    backend = choose_backend(bench.device, torch.float32)[0]
+    hidden, dlogits = bench.randn(length, d), bench.randn(length, v)
+    total = torch.zeros(v, d, dtype=torch.float32, device=bench.device)
+    steps = {
+        f"fp32 dW = dlogits^T H, chunk {length}": lambda: product_into(total, dlogits.t(), hidden, backend),
+        f"fp32 dW += dlogits^T H, chunk {length}": lambda: add_product(total, dlogits.t(), hidden, backend),
+    }
+    return [_gemm_row(name, timing, 2 * length * d * v) for name, timing in bench.total(steps).items()]
+
+
+def _overlap(bench) -> list[dict]:
+    """The GEMM of half a tile and the statistics of the other half: one after the other, and on two streams."""
+    _, d, v = _sizes(bench, MAIN)
+    half = _sizes(bench, 1024, 16)
+    backend = choose_backend(bench.device, torch.float32)[0]
+    kernels = row_kernels(backend)
+    hidden, weight = bench.randn(half, d), bench.randn(v, d, scale=0.02)
+    operand = hidden.float() if bench.dry_run else hidden
+    tile = torch.zeros(2 * half, v, dtype=torch.float32, device=bench.device)
+    labels = torch.zeros(half, 1, dtype=torch.int64, device=bench.device)
+    stats = RowStats.empty(half, 1, tile, entropy=False, mean=False, argmax=False)
+
+    def statistics():
+        kernels.row_stats(tile[half:], labels, stats, 0, None, LogitTransform())
+
+    def serial():
+        logits_into(tile[:half], operand, weight, backend)
+        statistics()
+
+    steps = {"logits and row_stats, one stream": serial, "logits and row_stats, two streams": serial}
+    if not bench.dry_run:
+        other = torch.cuda.Stream()
+
+        def overlapped():
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other):
+                statistics()
+            logits_into(tile[:half], operand, weight, backend)
+            torch.cuda.current_stream().wait_stream(other)
+
+        steps["logits and row_stats, two streams"] = overlapped
+    return [_gemm_row(name, timing, 2 * half * d * v) for name, timing in bench.total(steps).items()]
+
+
+def primitives(dry_run: bool) -> list[Item]:
+    """Output precision, slice widths, chunk lengths, overlap; the row kernels at their defaults."""
+    runs = {"logits": _logit_gemms, "overlap": _overlap}
+    runs |= {
+        f"slice {width}": functools.partial(_slice_gemms, width=width)
+        for width in ((128, 256) if dry_run else (4096, 8192, 16384, 32768))
+    }
+    runs |= {
+        f"chunk {length}": functools.partial(_chunk_gemms, length=length)
+        for length in ((16, 32) if dry_run else (1024, 2048, 4096))
+    }
+    runs |= {
+        f"row kernels {str(dtype).removeprefix('torch.')}": functools.partial(_row_kernels, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return [Item("primitives", key, run, 0.0 if dry_run else 2.5, rank=0) for key, run in runs.items()]
+
+
+def _row_kernels(bench, dtype: torch.dtype, label: str = "") -> list[dict]:
+    """Bytes: each logit read once; the gradient written in bf16 too, into the tile's own storage where that is done."""
+    n, v = _sizes(bench, (2048, 128256), (32, 512))
+    kernels = row_kernels(choose_backend(bench.device, dtype)[0])
+    tile = bench.randn(n, v, dtype=dtype, scale=2.0)
+    labels = torch.randint(0, v, (n, 1), device=bench.device)
+    lse = torch.full((n,), 14.0, device=bench.device)
+    coefficients = RowCoefficients(-torch.ones_like(lse), torch.ones(n, 1, device=bench.device))
+    bare = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
+    full = RowStats.empty(n, 1, tile, entropy=True, mean=True, argmax=True)
+    head = (None, LogitTransform())
+
+    def gradient():
+        kernels.row_grad(tile, labels, lse, coefficients, 0, *head, torch.bfloat16)
+
+    steps = {
+        "row_stats": lambda: kernels.row_stats(tile, labels, bare, 0, *head),
+        "row_stats, every output": lambda: kernels.row_stats(tile, labels, full, 0, *head),
+        "row_grad": gradient,
+    }
+    rows = []
+    for name, timing in bench.total(steps).items():
+        moved = tile.nbytes + (2 * tile.numel() if name == "row_grad" else 0)
+        rows.append({**_bytes_row(f"{name}, {str(dtype).removeprefix('torch.')}", timing, moved), "setting": label})
+    return rows
+
+
+@contextmanager
+def _row_kernel_setting(block: int, warps: int):
+    from var_kernels.kernels import rows_triton
+
+    before = rows_triton.BLOCK_COLUMNS, rows_triton.NUM_WARPS
+    rows_triton.BLOCK_COLUMNS, rows_triton.NUM_WARPS = block, warps
+    try:
+        yield
+    finally:
+        rows_triton.BLOCK_COLUMNS, rows_triton.NUM_WARPS = before
+
+
+def _row_kernels_with(bench, block: int, warps: int) -> list[dict]:
+    with _row_kernel_setting(block, warps):
+        label = f"{block} columns, {warps} warps"
+        return _row_kernels(bench, torch.float32, label) + _row_kernels(bench, torch.bfloat16, label)
+
+
+def rowkernels(dry_run: bool) -> list[Item]:
+    """The row kernels in GB/s for several block sizes and numbers of warps."""
+    settings = [(2048, 8)] if dry_run else [(b, w) for b in (1024, 2048, 4096, 8192) for w in (4, 8, 16)]
+    return [
+        Item(
+            "rowkernels",
+            f"{block} columns, {warps} warps",
+            functools.partial(_row_kernels_with, block=block, warps=warps),
+            0.0 if dry_run else 5.0,
+        )
+        for block, warps in settings
+    ]
+
+
+def _forwards(bench, shape) -> list[dict]:
+    """Log-probs by chunked cuBLAS at several budgets, and by the fused forward with each of its tiles."""
+    n, d, v = shape
+    hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=2 / d**0.5)
+    labels = torch.randint(0, v, (n,), device=bench.device)
+
+    def scoring(workspace_mb):
+        def step():
+            with torch.no_grad():
+                linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
+
+        return step
+
+    budgets = (1, 2) if bench.dry_run else (128, 512, 2048, None)
+    steps = {f"chunked, {b or 'default'} MiB": scoring(b) for b in budgets}
+    if not bench.dry_run:
+        steps |= _fused_steps(hidden, weight, labels)
+    named = "x".join(map(str, shape))
+    rows = [{**_gemm_row(name, timing, 2 * n * d * v), "shape": named} for name, timing in bench.total(steps).items()]
+    if not bench.dry_run:
+        from var_kernels.kernels.forward_triton import TILES, choose_tile
+
+        chosen = choose_tile(hidden, weight)
+        name = next(name for name, tile in TILES.items() if tile == chosen)
+        rows[0]["note"] = f"the fused forward chooses: {name}"
+    return rows
+
+
+def _fused_steps(hidden, weight, labels) -> dict:
+    from var_kernels.kernels.forward_triton import TILES, Tile, fused_forward
+
+    tiles = {name: tile for name, tile in TILES.items() if name not in ("rocm", "small")}
+    tiles["descriptors, 3 stages"] = Tile(128, 256, 64, 32, 8, 3, descriptors=True)
+    labels_NK = labels[:, None]
+
+    def fused(tile):
+        def step():
+            stats = RowStats.empty(hidden.shape[0], 1, hidden, entropy=False, mean=False, argmax=False)
+            fused_forward(hidden, weight, None, labels_NK, stats, LogitTransform(), tile=tile)
+
+        return step
+
+    return {f"fused, {name}": fused(tile) for name, tile in tiles.items()}
+
+
+def forward(dry_run: bool) -> list[Item]:
+    shapes = [MAIN, (8192, 896, 151936), (512, 4096, 128256), (17, 4096, 128256)]
+    return [
+        Item("forward", "x".join(map(str, s)), functools.partial(_forwards, shape=s), 0.0 if dry_run else 7.0)
+        for s in ([TINY] if dry_run else shapes)
+    ]
+
+
+def _crossing(bench, shape, engine: str, workspace_mb: float | None) -> list[dict]:
+    n, d, v = shape
+    hidden = bench.randn(n, d).requires_grad_()
+    weight = bench.randn(v, d, scale=2 / d**0.5).requires_grad_()
+    labels = torch.randint(0, v, (n,), device=bench.device)
+    token_weight = torch.rand(n, device=bench.device)
+
+    def step():
+        hidden.grad = weight.grad = None
+        linear_weighted_nll(hidden, weight, labels, token_weight, engine=engine, workspace_mb=workspace_mb).backward()
+
+    step()
+    hidden.grad = weight.grad = None
+    peak = bench.peak_mib(step)
+    timing = bench.total({"": step})[""]
+    budget = default_workspace_mb(bench.device) if workspace_mb is None else workspace_mb
+    return [
+        {
+            "shape": "x".join(map(str, shape)),
+            "engine": engine,
+            "workspace_mib": budget,
+            "default": workspace_mb is None,
+            **timing,
+            "peak_less_gradients_mib": peak - (hidden.nbytes + weight.nbytes) / MIB,
+        }
+    ]
+
+
+def crossover(dry_run: bool) -> list[Item]:
+    """One pass against two at several budgets: where they cross."""
+    items = []
+    for shape in [TINY] if dry_run else [MAIN, (8192, 896, 151936)]:
+        n, d, v = shape
+        accumulator = 4 * d * v / MIB
+        sizes = [2, None] if dry_run else [256, 512, 1024, 2048, None]
+        for workspace in sizes:
+            for engine in ("two_pass", "one_pass"):
+                # One pass is given the chunk's memory beside its fp32 dW.
+                given = workspace if workspace is None or engine == "two_pass" else round(workspace + accumulator)
+                run = functools.partial(_crossing, shape=shape, engine=engine, workspace_mb=given)
+                key = f"{'x'.join(map(str, shape))} {engine} {given or 'default'}"
+                items.append(Item("crossover", key, run, 0.0 if dry_run else 1.5 + 8 * 8 * n * d * v / 400e12))
+    return items
+
+
+SECTIONS = {
+    "roofs": roofs,
+    "primitives": primitives,
+    "crossover": crossover,
+    "rowkernels": rowkernels,
+    "forward": forward,
+}

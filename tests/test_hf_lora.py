@@ -10,6 +10,7 @@ from tests.hf_compare import assert_close, gradients, own_and_fused
 from tests.hf_zoo import VOCAB, batch, build, llama
 from tests.tolerance import assert_result
 from var_kernels.integrations.hf import capture, cross_reference_logprobs, fused_lm_head, token_logprobs
+from var_kernels.integrations.hf.head import inner_model
 from var_kernels.ops import engines, frozen
 
 pytest.importorskip("transformers")
@@ -304,3 +305,23 @@ def test_the_layers_are_left_as_they_were():
 
 def _fail(hidden, head):
     raise RuntimeError("in the head")
+
+
+# ---- VARTrainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["var", "dpo", "dft"])
+def test_the_trainer_trains_an_adapter_of_the_head(method, tmp_path):
+    """Classes A, B and C: gradients reach both factors, and the weight stays."""
+    from tests.tiny_training import tiny_model, tiny_trainer
+
+    model = tiny_model(dtype=torch.float32)
+    before = model.lm_head.weight.detach().clone()
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    options = {"max_steps": 2, "learning_rate": 0.1, "method": method}
+    trainer = tiny_trainer(tmp_path, model=model, trainer_options={"peft_config": config}, **options)
+    head = inner_model(trainer.model).lm_head
+    factors = {name: p.detach().clone() for name, p in head.named_parameters() if "lora" in name}
+    trainer.train()
+    assert torch.equal(head.base_layer.weight, before)
+    assert all(not torch.equal(p, factors[name]) for name, p in head.named_parameters() if name in factors)

@@ -83,7 +83,7 @@ class Table:
         return {row["key"] for row in self.rows}
 
     def forget_failures(self) -> None:
-        kept = [row for row in self.rows if not row["note"].startswith("failed")]
+        kept = [row for row in self.rows if not row["note"].startswith(("failed", "not here"))]
         if len(kept) < len(self.rows):
             self.rows = kept
             self._write()
@@ -240,7 +240,7 @@ def arguments(argv=None) -> argparse.Namespace:
         "--sections", nargs="+", default=None, metavar="NAME", help=f"of {', '.join(ORDER)}; default: all"
     )
     parser.add_argument("--minutes", type=float, default=6.0, help="nothing is begun that would end after this")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed or was not here")
     parser.add_argument("--plan", action="store_true", help="print what is left to do and how long it takes, and end")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -265,8 +265,8 @@ def main() -> int:
     args.deadline = start + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     if args.retry:
-        for path in args.out.glob("*.csv"):
-            Table(path).forget_failures()
+        for name in args.sections or ORDER:
+            Table(args.out / f"{name}.csv").forget_failures()
     items = todo(args, all_sections())
     if args.plan:
         print_plan(items)

@@ -52,7 +52,8 @@ def bars(folder: Path) -> Path | None:
         axis.barh([row["provider"] for row in chosen], ms, color=colours)
         for place, (row, value) in enumerate(zip(chosen, ms, strict=True)):
             memory = number(row, "peak_less_gradients_mib")
-            axis.text(value, place, f" {value:.3g} ms, {memory:,.0f} MiB", va="center", fontsize=8)
+            text = axis.text(value, place, f" {value:.3g} ms, {memory:,.0f} MiB", va="center", fontsize=8)
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         bare = [number(row, "gemm_ms") for row in chosen if row["gemms"] == "3"]
         if bare:
             axis.axvline(min(bare), color="black", linewidth=1, linestyle="--", label="3 bare GEMMs")
@@ -125,7 +126,7 @@ def roofline(folder: Path) -> Path | None:
     axis.set_yscale("log")
     axis.set_xlabel("FLOP of the needed products / bytes that must move")
     axis.set_ylabel("TFLOP/s of the needed products, forward and backward")
-    axis.set_title(f"roofs: {peak:.3g} TFLOP/s (bf16 GEMM), {copy[0]:,.3g} GB/s (copy)", fontsize=10)
+    axis.set_title(f"roofs: {peak:.3g} TFLOP/s (bf16 GEMM), {copy[0]:,.0f} GB/s (copy)", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
     return _save(figure, folder, "roofline")

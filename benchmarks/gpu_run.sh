@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, without network: the GPU tests, then every measurement, then the report.
-#   benchmarks/gpu_run.sh [OUT]            OUT: $OUT, else benchmarks/results/<gpu name>
+#   benchmarks/gpu_run.sh [OUT]            OUT: benchmarks/results/<gpu name> by default
 #   benchmarks/gpu_run.sh --dry-run [OUT]  the measurements and the report on tiny shapes on a CPU
 # Calls go on where the last one ended: tests that passed and rows that are in OUT's CSVs are left out.
 #   MINUTES=9   of the whole call      TEST_SECONDS=150   of them for the tests at most      JOBS=6   test processes
-#   RETRY=1     measure again what failed      SECTIONS="compare step"   only these
-# Wheels of other libraries in .whl/ (benchmarks/fetch_peers.sh) are installed into a folder of their own.
+#   PACK=FILE   keep a tar of OUT there, renewed every 10 s: one file to copy back, also from a call that was cut
+#   RETRY=1     measure again what failed or was not here      SECTIONS="compare step"   only these
+# Wheels of other libraries in .whl/ (benchmarks/fetch_peers.sh) are unpacked into a folder of their own; PARTS: the folder
+# with the parts of a wheel that was split.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,31 +19,39 @@ if [ "${1:-}" = --dry-run ]; then
   shift
   out=${1:-$(mktemp -d)}
 else
-  out=${1:-${OUT:-}}
+  out=${1:-}
   if [ -z "$out" ]; then
     out=benchmarks/results/$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
   fi
 fi
 mkdir -p "$out"
 status=0
+if [ -n "${PACK:-}" ]; then
+  pack() { tar -cf "$PACK.part" -C "$out" . && mv "$PACK.part" "$PACK"; }
+  (while sleep 10; do pack; done) >/dev/null 2>&1 &
+  trap "kill $!; pack" EXIT
+fi
 if [ -z "$dry" ] && ls .whl/*.whl >/dev/null 2>&1; then
   peers=$(mktemp -d)
-  for wheel in .whl/*.whl; do
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$peers" "$wheel" 2>/dev/null \
-      || echo "$wheel: not installed"
+  for first in "${PARTS:-.whl-parts}"/*.part00; do
+    [ -e "$first" ] && cat "${first%00}"* > "$peers/$(basename "${first%.part00}")"
+  done
+  # Unpacked, not installed: several of them share folders, which pip's --target would replace.
+  for wheel in .whl/*.whl "$peers"/*.whl; do
+    [ ! -e "$wheel" ] || "$PYTHON" -m zipfile -e "$wheel" "$peers" || echo "$wheel: not unpacked"
   done
   # Its .pth file is not read from there.
   export PYTHONPATH=$PYTHONPATH:$peers:$peers/nvidia_cutlass_dsl/dsl_packages
 fi
 if [ -z "$dry" ] && [ ! -e "$out/tests.finished" ]; then
   cat "$out/tests.csv" > "$out/tests.done" 2>/dev/null
-  GPU_TESTS_CSV="$out/tests.csv" GPU_TESTS_DONE="$out/tests.done" timeout "${TEST_SECONDS:-150}" \
-    "$PYTHON" -m pytest -p no:cacheprovider -p benchmarks.gpu_tests -n "${JOBS:-6}" -q --tb=short --show-capture=no -m gpu tests \
-    > "$out/tests.log" 2>&1
+  GPU_TESTS_CSV="$out/tests.csv" GPU_TESTS_DONE="$out/tests.done" timeout -k 10 "${TEST_SECONDS:-150}" \
+    "$PYTHON" -m pytest -p no:cacheprovider -p benchmarks.gpu_tests -n "${JOBS:-6}" --dist loadfile \
+    -q --tb=short --show-capture=no -m gpu tests > "$out/tests.log" 2>&1
   tested=$?
   case $tested in
     0 | 5) touch "$out/tests.finished" ;;
-    124) echo "tests: cut off after ${TEST_SECONDS:-150} s; the next call goes on" ;;
+    124 | 137) echo "tests: cut off after ${TEST_SECONDS:-150} s; the next call goes on" ;;
     *) status=1 ;;
   esac
   grep -E '^(FAILED|ERROR) ' "$out/tests.log" | cut -c1-200 | head -n 30

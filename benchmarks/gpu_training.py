@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_compare
 from benchmarks.gpu_bench import Item
 from benchmarks.gpu_providers import IGNORED, PROVIDERS, obstacle
 from benchmarks.gpu_timing import MIB
@@ -221,6 +222,7 @@ def largest_batch(fits, start: int, seconds: float) -> tuple[int, str]:
 
 def _step(bench, which: str, fused: bool) -> list[dict]:
     sequences, length = (2, 16) if bench.dry_run else (2 if which == "8B" else 8, 2048)
+    gpu_compare.problem.cache_clear()  # its memory is the model's
     about = {"model": which, "loss_kind": "fused" if fused else "plain", "length": length}
     trained = _Step(which, bench.device, length)
     measured = {"what": "step", **_timed_steps(bench, trained, sequences, fused)}

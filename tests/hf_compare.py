@@ -1,9 +1,12 @@
 """The model's own loss and gradients beside those of the fused head."""
 
+import pytest
 import torch
 
+from tests.hf_zoo import batch
 from tests.tolerance import rms
-from var_kernels.integrations.hf import fused_lm_head
+from var_kernels.integrations.hf import fused_lm_head, token_logprobs
+from var_kernels.ops import engines, frozen
 
 
 def gradients(model):
@@ -28,3 +31,45 @@ def own_and_fused(model, call, inputs):
         out.loss.backward()
     assert out.logits is None
     return own.item(), expected, out.loss.item(), gradients(model)
+
+
+def own_logprobs(model, inputs):
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits.double()
+    labels = inputs["labels"][:, 1:]
+    logp = logits.log_softmax(-1)[:, :-1].gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.nn.functional.pad(logp.where(labels != -100, 0.0), (1, 0))
+
+
+def check(model, *, bound=2**-17, names=("lora_A", "lora_B")):
+    """Loss, log-probs and every gradient against the model's own; those of these ``names`` in the head are not 0."""
+    inputs = batch()
+    own, expected, loss, got = own_and_fused(model, model, inputs)
+    assert loss == pytest.approx(own, rel=max(2**-17, bound))
+    assert_close(got, expected, bound)
+    for word in names:
+        assert any("lm_head" in name and word in name and g.any() for name, g in got.items()), word
+    upstream = torch.linspace(0.5, 1.5, inputs["labels"].numel()).view(inputs["labels"].shape)
+    truth = own_logprobs(model, inputs)
+    (truth * upstream).sum().backward()
+    expected = gradients(model)
+    logp = token_logprobs(model, inputs)
+    (logp * upstream).sum().backward()
+    assert_close(gradients(model), expected, bound)
+    return logp, truth
+
+
+def products(monkeypatch, step):
+    """Shapes of the results of every product over the vocabulary."""
+    shapes = []
+    for module in (engines, frozen):
+        for name in ("logits_into", "product_into", "add_product"):
+            if hasattr(module, name):
+                original = getattr(module, name)
+
+                def counted(out, left, right, backend, original=original):
+                    shapes.append(tuple(out.shape))
+                    original(out, left, right, backend)
+
+                monkeypatch.setattr(module, name, counted)
+    step()
+    return shapes

@@ -20,10 +20,10 @@ LLAMA = llama("LlamaForCausalLM")
 TIED = llama("LlamaForCausalLM", tie_word_embeddings=True)
 
 
-def adapted(model):
+def adapted(model, modules=("q_proj", "lm_head")):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=list(modules), r=4, init_lora_weights=False)
     return peft.get_peft_model(model, config).eval()
 
 
@@ -52,6 +52,20 @@ def test_a_head_that_accelerate_dispatches(where, lora, tmp_path):
         with fused_lm_head(model):
             model(**inputs).loss.backward()
         assert_close(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_adapter_learns_beside_an_offloaded_head(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    plain, inputs = adapted(build(LLAMA).float(), ["q_proj"]), batch()
+    device_map = {"base_model.model.model": "cpu", "base_model.model.lm_head": where}
+    options = {"main_device": "cpu", "offload_dir": tmp_path, "force_hooks": True}
+    model = accelerate.dispatch_model(copy.deepcopy(plain), device_map, **options)
+    own, expected, loss, got = own_and_fused(model, model, inputs)
+    assert loss == pytest.approx(own, rel=2**-17)
+    assert_close(got, expected)
+    plain(**inputs).loss.backward()
+    assert_close(got, gradients(plain))
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -124,6 +138,8 @@ def test_two_threads_of_one_model_are_refused_and_of_two_are_safe():
     try:
         with pytest.raises(RuntimeError, match="captured already"):
             token_logprobs(models[0], inputs)
+        logits = models[0](input_ids=inputs["input_ids"]).logits  # without a loss the model serves all threads
+        assert logits.equal(models[1](input_ids=inputs["input_ids"]).logits)
     finally:
         go.set()
         slow.join()

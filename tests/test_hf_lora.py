@@ -6,12 +6,11 @@ import re
 import pytest
 import torch
 
-from tests.hf_compare import assert_close, gradients, own_and_fused
+from tests.hf_compare import assert_close, check, gradients, own_and_fused, own_logprobs, products
 from tests.hf_zoo import VOCAB, batch, build, llama
 from tests.tolerance import assert_result
 from var_kernels.integrations.hf import capture, cross_reference_logprobs, fused_lm_head, token_logprobs
 from var_kernels.integrations.hf.head import inner_model
-from var_kernels.ops import engines, frozen
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -25,31 +24,6 @@ def adapted(model, *, modules=("q_proj", "lm_head"), **options):
     torch.manual_seed(0)
     options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options}
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=list(modules), **options)).eval()
-
-
-def own_logprobs(model, inputs):
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits.double()
-    labels = inputs["labels"][:, 1:]
-    logp = logits.log_softmax(-1)[:, :-1].gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.nn.functional.pad(logp.where(labels != -100, 0.0), (1, 0))
-
-
-def check(model, *, bound=2**-17, names=("lora_A", "lora_B")):
-    """Loss, log-probs and every gradient against the model's own; the head's adapter has gradients of its own."""
-    inputs = batch()
-    own, expected, loss, got = own_and_fused(model, model, inputs)
-    assert loss == pytest.approx(own, rel=max(2**-17, bound))
-    assert_close(got, expected, bound)
-    for word in names:
-        assert any("lm_head" in name and word in name and g.any() for name, g in got.items()), word
-    upstream = torch.linspace(0.5, 1.5, inputs["labels"].numel()).view(inputs["labels"].shape)
-    truth = own_logprobs(model, inputs)
-    (truth * upstream).sum().backward()
-    expected = gradients(model)
-    logp = token_logprobs(model, inputs)
-    (logp * upstream).sum().backward()
-    assert_close(gradients(model), expected, bound)
-    return logp, truth
 
 
 CASES = {
@@ -216,23 +190,6 @@ def test_gradient_checkpointing_and_generate():
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
-
-
-def products(monkeypatch, step):
-    """Shapes of the results of every product over the vocabulary."""
-    shapes = []
-    for module in (engines, frozen):
-        for name in ("logits_into", "product_into", "add_product"):
-            if hasattr(module, name):
-                original = getattr(module, name)
-
-                def counted(out, left, right, backend, original=original):
-                    shapes.append(tuple(out.shape))
-                    original(out, left, right, backend)
-
-                monkeypatch.setattr(module, name, counted)
-    step()
-    return shapes
 
 
 def test_a_frozen_head_costs_two_products_and_an_adapter_none_of_the_weight(monkeypatch):

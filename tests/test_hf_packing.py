@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.hf_compare import assert_close, gradients, own_and_fused
-from tests.hf_zoo import VOCAB, build, llama
+from tests.hf_zoo import VOCAB, ZOO, build, llama
 from tests.tolerance import assert_result
 from var_kernels import VARLoss
 from var_kernels.integrations.hf import capture, sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.hf.packing import sequence_starts
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,3 +117,63 @@ def test_packed_without_positions_is_refused():
     del inputs["position_ids"]
     with pytest.raises(ValueError, match=r"packed: expected position_ids.*DataCollatorWithFlattening"):
         sequence_logprobs(model, inputs, packed=True)
+
+
+# ---- models that do not keep the sequences of a row apart ------------------------------------------------------------
+
+MIXED = ["OPTForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "MambaForCausalLM", "JambaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_sequences_that_the_model_mixes_are_refused(name):
+    model = build(next(case for case in ZOO if case.name == name))
+    with pytest.raises(ValueError, match=rf"position_ids.*{name} does not keep these apart.*Pad the sequences"):
+        sequence_logprobs(model, packed(), packed=True)
+    with pytest.raises(ValueError, match="does not keep these apart"):
+        token_logprobs(model, packed())
+    ids = sequences()[0][0][None]  # one in a row is no matter
+    one = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+    assert token_logprobs(model, one).equal(token_logprobs(model, {"input_ids": ids}))
+
+
+def test_an_attention_mask_that_hides_the_positions():
+    model, inputs = build(CASES[0]), packed()
+    expected = sequence_logprobs(model, inputs, packed=True)
+    ones = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(ValueError, match="Leave attention_mask out"):
+        sequence_logprobs(model, {**inputs, "attention_mask": ones}, packed=True)
+    sequence = (inputs["position_ids"][0] == 0).cumsum(0)
+    whole = (sequence[:, None] == sequence) & torch.ones(len(sequence), len(sequence)).tril().bool()
+    got = sequence_logprobs(model, {**inputs, "attention_mask": whole[None, None]}, packed=True)
+    assert_result(got, expected.double().detach())
+
+
+def test_padding_on_the_left_with_positions_is_one_sequence():
+    model, ids = build(CASES[0]), sequences()[0][0]
+    mask = torch.tensor([[0, 0, 0] + [1] * len(ids)])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    inputs = {"input_ids": torch.cat([ids[:3], ids])[None], "attention_mask": mask, "position_ids": positions}
+    assert_result(token_logprobs(model, inputs)[0, 3:], token_logprobs(model, {"input_ids": ids[None]})[0].double())
+
+
+def test_cumulative_lengths_alone_need_flash_attention():
+    model, inputs = build(CASES[0]), packed()
+    del inputs["position_ids"]
+    ends = torch.tensor([0, 7, 8, 13, 22], dtype=torch.int32)
+    with pytest.raises(ValueError, match="Pass position_ids"):
+        sequence_logprobs(model, {**inputs, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, packed=True)
+
+
+def test_every_name_of_the_collator():
+    model, (ids, labels) = build(CASES[0]), sequences()
+    rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(ids, labels, strict=True)]
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    inputs = collator(rows, return_tensors="pt")
+    assert_result(sequence_logprobs(model, inputs, packed=True), alone(model)[0].double().detach())
+
+
+def test_positions_that_begin_elsewhere():
+    """Models of RoBERTa's kind count from padding_idx + 1; a sequence of one token repeats its number."""
+    starts = sequence_starts({**packed(), "position_ids": packed()["position_ids"] + 2})
+    assert starts.equal(sequence_starts(packed()))
+    assert starts.sum() == len(LENGTHS)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.adapters import is_adapter
-from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model
+from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model, vocabulary_size
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, vector
 from var_kernels.integrations.hf.quantised import dense_weight
@@ -82,6 +82,7 @@ class LossRule:
 _transforms: WeakKeyDictionary = WeakKeyDictionary()
 _loss_rules: WeakKeyDictionary = WeakKeyDictionary()
 _causal_with: WeakKeyDictionary = WeakKeyDictionary()
+_apart_with: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False) -> Transform:
@@ -144,6 +145,25 @@ def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: b
     return found[names]
 
 
+def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the hidden states of a sequence do not depend on those before it in the same row, told as in ``inputs``
+    (position_ids, cu_seq_lens_q ..., with an attention_mask (B, T) or without). Looked at once per model and set of
+    names; False where the model wants more than tokens.
+    """
+    inner = inner_model(model)
+    names = frozenset(name for name, value in inputs.items() if value is not None)
+    attention = getattr(inner.config.get_text_config(), "_attn_implementation", None)
+    found = _cached(_apart_with, inner, None, lambda _: {})
+    if (attention, names) not in found:
+        probe = Probe(model, inner)
+        try:
+            first, second = (probe.run_packed(_noise, seed, names) for seed in (0, 1))
+            found[attention, names] = _agree(first, second, first)
+        except TrialFailedError:
+            found[attention, names] = False
+    return found[attention, names]
+
+
 def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
     if is_encoder_decoder(inner) and not encoder_decoder:
         raise ValueError(
@@ -167,7 +187,7 @@ def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any
 
 def _fingerprint(inner: nn.Module) -> tuple:
     """Every number that the transform or the loss could come from; a change of any calibrates again."""
-    numbers = [find_head(inner).out_features]
+    numbers = [vocabulary_size(find_head(inner))]
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:
         numbers += [
@@ -186,7 +206,7 @@ def _fingerprint(inner: nn.Module) -> tuple:
 def _calibrate_transform(probe: Probe) -> Transform:
     names = probe.vocabulary_vectors()
     generator = torch.Generator().manual_seed(2)
-    marks = {n: torch.randn(probe.head.out_features, generator=generator, dtype=torch.float64).mul(3) for n in names}
+    marks = {n: torch.randn(probe.vocab, generator=generator, dtype=torch.float64).mul(3) for n in names}
     with probe.replaced_vectors(marks):
         x1, y1, hidden1 = probe.run(_ladder, seed=0)
     vocab = y1.shape[-1]
@@ -288,9 +308,14 @@ def _source(
 def _unchanged_before(probe: Probe, hidden1: Tensor, hidden2: Tensor) -> bool:
     """Whether the two runs, which differ in their last token, agree on all positions before it."""
     last = probe.last_token()
-    leak = (hidden1 - hidden2)[..., :last, :].abs().amax().item() if last else 0.0
+    return _agree(hidden1[..., :last, :], hidden2[..., :last, :], hidden1)
+
+
+def _agree(one: Tensor, other: Tensor, like: Tensor) -> bool:
+    """Whether two runs gave the same hidden states, up to the rounding of values as large as ``like``."""
+    worst = (one - other).abs().amax().item() if one.numel() else 0.0
     # An expert's GEMM over all its tokens rounds each differently as they change: 1e-6 seen in fp32.
-    return leak <= max(2e-5, 4 * torch.finfo(hidden1.dtype).eps) * hidden1.abs().amax().item()
+    return worst <= max(2e-5, 4 * torch.finfo(like.dtype).eps) * like.abs().amax().item()
 
 
 def _check_decoder_inputs(probe: Probe) -> None:

@@ -7,6 +7,7 @@ the model made of it.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The HF model under torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers: the module that owns the lm_head."""
     # Looked up among the children: several wrappers answer for any attribute of what they wrap.
     while wrapped := next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None):
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise TypeError(
+                "model: nn.DataParallel runs copies in threads; wrap it in DistributedDataParallel (torchrun)"
+            )
         model = wrapped
     if callable(getattr(model, "get_base_model", None)):
         return inner_model(model.get_base_model())
@@ -87,6 +92,12 @@ def find_head(inner: nn.Module) -> nn.Linear:
     else:
         _check_linear(head, name)
     return head
+
+
+def vocabulary_size(head: nn.Linear) -> int:
+    """V, also of a sharded or packed weight. PEFT's tied copy of an embedding gives its own sizes turned round."""
+    turned = (head.in_features, head.out_features) == tuple(head.weight.shape)
+    return head.in_features if turned else head.out_features
 
 
 def _check_linear(head: nn.Module, name: str) -> None:
@@ -139,17 +150,34 @@ def swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def swapped_head(head: nn.Linear, forward: Callable[[Tensor], Any]) -> Iterator[None]:
     """``head(hidden)`` runs ``forward(hidden)`` inside the block, between whatever hooks the head carries."""
-    if getattr(head, "_var_kernels_busy", False):
-        raise RuntimeError("this lm_head is captured already: a loss run inside the head must not call the model again")
-    with swapped(head, "_var_kernels_busy", True), swapped_forward(head, forward):
-        yield
+    mine = object()
+    if head.__dict__.setdefault("_var_kernels_busy", mine) is not mine:  # one step: threads may race
+        raise RuntimeError(
+            "this lm_head is captured already: a loss run inside the head must not call the model again, nor two "
+            "threads (nn.DataParallel's among them) take losses of one model at a time; use DistributedDataParallel"
+        )
+    try:
+        with swapped_forward(head, forward):
+            yield
+    finally:
+        del head._var_kernels_busy
 
 
+# Runs eagerly in a compiled model, and so does what it puts in place: a swap is nothing that a graph can hold.
+@_disable_dynamo
 def swapped_forward(module: nn.Module, forward: Callable):
-    """``module(...)`` runs ``forward`` inside the block, between whatever hooks the module carries."""
+    """``module(...)`` runs ``forward`` inside the block, between whatever hooks the module carries; in other threads,
+    which may generate meanwhile, it runs as ever.
+    """
     # accelerate's device_map hooks replace .forward and bring the weight to its device before they call _old_forward.
     name = "_old_forward" if hasattr(module, "_hf_hook") and hasattr(module, "_old_forward") else "forward"
-    return swapped(module, name, forward)
+    plain, thread = getattr(module, name), threading.get_ident()
+
+    @_disable_dynamo
+    def here(*args, **kwargs):
+        return (forward if threading.get_ident() == thread else plain)(*args, **kwargs)
+
+    return swapped(module, name, here)
 
 
 @contextmanager
@@ -172,8 +200,6 @@ def head_results(
     """
     results: list[Tensor] = []
 
-    # Runs eagerly in a compiled model: the swap itself is nothing that a graph can hold.
-    @_disable_dynamo
     def forward(hidden, *_args, adapter_names=None, **_kwargs):
         if adapter_names is not None:
             raise ValueError("adapter_names: an adapter for each row is not understood; use one set_adapter for all")
@@ -283,7 +309,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 def placeholder(head: nn.Linear, hidden: Tensor, wide: bool, *results: Tensor) -> Tensor:
     """What a head returns in place of (B, T, V) logits; wide for a model that writes at single ids of them."""
-    width, device = (head.out_features, torch.device("meta")) if wide else (1, hidden.device)
+    width, device = (vocabulary_size(head), torch.device("meta")) if wide else (1, hidden.device)
     return Placeholder.apply((*hidden.shape[:-1], width), hidden.dtype, device, *results)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
+from var_kernels.integrations.hf.packing import check_apart, sequence_starts
 from var_kernels.integrations.hf.probe import decoder_inputs, is_encoder_decoder
 from var_kernels.ops import linear_logprob, vocab_parallel_logprob
 
@@ -41,15 +42,17 @@ def token_logprobs(
             is not hidden either (behind padding on the left comes a first token). ``shift_labels`` in place of labels
             are the tokens after those of input_ids, and logp is aligned with them: a part of a sequence (context
             parallelism) ends with a label that is not in it. A row may hold several sequences (padding-free batches):
-            where position_ids are 0, or cu_seq_lens_q say so, one begins, and no token precedes it. An encoder-decoder
-            needs labels, of a length of their own; decoder_input_ids are made from them where they are missing.
+            where position_ids are 0 or do not rise, or cu_seq_lens_q say so, one begins, and no token precedes it. An
+            encoder-decoder needs labels, of a length of their own; decoder_input_ids are made from them where they are
+            missing.
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
     Returns:
         (B, T) fp32 logp in nats, <= 0; with return_entropy the pair (logp, entropy).
     Raises:
-        ValueError: the model's head is not understood or not causal; labels and input_ids differ in shape.
+        ValueError: the model's head is not understood or not causal; labels and input_ids differ in shape; sequences
+            share a row and the model's hidden states mix them (it is tried once on eight tokens).
     """
     inner = inner_model(model)
     find_head(inner)  # before anything is said about the batch
@@ -61,6 +64,10 @@ def token_logprobs(
             f"{type(inner).__name__} is not causal: its hidden states depend on later tokens, so it has no next-token "
             "log-probabilities. A BERT-like model needs config.is_decoder = True"
         )
+    starts = sequence_starts(inputs) if shift else None
+    if starts is not None:
+        check_apart(model, inputs, starts)
+        labels = labels.masked_fill(starts.to(labels.device), IGNORE_INDEX)
 
     def score(hidden: Tensor, head: HeadParams):
         spread = {} if head.group is None else {"process_group": head.group}
@@ -93,7 +100,7 @@ def sequence_logprobs(
     """Log-probability of each sequence's labels: ``token_logprobs`` summed over t. (B,) fp32, nats per sequence.
 
     With ``packed`` rows hold several sequences and the result is (S,), the sequences of all rows in their order; they
-    begin as ``token_logprobs`` says. Padding behind them must carry positions other than 0.
+    begin as ``token_logprobs`` says. Positions must count on over padding behind them.
     """
     logp = token_logprobs(model, batch, temperature=temperature, workspace_mb=workspace_mb)
     if not packed:
@@ -107,21 +114,6 @@ def sequence_logprobs(
     index = starts.flatten().cumsum(0) - 1  # (B T,) which sequence
     sums = logp.new_zeros(int(index[-1]) + 1)
     return sums.index_add(0, index.to(logp.device), logp.flatten())
-
-
-def sequence_starts(batch: Mapping[str, Any]) -> Tensor | None:
-    """(B, T) bool, True where a sequence begins, of rows that hold several; None where nothing says so."""
-    input_ids, positions, ends = (batch.get(name) for name in ("input_ids", "position_ids", "cu_seq_lens_q"))
-    if isinstance(ends, Tensor):
-        starts = torch.zeros_like(input_ids, dtype=torch.bool).flatten()
-        # an entry at the end begins nothing
-        starts = F.pad(starts, (0, 1)).index_fill(0, ends.to(starts.device, torch.int64), True)[:-1]
-        return starts.view_as(input_ids)
-    if not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[-1] or positions.dim() != 2:
-        return None
-    starts = (positions == 0).expand_as(input_ids).clone()
-    starts[:, 0] = True
-    return starts
 
 
 def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
@@ -171,8 +163,7 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
             "labels are not shifted, and -100 where ignored"
         )
     _check_int64(labels)
-    starts = sequence_starts(inputs) if shifted is None else None
-    return inputs, labels if starts is None else labels.masked_fill(starts.to(labels.device), IGNORE_INDEX)
+    return inputs, labels
 
 
 def _decoder_inputs_and_labels(inner: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

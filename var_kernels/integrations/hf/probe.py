@@ -2,14 +2,22 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.head import find_head, logits_of, placeholder, swapped, swapped_head, without_cache
+from var_kernels.integrations.hf.head import (
+    find_head,
+    logits_of,
+    placeholder,
+    swapped,
+    swapped_head,
+    vocabulary_size,
+    without_cache,
+)
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
 
 _TOKENS = 8
@@ -25,9 +33,10 @@ class Probe:
 
     def __init__(self, model: nn.Module, inner: nn.Module, inputs: Mapping[str, Any] | None = None):
         self.model, self.inner, self.head = model, inner, find_head(inner)
+        self.vocab = vocabulary_size(self.head)
         self.name = type(inner).__name__
         embeddings = _input_embeddings(inner)
-        ids = min(getattr(embeddings, "num_embeddings", self.head.out_features), self.head.out_features)
+        ids = min(getattr(embeddings, "num_embeddings", self.vocab), self.vocab)
         special = set()
         for config in (inner.config, inner.config.get_text_config()):
             for name, value in vars(config).items():
@@ -114,6 +123,25 @@ class Probe:
             self.refuse("it returns no scalar loss when it is given labels")
         return loss.item(), self._logits(injected, output), seen.get("labels", labels)
 
+    def run_packed(self, draw: Callable, seed: int, names: Collection[str]) -> Tensor:
+        """(1, 3, D) hidden states of the second of two sequences in a row, told apart by those of ``names`` that say
+        so; the tokens of the first change with the seed.
+        """
+        ids = self._few_tokens(_TOKENS)["input_ids"]
+        length = ids.shape[1] - 3
+        ids[:, :length] = torch.tensor([self.plain[-1 - (i + seed * length) % len(self.plain)] for i in range(length)])
+        second = (torch.arange(ids.shape[1], device=ids.device) >= length).int()
+        ends = torch.tensor([0, length, ids.shape[1]], dtype=torch.int32, device=ids.device)
+        told = {
+            "position_ids": (torch.arange(ids.shape[1], device=ids.device) - length * second)[None],
+            "seq_idx": second[None],
+            "attention_mask": torch.ones_like(ids),
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
+            **dict.fromkeys(("max_length_q", "max_length_k"), length),
+        }
+        told = {name: value for name, value in told.items() if name in names}
+        return self._forward(draw, seed, input_ids=ids, **told)[1][:, length:]
+
     def run_decoder(self, draw: Callable, labels: Tensor, *, prepared: bool) -> Tensor:
         """The decoder's hidden states, its inputs made from labels by the model itself or by ``decoder_inputs``."""
         inputs = {name: value for name, value in self.inputs.items() if not name.startswith("decoder_")}
@@ -153,7 +181,7 @@ class Probe:
             if draw is None:
                 value = placeholder(self.head, hidden, wide)
             else:
-                value = draw((*shape, self.head.out_features), torch.Generator().manual_seed(seed))
+                value = draw((*shape, self.vocab), torch.Generator().manual_seed(seed))
                 value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)
             calls.append((value, hidden))
             return restore(value.clone())  # softcaps may work in place
@@ -210,7 +238,7 @@ class Probe:
             if type(tensor) in (Tensor, nn.Parameter)
             and tensor.is_floating_point()
             and tensor.dim() > 0
-            and tensor.numel() == tensor.shape[-1] == self.head.out_features
+            and tensor.numel() == tensor.shape[-1] == self.vocab
             and id(tensor) not in own
         ]
 

@@ -190,6 +190,7 @@ def plot(folder: Path) -> None:
             colours = ["#888888" if "GEMM" in n else "#2a6fbb" if "logits" in n else "#c9b27c" for n in names]
             axis.barh(names, values, color=colours)
             axis.invert_yaxis()
+            axis.margins(x=0.1)
             axis.tick_params(labelsize=7)
             axis.set_title(f"{name}: loss and gradients, {label}", fontsize=8)
             axis.bar_label(axis.containers[0], fmt="%.0f", fontsize=6)

@@ -21,5 +21,14 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ImportError("the benchmarks need pytest-benchmark: pip install 'var-kernels[bench]'")
     return subprocess.call(
-        [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", *args.pytest_args], cwd=folder.parent
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(folder),
+            "--benchmark-only",
+            "--benchmark-columns=median,iqr,rounds",
+            *args.pytest_args,
+        ],
+        cwd=folder.parent,
     )

@@ -59,17 +59,17 @@ def check(model, *, bound=2**-17, names=("lora_A", "lora_B")):
 
 
 def products(monkeypatch, step):
-    """Shapes of the results of every product over the vocabulary."""
-    shapes = []
+    """(m, n, k) of every product over the vocabulary: (m, k) by (k, n)."""
+    sizes = []
     for module in (engines, frozen):
         for name in ("logits_into", "product_into", "add_product"):
             if hasattr(module, name):
                 original = getattr(module, name)
 
                 def counted(out, left, right, backend, original=original):
-                    shapes.append(tuple(out.shape))
+                    sizes.append((*out.shape, left.shape[-1]))
                     original(out, left, right, backend)
 
                 monkeypatch.setattr(module, name, counted)
     step()
-    return shapes
+    return sizes

@@ -204,13 +204,13 @@ def test_a_frozen_head_costs_two_products_and_an_adapter_none_of_the_weight(monk
     for model in (plain, elsewhere, head):
         token_logprobs(model, inputs)  # calibrated
     with monkeypatch.context() as patch:
-        assert (VOCAB, width) in products(patch, lambda: step(plain))
+        assert (VOCAB, width) in [size[:2] for size in products(patch, lambda: step(plain))]
     with monkeypatch.context() as patch:
-        shapes = products(patch, lambda: step(elsewhere))
+        shapes = [size[:2] for size in products(patch, lambda: step(elsewhere))]
         assert len(shapes) == 2
         assert (VOCAB, width) not in shapes
     with monkeypatch.context() as patch:
-        shapes = products(patch, lambda: step(head))
+        shapes = [size[:2] for size in products(patch, lambda: step(head))]
         assert (VOCAB, width) not in shapes
         assert (VOCAB, 4) in shapes  # dB
 

@@ -58,11 +58,11 @@ def fake(cls=nn.Linear):
     return head
 
 
-def torchao(config):
+def torchao(config, **options):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     head = nn.Sequential(nn.Linear(WIDTH, VOCAB, bias=False))
     head[0].weight.data.copy_(build(LLAMA).lm_head.weight)
-    quantization.quantize_(head, getattr(quantization, config)())
+    quantization.quantize_(head, getattr(quantization, config)(**options))
     return head[0]
 
 
@@ -71,6 +71,13 @@ def bitsandbytes():
     head = bnb.nn.Linear4bit(WIDTH, VOCAB, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     weight = build(LLAMA).lm_head.weight.detach().float()
     head.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    return head.to("cpu")
+
+
+def int8():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    head = bnb.nn.Linear8bitLt(WIDTH, VOCAB, bias=False, has_fp16_weights=False)
+    head.weight = bnb.nn.Int8Params(build(LLAMA).lm_head.weight.detach().clone(), requires_grad=False)
     return head.to("cpu")
 
 
@@ -88,6 +95,8 @@ def with_head(head):
 RIGHT = {
     "packed tensor": fake,
     "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao float8": lambda: torchao("Float8WeightOnlyConfig"),
+    "torchao intx": lambda: torchao("IntxWeightOnlyConfig"),
     "bitsandbytes nf4": bitsandbytes,
 }
 
@@ -130,6 +139,7 @@ def test_after_bitsandbytes_has_packed_its_weight_for_inference():
 REFUSED = {
     "rounds its input": lambda: fake(RoundsItsInput),
     "torchao int8 activations": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+    "bitsandbytes int8": int8,
     "torch.ao dynamic": dynamic,
 }
 
@@ -138,6 +148,6 @@ REFUSED = {
 def test_what_is_no_product_is_refused(head):
     model = with_head(head())
     for use in (lambda: token_logprobs(model, batch()), lambda: fused_lm_head(model).apply()):
-        with pytest.raises(ValueError, match=r"(dequantise it|own loss instead)"):
+        with pytest.raises(ValueError, match=r"lm_head'\]\) or dequantise it"):
             use()
     assert model(input_ids=batch()["input_ids"]).logits.shape[-1] == VOCAB

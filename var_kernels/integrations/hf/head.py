@@ -30,6 +30,10 @@ from var_kernels.integrations.hf.quantised import computes_a_product, is_packed
 
 _ABSENT = object()
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
+_DEQUANTISE = (
+    "Keep the head in floating point (modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or "
+    "dequantise it"
+)
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,11 @@ def vocabulary_size(head: nn.Linear) -> int:
 
 def _check_linear(head: nn.Module, name: str) -> None:
     if isinstance(head, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{name}: expected its output embedding to be one nn.Linear, got {type(head).__name__}. Use the model's "
-            "own loss instead"
-        )
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        remedy = "Use the model's own loss instead"
+        if hasattr(head, "in_features") or hasattr(head, "infeatures"):  # torch.ao, HQQ, AWQ; GPTQ
+            remedy = _DEQUANTISE
+        raise ValueError(f"{name}: expected its output embedding to be one nn.Linear, got {kind}. {remedy}")
     weight = head.weight
     # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
     own_forward = type(head).forward is not nn.Linear.forward
@@ -114,8 +119,7 @@ def _check_linear(head: nn.Module, name: str) -> None:
     if (packed or own_forward) and not (packed and computes_a_product(head)):
         raise ValueError(
             f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as "
-            "weight, which does not compute a plain W h + b (a quantised head?). Keep the head in floating point "
-            "(modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or dequantise it"
+            f"weight, which does not compute a plain W h + b (a quantised head?). {_DEQUANTISE}"
         )
 
 

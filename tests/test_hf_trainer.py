@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from tests.tiny_training import tiny_model
 from var_kernels.integrations.hf import fused_lm_head
@@ -63,6 +63,7 @@ CASES = {
     "average_tokens_across_devices off": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "bf16": {"bf16": True},
+    "padding-free": {"trainer_options": {"data_collator": DataCollatorWithFlattening()}},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},  # Trainer asks for logits then, and gets them
     "compute_loss_func": {"trainer_options": {"compute_loss_func": doubled}},
 }

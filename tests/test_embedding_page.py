@@ -31,12 +31,6 @@ def test_block_runs(title, tmp_path, monkeypatch):
         "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         "pairs": {"input_ids": torch.randint(3, 90, (8, 9))},
         "rows": [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids],
-        "packed": {
-            "input_ids": ids.view(1, -1),
-            "position_ids": torch.arange(9).repeat(1, 2),
-            "labels": ids.masked_fill(torch.arange(9) == 0, -100).view(1, -1),
-        },
-        "cu_seqlens": torch.tensor([0, 9, 18]),
         "rewards": torch.tensor([1.0, -1.0]),
         "folder": tmp_path,
         "hidden": hidden,

@@ -24,12 +24,12 @@ def sequences():
     return ids, labels
 
 
-def packed(collator=False):
+def packed(collator=False, **options):
     ids, labels = sequences()
     if collator:
         rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(ids, labels, strict=True)]
-        made = transformers.DataCollatorWithFlattening(return_tensors="pt")(rows)
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        made = transformers.DataCollatorWithFlattening(**options)(rows, return_tensors="pt")
+        return {name: value for name, value in made.items() if value is not None}
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     return {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None], "position_ids": positions[None]}
 
@@ -91,9 +91,9 @@ def test_the_models_own_loss():
 
 def test_var_over_the_sequences_of_a_row():
     """Rewards per sequence, weights in the batch: cu_seqlens say which row of hidden belongs to which."""
-    model, inputs = build(CASES[0]), packed()
-    rewards, cu_seqlens = torch.tensor([1.0, 0.0, -1.0, 0.5]), torch.tensor([0, 7, 8, 13, 22])
-    labels = inputs.pop("labels").masked_fill(inputs["position_ids"] == 0, -100)
+    model, inputs = build(CASES[0]), packed(collator=True, return_flash_attn_kwargs=True)
+    rewards, cu_seqlens = torch.tensor([1.0, 0.0, -1.0, 0.5]), inputs["cu_seq_lens_q"]
+    labels = inputs.pop("labels")
     loss_fn = VARLoss(lam=0.7, normalizer="batch_mean", reference="none")
 
     def in_head(hidden, head):
@@ -165,10 +165,8 @@ def test_cumulative_lengths_alone_need_flash_attention():
 
 
 def test_every_name_of_the_collator():
-    model, (ids, labels) = build(CASES[0]), sequences()
-    rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(ids, labels, strict=True)]
-    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    inputs = collator(rows, return_tensors="pt")
+    model, inputs = build(CASES[0]), packed(collator=True, return_flash_attn_kwargs=True)
+    assert inputs["max_length_q"] == max(LENGTHS)
     assert_result(sequence_logprobs(model, inputs, packed=True), alone(model)[0].double().detach())
 
 

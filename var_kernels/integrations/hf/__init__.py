@@ -2,7 +2,15 @@
 
 from var_kernels.integrations.hf.cross import cross_reference_logprobs
 from var_kernels.integrations.hf.head import HeadParams, capture
-from var_kernels.integrations.hf.logprobs import sequence_logprobs, token_logprobs
+from var_kernels.integrations.hf.logprobs import next_labels, sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.loss import fused_lm_head
 
-__all__ = ["HeadParams", "capture", "cross_reference_logprobs", "fused_lm_head", "sequence_logprobs", "token_logprobs"]
+__all__ = [
+    "HeadParams",
+    "capture",
+    "cross_reference_logprobs",
+    "fused_lm_head",
+    "next_labels",
+    "sequence_logprobs",
+    "token_logprobs",
+]

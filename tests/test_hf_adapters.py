@@ -247,3 +247,20 @@ def test_virtual_tokens_in_front():
     assert got.keys() == expected.keys() == {"prompt_encoder.default.embedding.weight"}
     with pytest.raises(ValueError, match="virtual tokens"):
         token_logprobs(model, batch())
+
+
+def test_an_adapter_for_each_row():
+    """Right where the adapters share the head, refused where modules_to_save gives each its own."""
+    names, inputs = ["default", "second", "__base__"], batch()
+    for saved in (None, ["lm_head"]):
+        model = lora(modules_to_save=saved)
+        options = {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": False, "modules_to_save": saved}
+        model.add_adapter("second", peft.LoraConfig(**options))
+        model.eval()
+        if saved is None:
+            own = model(**inputs, adapter_names=names).loss.item()
+            with fused_lm_head(model):
+                assert model(**inputs, adapter_names=names).loss.item() == pytest.approx(own, rel=2**-17)
+        else:
+            with pytest.raises(ValueError, match="no adapter_names"):
+                token_logprobs(model, {**inputs, "adapter_names": names})

@@ -126,7 +126,8 @@ def row_labels(labels: Tensor, hidden: Tensor, *, shift: bool) -> Tensor:
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
-            "every position is needed: pass no logits_to_keep, and labels for all inputs, virtual tokens included"
+            "every position is needed: pass no logits_to_keep, labels for all inputs (virtual tokens included), and no "
+            "adapter_names where adapters have lm_heads of their own"
         )
     rows = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
     return rows.to(hidden.device)

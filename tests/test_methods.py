@@ -266,9 +266,9 @@ def test_prompts_are_run_once_for_their_values(tmp_path, monkeypatch):
 
     seen = []
 
-    def counted(model, fn, inputs):
+    def counted(model, fn, inputs, **options):
         seen.append(inputs["input_ids"])
-        return values_capture(model, fn, inputs)
+        return values_capture(model, fn, inputs, **options)
 
     values_capture = values.capture
     monkeypatch.setattr(values, "capture", counted)

@@ -106,10 +106,9 @@ def vocabulary_size(head: nn.Linear) -> int:
 
 def _check_linear(head: nn.Module, name: str) -> None:
     if isinstance(head, nn.Embedding) or not isinstance(head, nn.Linear):
-        kind = f"{type(head).__module__}.{type(head).__name__}"
-        remedy = "Use the model's own loss instead"
+        kind, remedy = type(head).__name__, "Use the model's own loss instead"
         if hasattr(head, "in_features") or hasattr(head, "infeatures"):  # torch.ao, HQQ, AWQ; GPTQ
-            remedy = _DEQUANTISE
+            kind, remedy = f"{type(head).__module__}.{kind}", _DEQUANTISE
         raise ValueError(f"{name}: expected its output embedding to be one nn.Linear, got {kind}. {remedy}")
     weight = head.weight
     # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.

@@ -8,6 +8,7 @@ when it runs.
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"var-kernels {__version__}")
         return 0
     name, *words = argv
+    # Where DeepSpeed is installed, importing transformers' Trainer has it say that a machine without a GPU has none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if name not in COMMANDS:
         known = f"commands: {', '.join(COMMANDS)}"
         return _fail("var-kernels", f"unknown command {name!r}{nearest(name, COMMANDS)}; {known}")

@@ -177,8 +177,10 @@ class VARTrainer(Checkpoints, Trainer):
                 self._fit_values(self.model if ref_model is None else ref_model.to(self.accelerator.device), tables)
             self._prepare_reference(tables)
         except BaseException:
-            if not existed and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
-                os.rmdir(args.output_dir)
+            # Only an empty folder goes, and every rank tries.
+            if not existed:
+                with contextlib.suppress(OSError):
+                    os.rmdir(args.output_dir)
             raise
         if args.sync_ref_model:
             self.add_callback(SyncReference(self))

@@ -33,6 +33,11 @@ def test_group_log_softmax_equals_a_loop_over_groups():
     assert group_log_softmax(score, IDS)[5] == 0
 
 
+def test_group_log_softmax_of_large_fp32_scores_keeps_its_digits():
+    near = torch.tensor([-1.0, 2.0, 0.0, -3.0, 1.0, 5.0])
+    torch.testing.assert_close(group_log_softmax(near - 4096, IDS), group_log_softmax(near, IDS), atol=1e-6, rtol=0)
+
+
 def test_exo_by_hand():
     # rho = (log 3, 0) twice beta 0.5 -> f = (3, 1)/4 at beta 1; r/b = (0, 0) -> p = (1, 1)/2
     policy = torch.tensor([-1.0, -2.0], dtype=torch.float64)

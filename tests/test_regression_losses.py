@@ -63,7 +63,10 @@ def test_qrpo_identities_and_limits():
         qrpo_loss(policy, ref, quantile, beta=1e-4),
         (quantile - 1e-4 * math.log(1e-4) - 1 - 1e-4 * (policy - ref)).square(),
     )
-    # large beta: log Z -> 1 / (2 beta), what is left is the log-ratio
+    # large beta: beta log Z -> 1/2 + 1 / (24 beta)
+    one = torch.ones(1, dtype=torch.float64)
+    assert qrpo_loss(one, one, 0 * one, beta=1e6).item() == pytest.approx((0.5 + 1 / 24e6) ** 2, abs=1e-8)
+    # and what is left is the log-ratio
     torch.testing.assert_close(
         qrpo_loss(policy, ref, quantile, beta=1e8) / 1e16, (policy - ref).square(), atol=1e-6, rtol=0
     )

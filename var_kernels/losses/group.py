@@ -171,7 +171,8 @@ def group_log_softmax(score_B: Tensor, group_ids: Tensor) -> Tensor:
     same_BB = same_group(group_ids)
     # (B,) -> (B, B) and no scatter, whose sums on CUDA differ from run to run
     table_BB = score_B.unsqueeze(0).expand(same_BB.shape).masked_fill(~same_BB, -torch.inf)
-    return score_B - table_BB.logsumexp(1)
+    # the difference to the maximum is formed first: fp32 sums of a thousand nats would lose four digits in an LSE
+    return table_BB.log_softmax(1).diagonal()
 
 
 def same_group(group_ids: Tensor) -> Tensor:

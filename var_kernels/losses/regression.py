@@ -103,7 +103,7 @@ def qrpo_loss(
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_constants(ref_logp=ref_logp, reward=reward)
     if log_z is None:
-        log_z = math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))  # exp(1 / beta) overflows below 0.0015
+        log_z = math.log(beta) + 1 / beta + math.log(-math.expm1(-1 / beta))  # exp(1 / beta) overflows below 0.0015
     check_number("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
     ratio_B = wide(policy_logp) - wide(ref_logp.detach())
     return (wide(reward.detach()) - beta * log_z - beta * ratio_B).square()

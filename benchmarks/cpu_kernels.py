@@ -1,16 +1,20 @@
 """The C++ kernels against plain torch on this CPU: processor time of interleaved runs, medians, one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.cpu_kernels [--out FILE]
 
-Operands: random, logits of standard deviation 3. "bare GEMMs" are torch.mm of the operands alone, in their own dtype.
+Operands: random, logits of standard deviation 3. of_the_gemms: the C++ kernels' time over that of torch.mm of the
+operands alone, in their own dtype.
 """
 
-import platform
+import argparse
+import csv
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
+from benchmarks.cpu_machine import header, results_folder
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels import rows_native, rows_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
@@ -18,6 +22,7 @@ from var_kernels.ops.backend import choose_backend, use_backend
 
 RUNS = 9
 BACKENDS = ("torch", "native")
+COLUMNS = ("what", "shape", "dtype", "precision", "torch_ms", "native_ms", "faster", "of_the_gemms")
 
 
 def medians(calls: dict, before=lambda: None) -> dict[str, float]:
@@ -32,12 +37,16 @@ def medians(calls: dict, before=lambda: None) -> dict[str, float]:
     return {name: 1e3 * statistics.median(values[1:]) for name, values in times.items()}
 
 
-def report(what: str, milliseconds: dict[str, float], beside: str = "") -> None:
+def row(what: str, shape: str, dtype: str, precision: str, milliseconds: dict[str, float], gemms: float | None = None):
     plain, native = milliseconds["torch"], milliseconds["native"]
-    print(f"{what:<44} torch {plain:7.1f} ms   native {native:7.1f} ms   {plain / native:5.2f}x{beside}", flush=True)
+    of_the_gemms = "" if gemms is None else f"{native / gemms:.2f}"
+    result = (what, shape, dtype, precision, f"{plain:.1f}", f"{native:.1f}", f"{plain / native:.2f}", of_the_gemms)
+    print(*result, sep="  ", flush=True)
+    return result
 
 
-def row_kernels(n: int = 256, v: int = 50257) -> None:
+def row_kernels(n: int = 256, v: int = 50257):
+    """The kernels over rows of logits."""
     logits_nv = torch.randn(n, v) * 3
     labels_nk = torch.randint(v, (n, 1))
     transform = LogitTransform()
@@ -48,9 +57,10 @@ def row_kernels(n: int = 256, v: int = 50257) -> None:
         kernels.row_stats(logits_nv, labels_nk, result, 0, None, transform)
         return result
 
-    shape = f"{n} x {v} fp32"
-    report(f"row_stats {shape}", medians({b: lambda m=m: stats(m) for b, m in modules.items()}))
-    report(f"row_stats {shape}, entropy", medians({b: lambda m=m: stats(m, entropy=True) for b, m in modules.items()}))
+    shape = f"{n} x {v}"
+    yield row("row_stats", shape, "float32", "", medians({b: lambda m=m: stats(m) for b, m in modules.items()}))
+    calls = {b: lambda m=m: stats(m, entropy=True) for b, m in modules.items()}
+    yield row("row_stats with entropy", shape, "float32", "", medians(calls))
     coefficients = RowCoefficients(torch.full((n,), -0.1), torch.full((n, 1), 0.1))
     lse_n = stats(rows_native).lse_N
     for out in (torch.float32, torch.bfloat16):
@@ -58,10 +68,12 @@ def row_kernels(n: int = 256, v: int = 50257) -> None:
             b: lambda x, m=m: m.row_grad(x, labels_nk, lse_n, coefficients, 0, None, transform, out)  # noqa: B023
             for b, m in modules.items()
         }
-        report(f"row_grad {shape} to {out}", medians(calls, before=logits_nv.clone))
+        name = "row_grad" if out == torch.float32 else "row_grad, to bf16 in place"
+        yield row(name, shape, "float32", "", medians(calls, before=logits_nv.clone))
 
 
-def head(dtype: torch.dtype, n: int = 512, d: int = 256, v: int = 32000, precision: str = "fp32") -> None:
+def head(dtype: torch.dtype, precision: str, n: int = 512, d: int = 256, v: int = 32000):
+    """Whole calls of a narrow head, where the kernels are not small beside the GEMMs."""
     hidden = torch.randn(n, d).to(dtype).requires_grad_()
     weight = (torch.randn(v, d) * (3 * d**-0.5)).to(dtype).requires_grad_()
     labels = torch.randint(v, (n,))
@@ -85,7 +97,9 @@ def head(dtype: torch.dtype, n: int = 512, d: int = 256, v: int = 32000, precisi
         torch.autograd.grad(loss, leaves)
 
     def two_passes():
-        torch.autograd.grad(linear_logprob(*leaves, labels, precision=precision).sum(), leaves)
+        # Less than the logits: they are recomputed.
+        logp = linear_logprob(*leaves, labels, precision=precision, workspace_mb=16)
+        torch.autograd.grad(logp.sum(), leaves)
 
     def on(backend, call):
         def run():
@@ -100,16 +114,25 @@ def head(dtype: torch.dtype, n: int = 512, d: int = 256, v: int = 32000, precisi
         (two_passes, 2 * bare["logits"] + backward),
     ):
         result = medians({backend: on(backend, call) for backend in BACKENDS})
-        beside = f"   bare GEMMs {gemms:6.1f} ms ({result['native'] / gemms:.2f}x)"
-        name = f"{call.__name__} {n} x {d} x {v} {str(dtype).removeprefix('torch.')}, {precision} logits"
-        report(name, result, beside)
+        name, kind = call.__name__.replace("_", " "), str(dtype).removeprefix("torch.")
+        yield row(name, f"{n} x {d} x {v}", kind, f"{precision} logits", result, gemms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results_folder() / "parts.csv", help="default: %(default)s")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    backend, detail = choose_backend(torch.device("cpu"), torch.float32)
+    if backend != "native":
+        parser.exit(1, f"the C++ kernels are not here: {detail}\n")
+    rows = [*row_kernels(), *head(torch.float32, "fp32"), *head(torch.bfloat16, "fp32"), *head(torch.bfloat16, "fast")]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        print(header(), file=file)
+        csv.writer(file).writerows([COLUMNS, *rows])
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    backend, detail = choose_backend(torch.device("cpu"), torch.float32)
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {backend} ({detail})")
-    row_kernels()
-    head(torch.float32)
-    head(torch.bfloat16)
-    head(torch.bfloat16, precision="fast")
+    main()

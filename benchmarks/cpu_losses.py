@@ -1,6 +1,6 @@
 """The fused loss against its alternatives on a CPU: processor time and peak memory, one process for each shape.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/cpu_losses.py [--shape N,D,V] [--dtype bfloat16]
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.cpu_losses [--shape N,D,V] [--dtype bfloat16]
 
 Writes OUT/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws
 OUT/loss.png with matplotlib; OUT is benchmarks/results/cpu- and the instructions of this machine's GEMM.
@@ -9,13 +9,13 @@ Operands: random, logits of standard deviation 3.
 
 - bare GEMMs: torch.mm alone, in the operands' dtype: 1 (forward), 3 (gradients in one pass), 4 (in two), 2 + 1 less dW
   (frozen head). Their results have rounded logits and no loss.
+- kept: a workspace that holds all logits, as the alternatives do.
 - gradients of the alternatives come from one backward; they stand in the lines of both one pass and two.
 """
 
 import argparse
 import csv
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.cpu_machine import header, results_folder
 from var_kernels import linear_weighted_nll
-from var_kernels.kernels import gemm_native
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops.backend import use_backend
 
@@ -34,13 +34,16 @@ SHAPES = [(1024, 1024, 32000), (4096, 512, 50257), (512, 2048, 128256), (2048, 8
 DTYPES = ("bfloat16", "float32")
 MODES = ("forward", "one pass", "two passes", "frozen head")
 MIB = 1 << 20
-# By the instructions of the GEMM, which decide more than the processor's name.
-RESULTS = Path(__file__).parent / "results"
 
 
 def one_pass_mb(n: int, d: int, v: int, tile: int, accumulator: int) -> float:
     """Workspace of one pass: all rows, or chunks of 1024 beside the sums of dW, whichever is less."""
     return min(n * v * tile, v * (d * accumulator + min(n, 1024) * tile)) / MIB + 16
+
+
+def kept_mb(n: int, d: int, v: int, tile: int) -> float:
+    """Workspace of two passes that keep all logits for the backward: as many GEMMs as one pass, for any loss."""
+    return (n * v * tile + 8 * (n + v) * d) / MIB + 16
 
 
 def linear_then_loss(hidden, weight, labels):
@@ -112,6 +115,8 @@ def cases(shape, dtype: torch.dtype) -> dict:
         add(name, "forward", forward, ours(precision=precision))
         add(name, "one pass", gradients, ours(precision=precision, engine="one_pass", workspace_mb=budget))
         add(name, "two passes", gradients, ours(precision=precision, engine="two_pass"))
+        kept = ours(precision=precision, engine="two_pass", workspace_mb=kept_mb(n, d, v, tile))
+        add(f"{name}, kept", "two passes", gradients, kept)
         add(name, "frozen head", with_frozen_head, ours(precision=precision))
 
     def plain(h, w, y):
@@ -154,20 +159,6 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
     print(f"wrote {path}", flush=True)
 
 
-def header() -> str:
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = " ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split())
-        model = f"{fields.get('model name', model)} model {fields.get('model', '?')} ({flags})"
-        model += f"; bf16 GEMM by {gemm_native.LEVEL_NAMES[gemm_native.best_level()]}"
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    versions = f"torch={torch.__version__} python={platform.python_version()}"
-    return f"# {model}; threads={torch.get_num_threads()} {versions} commit={commit}; processor time"
-
-
 def plot(folder: Path) -> None:
     try:
         import matplotlib.pyplot as plt
@@ -200,8 +191,7 @@ def plot(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gemm = gemm_native.LEVEL_NAMES[gemm_native.best_level()].lower().replace(" ", "-")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"cpu-{gemm}", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=results_folder(), help="default: %(default)s")
     parser.add_argument("--shape", help="N,D,V; all of the list if not given")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--runs", type=int, default=5)
@@ -218,8 +208,9 @@ def main() -> None:
             measure(shape, dtype, args.runs, paths[shape, dtype])
         return
     for shape, dtype in todo:
-        command = [sys.executable, __file__, "--shape", ",".join(map(str, shape)), "--dtype", dtype, "--again"]
-        done = subprocess.run([*command, "--out", str(args.out), "--runs", str(args.runs)], check=False, env=os.environ)
+        command = [sys.executable, "-m", "benchmarks.cpu_losses", "--shape", ",".join(map(str, shape)), "--again"]
+        command += ["--dtype", dtype, "--out", str(args.out), "--runs", str(args.runs)]
+        done = subprocess.run(command, check=False, env=os.environ)
         if done.returncode:
             print(f"{shape} {dtype}: failed with {done.returncode}", file=sys.stderr)
     plot(args.out)

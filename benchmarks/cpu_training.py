@@ -1,6 +1,6 @@
 """A training step of a small Llama on a CPU: the model's own loss, the fused one in plain torch and in C++.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/cpu_training.py --out FILE.csv
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.cpu_training [--out FILE]
 
 4 layers of width 512, 32000 ids, 8 x 128 tokens, SGD. Milliseconds of processor time: medians of 5 interleaved steps;
 peak MiB above the weights.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cpu_losses import header
+from benchmarks.cpu_machine import header, results_folder
 from var_kernels.integrations.hf import fused_lm_head
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops.backend import use_backend
@@ -52,7 +52,7 @@ def measure(dtype: torch.dtype) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=results_folder() / "training.csv", help="default: %(default)s")
     args = parser.parse_args()
     rows = [row for dtype in (torch.bfloat16, torch.float32) for row in measure(dtype)]
     with args.out.open("w", newline="") as file:

@@ -26,6 +26,7 @@ from tests.trl_runs import (
     PROMPTS,
     SFT,
     assert_same_curves,
+    fields_of_logits,
     fused,
     length_reward,
     logs,
@@ -103,22 +104,10 @@ def batch():
 
 def by_hand(model, inputs):
     output = model(input_ids=inputs["input_ids"])
-    logits, labels = output.logits[:, :-1] / TEMPERATURE, inputs["labels"][:, 1:]
-    mask, logp = labels != -100, logits.log_softmax(-1)
-    p = logp.exp()
-    fields = {
-        "log_probs": logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0],
-        "entropy": -(p * logp).sum(-1),
-        "log_sum_sq_probs": p.square().sum(-1).log(),
-        "mean_logits": logits.mean(-1),
-        "is_top1": logits.argmax(-1) == labels,
-    }
-    fields = {name: torch.where(mask, field, torch.zeros_like(field)) for name, field in fields.items()}
-    aux = getattr(output, "aux_loss", None)
-    loss = -fields["log_probs"].sum() / mask.sum()
+    fields, aux = fields_of_logits(output.logits, inputs["labels"], TEMPERATURE), getattr(output, "aux_loss", None)
     if aux is not None:
-        loss = loss + model.config.router_aux_loss_coef * aux
-    return {**fields, "label_mask": mask, "loss": loss}, aux
+        fields["loss"] = fields["loss"] + model.config.router_aux_loss_coef * aux
+    return fields, aux
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -185,6 +174,19 @@ def test_copies_and_bound_forwards_run_their_own_weights():
     model.forward = types.MethodType(model.forward, model)  # as accelerate leaves it
     after = model(**inputs, fused_lm_head=True).log_probs
     assert not torch.allclose(after, before)
+
+
+def test_a_reference_of_equal_weights_gives_a_log_ratio_of_zero(tmp_path):
+    """To the bit, though only the policy is asked for entropies: Adam makes a step of any gradient that is not 0."""
+    trainer = make(fused(DPOTrainer), DPOConfig, PAIRS, tmp_path / "run")
+    ids = torch.randint(1000, (4, 51))
+    logps = []
+    for model in (trainer.model, trainer.ref_model):
+        model.resize_token_embeddings(1000)
+        model.load_state_dict(trainer.model.state_dict())
+        with torch.no_grad():
+            logps.append(model.eval()(input_ids=ids, labels=ids, fused_lm_head=True).log_probs)
+    assert torch.equal(*logps)
 
 
 def test_no_logits_in_memory(tmp_path):

@@ -1,8 +1,11 @@
 # ruff: noqa: E402  (imports that need trl stand below the skip)
 """What the tests of TRL's trainers share: rows, a tiny model, a trainer with or without the fused head, its log."""
 
+import functools
 import math
+import sys
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -55,8 +58,8 @@ def fused(trainer_class):
     return type(f"Fused{trainer_class.__name__}", (FusedHeadMixin, trainer_class), {})
 
 
-def make(trainer_class, config_class, rows, folder, *, architecture=(), trainer_options=None, **options):
-    torch.manual_seed(5)  # of LoRA's first matrices
+def make(trainer_class, config_class, rows, folder, *, architecture=(), adapt=None, trainer_options=None, **options):
+    """``adapt``: of the model that was read, what the trainer gets."""
     settings = {
         "max_steps": 20,
         "per_device_train_batch_size": 4,
@@ -75,12 +78,62 @@ def make(trainer_class, config_class, rows, folder, *, architecture=(), trainer_
     if not saved.exists():
         model_class, config, model_options = architecture or (LlamaForCausalLM, LlamaConfig, {})
         tiny(model_class, config, **model_options).save_pretrained(saved)
+    torch.manual_seed(5)  # of LoRA's first matrices
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     return trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32),
+        model=model if adapt is None else adapt(model),
         args=config_class(str(folder), **{**settings, **options}),
         train_dataset=datasets.Dataset.from_list(rows),
         **{"processing_class": tokenizer(), **(trainer_options or {})},
     )
+
+
+# ---- TRL's trainers on full logits: what our head, and TRL's own, must agree with -----------------------------------
+
+
+def fields_of_logits(logits, labels, temperature=1.0):
+    """Everything that a trainer may ask of (B, T, V) logits, as TRL's FusedCausalLMOutput names it."""
+    logits, labels = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)) / temperature, labels[:, 1:]
+    mask, logp = labels != -100, logits.log_softmax(-1)
+    p = logp.exp()
+    fields = {
+        "log_probs": logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0],
+        "entropy": -(p * logp).sum(-1),
+        "log_sum_sq_probs": p.square().sum(-1).log(),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == labels,
+    }
+    fields = {name: torch.where(mask, field, torch.zeros_like(field)) for name, field in fields.items()}
+    return {**fields, "label_mask": mask, "loss": -fields["log_probs"].sum() / mask.sum().clamp(min=1)}
+
+
+def _add_full_logits(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+    """TRL's add_fused_lm_head, by the model's own logits."""
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(_self, *args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return plain(*args, **kwargs)
+        return trl.trainer.utils.FusedCausalLMOutput(
+            **fields_of_logits(plain(*args, **kwargs).logits, labels, temperature)
+        )
+
+    model.forward = MethodType(forward, model)
+
+
+def on_full_logits(trainer_class, monkeypatch):
+    """The trainer with everything from the model's own logits, an adapter on the lm_head included."""
+    module = sys.modules[trainer_class.__module__]
+
+    class OnFullLogits(trainer_class):
+        def __init__(self, *args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "add_fused_lm_head", _add_full_logits)
+                patch.setattr(module, "BaseTunerLayer", ())  # nothing is an instance of it
+                super().__init__(*args, **kwargs)
+
+    return OnFullLogits
 
 
 def logs(trainer):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from var_kernels.integrations.hf.adapters import is_adapter
 from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import (
     HeadParams,
@@ -39,6 +40,8 @@ from var_kernels.integrations.hf.probe import TrialFailedError
 from var_kernels.ops import linear_logprob, linear_token_loss
 
 _SEAM = "add_fused_lm_head"  # the name under which TRL's trainers look up what patches their models
+# A head of this class is refused by TRL's constructors, whose own answer reads only its base layer's weight.
+_ADAPTER = "BaseTunerLayer"
 _FIELDS = frozenset(("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
 _SFT = "trl.trainer.sft_trainer"
 # dloss/dlogp of a token, times -num_items, from its log-prob: SFT's loss types
@@ -54,7 +57,8 @@ class FusedHeadMixin:
     The trainer is used as before and gives TRL's own losses, gradients and metrics to rounding. The (B, T, V) logits
     are never materialised; tokens without a label cost nothing. What the model itself does around its head (scale,
     softcap, vocabulary bias, sliced vocabulary, MoE auxiliary loss) is found as in ``fused_lm_head``, not by config
-    names. Forward passes that TRL does not ask log-probs of, ``generate`` among them, run as ever.
+    names. Forward passes that TRL does not ask log-probs of, ``generate`` among them, run as ever. LoRA on the lm_head,
+    which TRL's own head refuses, is added inside the tiles; switched off or as it was, it makes TRL's reference.
 
     Raises:
         TypeError: the class behind the mixin has no such head, or this TRL is too old.
@@ -95,7 +99,7 @@ def _own_compute_loss(trainer_class: type):
 
 @contextmanager
 def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
-    """Inside the block TRL's constructors patch models by ``_FusedForward``."""
+    """Inside the block TRL's constructors patch models by ``_FusedForward`` and let an adapted lm_head pass."""
     modules = {sys.modules[cls.__module__] for cls in trainer_class.__mro__ if cls.__module__ in sys.modules}
     modules = [module for module in modules if _SEAM in vars(module)]
     if not modules:
@@ -111,12 +115,21 @@ def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
     def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
         if unknown := set(outputs) - _FIELDS:
             raise ValueError(f"outputs: this version of TRL asks for {sorted(unknown)}, known are {sorted(_FIELDS)}")
-        added.append(_FusedForward(model, temperature, cast_lm_head_to_fp32, frozenset(outputs)))
+        fields = frozenset(outputs)
+        if added:  # a reference: log-probs as the policy's to the bit, so that equal weights give a log-ratio of 0
+            fields |= added[0].fields & {"entropy"}
+        added.append(_FusedForward(model, temperature, cast_lm_head_to_fp32, fields))
 
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(swapped(module, _SEAM, add))
+            if _ADAPTER in vars(module):
+                stack.enter_context(swapped(module, _ADAPTER, _NoAdapter))
         yield
+
+
+class _NoAdapter:
+    """What no lm_head is an instance of; find_head refuses the adapters that are not understood."""
 
 
 def _refuse_what_needs_logits(trainer: Any) -> None:
@@ -142,8 +155,13 @@ class _FusedForward:
     def __init__(self, model: nn.Module, temperature: float, cast_to_fp32: bool, fields: frozenset[str]):
         self.model, self.temperature, self.cast_to_fp32, self.fields = model, temperature, cast_to_fp32, fields
         self.one_pass: SimpleNamespace | None = None  # of a trainer whose loss is known
-        inner_model(model)
-        find_head(model)
+        head = find_head(inner_model(model))
+        if cast_to_fp32 and is_adapter(head):
+            head.__dict__.pop("forward", None)  # TRL's cast has put one there, which drops the adapter
+            raise ValueError(
+                "cast_lm_head_to_fp32: expected False with an adapter on the lm_head, got True: TRL's cast head leaves "
+                "the adapter out when it generates. Set it to False, or leave lm_head out of target_modules"
+            )
         with suppress(TrialFailedError):  # it wants more than tokens: its first batch will show
             calibrate(model)
         self.plain = model.forward
@@ -189,7 +207,7 @@ class _FusedForward:
 
         if shift_labels is not None:
             labels = None  # the model's caller has shifted, across the ranks that share a sequence
-        with head_results(self.model, head, compute, wide=transform.wide) as results:
+        with head_results(self.model, head, compute, wide=transform.wide, low_rank=True) as results:
             output = self.plain(*args, **inputs)
         names = ["log_probs", *sorted(self.fields - {"log_probs"})]
         fields = dict(zip(names, tied(results, logits_of(output)), strict=True))
@@ -268,16 +286,21 @@ class _Spread(torch.autograd.Function):
 
 
 def _mean_logits(hidden: Tensor, head: HeadParams, labels: Tensor) -> Tensor:
-    """(B, T) fp32 mean over the vocabulary of softcap(logit_scale * (W h + bias)), 0 where there is no label."""
+    """(B, T) fp32 mean over the vocabulary of softcap(logit_scale * (W h + right left + bias)), 0 without a label."""
     weight, bias = head.lm_head_weight, head.bias
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = hidden[labels != IGNORE_INDEX]  # (n, D)
+    kept = labels != IGNORE_INDEX
+    products = [(hidden[kept], weight)]  # rows (n, D) and (V, D), then (n, R) and (V, R)
+    if head.low_rank is not None:
+        left, right = head.low_rank
+        products.append((left[kept], right))
     if head.softcap is None:
-        mean = rows.to(wide) @ weight.mean(0, dtype=wide)
+        mean = sum(rows.to(wide) @ factor.mean(0, dtype=wide) for rows, factor in products)
         means = head.logit_scale * (mean if bias is None else mean + bias.mean(dtype=wide))
     else:
-        means = rows.new_empty(len(rows), dtype=wide)
-        for part in torch.arange(len(rows), device=rows.device).split(max(1, _TILE_ELEMENTS // len(weight))):
-            logits = nn.functional.linear(rows[part], weight, bias).to(wide)
+        means = hidden.new_empty(len(products[0][0]), dtype=wide)
+        for part in torch.arange(len(means), device=hidden.device).split(max(1, _TILE_ELEMENTS // len(weight))):
+            logits = sum(nn.functional.linear(rows[part], factor).to(wide) for rows, factor in products)
+            logits = logits if bias is None else logits + bias
             means[part] = head.softcap * torch.tanh(logits * (head.logit_scale / head.softcap)).mean(-1)
-    return means.new_zeros(labels.shape).masked_scatter(labels != IGNORE_INDEX, means)
+    return means.new_zeros(labels.shape).masked_scatter(kept, means)

@@ -48,10 +48,13 @@ def chat_rows(path):
 
 # name: (options over BASE, None taking one away; files to write first; what the message must say)
 COMMAND_LINES = {
-    "no data set": ({"dataset": None}, {}, "--dataset is missing"),
-    "no output": ({"output-dir": None}, {}, "--output-dir is missing"),
-    "no model": ({"from-scratch": None}, {}, "give one of --model and --from-scratch"),
-    "two models": ({"model": "gpt2"}, {}, "give one of --model and --from-scratch"),
+    "no data set": ({"dataset": None}, {}, "--dataset is missing: .json, .jsonl (also .gz) or .parquet file"),
+    "no output": ({"output-dir": None}, {}, "--output-dir is missing: where checkpoints"),
+    "no model": ({"from-scratch": None}, {}, "give one of --model and --from-scratch, got neither"),
+    "two models": ({"model": "gpt2"}, {}, "give one of --model and --from-scratch, got both"),
+    "no number": ({"learning-rate": "fast"}, {}, "train: --learning-rate: expected float, got 'fast'"),
+    "no whole number": ({"seed": "1.5"}, {}, "train: --seed: expected int, got '1.5'"),
+    "no value": ({"lam": True}, {}, "lam: expected float, got True (a flag without a value)"),
     "unknown option": ({"lerning-rate": "1"}, {}, "unknown option --lerning-rate, did you mean --learning-rate?"),
     "unknown key in YAML": ({"config": "c.yaml"}, {"c.yaml": "lamb: 3"}, "unknown option --lamb, did you mean --lam?"),
     "YAML that is none": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "c.yaml is not YAML"),
@@ -60,7 +63,11 @@ COMMAND_LINES = {
     "no such YAML": ({"config": "none.yaml"}, {}, "config: no such file: none.yaml"),
     "stray word": ({"bf16": "false stray"}, {}, "'stray' belongs to no option"),
     "bad field value": ({"weight-decay": "heavy"}, {}, "weight_decay: expected float, got 'heavy'"),
-    "unknown method": ({"method": "ppa"}, {}, "got 'ppa'"),
+    "unknown method": (
+        {"method": "sail"},
+        {},
+        "method: there is no 'sail', did you mean sail_pr? `var-kernels methods` lists them",
+    ),
     "unknown normalizer": ({"normalizer": "none"}, {}, "normalizer must be one of 'batch',"),
     "cross": ({"normalizer": "cross"}, {}, "normalizer: 'cross' needs the reference's score of every completion"),
     "unknown reference": ({"reference": "total"}, {}, "reference must be one of 'sum', 'mean', 'none', got 'total'"),
@@ -101,7 +108,32 @@ COMMAND_LINES = {
         {"m.jsonl": '{"prompt": "p"}\n'},
         "no usable row in the data",
     ),
-    "malformed evaluation": ({"eval-dataset": "m.jsonl"}, {"m.jsonl": "[]x\n"}, "m.jsonl: holds no rows"),
+    "malformed evaluation": (
+        {"eval-dataset": "m.jsonl", "eval-strategy": "epoch"},
+        {"m.jsonl": "[]x\n"},
+        "m.jsonl: holds no rows",
+    ),
+    "evaluation at no time": ({"eval-dataset": "rows.jsonl"}, {}, "eval-dataset: nothing would look at it; pass"),
+    "evaluation of nothing": ({"eval-strategy": "epoch"}, {}, "eval-strategy: epoch needs --eval-dataset, got none"),
+    "a split of nothing": ({"eval-split": "test"}, {}, "eval-split: needs --eval-dataset, got none"),
+    "a split of a file": (
+        {"split": "test"},
+        {},
+        "split: 'test' is for a data set of the hub; rows.jsonl is",
+    ),
+    "a cut line": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": GOOD_LINE + '\n{"prompt": \n'},
+        "train: m.jsonl:2: not JSON: Expecting value at column 11; mend what is malformed",
+    ),
+    "unknown dtype": ({"from-scratch": None, "model": ".", "dtype": "fp8"}, {}, "dtype: expected float32, bfloat16,"),
+    "a dtype from scratch": ({"dtype": "bfloat16"}, {}, "dtype: a model from scratch is in float32, got 'bfloat16'"),
+    "a folder without a model": (
+        {"from-scratch": None, "model": "."},
+        {},
+        "model: . is no causal LM that transformers can load: ",
+    ),
+    "no reward model": ({"reward-model": "nobody/nothing"}, {}, "reward-model: nobody/nothing is no local directory"),
     "VAR without rewards": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"prompt": "p", "chosen": "a", "rejected": "b"}'},
@@ -129,7 +161,9 @@ COMMAND_LINES = {
     "reward without colon": ({"reward": "json"}, {}, "reward: expected module:function, got 'json'"),
     "reward of no module": ({"reward": "no_such_module:f"}, {}, "reward: module 'no_such_module' cannot be imported"),
     "reward of no function": ({"reward": "json:f"}, {}, "reward: module 'json' has no function 'f'"),
-    "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir: rows.jsonl is a file"),
+    "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir: rows.jsonl is a file; choose another"),
+    "output in a file": ({"output-dir": "rows.jsonl/run"}, {}, "output-dir: rows.jsonl is a file; choose another"),
+    "output in no place": ({"output-dir": "/proc/none"}, {}, "/proc/none: No such file or directory"),
 }
 
 
@@ -167,6 +201,18 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "unknown option --modle, did you mean --model?" in capsys.readouterr().err
     assert main(["doctor", "--length", "0"]) == 2
     assert "--length must be at least 1, got 0" in capsys.readouterr().err
+    assert main(["doctor", "--length", "long"]) == 2
+    assert capsys.readouterr().err == "var-kernels doctor: --length: expected int, got 'long'\n"
+    assert main(["doctor", "--model", "nobody/nothing"]) == 2
+    assert capsys.readouterr().err.startswith("var-kernels doctor: model: nobody/nothing is no local directory")
+
+
+def test_a_folder_without_permission_is_refused(folder, capsys, monkeypatch):
+    from var_kernels.cli import train
+
+    monkeypatch.setattr(train.os, "access", lambda path, mode: False)  # who runs as root may write anywhere
+    assert main(["train", *(word for name, value in BASE.items() for word in (f"--{name}", value))]) == 2
+    assert capsys.readouterr().err == "var-kernels train: output-dir: no permission to write in .; choose another\n"
 
 
 # ---- the Python interface --------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_a_malformed_row_is_named_by_line_and_reason(row, reason, tmp_path):
         assert path.read_text().startswith("{")
     with pytest.raises(DataError, match=reason) as caught:
         load_examples(path, need_rewards="required")
-    assert str(caught.value).splitlines()[1].startswith(f"  {path}:3: ")
+    assert str(caught.value).startswith(f"{path}:3: ")
     examples, problems = load_examples(path, need_rewards="required", skip_malformed=True)
     assert len(examples) == 2
     assert [problem.where for problem in problems] == [f"{path}:3"]

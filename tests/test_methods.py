@@ -75,7 +75,7 @@ def test_bad_rows_are_named_and_nothing_is_left_behind(method, tmp_path):
     """A reward that is no number, and a prompt alone: whatever the method does with rewards."""
     broken = {**ROWS[3], "rewards": [1.0, float("nan"), 0.5]}
     for row, reason in ((broken, r"rewards\[1\] must be finite, got nan"), ({"prompt": "p"}, "no completion among")):
-        with pytest.raises(DataError, match=f"1 malformed row.*\n.*train_dataset row 4: {reason}"):
+        with pytest.raises(DataError, match=f"^train_dataset row 4: {reason}"):
             tiny_trainer(tmp_path, [*ROWS[:3], row, *ROWS[4:]], method=method)
     assert not list(tmp_path.iterdir())
 

@@ -134,7 +134,7 @@ def test_a_reward_that_raises_in_the_middle_loses_nothing(tmp_path):
     sampler = Recording(SAMPLER)
     trainer = online_trainer(broken, reward_func=breaks, trainer_options={"sampler": sampler}, **RUN)
     where = f"iteration 1, {victim['where']}, sample 2: the reward function raised OSError: the judge is away"
-    with pytest.raises(DataError, match=f"1 malformed row: .*which are kept; mend it and resume\n  {where}"):
+    with pytest.raises(DataError, match=f"{where}.*which are kept; mend it and resume"):
         trainer.train()
     assert len(sampler.calls) == 8
     assert buffered(broken, 0) == buffered(straight, 0)

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 
 COMMANDS = {
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("var-kernels", f"unknown command {name!r}{nearest(name, COMMANDS)}; {known}")
     program = f"var-kernels {name}"
     command = importlib.import_module(f"var_kernels.cli.{name}")
-    parser = argparse.ArgumentParser(program, description=COMMANDS[name], allow_abbrev=False)
+    parser = _Parser(program, description=COMMANDS[name], allow_abbrev=False)
     command.add_arguments(parser)
     try:
         args, unknown = parser.parse_known_args(words)
@@ -57,7 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VAR_KERNELS_TRACEBACK"):
             raise
-        return _fail(program, str(error))
+        return _fail(program, _text(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises in one line what argparse would print below twenty lines of usage."""
+
+    def error(self, message: str):
+        message = re.sub(r"invalid (\w+) value: (.*)", r"expected \1, got \2", message.removeprefix("argument "))
+        raise ValueError(message)
 
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:
@@ -67,15 +76,22 @@ def option_names(parser: argparse.ArgumentParser) -> list[str]:
 
 def nearest(word: str, names) -> str:
     """ ", did you mean X?" for the closest of the names, or nothing."""
-    close = difflib.get_close_matches(word.split("=")[0], list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word.split("=")[0], list(names), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    more = "var-kernels COMMAND --help lists a command's options."
+    more = "var-kernels COMMAND --help lists a command's options, var-kernels --version says which release this is."
     return "\n".join(["usage: var-kernels COMMAND [options]", "", *lines, "", more])
+
+
+def _text(error: Exception) -> str:
+    """The system's errors by file and reason ("[Errno 28] ..." without), all others as they are."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _fail(program: str, message: str, status: int = 2) -> int:

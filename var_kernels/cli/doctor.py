@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 import sys
 
+from var_kernels.cli.options import no_such_model
+
 MIB = 2**20
 # Peak bytes per logit of model(..., labels=...).loss.backward() in transformers 5, whose caller lets go of the output:
 # log-softmax and two gradients in fp32. A caller who keeps the output also keeps its logits.
@@ -84,7 +86,10 @@ def memory_lines(args: argparse.Namespace, device) -> list[str]:
     from var_kernels.ops.explain import explain_engines
     from var_kernels.ops.workspace import default_workspace_mb
 
-    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+    except (OSError, ValueError) as error:
+        raise no_such_model("model", args.model, error) from error
     rows, hidden, vocab = args.batch_size * args.length, config.hidden_size, config.vocab_size
     workspace = args.workspace_mb or default_workspace_mb(device)
     plain = PLAIN_BYTES * rows * vocab / MIB

@@ -62,7 +62,8 @@ def coerce(name: str, value: Any, kind: str) -> Any:
         if str(value).lower() in ("true", "false", "yes", "no", "1", "0"):
             return str(value).lower() in ("true", "yes", "1")
     elif isinstance(value, bool) and wanted and "str" not in wanted:
-        raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value}")
+        hint = " (a flag without a value)" if value else ""
+        raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value}{hint}")
     for word, cast in (("int", int), ("float", float)):
         if word in wanted:
             try:
@@ -80,6 +81,14 @@ def coerce(name: str, value: Any, kind: str) -> Any:
     if not wanted or type(value).__name__ in wanted:
         return value
     raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value!r}")
+
+
+def no_such_model(option: str, name: str, error: Exception) -> OSError:
+    """What transformers says of a name that it cannot load, its first line behind the option's name."""
+    reason = str(error).strip().splitlines()[0]
+    return OSError(
+        f"{option}: {name} is no local directory with a model in it, and could not be had from the hub: {reason}"
+    )
 
 
 def key_values(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

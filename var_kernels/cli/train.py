@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from var_kernels.cli import nearest, option_names
-from var_kernels.cli.options import coerce, key_values, pair_up, read_yaml
+from var_kernels.cli.options import coerce, key_values, no_such_model, pair_up, read_yaml
 
 # name: (type, default, help). The defaults of _CONFIG are AlignConfig's own, shown here without importing it.
 _RUN = {
@@ -19,9 +19,10 @@ _RUN = {
     "model": (str, None, "name or path of a causal LM"),
     "from_scratch": (str, None, "instead of --model: a new one, e.g. hidden=128,layers=2,heads=4,vocab=4096"),
     "dataset": (str, None, ".json, .jsonl (also .gz) or .parquet file, or a name on the hub (docs/data.md)"),
-    "split": (str, "train", "split of a hub data set"),
+    "split": (str, None, "split of a hub data set (default train)"),
     "subset": (str, None, "configuration of a hub data set"),
-    "eval_dataset": (str, None, "file or name to evaluate on (see --eval-strategy)"),
+    "eval_dataset": (str, None, "file or name to evaluate on, with --eval-strategy epoch or steps"),
+    "eval_split": (str, None, "split of a hub --eval-dataset (default test)"),
     "reward": (str, None, "module:function, called with (prompts, completions); replaces rewards in the data"),
     "reward_model": (
         str,
@@ -93,28 +94,32 @@ def run(args: argparse.Namespace) -> int:
     settings, config_values = _settings(args)
     for name in ("dataset", "output_dir"):
         if not (settings | config_values).get(name):
-            raise ValueError(f"--{name.replace('_', '-')} is missing")
-    if bool(settings["model"]) == bool(settings["from_scratch"]):
-        raise ValueError("give one of --model and --from-scratch")
+            raise ValueError(f"--{name.replace('_', '-')} is missing: {(_RUN | _CONFIG)[name][2]}")
+    _check_model_options(settings)
 
     from transformers import set_seed
 
-    from var_kernels.integrations.data import load_examples
+    from var_kernels.integrations.data import is_local, load_examples
     from var_kernels.integrations.trainer import VARTrainer, method_config
     from var_kernels.integrations.trainer.methods import METHODS
 
     config = method_config(settings["method"])(**config_values)
     output_dir = Path(config.output_dir)
+    _check_evaluation(settings, config)
+    _check_writable(output_dir)
     checkpoint = _checkpoint(output_dir, settings["resume"])
     reward_func = _reward_function(settings, config)
     peft_config = _lora(settings["lora"]) if settings["lora"] else None
     need = "prompt" if config.online else "optional" if reward_func else METHODS[config.method].need_rewards
-    load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"], "subset": settings["subset"]}
-    examples, skipped = load_examples(settings["dataset"], split=settings["split"], **load)
+    load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"]}
+    examples, skipped = load_examples(settings["dataset"], split=settings["split"], subset=settings["subset"], **load)
     _report_skipped(skipped, len(examples))
     eval_examples = None
-    if settings["eval_dataset"]:
-        eval_examples, skipped = load_examples(settings["eval_dataset"], split=settings["split"], **load)
+    if name := settings["eval_dataset"]:
+        where = {} if is_local(name) else {"split": "test", "subset": settings["subset"]}
+        if settings["eval_split"]:
+            where["split"] = settings["eval_split"]
+        eval_examples, skipped = load_examples(name, **where, **load)
         _report_skipped(skipped, len(eval_examples))
 
     set_seed(config.seed)
@@ -133,6 +138,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_model_options(settings: dict) -> None:
+    if bool(settings["model"]) == bool(settings["from_scratch"]):
+        given = "both" if settings["model"] else "neither"
+        raise ValueError(f"give one of --model and --from-scratch, got {given}")
+    if settings["dtype"] not in ("float32", "bfloat16", "float16", "auto"):
+        raise ValueError(f"dtype: expected float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
+    if settings["from_scratch"] and settings["dtype"] != "float32":
+        raise ValueError(f"dtype: a model from scratch is in float32, got {settings['dtype']!r}; drop --dtype")
+
+
+def _check_evaluation(settings: dict, config) -> None:
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if settings["eval_dataset"] and not evaluates:
+        raise ValueError(
+            "eval-dataset: nothing would look at it; pass --eval-strategy epoch too (or steps, with --eval-steps)"
+        )
+    if evaluates and not settings["eval_dataset"]:
+        raise ValueError(f"eval-strategy: {config.eval_strategy.value} needs --eval-dataset, got none")
+    if settings["eval_split"] and not settings["eval_dataset"]:
+        raise ValueError("eval-split: needs --eval-dataset, got none")
+
+
+def _check_writable(output_dir: Path) -> None:
+    """That the folder, or the nearest above it that is there, takes files: known before the work and not after it."""
+    folder = output_dir
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"output-dir: {folder} is a file; choose another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output-dir: no permission to write in {folder}; choose another")
+
+
 def _reward_function(settings: dict, config):
     from var_kernels.integrations.trainer.reward_model import RewardModel
     from var_kernels.integrations.trainer.rewards import load_reward_function
@@ -144,13 +182,16 @@ def _reward_function(settings: dict, config):
     if settings["reward"]:
         return load_reward_function(settings["reward"])
     if settings["reward_model"]:
-        return RewardModel.from_pretrained(
-            settings["reward_model"],
-            device=config.device,
-            batch_size=config.per_device_eval_batch_size,
-            max_length=config.max_length,
-            as_chat=settings["reward_model_chat"],
-        )
+        try:
+            return RewardModel.from_pretrained(
+                settings["reward_model"],
+                device=config.device,
+                batch_size=config.per_device_eval_batch_size,
+                max_length=config.max_length,
+                as_chat=settings["reward_model_chat"],
+            )
+        except OSError as error:
+            raise no_such_model("reward-model", settings["reward_model"], error) from error
     return None
 
 
@@ -183,9 +224,16 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
 
 def _of_variant(options: dict) -> dict:
     """A variant's name stands for a method and settings, which others given beside it override."""
+    from var_kernels.integrations.trainer.methods import METHODS
     from var_kernels.losses import VARIANTS
 
-    variant = VARIANTS.get(options.get("method"))
+    method = options.get("method", "var")
+    if method not in METHODS and method not in VARIANTS:
+        near = nearest(str(method), [*METHODS, *VARIANTS])
+        raise ValueError(
+            f"method: there is no {method!r}{near}{';' if not near else ''} `var-kernels methods` lists them"
+        )
+    variant = VARIANTS.get(method)
     if variant is None:
         return options
     if variant.function is not None:
@@ -219,8 +267,6 @@ def _checkpoint(output_dir: Path, resume: bool) -> str | None:
         checkpoint = last_complete_checkpoint(output_dir)
         print(f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {output_dir}: starting anew")
         return checkpoint
-    if output_dir.is_file():
-        raise ValueError(f"output-dir: {output_dir} is a file")
     marks = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "buffer")
     if output_dir.is_dir() and any(next(output_dir.glob(mark), None) for mark in marks):
         raise ValueError(
@@ -255,8 +301,6 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
         texts = (text for example in examples for text in (example.prompt, *example.completions))
         tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else make_tokenizer(spec, texts)
         return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
-    if settings["dtype"] not in ("float32", "bfloat16", "float16", "auto"):
-        raise ValueError(f"dtype: expected float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
     name = settings["model"]
     if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: no such directory: {name}")
@@ -264,9 +308,9 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
         model = AutoModelForCausalLM.from_pretrained(name, dtype=settings["dtype"])
         return model, AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise OSError(
-            f"model: {name} is no local directory with a model in it, and could not be had from the hub: {error}"
-        ) from error
+        raise no_such_model("model", name, error) from error
+    except ValueError as error:  # a folder or an architecture that AutoModelForCausalLM does not take
+        raise ValueError(f"model: {name} is no causal LM that transformers can load: {error}") from error
 
 
 def _lora(text: str):

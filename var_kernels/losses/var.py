@@ -144,7 +144,8 @@ def var_loss(
         rewards: (B,) floating point ((B, B) possible for "cross").
         ref_logp: (B,) summed reference log-probs, or one per token in the shape of labels; for "cross" (B, B). Nats.
         lam, normalizer, reference, group_ids: see ``var_weights``.
-        lengths: (B,) tokens of each response for reference="mean"; counted from labels when None.
+        lengths: (B,) tokens of each response for reference="mean"; counted from labels when None. A response of none
+            gets weight 0 and has no part in Z, whatever the reference term.
         cu_seqlens: (B + 1,) int32, from 0 to N: where the packed sequences begin and end.
         token_reduction: "sum" reaches pi*; "mean" reaches pi* / len (short responses gain), as length-normalised SFT
             would.

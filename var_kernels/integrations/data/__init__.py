@@ -2,7 +2,7 @@
 
 from var_kernels.integrations.data.encode import EncodedRows, encode_examples
 from var_kernels.integrations.data.forms import DataError, Example, Problem, merge_prompts, parse_row
-from var_kernels.integrations.data.read import load_examples
+from var_kernels.integrations.data.read import is_local, load_examples
 
 __all__ = [
     "DataError",
@@ -10,6 +10,7 @@ __all__ = [
     "Example",
     "Problem",
     "encode_examples",
+    "is_local",
     "load_examples",
     "merge_prompts",
     "parse_row",

@@ -31,17 +31,20 @@ class Problem:
 
 
 class DataError(ValueError):
-    """Every problem found in the data; the message shows the first ten and the number of the others."""
+    """Every problem found in the data; the message shows the first ten and the number of the others, and only one in a
+    single line."""
 
     def __init__(
-        self, problems: list[Problem], remedy: str = "mend these rows, or pass skip_malformed (--skip-malformed)"
+        self, problems: list[Problem], remedy: str = "mend what is malformed, or pass skip_malformed (--skip-malformed)"
     ):
-        self.problems = problems
+        self.problems, self.remedy = problems, remedy
+        if len(problems) == 1:
+            super().__init__(f"{problems[0]}; {remedy}")
+            return
         shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
         if len(problems) > SHOWN_PROBLEMS:
             shown.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
-        count = "1 malformed row" if len(problems) == 1 else f"{len(problems)} malformed rows"
-        super().__init__("\n".join([f"{count}: {remedy}", *shown]))
+        super().__init__("\n".join([f"{len(problems)} malformed rows: {remedy}", *shown]))
 
 
 @dataclass

@@ -14,7 +14,7 @@ LOCAL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 def load_examples(
     dataset: str | Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     subset: str | None = None,
     need_rewards: RewardNeed = "optional",
     skip_malformed: bool = False,
@@ -23,7 +23,7 @@ def load_examples(
 
     Args:
         dataset: a ``.json``, ``.jsonl`` (both also ``.gz``) or ``.parquet`` file, or the name of a data set on the hub.
-        split, subset: for a hub name; a local file is read whole.
+        split, subset: for a hub name, whose default split is "train"; a local file is read whole.
         need_rewards: "required", "unless_pair" (a pair is ordered without them), "optional", or "prompt" (a prompt
             alone will do).
         skip_malformed: leave out malformed rows and return them as problems, where the default raises.
@@ -32,8 +32,8 @@ def load_examples(
         The examples in file order, and the problems of the rows left out.
 
     Raises:
-        FileNotFoundError: a local name that does not exist. DataError: malformed rows, an unreadable file, or no row
-            at all.
+        FileNotFoundError: a local name that does not exist. ValueError: a directory, an unknown ending, a split of a
+            local file. DataError: malformed rows, an unreadable file, or no row at all.
     """
     examples, problems = [], []
     for where, row in _rows(str(dataset), split, subset):
@@ -46,9 +46,14 @@ def load_examples(
     return examples, problems
 
 
-def _rows(dataset: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+def is_local(dataset: str) -> bool:
+    """Whether the name is one of a local file, by its ending, and not one of the hub."""
+    return dataset.endswith(LOCAL_SUFFIXES)
+
+
+def _rows(dataset: str, split: str | None, subset: str | None) -> Iterator[tuple[str, object]]:
     path = Path(dataset)
-    is_local_name = dataset.endswith(LOCAL_SUFFIXES)
+    is_local_name = is_local(dataset)
     if path.is_dir():
         raise ValueError(f"dataset: {dataset} is a directory; name one file ({', '.join(LOCAL_SUFFIXES)}) in it")
     if path.is_file() and not is_local_name:
@@ -57,12 +62,15 @@ def _rows(dataset: str, split: str, subset: str | None) -> Iterator[tuple[str, o
         )
     if is_local_name and not path.is_file():
         raise FileNotFoundError(f"dataset: no such file: {dataset}")
+    for name, value in (("split", split), ("subset", subset)):
+        if is_local_name and value is not None:
+            raise ValueError(f"{name}: {value!r} is for a data set of the hub; {dataset} is read whole: drop it")
     if not is_local_name or dataset.endswith(".parquet"):
         return _arrow_rows(dataset, split, subset)
     return _json_rows(path)
 
 
-def _arrow_rows(dataset: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+def _arrow_rows(dataset: str, split: str | None, subset: str | None) -> Iterator[tuple[str, object]]:
     try:
         import datasets
     except ImportError as error:
@@ -71,7 +79,7 @@ def _arrow_rows(dataset: str, split: str, subset: str | None) -> Iterator[tuple[
         if dataset.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=dataset, split="train")
         else:
-            rows = datasets.load_dataset(dataset, subset, split=split)
+            rows = datasets.load_dataset(dataset, subset, split=split or "train")
     except Exception as error:
         kind = "a Parquet file" if dataset.endswith(".parquet") else "a data set of the hub, nor a local file"
         raise DataError([Problem(dataset, f"cannot be read as {kind}: {error}")], remedy="check the name") from error
@@ -108,7 +116,7 @@ def _first_byte(file) -> bytes:
 def _parse_line(path: Path, line_number: int, line: bytes) -> object:
     where = f"{path}:{line_number}"
     try:
-        return json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+        return json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip())
     except UnicodeDecodeError as error:
         return Problem(where, f"not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:

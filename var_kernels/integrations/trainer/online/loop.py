@@ -333,7 +333,8 @@ class OnlineLoop(TrainerCallback):
         except Exception as error:
             failure = error
         rank = dist.get_rank()
-        mine = None if failure is None else (rank, getattr(failure, "problems", None), f"{failure}")
+        says = getattr(failure, "remedy", f"{failure}")
+        mine = None if failure is None else (rank, getattr(failure, "problems", None), says)
         failures = [entry for entry in gather_object([mine]) if entry is not None]
         if not failures:
             return result
@@ -341,7 +342,7 @@ class OnlineLoop(TrainerCallback):
             raise failure
         problems = [problem for _, found, _ in failures for problem in found or []]
         if problems:
-            raise DataError(problems, remedy=failures[0][2].partition(": ")[2].splitlines()[0]) from failure
+            raise DataError(problems, remedy=failures[0][2]) from failure
         raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.op_cases import CASES, SMALL, Case, check_logprob
-from tests.tolerance import assert_result
+from tests.tolerance import assert_gradient, assert_result
 from var_kernels.ops import engines, linear_logprob, logprob
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
@@ -91,19 +91,26 @@ def test_second_backward_repeats_the_first(frozen):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_spare_memory_saves_the_recompute(monkeypatch):
-    """A budget that holds all logits: three GEMMs; a second backward recomputes, with the same result."""
-    calls = []
+@pytest.mark.parametrize(("workspace_mb", "kept"), [(3, 0), (4, 1280), (64, 4000)])
+def test_spare_memory_saves_the_recompute(workspace_mb, kept, monkeypatch):
+    """The backward computes the logits that the budget did not hold; a second backward all, with the same result."""
+    computed = []
     original = engines.logits_into
-    monkeypatch.setattr(engines, "logits_into", lambda *a: (calls.append(1), original(*a)))
-    hidden, weight, labels, _ = Case("").inputs()
-    logp = linear_logprob(hidden, weight, labels, workspace_mb=64)
-    first = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
-    assert len(calls) == 1
-    second = torch.autograd.grad(logp.sum(), (hidden, weight))
-    assert len(calls) == 2
-    for one, two in zip(first, second, strict=True):
-        torch.testing.assert_close(one, two)
+    monkeypatch.setattr(engines, "logits_into", lambda tile, *a: (computed.append(tile.numel()), original(tile, *a)))
+    n, d, v = 200, 256, 4000
+    inputs = hidden, weight, labels, _ = Case("", shape=(n, d, v), ignored=0).inputs()
+    truth = [t.detach().double().requires_grad_() for t in inputs[:2]]
+    expected = torch.autograd.grad(linear_logprob_ref(*truth, labels).sum(), truth)
+    own = [t.detach().requires_grad_() for t in inputs[:2]]
+    own_gradients = torch.autograd.grad(linear_logprob_ref(*own, labels).sum(), own)
+    with use_backend("torch"):  # the others' tiles differ
+        logp = linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
+        for recomputed in (v - kept, v):
+            computed.clear()
+            gradients = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
+            assert sum(computed) == n * recomputed
+            for triple in zip(gradients, expected, own_gradients, strict=True):
+                assert_gradient(*triple)
 
 
 def test_same_bits_twice(small_tiles, target):

@@ -195,7 +195,7 @@ def test_a_frozen_weight_costs_no_product_of_its_own(engine, big, small_tiles, m
 
         monkeypatch.setattr(engines, name, counted)
     problem = Problem(case, FP32)
-    budget = {"workspace_mb": 0.1} if engine == "two_pass" else {}
+    budget = {"workspace_mb": 0.02} if engine == "two_pass" else {}  # keeps no logits
     with use_backend("torch"):
         problem.gradients(problem.call(linear_weighted_nll, None, engine=engine, **budget))
     whole, small = n * d * v, n * 3 * v

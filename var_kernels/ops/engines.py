@@ -27,6 +27,11 @@ from var_kernels.ops.workspace import (
     spans,
 )
 
+# Logits are kept from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
+_FEWEST_KEPT = 8
+# On a CPU fresh pages cost as much as the GEMM of a narrow head.
+_MIN_KEPT_DEPTH = 256
+
 
 def forward_plan(head: Head) -> TilePlan:
     cost = head.tile_cost(gradient=False)
@@ -70,32 +75,50 @@ def _add_factor_gradients(head: Head, gradients: Gradients, dlogits_nv: Tensor, 
         add_product(gradients.dright_VR[columns], dlogits_nv.t(), head.left_NR[rows].to(head.operand), backend)
 
 
-def keeps_logits(head: Head) -> bool:
-    """Whether the budget holds all logits, so that the backward need not recompute them."""
-    return head.n > 0 and head.tile_cost(gradient=True).columns_within(head.options.budget, head.n) >= head.v
+def kept_columns(head: Head) -> int:
+    """Leading vocabulary columns whose logits the budget holds from the forward to the backward, beside a tile for the
+    others: that part of the GEMM is not repeated. 0 where it would save too little.
+    """
+    if head.n == 0:
+        return 0
+    cost, budget = head.tile_cost(gradient=True), head.options.budget
+    if cost.columns_within(budget, head.n) >= head.v:
+        return head.v
+    if head.hidden_ND.device.type == "cpu" and head.d < _MIN_KEPT_DEPTH:
+        return 0
+    native = head.options.backend == "native"
+    tile = head.tile_budget(min(head.n, MAX_CPU_BACKWARD_ROWS), cost) if native else budget // 4
+    columns = cost.columns_within(budget - tile, head.n) // 64 * 64
+    return columns if columns * _FEWEST_KEPT >= head.v else 0
 
 
-def forward_with_logits(head: Head) -> tuple[RowStats, Tensor]:
-    """Statistics of every row and the whole tile of raw logits, for ``vocabulary_pass``."""
-    stats = head.new_stats()
-    logits_NV = head.new_tile(head.n, head.v).view(head.n, head.v)
-    fill_logits(head, logits_NV, head.upcast_rows(0, head.n), slice(0, head.n), slice(0, head.v))
-    head.row_stats(logits_NV, slice(0, head.n), stats, 0)
-    return stats, logits_NV
+def _beside(head: Head, kept: int) -> Head:
+    """The same call with what ``kept`` columns leave of the budget."""
+    if kept == 0:
+        return head
+    taken = head.n * kept * head.tile.itemsize
+    return replace(head, options=replace(head.options, budget=head.options.budget - taken))
 
 
-def forward_pass(head: Head) -> RowStats:
-    """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers."""
+def forward_pass(head: Head, kept_NC: Tensor | None = None) -> RowStats:
+    """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers. ``kept_NC`` takes
+    the raw logits of its leading columns, for ``vocabulary_pass``.
+    """
     stats = head.new_stats()
     if head.options.budget == 0:
         _fused_forward(head, stats)
         return stats
-    plan = forward_plan(head)
-    storage = head.new_tile(plan.rows, plan.columns)
+    kept = 0 if kept_NC is None else kept_NC.shape[1]
+    plan = forward_plan(_beside(head, kept) if kept < head.v else head)
+    columns = [*spans(0, kept, plan.columns), *spans(kept, head.v, plan.columns)]
+    storage = head.new_tile(plan.rows, plan.columns) if kept < head.v else None
     for start, stop in spans(0, head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
-        for v_start, v_stop in spans(0, head.v, plan.columns):
-            logits_nv = storage.view(stop - start, v_stop - v_start)
+        for v_start, v_stop in columns:
+            if v_stop <= kept:
+                logits_nv = kept_NC[start:stop, v_start:v_stop]
+            else:
+                logits_nv = storage.view(stop - start, v_stop - v_start)
             fill_logits(head, logits_nv, hidden_nd, slice(start, stop), slice(v_start, v_stop))
             head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
     return stats
@@ -193,15 +216,19 @@ def token_chunk_pass(
 
 
 def vocabulary_pass(
-    head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients, logits_NV: Tensor | None = None
+    head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients, kept_NC: Tensor | None = None
 ) -> Gradients:
-    """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, or taken and overwritten."""
+    """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, but for those that
+    ``forward_pass`` kept, which are overwritten.
+    """
     accumulation, backend = accumulation_dtype(head.operand), head.options.backend
-    if logits_NV is None:
-        plan = slice_plan(head)
+    kept = 0 if kept_NC is None else kept_NC.shape[1]
+    # (first column, end, rows at a time)
+    slices = [(0, kept, head.n)] if kept else []
+    if kept < head.v:
+        plan = slice_plan(_beside(head, kept))
         storage = head.new_tile(plan.rows, plan.columns)
-    else:
-        plan = TilePlan(max(head.n, 1), head.v)
+        slices += [(*span, plan.rows) for span in spans(kept, head.v, plan.columns)]
     gradients = Gradients()
     if needs.hidden:
         gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=head.hidden_ND.device)
@@ -211,8 +238,8 @@ def vocabulary_pass(
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
     _start_factor_gradients(head, needs, gradients)
 
-    row_spans = list(spans(0, head.n, plan.rows))
-    for v_start, v_stop in spans(0, head.v, plan.columns):
+    for v_start, v_stop, step in slices:
+        row_spans = list(spans(0, head.n, step))
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
         dbias_v = gradients.dbias_V[v_start:v_stop] if needs.bias else None
         dweight_vd = None
@@ -223,8 +250,8 @@ def vocabulary_pass(
                 dweight_vd = create(weight_vd.shape, dtype=accumulation, device=head.hidden_ND.device)
         for start, stop in row_spans:
             rows = slice(start, stop)
-            logits_nv = logits_NV
-            if logits_NV is None:
+            logits_nv = kept_NC
+            if v_stop > kept:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
                 fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, slice(v_start, v_stop))
             chunk = coefficients.rows(start, stop)

@@ -4,7 +4,7 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import chunk_plan, dweight_bytes, forward_plan, keeps_logits, one_pass_fits, slice_plan
+from var_kernels.ops.engines import chunk_plan, dweight_bytes, forward_plan, kept_columns, one_pass_fits, slice_plan
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import MIB, budget_bytes
 
@@ -30,11 +30,15 @@ def explain_engines(
         weighted = f"one pass, 3 GEMMs: {budget:,.0f} MiB hold chunks of {rows:,} of {n:,} rows{wide}"
     else:
         weighted = f"two passes, 4 GEMMs: {budget:,.0f} MiB hold no useful chunk of whole rows{wide}"
-    slices = -(-v // slice_plan(head).columns)
-    if keeps_logits(head):
+    kept = kept_columns(head)
+    if kept == v:
         general = f"two passes, 3 GEMMs: {budget:,.0f} MiB hold all logits for the backward"
     else:
-        general = f"two passes, 4 GEMMs: the backward recomputes {slices} slices of the vocabulary"
+        slices = -(-(v - kept) // slice_plan(head).columns)
+        some = f"{budget:,.0f} MiB hold {kept / v:.0%} of the logits, " if kept else ""
+        general = (
+            f"two passes, {4 - kept / v:.3g} GEMMs: {some}the backward recomputes {slices} slices of the vocabulary"
+        )
     tile = forward_plan(head)
     return {
         "VAR, SFT": weighted,

@@ -8,12 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from var_kernels.ops import compiled, frozen
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.engines import (
-    forward_pass,
-    forward_with_logits,
-    keeps_logits,
-    vocabulary_pass,
-)
+from var_kernels.ops.engines import forward_pass, kept_columns, vocabulary_pass
 from var_kernels.ops.head import Head, Needs
 
 
@@ -43,9 +38,9 @@ def linear_logprob(
         with label_smoothing e:  logp = (1 - e) log p_y + e * mean_v log p_v
 
     Every output but argmax is differentiable, for any upstream gradient, as often as wanted (first order). GEMMs: one
-    forward; a backward recomputes the logits slice by slice (4 in all), or keeps them where ``workspace_mb`` holds them
-    all (3), or needs only one [N, D] product that the forward saved, when nothing but ``hidden`` learns (2). Peak extra
-    memory: ``workspace_mb``, and in the backward an fp32 [N, D].
+    forward; a backward recomputes the logits slice by slice (4 in all) but for those that ``workspace_mb`` holds until
+    then (3 where it holds all), or needs only one [N, D] product that the forward saved, when nothing but ``hidden``
+    learns (2). Peak extra memory: ``workspace_mb``, and in the backward an fp32 [N, D].
 
     Args:
         hidden: (..., D), floating point; states before the lm_head. Any strides.
@@ -116,7 +111,7 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
 class LinearLogprobFunction(torch.autograd.Function):
     """(the five of ``HeadCall.tensors``, labels_NK, options, needs) -> logp_NK, lse_N, entropy_N, argmax_N.
 
-    Saves lse and entropy and recomputes logits in the backward, unless the budget holds them all: then the first
+    Saves lse and entropy and recomputes logits in the backward, but for those that the budget holds: the first
     backward uses them up. With a frozen head it saves dlogp/dhidden instead.
     """
 
@@ -127,14 +122,14 @@ class LinearLogprobFunction(torch.autograd.Function):
         head = Head.of(tensors, labels_NK, options)
         ctx.needs, ctx.options = needs, options
         ctx.frozen_head = _is_frozen_head(head, needs)
-        ctx.logits_NV = None
+        ctx.kept_NC = None
         if ctx.frozen_head:
             stats, gradients = frozen.frozen_head_pass(head, lambda rows, _: head.coefficients(_ones(head, rows)))
             ctx.save_for_backward(gradients.dhidden_ND)
-        elif needs and keeps_logits(head):
-            stats, ctx.logits_NV = forward_with_logits(head)
         else:
-            stats = forward_pass(head)
+            kept = kept_columns(head) if needs else 0
+            ctx.kept_NC = head.new_tile(head.n, kept).view(head.n, kept) if kept else None
+            stats = forward_pass(head, ctx.kept_NC)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
         if needs and not ctx.frozen_head:
             ctx.save_for_backward(*tensors, labels_NK, lse_N, entropy_N)
@@ -156,8 +151,8 @@ class LinearLogprobFunction(torch.autograd.Function):
         if dlogp_NK is None:
             dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
         coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-        logits_NV, ctx.logits_NV = ctx.logits_NV, None
-        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients, logits_NV).cast(head.operand, head.factor)
+        kept_NC, ctx.kept_NC = ctx.kept_NC, None
+        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients, kept_NC).cast(head.operand, head.factor)
         return (*gradients.tensors, *no_others)
 
 

@@ -33,7 +33,7 @@ def start_ranks(
     return processes
 
 
-def run_ranks(function, world: int, folder: Path, *args, timeout: float = 150, environment=None) -> None:
+def run_ranks(function, world: int, folder: Path, *args, timeout: float = 300, environment=None) -> None:
     """Runs them to their end.
 
     Raises:

@@ -56,7 +56,9 @@ def is_active(head: nn.Module) -> bool:
 
 def check_adapter(head: nn.Module, name: str) -> None:
     """Refuse adapters that are no low-rank term; what is merged or switched off does not matter."""
-    kind = f"{type(head).__module__}.{type(head).__name__}"
+    # FSDP2 derives a class at run time; what counts is the one whose forward it runs.
+    known = next(c for c in type(head).__mro__ if "forward" in vars(c))
+    kind = f"{known.__module__}.{known.__name__}"
     if kind.endswith("trainable_tokens.layer.TrainableTokensLayer"):
         if head.base_layer.bias is not None:
             raise ValueError(f"{name}: PEFT's trainable tokens drop the bias of its lm_head. Train no single tokens")
@@ -110,7 +112,8 @@ def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable, 
         if not remaining:
             return compute(hidden, _joined(terms, hidden))
         adapter, *remaining = remaining
-        right = head.lora_B[adapter]
+        called = head.lora_B[adapter]
+        right = getattr(called, "_fsdp_wrapped_module", called)  # PEFT's policy for FSDP1 makes a unit of each factor
 
         def inside_right(left: Tensor, *_args, **_kwargs) -> Tensor:
             terms.append((left * head.scaling[adapter], right.weight))
@@ -120,7 +123,7 @@ def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable, 
             return with_the_next(hidden, remaining)
 
         with swap(right, inside_right):
-            return right(lefts[adapter])
+            return called(lefts[adapter])
 
     def at_the_core(hidden: Tensor, *_args, **_kwargs) -> Tensor:
         if is_dtensor(head.base_layer.weight):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
 from var_kernels.integrations.hf.head import find_head, inner_model
@@ -76,6 +77,20 @@ def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> N
         raise found
     if rank:
         adopt_transform(model, found)
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """A PEFT model's base model, also where FSDP2 spreads it.
+
+    PEFT freezes the adapter and then makes trainable what hangs on its modules: with a unit that FSDP2 left gathered,
+    that is the gathered copy, and the shards, which say what learns from the next gathering on, stay frozen.
+    """
+    with model.disable_adapter():
+        yield
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def check_layout(trainer, ref_model: nn.Module | None) -> None:

@@ -44,6 +44,7 @@ from var_kernels.integrations.trainer.sharding import (
     check_layout,
     of_first_rank,
     place_reference,
+    without_adapter,
 )
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, prompt_states, values_of
 
@@ -251,7 +252,7 @@ class VARTrainer(Checkpoints, Trainer):
 
     def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
         own = self.ref_model is None and _is_peft(model)
-        return model.disable_adapter() if own else contextlib.nullcontext()
+        return without_adapter(model) if own else contextlib.nullcontext()
 
     def _attach_reference(self, batch: dict[str, Tensor]) -> None:
         model = self.model if self.ref_model is None else self.ref_model

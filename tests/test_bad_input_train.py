@@ -78,6 +78,7 @@ COMMAND_LINES = {
     "no room": ({"max-length": "1"}, {}, "max_length: expected >= 2 tokens, got 1"),
     "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate: expected >= 0, got -1.0"),
     "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size: expected >= 1, got 0"),
+    "no step": ({"max-steps": "0"}, {}, "max_steps: expected >= 1, or -1 for num_train_epochs, got 0"),
     "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps: expected >= 1"),
     "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor: expected 0, got 0.1"),
     "sampling by length": (
@@ -205,6 +206,21 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert capsys.readouterr().err == "var-kernels doctor: --length: expected int, got 'long'\n"
     assert main(["doctor", "--model", "nobody/nothing"]) == 2
     assert capsys.readouterr().err.startswith("var-kernels doctor: model: nobody/nothing is no local directory")
+
+
+def test_a_full_disk_is_named_with_the_way_on(folder, capsys, monkeypatch):
+    from var_kernels.cli import train
+
+    def save_model(self, *args, **options):
+        raise RuntimeError("basic_ios::clear: iostream error")  # as torch.save says it
+
+    monkeypatch.setattr(VARTrainer, "save_model", save_model)
+    words = ["train", *(word for name, value in BASE.items() for word in (f"--{name}", value))]
+    with pytest.raises(RuntimeError, match="iostream"):
+        main(words)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4096}))
+    assert main([*words, "--resume"]) == 2
+    assert "output-dir: no space left on the disk of run; make room, and --resume goes on" in capsys.readouterr().err
 
 
 def test_a_folder_without_permission_is_refused(folder, capsys, monkeypatch):

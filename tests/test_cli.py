@@ -167,6 +167,17 @@ def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
     assert [entry["ess"] for entry in resumed] == [entry["ess"] for entry in straight]
 
 
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, dataset, monkeypatch, capsys):
+    from var_kernels.integrations.trainer import VARTrainer
+
+    def interrupted(self, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VARTrainer, "train", interrupted)
+    assert main(words(tmp_path, dataset)) == 130
+    assert "var-kernels train: interrupted; the same command with --resume goes on" in capsys.readouterr().err
+
+
 def test_resume_skips_a_half_written_checkpoint_and_starts_anew_without_one(tmp_path, dataset, capsys):
     assert main([*words(tmp_path, dataset, save_steps=2), "--resume"]) == 0
     assert "starting anew" in capsys.readouterr().out

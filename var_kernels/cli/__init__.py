@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown option {unknown[0]}{nearest(unknown[0], option_names(parser))}")
         return command.run(args) or 0
     except KeyboardInterrupt:
-        return _fail(program, "interrupted", 130)
+        return _fail(program, getattr(command, "INTERRUPTED", "interrupted"), 130)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -61,7 +61,8 @@ def _device_line(torch, device) -> str:
         more = f" ({torch.cuda.device_count()} of them)" if torch.cuda.device_count() > 1 else ""
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         return f"{properties.name}{more}, {memory}, sm_{properties.major}{properties.minor}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def backend_lines(torch, device) -> list[str]:

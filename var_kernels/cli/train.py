@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from var_kernels.cli import nearest, option_names
 from var_kernels.cli.options import coerce, key_values, no_such_model, pair_up, read_yaml
 
+INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
 # name: (type, default, help). The defaults of _CONFIG are AlignConfig's own, shown here without importing it.
 _RUN = {
     "method": (
@@ -128,9 +130,17 @@ def run(args: argparse.Namespace) -> int:
     trainer = VARTrainer(
         model, config, examples, eval_examples, tokenizer, reward_func=reward_func, peft_config=peft_config
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.create_model_card()
+    except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or one of safetensors' own
+        if shutil.disk_usage(output_dir).free >= 2**20:
+            raise
+        raise OSError(
+            f"output-dir: no space left on the disk of {output_dir}; make room, and --resume goes on from the last "
+            "whole checkpoint"
+        ) from error
     if trainer.is_world_process_zero():
         print(f"saved to {output_dir}: the model, README.md, metrics.jsonl")
     trainer.accelerator.wait_for_everyone()  # a rank that ends while another still writes makes that one hang

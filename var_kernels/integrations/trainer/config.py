@@ -76,6 +76,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             self.gradient_accumulation_steps >= 1,
             ">= 1",
         )
+        _check_range("max_steps", self.max_steps, self.max_steps != 0, ">= 1, or -1 for num_train_epochs")
         _check_range("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0 or self.max_steps > 0, "> 0")
         if self.sync_ref_model:
             if self.precompute_ref_log_probs:

@@ -1,5 +1,6 @@
 """A vocabulary spread over two and three ranks, in slices of different size: forward and backward equal one process."""
 
+import functools
 import itertools
 
 import pytest
@@ -26,6 +27,8 @@ CASES = {
     "frozen weight": Case("", frozen=("weight",)),
     "all ignored": Case("", ignored=1.0),
 }
+# with factors in fp32, a slice of ``right`` on each rank
+CASES |= {f"{name}, low rank": CASES[name] for name in ("plain", "every option", "frozen weight", "bf16")}
 SPLITS = {2: (500, 7), 3: (100, 1, 406)}
 BACKENDS = ["torch", *([] if rows_native.obstacle() else ["native"])]
 
@@ -35,26 +38,41 @@ def upstream(outputs):
     return [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs if t.is_floating_point()]
 
 
-def run(op, case, hidden, weight, labels, bias):
-    outputs = op(hidden, weight, labels, bias, **ASKED, **case.options)
+def tensors_of(name, dtype=None, rows=None):
+    """hidden, weight, labels, bias, left, right of a case, leaves; ``rows`` of the vocabulary, None for all of it."""
+    case = CASES[name]
+    hidden, weight, labels, bias = case.inputs()
+    left, right = case.low_rank(torch.float32) if name.endswith("low rank") else (None, None)
+
+    def leaf(t, learns, spread=False):
+        if t is None:
+            return None
+        t = t.detach()[rows].clone() if spread and rows is not None else t.detach()
+        return t.to(dtype or t.dtype).requires_grad_(learns)
+
+    weight, bias = leaf(weight, weight.requires_grad, True), leaf(bias, True, True)
+    return leaf(hidden, hidden.requires_grad), weight, labels, bias, leaf(left, True), leaf(right, True, True)
+
+
+def run(op, case, hidden, weight, labels, bias, left, right):
+    low_rank = {} if left is None else {"low_rank": (left, right)}
+    outputs = op(hidden, weight, labels, bias, **ASKED, **low_rank, **case.options)
     floating = [t for t in outputs if t.is_floating_point()]
     sum((t * g).sum() for t, g in zip(floating, upstream(outputs), strict=True)).backward()
-    return [t.detach() for t in outputs], [None if t is None else t.grad for t in (hidden, weight, bias)]
+    leaves = {"dhidden": hidden, "dleft": left, "dweight": weight, "dbias": bias, "dright": right}
+    return [t.detach() for t in outputs], {name: t.grad for name, t in leaves.items() if t is not None}
 
 
 def run_rank(rank, world, folder):
     sizes, results = SPLITS[world], {}
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for (name, case), backend in itertools.product(CASES.items(), BACKENDS):
-        hidden, weight, labels, bias = case.inputs()
-        own = [t if t is None else t.detach()[rows].clone().requires_grad_(t.requires_grad) for t in (weight, bias)]
         with use_backend(backend):
             results[name, backend] = run(
-                lambda *tensors, **options: vocab_parallel_logprob(
-                    *tensors, process_group=dist.group.WORLD, **options
-                ),
-                case, hidden, own[0], labels, own[1],
-            )  # fmt: skip
+                functools.partial(vocab_parallel_logprob, process_group=dist.group.WORLD),
+                case,
+                *tensors_of(name, rows=rows),
+            )
     results["bytes"] = bytes_sent(rows)
     hidden, weight, labels, _ = Case("").inputs()
     labels[3] = 507
@@ -97,23 +115,20 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(ranks, name, backend, world):
     case = CASES[name]
-    inputs = case.inputs()
-    truth, expected = run(linear_logprob_ref, case, *[
-        t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_(t.requires_grad)
-        for t in inputs
-    ])  # fmt: skip
-    _, own = run(linear_logprob, case, *inputs)
+    truth, expected = run(linear_logprob_ref, case, *tensors_of(name, torch.float64))
+    _, own = run(linear_logprob, case, *tensors_of(name))
     results = [found[name, backend] for found in ranks[world]]
-    for outputs, gradients in results:
+    for outputs, _ in results:
         for got, true in zip(outputs[:3], truth[:3], strict=True):
             assert_result(got, true, name, case.largest_logit)
         assert torch.equal(outputs[3], truth[3])
-        if gradients[0] is not None:
-            assert_gradient(gradients[0], expected[0], own[0], "dhidden")
-    for index in (1, 2):
-        parts = [gradients[index] for _, gradients in results]
-        if expected[index] is not None:
-            assert_gradient(torch.cat(parts), expected[index], own[index], ("", "dweight", "dbias")[index])
+    for which, grad in expected.items():
+        if grad is None:
+            continue
+        parts = [gradients[which] for _, gradients in results]
+        whole = parts if which in ("dhidden", "dleft") else [torch.cat(parts)]
+        for got in whole:
+            assert_gradient(got.to(case.dtype), grad, own[which], which)
 
 
 @pytest.mark.parametrize("world", SPLITS)

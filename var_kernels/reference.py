@@ -108,6 +108,35 @@ def linear_weighted_nll_ref(
     return loss.sum() / (num_items if num_items is not None else rows.sum().clamp(min=1))
 
 
+def linear_token_kl_ref(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ref_hidden: Tensor,
+    ref_lm_head_weight: Tensor,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    direction: str = "reverse",
+    token_weight: Tensor | None = None,
+    reduction: str = "none",
+    ignore_index: int = -100,
+    dtype: torch.dtype = torch.float64,
+    **logit_options,
+) -> Tensor:
+    """Twin of ``linear_token_kl``: from both models' log-probs; what has probability 0 adds nothing."""
+    of_ref = {name[4:]: value for name, value in logit_options.items() if name.startswith("ref_")}
+    of_policy = {name: value for name, value in logit_options.items() if not name.startswith("ref_")}
+    logp = logits_ref(hidden, lm_head_weight, bias, dtype=dtype, **of_policy).log_softmax(-1)
+    logq = logits_ref(ref_hidden, ref_lm_head_weight, ref_bias, dtype=dtype, **of_ref).log_softmax(-1)
+    a, b = (logp, logq) if direction == "reverse" else (logq, logp)
+    kl = torch.where(a.isneginf(), 0.0, a.exp() * (a - b).masked_fill(a.isneginf(), 0.0)).sum(-1)
+    if labels is not None:
+        kl = kl.where(labels if labels.dtype == torch.bool else labels != ignore_index, 0.0)
+    kl = kl if token_weight is None else kl * token_weight.to(dtype)
+    return kl.sum() if reduction == "sum" else kl
+
+
 def var_weights_ref(
     rewards: Tensor,
     ref_logp: Tensor | None = None,

@@ -9,9 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from var_kernels.ops.call import prepare
 from var_kernels.ops.engines import forward_pass
-from var_kernels.ops.gemm import partial_bytes
 from var_kernels.ops.head import Head, Needs
-from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices, upcast_bytes
+from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
 from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
 
 
@@ -26,6 +25,7 @@ def linear_prob_lse(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
 ) -> Tensor:
@@ -38,7 +38,7 @@ def linear_prob_lse(
     ``workspace_mb``, and in the backward an fp32 [N, D].
 
     Args:
-        hidden, lm_head_weight, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
+        hidden, lm_head_weight, bias, low_rank, workspace_mb, precision and the head's options: see ``linear_logprob``.
         labels: (...) int64; only which rows count matters, those not equal to ``ignore_index``.
         alpha: > 0.
 
@@ -59,23 +59,14 @@ def linear_prob_lse(
             "normaliser does not depend on the target"
         )
     options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "precision": precision}
+    options |= {"low_rank": low_rank, "ignore_index": ignore_index, "workspace_mb": workspace_mb}
     run = _eager_prob_lse if torch.compiler.is_compiling() else _prob_lse
-    return run(hidden, lm_head_weight, labels, bias, float(alpha), ignore_index, workspace_mb, options)
+    return run(hidden, lm_head_weight, labels, bias, float(alpha), options)
 
 
-def _prob_lse(hidden, lm_head_weight, labels, bias, alpha: float, ignore_index: int, workspace_mb, options) -> Tensor:
-    call = prepare(
-        hidden,
-        lm_head_weight,
-        labels,
-        bias,
-        ignore_index=ignore_index,
-        label_smoothing=0.0,
-        workspace_mb=workspace_mb,
-        **options,
-    )
-    tensors = (call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK)
-    return call.restore(LinearProbLseFunction.apply(*tensors, alpha, call.options, call.needs))
+def _prob_lse(hidden, lm_head_weight, labels, bias, alpha: float, options) -> Tensor:
+    call = prepare(hidden, lm_head_weight, labels, bias, label_smoothing=0.0, **options)
+    return call.restore(LinearProbLseFunction.apply(*call.tensors, call.labels_NK, alpha, call.options, call.needs))
 
 
 _eager_prob_lse = _disable_dynamo(_prob_lse)
@@ -98,8 +89,7 @@ class _Tiles:
         head = self.head
         capped = 1 if gradient and head.options.transform.softcap is not None else 0
         raw = head.tile.itemsize if head.tile != self.math else 0
-        partial = head.d * partial_bytes(head.operand, head.hidden_ND.device, head.options.backend) if gradient else 0
-        copies = upcast_bytes(head) + partial
+        copies = head.operand_copies(gradient)
         return TileCost((2 + capped) * self.math.itemsize + raw, copies, copies)
 
     def budget(self, rows: int, cost: TileCost) -> int:
@@ -151,23 +141,22 @@ class _Tiles:
 
 
 class LinearProbLseFunction(torch.autograd.Function):
-    """(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, alpha, options, needs) -> log sum_v exp(alpha p_v), (N,)."""
+    """(the five of ``HeadCall.tensors``, labels_NK, alpha, options, needs) -> log sum_v exp(alpha p_v), (N,)."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, alpha, options, needs):
+    def forward(ctx, *args):
+        *tensors, labels_NK, alpha, options, needs = args
         ctx.alpha, ctx.options, ctx.needs = alpha, options, needs
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options)
+        head = Head.of(tensors, labels_NK, options)
         stats = forward_pass(head)
         total_N, mean_N = _Tiles(head, alpha, stats.max_N, stats.sumexp_N).sums()
         if needs:
-            tensors = (hidden_ND, lm_head_weight_VD, bias_V, labels_NK)
-            ctx.save_for_backward(*tensors, stats.max_N, stats.sumexp_N, total_N, mean_N)
+            ctx.save_for_backward(*tensors, labels_NK, stats.max_N, stats.sumexp_N, total_N, mean_N)
         return alpha / stats.sumexp_N + total_N.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N):
-        *tensors, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
-        tiles = _Tiles(Head(*tensors, ctx.options), ctx.alpha, max_N, sumexp_N)
-        gradients = tiles.gradients(ctx.needs, total_N, mean_N, upstream_N)
-        return gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, None, None, None, None
+        *tensors, labels_NK, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
+        tiles = _Tiles(Head.of(tensors, labels_NK, ctx.options), ctx.alpha, max_N, sumexp_N)
+        return (*tiles.gradients(ctx.needs, total_N, mean_N, upstream_N).tensors, *(None,) * 4)

@@ -70,40 +70,43 @@ def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
         )
 
 
-def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_mb) -> None:
-    """Two factors that belong to hidden's rows and the head's."""
+def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_mb, prefix: str = "") -> None:
+    """Two factors that belong to hidden's rows and the head's; prefix: "ref_" for the reference model's."""
     if low_rank is None:
         return
     if not isinstance(low_rank, tuple | list) or len(low_rank) != 2 or not all(isinstance(t, Tensor) for t in low_rank):
         raise TypeError(
-            f"low_rank must be a pair of tensors (left (..., R), right (V, R)), got {type(low_rank).__name__}; of a "
-            "LoRA adapter: (scaling * hidden @ A.T, B)"
+            f"{prefix}low_rank must be a pair of tensors (left (..., R), right (V, R)), got {type(low_rank).__name__}; "
+            "of a LoRA adapter: (scaling * hidden @ A.T, B)"
         )
     left, right = low_rank
     leading, v = tuple(hidden.shape[:-1]), lm_head_weight.shape[0]
     if right.dim() != 2 or right.shape[0] != v or left.shape != (*leading, right.shape[1]):
         raise ValueError(
-            f"low_rank must have the shapes left {(*leading, 'R')} and right ({v}, R), got {tuple(left.shape)} and "
-            f"{tuple(right.shape)}; left has a row for each row of hidden, right one for each row of lm_head_weight"
+            f"{prefix}low_rank must have the shapes left {(*leading, 'R')} and right ({v}, R), got {tuple(left.shape)} "
+            f"and {tuple(right.shape)}; left has a row for each row of {prefix}hidden, right one for each row of "
+            f"{prefix}lm_head_weight"
         )
     for name, factor in (("left", left), ("right", right)):
         if factor.device != hidden.device:
             raise ValueError(
-                f"low_rank's {name} is on {factor.device} but hidden is on {hidden.device}; move both to one device"
+                f"{prefix}low_rank's {name} is on {factor.device} but {prefix}hidden is on {hidden.device}; move both "
+                "to one device"
             )
     if workspace_mb == 0:
         raise ValueError(
-            "workspace_mb must be positive with low_rank, got 0; the fused forward has no second product, pass None"
+            f"workspace_mb must be positive with {prefix}low_rank, got 0; the fused forward has no second product, "
+            "pass None"
         )
 
 
-def check_low_rank_dtypes(left: Tensor, right: Tensor, hidden: Tensor) -> None:
+def check_low_rank_dtypes(left: Tensor, right: Tensor, hidden: Tensor, prefix: str = "") -> None:
     """One dtype, hidden's or fp32 beside 16 bit; called after autocast had its say."""
     allowed = (hidden.dtype, torch.float32) if hidden.dtype.itemsize == 2 else (hidden.dtype,)
     if left.dtype != right.dtype or left.dtype not in allowed:
         raise TypeError(
-            f"low_rank must be of one dtype, {' or '.join(map(str, allowed))} beside hidden of {hidden.dtype}, got "
-            f"{left.dtype} and {right.dtype}; cast them, or run under torch.autocast"
+            f"{prefix}low_rank must be of one dtype, {' or '.join(map(str, allowed))} beside {prefix}hidden of "
+            f"{hidden.dtype}, got {left.dtype} and {right.dtype}; cast them, or run under torch.autocast"
         )
 
 

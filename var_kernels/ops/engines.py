@@ -59,7 +59,8 @@ def fill_logits(head: Head, logits_nv: Tensor, hidden_nd: Tensor, rows: slice, c
         add_low_rank(logits_nv, head.left_NR[rows], head.right_VR[columns])
 
 
-def _start_factor_gradients(head: Head, needs: Needs, gradients: Gradients) -> None:
+def start_factor_gradients(head: Head, needs: Needs, gradients: Gradients) -> None:
+    """Zeros for the gradients of the low-rank factors that are needed."""
     dtype = accumulation_dtype(head.operand)
     if needs.left:
         gradients.dleft_NR = torch.zeros(head.left_NR.shape, dtype=dtype, device=head.hidden_ND.device)
@@ -67,12 +68,19 @@ def _start_factor_gradients(head: Head, needs: Needs, gradients: Gradients) -> N
         gradients.dright_VR = torch.zeros(head.right_VR.shape, dtype=dtype, device=head.hidden_ND.device)
 
 
-def _add_factor_gradients(head: Head, gradients: Gradients, dlogits_nv: Tensor, rows: slice, columns: slice) -> None:
+def add_factor_gradients(
+    head: Head, gradients: Gradients, dlogits_nv: Tensor, rows: slice, v_start: int, step: int
+) -> None:
+    """What a tile that begins at column ``v_start`` adds to them, in steps whose copies the budget holds."""
+    if gradients.dleft_NR is None and gradients.dright_VR is None:
+        return
     backend = head.options.backend
-    if gradients.dleft_NR is not None:
-        add_product(gradients.dleft_NR[rows], dlogits_nv, head.right_VR[columns].to(head.operand), backend)
-    if gradients.dright_VR is not None:
-        add_product(gradients.dright_VR[columns], dlogits_nv.t(), head.left_NR[rows].to(head.operand), backend)
+    for start, stop in spans(0, dlogits_nv.shape[1], step):
+        slice_nv, columns = dlogits_nv[:, start:stop], slice(v_start + start, v_start + stop)
+        if gradients.dleft_NR is not None:
+            add_product(gradients.dleft_NR[rows], slice_nv, head.right_VR[columns].to(head.operand), backend)
+        if gradients.dright_VR is not None:
+            add_product(gradients.dright_VR[columns], slice_nv.t(), head.left_NR[rows].to(head.operand), backend)
 
 
 def kept_columns(head: Head) -> int:
@@ -189,7 +197,7 @@ def token_chunk_pass(
         gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dtype, device=head.hidden_ND.device)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
-    _start_factor_gradients(head, needs, gradients)
+    start_factor_gradients(head, needs, gradients)
 
     for start, stop in spans(0, head.n, plan.rows):
         rows = slice(start, stop)
@@ -208,9 +216,7 @@ def token_chunk_pass(
                 multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
                 multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
-        for v_start, v_stop in spans(0, head.v, slice_width) if needs.left or needs.right else ():
-            columns = slice(v_start, v_stop)
-            _add_factor_gradients(head, gradients, dlogits_nv[:, columns], rows, columns)
+        add_factor_gradients(head, gradients, dlogits_nv, rows, 0, slice_width)
         del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
     return stats, gradients
 
@@ -236,7 +242,7 @@ def vocabulary_pass(
         gradients.dweight_VD = torch.empty_like(head.lm_head_weight_VD, memory_format=torch.contiguous_format)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
-    _start_factor_gradients(head, needs, gradients)
+    start_factor_gradients(head, needs, gradients)
 
     for v_start, v_stop, step in slices:
         row_spans = list(spans(0, head.n, step))
@@ -261,7 +267,7 @@ def vocabulary_pass(
             if needs.lm_head_weight:
                 multiply = add_product if start else product_into
                 multiply(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
-            _add_factor_gradients(head, gradients, dlogits_nv, rows, slice(v_start, v_stop))
+            add_factor_gradients(head, gradients, dlogits_nv, rows, v_start, v_stop - v_start)
             del dlogits_nv
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd

@@ -104,7 +104,7 @@ class Head:
 
     def tile_cost(self, *, gradient: bool) -> TileCost:
         """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs need beside it."""
-        copies = self._operand_copies(gradient)
+        copies = self.operand_copies(gradient)
         return TileCost(
             self._element(gradient), copies, copies, self.kernels.temporary_bytes(self.n, self.v, self.tile)
         )
@@ -116,7 +116,7 @@ class Head:
 
     def chunk_cost(self, budget: int) -> TileCost:
         """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
-        copies = self._operand_copies(gradient=True)
+        copies = self.operand_copies(gradient=True)
         fixed = self.kernels.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
         fixed += rounding_bytes(self.operand, self.n, self.d, self.v, self.options.backend)
         return TileCost(self._element(gradient=True), 0, copies, fixed)
@@ -125,7 +125,7 @@ class Head:
         """Vocabulary columns whose operand copies fit the quarter that ``chunk_cost`` sets aside; all of them where
         none is made.
         """
-        copies = self._operand_copies(gradient=True)
+        copies = self.operand_copies(gradient=True)
         return min(self.v, max(1, budget // 4 // copies)) if copies else self.v
 
     def _element(self, gradient: bool) -> int:
@@ -133,14 +133,14 @@ class Head:
         cast = self.operand.itemsize if gradient and copies and self.operand != self.tile else 0
         return self.tile.itemsize + cast
 
-    def _operand_copies(self, gradient: bool) -> int:
+    def operand_copies(self, gradient: bool, gemms: str | None = None) -> int:
         """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py), and of factors
-        in the tile's dtype and the operands'.
+        in the tile's dtype and the operands'. gemms: the backend whose gradient GEMMs are counted; None: the call's.
         """
         upcast = self.tile.itemsize if self.upcast else 0
         partial = 0
         if gradient:
-            partial = partial_bytes(self.operand, self.hidden_ND.device, self.options.backend)
+            partial = partial_bytes(self.operand, self.hidden_ND.device, gemms or self.options.backend)
         copies = self.d * (upcast + partial)
         if self.left_NR is not None:
             casts = (self.tile.itemsize if self.factor != self.tile else 0) + partial

@@ -41,9 +41,11 @@ def linear_token_kl(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     ref_logit_scale: float = 1.0,
     ref_softcap: float | None = None,
     ref_temperature: float = 1.0,
+    ref_low_rank: tuple[Tensor, Tensor] | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
     engine: str = "auto",
@@ -56,8 +58,8 @@ def linear_token_kl(
         "forward"   KL(q||p) = sum_v q_v (log q_v - log p_v)     dKL/dz_v = p_v - q_v
 
     "reverse" is the KL(policy || reference) of RLHF, exact where ``kl_k1`` ... ``kl_k3`` estimate it from one token;
-    "forward" is distillation from the reference as teacher. Gradients go to the policy's hidden, weight and bias; the
-    reference is a constant.
+    "forward" is distillation from the reference as teacher. Gradients go to the policy's hidden, weight, bias and
+    low-rank factors; the reference is a constant.
 
     GEMMs: 2 forward; the backward recomputes both models' logits slice by slice (6 in all), or the gradient is made in
     the forward (4 in all) for reduction "sum", and wherever nothing but ``hidden`` learns, if ``workspace_mb`` holds
@@ -72,7 +74,8 @@ def linear_token_kl(
         direction: "reverse" or "forward", as above.
         token_weight: (...) floating point, finite, any sign, multiplies each token's KL; None: 1. Differentiable.
         reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
-        logit_scale, softcap, temperature; ref_*: see ``linear_logprob``; nothing is taken over from the policy.
+        logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
+            policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
         workspace_mb: MiB for tiles of both models' logits; None: 64 on a CPU, 1/32 of the memory of an accelerator.
         precision: see ``linear_logprob``.
         engine: "auto", "one_pass" or "two_pass"; "auto" takes two passes for fp16.
@@ -91,13 +94,13 @@ def linear_token_kl(
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
     labels, ignore_index = _row_labels(hidden, labels, ignore_index)
-    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias)
+    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_low_rank, workspace_mb)
     checks.check_head_options(ref_logit_scale, ref_softcap, ref_temperature, 0.0, precision, workspace_mb)
-    policy = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    policy = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "low_rank": low_rank}
     run = _eager_token_kl if torch.compiler.is_compiling() else _token_kl
     return run(
         (hidden, lm_head_weight, labels, bias, token_weight),
-        (ref_hidden, ref_lm_head_weight, ref_bias),
+        (ref_hidden, ref_lm_head_weight, ref_bias, *(ref_low_rank or (None, None))),
         {**policy, "ignore_index": ignore_index, "precision": precision, "workspace_mb": workspace_mb},
         LogitTransform(float(ref_logit_scale), ref_softcap, float(ref_temperature)),
         direction == "reverse",
@@ -110,7 +113,7 @@ def _token_kl(policy, reference, options: dict, transform: LogitTransform, rever
     token_weight = policy[4]
     call = prepare(*policy, label_smoothing=0.0, **options)
     pair_options = (call.options, _reference_options(call, reference, transform), reverse)
-    tensors = (call.hidden_ND, call.lm_head_weight_VD, call.bias_V, *_reference_rows(call, reference))
+    tensors = (*call.tensors, *_reference_rows(call, reference))
     pair = _pair(tensors, pair_options)
     kept_N = call.kept_NK.squeeze(1)
     weight_N = kept_N.to(pair.math)
@@ -150,7 +153,9 @@ def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tup
     return labels, ignore_index
 
 
-def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias) -> None:
+def _check_reference(
+    hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_low_rank, workspace_mb
+) -> None:
     given = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
     if ref_bias is not None:
         given["ref_bias"] = ref_bias
@@ -173,6 +178,7 @@ def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref
         )
     if ref_bias is not None and ref_bias.shape != (v,):
         raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
+    checks.check_low_rank(ref_low_rank, ref_hidden, ref_lm_head_weight, workspace_mb, "ref_")
     if not torch.is_autocast_enabled(hidden.device.type):
         for name, value in given.items():
             if value.dtype != ref_hidden.dtype:
@@ -180,6 +186,8 @@ def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref
                     f"{name} is {value.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them, or run under "
                     "torch.autocast"
                 )
+        if ref_low_rank is not None:
+            checks.check_low_rank_dtypes(*ref_low_rank, ref_hidden, "ref_")
 
 
 def _reference_dtype(ref_hidden: Tensor) -> torch.dtype:
@@ -188,16 +196,23 @@ def _reference_dtype(ref_hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else ref_hidden.dtype
 
 
-def _reference_rows(call: HeadCall, reference) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The reference's hidden states of the kept rows, weight and bias: constants in one dtype."""
-    dtype = _reference_dtype(reference[0])
-    hidden, lm_head_weight, bias = (None if t is None else t.detach().to(dtype) for t in reference)
-    hidden_ND = hidden.reshape(call.leading.numel(), hidden.shape[-1])
-    if call.rows is not None:
-        hidden_ND = hidden_ND.index_select(0, call.rows)
-    if call.masked:
-        hidden_ND = hidden_ND.where(call.kept_NK.any(1, keepdim=True), 0.0)
-    return hidden_ND, lm_head_weight, bias
+def _reference_rows(call: HeadCall, reference) -> tuple[Tensor | None, ...]:
+    """The reference's five of ``HeadCall.tensors``: constants, of the kept rows, in autocast's dtype under autocast."""
+    hidden, lm_head_weight, bias, left, right = (None if t is None else t.detach() for t in reference)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = _reference_dtype(hidden)
+        hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
+        bias, left, right = (None if t is None else t.to(dtype) for t in (bias, left, right))
+
+    def kept_rows(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        values_NX = values.reshape(call.leading.numel(), values.shape[-1])
+        if call.rows is not None:
+            values_NX = values_NX.index_select(0, call.rows)
+        return values_NX.where(call.kept_NK.any(1, keepdim=True), 0.0) if call.masked else values_NX
+
+    return kept_rows(hidden), lm_head_weight, bias, kept_rows(left), right
 
 
 def _reference_options(call: HeadCall, reference, transform: LogitTransform) -> HeadOptions:
@@ -207,16 +222,14 @@ def _reference_options(call: HeadCall, reference, transform: LogitTransform) -> 
 
 
 def _pair(tensors, pair_options) -> HeadPair:
-    hidden_ND, lm_head_weight_VD, bias_V, ref_hidden_ND, ref_lm_head_weight_VD, ref_bias_V = tensors
     policy_options, ref_options, reverse = pair_options
-    no_labels_NK = torch.empty(hidden_ND.shape[0], 0, dtype=torch.int64, device=hidden_ND.device)
-    policy = Head(hidden_ND, lm_head_weight_VD, bias_V, no_labels_NK, policy_options)
-    ref = Head(ref_hidden_ND, ref_lm_head_weight_VD, ref_bias_V, no_labels_NK, ref_options)
-    return HeadPair(policy, ref, reverse)
+    no_labels_NK = torch.empty(tensors[0].shape[0], 0, dtype=torch.int64, device=tensors[0].device)
+    policy = Head.of(tensors[:5], no_labels_NK, policy_options)
+    return HeadPair(policy, Head.of(tensors[5:], no_labels_NK, ref_options), reverse)
 
 
 class LinearTokenKLFunction(torch.autograd.Function):
-    """(hidden_ND, lm_head_weight_VD, bias_V, the reference's three, options, needs, frozen_head) -> kl_N.
+    """(the five of ``HeadCall.tensors``, the reference's five, options, needs, frozen_head) -> kl_N.
 
     Saves both normalisers and recomputes logits in the backward; with a frozen head it saves dKL/dhidden instead.
     """
@@ -239,11 +252,11 @@ class LinearTokenKLFunction(torch.autograd.Function):
     def backward(ctx, dkl_N):
         if ctx.frozen_head:
             (dkl_dhidden_ND,) = ctx.saved_tensors
-            return (dkl_N.unsqueeze(1) * dkl_dhidden_ND).to(dkl_dhidden_ND.dtype), *(None,) * 8
+            return (dkl_N.unsqueeze(1) * dkl_dhidden_ND).to(dkl_dhidden_ND.dtype), *(None,) * 12
         *tensors, norms_4N, kl_N = ctx.saved_tensors
         pair = _pair(tensors, ctx.pair_options)
         gradients = kl_vocabulary_pass(pair, ctx.needs, norms_4N, kl_N, dkl_N)
-        return gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *(None,) * 6
+        return *gradients.tensors, *(None,) * 8
 
 
 class LinearWeightedKLFunction(torch.autograd.Function):
@@ -254,12 +267,12 @@ class LinearWeightedKLFunction(torch.autograd.Function):
         *tensors, weight_N, kept_N, pair_options, needs = args
         kl_N, gradients = kl_chunk_pass(_pair(tensors, pair_options), needs, weight_N)
         kl_N = kl_N.where(kept_N, 0.0)
-        ctx.save_for_backward(gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, kl_N)
+        ctx.save_for_backward(*gradients.tensors, kl_N)
         return (weight_N * kl_N).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         *gradients, kl_N = ctx.saved_tensors
-        weight_grad = dloss * kl_N if ctx.needs_input_grad[6] else None
-        return (*scaled_gradients(gradients, dloss), None, None, None, weight_grad, None, None, None)
+        weight_grad = dloss * kl_N if ctx.needs_input_grad[10] else None
+        return (*scaled_gradients(gradients, dloss), *(None,) * 5, weight_grad, *(None,) * 3)

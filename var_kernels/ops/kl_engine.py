@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops.engines import dweight_bytes
-from var_kernels.ops.gemm import add_product, logits_into, partial_bytes, product_into
+from var_kernels.ops.engines import add_factor_gradients, dweight_bytes, fill_logits, start_factor_gradients
+from var_kernels.ops.gemm import add_product, product_into
 from var_kernels.ops.head import Gradients, Head, Needs, TileStorage
 from var_kernels.ops.workspace import (
     MAX_FORWARD_ROWS,
@@ -56,18 +56,18 @@ class HeadPair:
         temporaries = 2 if self.policy.options.transform.softcap is not None else 1
         return (2 + temporaries) * self.math.itemsize + 1 + raw
 
-    def column_bytes(self, gradient: bool) -> int:
-        """Copies that a GEMM makes of a row of a weight, or of its gradient; one head at a time.
-
-        Those of torch's GEMMs, which pack 16-bit operands, whichever backend runs.
+    def _copies(self, gradient: bool) -> tuple[int, int]:
+        """Bytes that GEMMs copy of a row or column of each head: those of torch, which pack 16-bit operands, whichever
+        backend runs.
         """
-        partial = self.policy.d * partial_bytes(self.policy.operand, self.device, "torch") if gradient else 0
-        return max(upcast_bytes(self.policy) + partial, upcast_bytes(self.ref))
+        return self.policy.operand_copies(gradient, "torch"), self.ref.operand_copies(False)
+
+    def column_bytes(self, gradient: bool) -> int:
+        """One head at a time."""
+        return max(self._copies(gradient))
 
     def cost(self, *, gradient: bool) -> TileCost:
-        partial = self.policy.d * partial_bytes(self.policy.operand, self.device, "torch") if gradient else 0
-        row = upcast_bytes(self.policy) + upcast_bytes(self.ref) + partial
-        return TileCost(self.element_bytes(), self.column_bytes(gradient), row)
+        return TileCost(self.element_bytes(), self.column_bytes(gradient), sum(self._copies(gradient)))
 
     def chunk_cost(self, budget: int) -> TileCost:
         """Of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
@@ -93,17 +93,12 @@ class HeadPair:
         return tuple(head_logits(head, storage, rows, v_start, v_stop, step, self.math) for head, storage in pairs)
 
 
-def upcast_bytes(head: Head) -> int:
-    return head.d * head.tile.itemsize if head.upcast else 0
-
-
 def head_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_stop: int, step: int, math) -> Tensor:
     """z_nv in the dtype ``math``, from GEMMs of ``step`` columns; it lies in the storage where that has the dtype."""
     hidden_nd = head.upcast_rows(rows.start, rows.stop)
     raw_nv = storage.view(rows.stop - rows.start, v_stop - v_start)
     for start, stop in spans(v_start, v_stop, step):
-        weight_vd = head.lm_head_weight_VD[start:stop]
-        logits_into(raw_nv[:, start - v_start : stop - v_start], hidden_nd, weight_vd, head.options.backend)
+        fill_logits(head, raw_nv[:, start - v_start : stop - v_start], hidden_nd, rows, slice(start, stop))
     return _transformed_(raw_nv.to(math), head.bias_slice(v_start, v_stop), head.options.transform)
 
 
@@ -249,8 +244,9 @@ def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Ten
             for v_start, v_stop in spans(0, pair.v, step):
                 grad_vn, dweight_vd = grad_nv[:, v_start:v_stop].t(), gradients.dweight_VD[v_start:v_stop]
                 add_product(dweight_vd, grad_vn, head.hidden_ND[rows], backend)
+        add_factor_gradients(head, gradients, grad_nv, rows, 0, step)
         del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
-    return kl_N.clamp_(min=0.0), gradients.cast(head.operand)
+    return kl_N.clamp_(min=0.0), gradients.cast(head.operand, head.factor)
 
 
 def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step: int, backend: str) -> None:
@@ -310,10 +306,11 @@ def gradients_by_slices(
                 product_into(dweight_vd, grad_nv.t(), head.hidden_ND, backend)
             elif needs.lm_head_weight:
                 add_product(dweight_vd, grad_nv.t(), head.hidden_ND[rows], backend)
+            add_factor_gradients(head, gradients, grad_nv, rows, v_start, plan.columns)
             del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
-    return gradients.cast(head.operand)
+    return gradients.cast(head.operand, head.factor)
 
 
 def _accumulation(head: Head) -> torch.dtype:
@@ -338,4 +335,5 @@ def _empty_gradients(head: Head, needs: Needs, *, one_pass: bool) -> Gradients:
         gradients.dweight_VD = empty(head.lm_head_weight_VD, accumulates=one_pass)
     if needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=device)
+    start_factor_gradients(head, needs, gradients)
     return gradients

@@ -25,6 +25,7 @@ def vocab_parallel_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
@@ -36,17 +37,20 @@ def vocab_parallel_logprob(
 
     Every rank computes statistics over its slice and the ranks merge (max, sum of exponentials, label logit, entropy
     term) per row: 4 numbers a row in two all-reduces (with argmax a third), not a logit. The backward recomputes the
-    rank's own logits; dW stays where W is, dhidden is all-reduced: N x D. Two passes, 4 GEMMs, of V / ranks each.
+    rank's own logits; dW stays where W is, dhidden is all-reduced: N x D (dleft too: N x R). Two passes, 4 GEMMs, of
+    V / ranks each.
 
     Args:
         hidden: (..., D), the same on every rank; labels: (...) or (..., K), global token ids, the same on every rank.
         lm_head_weight: (V_rank, D) this rank's slice; slices may differ in size.  bias: (V_rank,) likewise.
+        low_rank: (left (..., R), the same on every rank, right (V_rank, R), this rank's slice).
         process_group: the ranks of the vocabulary. Every rank makes the call, forward and backward.
         the other options: see ``linear_logprob``.
 
     Returns:
-        As ``linear_logprob``, the same on every rank. Each rank's gradient of hidden is the whole one, as every rank
-        sees the same upstream gradient; under a layout that sums hidden's gradients over ranks divide by their number.
+        As ``linear_logprob``, the same on every rank. Each rank's gradient of hidden (and of left) is the whole one, as
+        every rank sees the same upstream gradient; under a layout that sums hidden's gradients over ranks divide by
+        their number.
 
     Raises:
         TypeError, ValueError: as ``linear_logprob``; labels beyond the whole vocabulary on a CPU.
@@ -66,6 +70,7 @@ def vocab_parallel_logprob(
         precision=precision,
         workspace_mb=workspace_mb,
         num_active=num_active,
+        low_rank=low_rank,
         vocabulary=sum(sizes),
         lse=return_lse,
         entropy=return_entropy,
@@ -73,7 +78,7 @@ def vocab_parallel_logprob(
     )
     shard = Shard(start, process_group)
     logp_NK, lse_N, entropy_N, argmax_N = VocabParallelLogprobFunction.apply(
-        call.hidden_ND, call.lm_head_weight_VD, call.bias_V, call.labels_NK, call.options, call.needs, shard
+        *call.tensors, call.labels_NK, call.options, call.needs, shard
     )
     outputs = [call.restore_targets(logp_NK.where(call.kept_NK, 0.0))]
     outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
@@ -91,17 +96,18 @@ class Shard:
 
 
 class VocabParallelLogprobFunction(torch.autograd.Function):
-    """hidden_ND, lm_head_weight_VD, bias_V, labels_NK and settings -> logp_NK, lse_N, entropy_N, argmax_N."""
+    """(the five of ``HeadCall.tensors``, labels_NK, options, needs, shard) -> logp_NK, lse_N, entropy_N, argmax_N."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs, shard):
+    def forward(ctx, *args):
+        *tensors, labels_NK, options, needs, shard = args
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.options, ctx.shard = needs, options, shard
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK - shard.start, options)
+        head = Head.of(tensors, labels_NK - shard.start, options)
         stats = _merged(forward_pass(head), head.labels_NK, head.v, shard)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
         if needs:
-            ctx.save_for_backward(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N)
+            ctx.save_for_backward(*tensors, labels_NK, lse_N, entropy_N)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
         return stats.logp_NK(0.0, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
@@ -111,17 +117,17 @@ class VocabParallelLogprobFunction(torch.autograd.Function):
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
         others = (None,) * 4
         if dlogp_NK is None and dlse_N is None and dentropy_N is None:
-            return (None, None, None, *others)
-        hidden_ND, lm_head_weight_VD, bias_V, labels_NK, lse_N, entropy_N = ctx.saved_tensors
-        head = Head(hidden_ND, lm_head_weight_VD, bias_V, labels_NK - ctx.shard.start, ctx.options)
+            return (*(None,) * 5, *others)
+        *tensors, labels_NK, lse_N, entropy_N = ctx.saved_tensors
+        head = Head.of(tensors, labels_NK - ctx.shard.start, ctx.options)
         if dlogp_NK is None:
             dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
         coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
         gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients)
-        if gradients.dhidden_ND is not None:
-            dist.all_reduce(gradients.dhidden_ND, group=ctx.shard.group)  # before it is rounded
-        gradients = gradients.cast(head.operand)
-        return (gradients.dhidden_ND, gradients.dweight_VD, gradients.dbias_V, *others)
+        for partial in (gradients.dhidden_ND, gradients.dleft_NR):
+            if partial is not None:
+                dist.all_reduce(partial, group=ctx.shard.group)  # before it is rounded
+        return (*gradients.cast(head.operand, head.factor).tensors, *others)
 
 
 def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard) -> RowStats:

@@ -1,0 +1,60 @@
+"""Peak memory of ``linear_token_kl``: the budget and the documented terms."""
+
+import pytest
+import torch
+
+from tests.kl_cases import BF16
+from var_kernels.measure import peak_extra_bytes
+from var_kernels.ops import kl_engine, linear_token_kl
+
+BIG_N, BIG_D, BIG_V, WORKSPACE_MB = 256, 32, 12_000, 4
+ROW_VECTORS = 40 * 8 * BIG_N
+
+
+def big(dtype):
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(BIG_N, BIG_D),
+        torch.randn(BIG_V, BIG_D),
+        torch.randn(BIG_N, BIG_D),
+        torch.randn(BIG_V, BIG_D),
+    ]
+    hidden, weight, ref_hidden, ref_weight = (t.to(dtype) for t in tensors)
+    return hidden.requires_grad_(), weight.requires_grad_(), ref_hidden, ref_weight
+
+
+def step(name, args):
+    if name == "forward":
+        with torch.no_grad():
+            return linear_token_kl(*args, workspace_mb=WORKSPACE_MB)
+    if name == "two passes":
+        total = linear_token_kl(*args, workspace_mb=WORKSPACE_MB).sum()
+    else:
+        budget = WORKSPACE_MB + (BIG_V * BIG_D * 4 / 2**20 if args[1].dtype == BF16 else 0)
+        total = linear_token_kl(*args, workspace_mb=budget, reduction="sum", engine="one_pass")
+    return torch.autograd.grad(total, args[:2])
+
+
+def bound(name, dtype):
+    gradients, wide = (BIG_N + BIG_V) * BIG_D * dtype.itemsize, dtype == BF16
+    extra = {
+        "forward": 0,
+        "two passes": gradients + wide * BIG_N * BIG_D * 4,
+        "one pass": gradients + wide * BIG_V * BIG_D * 4,
+    }
+    return (WORKSPACE_MB << 20) + extra[name] + ROW_VECTORS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("name", ["forward", "two passes", "one pass"])
+def test_peak_is_bounded(name, dtype):
+    args = big(dtype)
+    peak = peak_extra_bytes(lambda: step(name, args))
+    assert peak <= bound(name, dtype), f"{peak / 2**20:.1f} MiB above {bound(name, dtype) / 2**20:.1f}"
+    assert bound(name, dtype) < 2 * BIG_N * BIG_V * 4 / 3, "the bound would not notice the logits"
+
+
+def test_the_bound_notices_materialised_logits(monkeypatch):
+    original = kl_engine.plan_forward
+    monkeypatch.setattr(kl_engine, "plan_forward", lambda n, v, budget, cost: original(n, v, 1 << 40, cost))
+    assert peak_extra_bytes(lambda: step("forward", big(torch.float32))) > bound("forward", torch.float32)

@@ -104,6 +104,7 @@ CASES = [
     Case("bf16, ragged", dtype=BF16, tight=True, outputs=("lse", "entropy")),
     Case("bf16, confident", dtype=BF16, logits=30.0),
     Case("bf16, frozen head", dtype=BF16, frozen=("weight",)),
+    Case("bf16, one row", dtype=BF16, shape=(1, 72, 507), ignored=0.0, bias=True),
     Case("bf16, softcap and smoothing", dtype=BF16, tight=True, options={"softcap": 5.0, "label_smoothing": 0.1}),
     Case("fp16", dtype=torch.float16, bias=True),
 ]

@@ -46,10 +46,12 @@ def zero_row_ends(values_nv: Tensor) -> None:
     On CPUs with AMX the bf16 GEMM of torch 2.13 reads them and multiplies by 0, which leaves NaN where they hold NaN.
     """
     n, columns = values_nv.shape
-    end = min(-(-columns // 32) * 32, values_nv.stride(0))
+    stride, offset = values_nv.stride(0), values_nv.storage_offset()
+    # A copy of one row keeps the tile's stride, and ends with its columns.
+    last_row = values_nv.untyped_storage().nbytes() // values_nv.itemsize - offset - (n - 1) * stride
+    end = min(-(-columns // 32) * 32, stride, last_row)
     if columns < end:
-        offset = values_nv.storage_offset() + columns
-        values_nv.as_strided((n, end - columns), values_nv.stride(), offset).zero_()
+        values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
 
 
 @dataclass(frozen=True)

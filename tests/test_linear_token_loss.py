@@ -170,3 +170,27 @@ def test_without_gradients(mode, entropy):
         got = linear_token_loss(hidden.clone(), weight.clone(), labels, loss_of, entropy=entropy)
     assert got.item() == pytest.approx(expected, rel=2**-17)
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
+def test_a_masked_row_adds_nothing_whatever_it_holds(engine, frozen):
+    """Token 0 stands in for its label: forbidden here, log-prob -inf. Its inputs are NaN."""
+    hidden, weight, labels, bias = Case("", bias=True, frozen=(*frozen, "bias")).inputs()
+    bias.data[:5] = -torch.inf
+    ignored = labels == -100
+    labels = labels.where(ignored | (labels >= 5), 7)
+    advantage = torch.ones(labels.shape).masked_fill(ignored, torch.nan)
+
+    def token_loss(logp, entropy, advantage):
+        return logp.exp() * logp * advantage - 0.1 * entropy * advantage
+
+    leaves = [t for t in (hidden, weight) if t.requires_grad]
+    results = []
+    for num_active in (None, labels.numel()):
+        loss = linear_token_loss(
+            hidden, weight, labels, token_loss, (advantage,), bias, entropy=True, engine=engine, num_active=num_active
+        )
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for masked, left_out in zip(*results, strict=True):
+        torch.testing.assert_close(masked, left_out, rtol=1e-5, atol=1e-6)

@@ -111,7 +111,8 @@ def _evaluate(
     token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor], kept_n: Tensor
 ) -> Tensor:
     """(n,) losses, 0 where a row does not count (there are such rows only where they are masked)."""
-    known = (logp_n,) if entropy_n is None else (logp_n, entropy_n)
+    # Masked on both sides: such a row may have a slope of NaN, which a mask of the result alone lets through.
+    known = [t.where(kept_n, 0.0) for t in (logp_n, entropy_n) if t is not None]
     loss_n = token_loss(*known, *inputs)
     if not isinstance(loss_n, Tensor) or loss_n.shape != logp_n.shape:
         got = tuple(loss_n.shape) if isinstance(loss_n, Tensor) else type(loss_n).__name__

@@ -80,6 +80,32 @@ def test_token_loss():
     assert_compiles(fn, Case("", bias=True))
 
 
+def test_dynamic_shapes_and_options():
+    """One graph for every number of rows, with floats that may change between calls."""
+    torch._dynamo.reset()
+    weight = torch.randn(50, 16, requires_grad=True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    def fn(hidden, labels, scale, softcap):
+        options = {"logit_scale": scale, "softcap": softcap, "temperature": 1.3}
+        loss = linear_weighted_nll(hidden, weight, labels, None, reduction="mean", label_smoothing=0.1, **options)
+        return loss + linear_logprob(hidden, weight, labels, return_entropy=True, **options)[1].sum()
+
+    compiled_fn = torch.compile(fn, fullgraph=True, dynamic=True, backend=backend)
+    for n, scale in ((12, 0.5), (31, 0.5), (7, 0.25)):
+        hidden, labels = torch.randn(n, 16, requires_grad=True), torch.randint(50, (n,))
+        got, expected = (
+            torch.autograd.grad(f(hidden, labels, scale, 4.0), (hidden, weight)) for f in (compiled_fn, fn)
+        )
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
+    assert len(graphs) <= 2  # a number that changes may cost one more graph, a number of rows none
+
+
 def test_a_training_step_with_inductor():
     """The default backend, with a layer below that learns too."""
     torch._dynamo.reset()

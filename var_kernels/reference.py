@@ -99,7 +99,8 @@ def linear_weighted_nll_ref(
     loss = (-logp + z_loss * (lse.unsqueeze(-1) if several else lse).square()).where(kept, 0.0)
     if token_weight is not None:
         loss = loss * token_weight.to(loss.dtype)
-        loss = loss.where(kept & (token_weight != 0), 0.0)
+        if not token_weight.requires_grad:  # a weight that is learned has a gradient at 0 too
+            loss = loss.where(kept & (token_weight != 0), 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -133,7 +134,10 @@ def linear_token_kl_ref(
     kl = torch.where(a.isneginf(), 0.0, a.exp() * (a - b).masked_fill(a.isneginf(), 0.0)).sum(-1)
     if labels is not None:
         kl = kl.where(labels if labels.dtype == torch.bool else labels != ignore_index, 0.0)
-    kl = kl if token_weight is None else kl * token_weight.to(dtype)
+    if token_weight is not None:
+        kl = kl * token_weight.to(dtype)
+        if not token_weight.requires_grad:
+            kl = kl.where(token_weight != 0, 0.0)
     return kl.sum() if reduction == "sum" else kl
 
 

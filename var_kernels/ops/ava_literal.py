@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
+from var_kernels.ops import checks
 from var_kernels.ops.call import prepare
 from var_kernels.ops.engines import forward_pass
+from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, Needs
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
 from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
@@ -66,6 +67,7 @@ def linear_prob_lse(
 
 def _prob_lse(hidden, lm_head_weight, labels, bias, alpha: float, options) -> Tensor:
     call = prepare(hidden, lm_head_weight, labels, bias, label_smoothing=0.0, **options)
+    checks.check_eager("linear_prob_lse", call.traced)
     return call.restore(LinearProbLseFunction.apply(*call.tensors, call.labels_NK, alpha, call.options, call.needs))
 
 
@@ -155,7 +157,7 @@ class LinearProbLseFunction(torch.autograd.Function):
         return alpha / stats.sumexp_N + total_N.log()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, upstream_N):
         *tensors, labels_NK, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
         tiles = _Tiles(Head.of(tensors, labels_NK, ctx.options), ctx.alpha, max_N, sumexp_N)

@@ -17,7 +17,8 @@ class HeadCall:
     """The rows that count, flat, and how to go back.
 
     kept_NK: which (row, target) pairs count, in the call's own rows. rows: indices of the rows that were kept, None
-        for all of them. masked: whether rows without a target that counts may be among them.
+        for all of them. masked: whether rows without a target that counts may be among them. traced: there are no
+        values (see ``checks.is_traced``), so the registered ops are called.
     """
 
     hidden_ND: Tensor
@@ -29,6 +30,7 @@ class HeadCall:
     kept_NK: Tensor
     rows: Tensor | None
     masked: bool
+    traced: bool
     options: HeadOptions
     needs: Needs
     leading: torch.Size
@@ -117,6 +119,7 @@ def prepare(
     device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
     torch.compile and CUDA-graph capture, they are masked.
     """
+    checks.check_no_transform()
     checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index, vocabulary)
     checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
     checks.check_token_weight(token_weight, labels)
@@ -124,7 +127,7 @@ def prepare(
     checks.check_low_rank(low_rank, hidden, lm_head_weight, workspace_mb)
     left, right = (None, None) if low_rank is None else low_rank
     device = hidden.device
-    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -144,8 +147,8 @@ def prepare(
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
     left_NR = None if left is None else left.reshape(leading.numel(), left.shape[-1])
 
-    traced = torch.compiler.is_compiling()
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    traced = checks.is_traced(hidden)
+    capturing = not traced and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     masked = num_active is not None or traced or capturing
     rows = None
     if masked:
@@ -188,6 +191,7 @@ def prepare(
         kept_NK=kept_NK,
         rows=rows,
         masked=masked,
+        traced=traced,
         options=HeadOptions(
             transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
             label_smoothing=label_smoothing,

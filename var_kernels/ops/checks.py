@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 PRECISIONS = ("fp32", "fast")
 REDUCTIONS = ("sum", "mean", "none")
@@ -56,9 +57,34 @@ def check_tensors(
         _check_label_range(labels, vocabulary or v, ignore_index)
 
 
+def is_traced(t: Tensor) -> bool:
+    """Whether there are no values, only shapes: under torch.compile and torch.export, on the meta device, in a
+    FakeTensorMode.
+    """
+    return torch.compiler.is_compiling() or t.device.type == "meta" or isinstance(t, FakeTensor)
+
+
 def values_readable(t: Tensor) -> bool:
-    """Whether reading values is free: on a CPU, outside torch.compile."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether reading values is free: on a CPU, where there are any."""
+    return t.device.type == "cpu" and not is_traced(t)
+
+
+def check_eager(op: str, traced: bool) -> None:
+    if traced:
+        raise TypeError(
+            f"hidden must hold values for {op}, got a tensor of shapes alone (torch.export, a fake or a meta tensor); "
+            "the op is not registered: leave it outside of what is exported"
+        )
+
+
+def check_no_transform() -> None:
+    """torch.func would refuse the autograd.Functions below it in words about their insides."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is not None and not torch.compiler.is_compiling() and active():
+        raise TypeError(
+            "hidden must be no tensor of a torch.func transform (grad, vmap, jvp, vjp), got a call inside of one; call "
+            "the op on the whole batch and use torch.autograd.grad"
+        )
 
 
 def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
@@ -122,18 +148,19 @@ def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) ->
 def check_head_options(
     logit_scale: float, softcap: float | None, temperature: float, label_smoothing: float, precision: str, workspace_mb
 ) -> None:
-    if not math.isfinite(logit_scale) or logit_scale == 0:
+    # Comparisons: torch.compile(dynamic=True) traces no math.isfinite of a float that may change.
+    if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, got {softcap}; pass None for no softcap")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature must be positive and finite, got {temperature}; greedy decoding has no log-probs"
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     check_choice("precision", precision, PRECISIONS)
-    if workspace_mb is not None and not (math.isfinite(workspace_mb) and workspace_mb >= 0):
+    if workspace_mb is not None and not 0 <= workspace_mb < math.inf:
         raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
 
 
@@ -175,7 +202,7 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
 def check_num_items(num_items) -> None:
     if num_items is None or isinstance(num_items, Tensor):
         return
-    if not (math.isfinite(num_items) and num_items > 0):
+    if not 0 < num_items < math.inf:
         raise ValueError(f"num_items must be positive and finite, got {num_items}")
 
 

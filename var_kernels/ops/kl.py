@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks, compiled
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.kl_engine import (
     HeadPair,
@@ -112,6 +112,7 @@ def linear_token_kl(
 def _token_kl(policy, reference, options: dict, transform: LogitTransform, reverse: bool, reduction: str, engine: str):
     token_weight = policy[4]
     call = prepare(*policy, label_smoothing=0.0, **options)
+    checks.check_eager("linear_token_kl", call.traced)
     pair_options = (call.options, _reference_options(call, reference, transform), reverse)
     tensors = (*call.tensors, *_reference_rows(call, reference))
     pair = _pair(tensors, pair_options)
@@ -179,7 +180,7 @@ def _check_reference(
     if ref_bias is not None and ref_bias.shape != (v,):
         raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
     checks.check_low_rank(ref_low_rank, ref_hidden, ref_lm_head_weight, workspace_mb, "ref_")
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.device.type == "meta" or not torch.is_autocast_enabled(hidden.device.type):
         for name, value in given.items():
             if value.dtype != ref_hidden.dtype:
                 raise TypeError(
@@ -248,7 +249,7 @@ class LinearTokenKLFunction(torch.autograd.Function):
         return kl_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dkl_N):
         if ctx.frozen_head:
             (dkl_dhidden_ND,) = ctx.saved_tensors
@@ -271,7 +272,7 @@ class LinearWeightedKLFunction(torch.autograd.Function):
         return (weight_N * kl_N).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dloss):
         *gradients, kl_N = ctx.saved_tensors
         weight_grad = dloss * kl_N if ctx.needs_input_grad[10] else None

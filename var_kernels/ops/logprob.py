@@ -4,11 +4,11 @@ upstream gradient.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from var_kernels.ops import compiled, frozen
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import forward_pass, kept_columns, vocabulary_pass
+from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, Needs
 
 
@@ -97,7 +97,7 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
     head = (*call.tensors, call.labels_NK)
     options = call.options
-    if torch.compiler.is_compiling():
+    if call.traced:
         others = (options.entropy, options.argmax)
         logp_NK, lse_N, entropy_N, argmax_N = compiled.logprob(*head, *compiled.flat_options(options), *others)
         lse_N = lse_N if options.lse else None
@@ -138,7 +138,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         return stats.logp_NK(options.label_smoothing, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
         no_others = (None,) * 3
         if dlogp_NK is None and dlse_N is None and dentropy_N is None:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import forward_pass, one_pass
+from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
@@ -87,8 +87,7 @@ def linear_token_loss(
         token_loss = _without_entropy(token_loss)
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
     # A compiled graph cannot call back; there autograd runs over the log-probs.
-    eager = not torch.compiler.is_compiling()
-    if eager and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
+    if not call.traced and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, entropy_N, argmax_N = apply_token_loss(call, token_loss, inputs)
     else:
         logp_NK, _, entropy_N, argmax_N = apply_logprob(call)
@@ -177,7 +176,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
         return loss, logp_NK, entropy_N, stats.argmax_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dloss, *_):
         others = (None,) * 6
         if dloss is None:

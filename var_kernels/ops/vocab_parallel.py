@@ -6,11 +6,11 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import prepare
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
+from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head
 
 
@@ -113,7 +113,7 @@ class VocabParallelLogprobFunction(torch.autograd.Function):
         return stats.logp_NK(0.0, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
         others = (None,) * 4
         if dlogp_NK is None and dlse_N is None and dentropy_N is None:

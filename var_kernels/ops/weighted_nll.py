@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks, compiled
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
+from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 
@@ -94,7 +94,7 @@ def linear_weighted_nll(
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
 
-    if reduction != "none" and torch.compiler.is_compiling():
+    if reduction != "none" and call.traced:
         loss, logp_NK, argmax_N = _compiled_weighted_nll(call, weight_NK, z_loss, engine)
     elif reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
@@ -195,7 +195,7 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
         return (weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 11

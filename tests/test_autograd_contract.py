@@ -1,0 +1,152 @@
+"""What torch's machinery does to an op: second order, torch.func, checkpointing, threads, tensors without values."""
+
+import threading
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.op_cases import Case
+from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
+from var_kernels.ops.ava_literal import linear_prob_lse
+
+OPS = {
+    "logprob": lambda h, w, y: linear_logprob(h, w, y).sum(),
+    "weighted_nll": lambda h, w, y: linear_weighted_nll(h, w, y, None),
+    "token_loss": lambda h, w, y: linear_token_loss(h, w, y, lambda logp: -logp.exp() * logp),
+    "token_kl": lambda h, w, y: linear_token_kl(h, w, h.detach().flip(0), w.detach(), y).sum(),
+    "token_kl, one pass": lambda h, w, y: linear_token_kl(h, w, h.detach().flip(0), w.detach(), y, reduction="sum"),
+    "prob_lse": lambda h, w, y: linear_prob_lse(h, w, y, alpha=3.0).sum(),
+}
+REGISTERED = ("logprob", "weighted_nll", "token_loss")
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+
+
+def inputs():
+    hidden, weight, labels, _ = Case("").inputs()
+    return hidden, weight, labels
+
+
+@every_op
+def test_a_second_derivative_is_refused(op):
+    """The upstream gradient of a sum is a constant: ``once_differentiable`` would let a penalty of 0 pass."""
+    hidden, weight, labels = inputs()
+    loss = op(hidden, weight, labels)
+    plain = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    assert all(torch.equal(g, p) for g, p in zip(gradients, plain, strict=True))
+    for g in gradients:
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*full logits"):
+            g.square().sum().backward()
+
+
+@every_op
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_is_refused_too(op, frozen):
+    hidden, weight, labels = inputs()
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    learns = weight if frozen == "hidden" else hidden
+    (gradient,) = torch.autograd.grad(op(hidden, weight, labels), learns, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        gradient.sum().backward()
+
+
+@every_op
+def test_torch_func_is_refused_by_name(op):
+    hidden, weight, labels = (t.detach() for t in inputs())
+    with pytest.raises(TypeError, match=r"no tensor of a torch\.func transform"):
+        torch.func.grad(lambda h: op(h, weight, labels))(hidden)
+    with pytest.raises(TypeError, match=r"no tensor of a torch\.func transform"):
+        torch.func.vmap(lambda h: op(h, weight, labels))(hidden.unsqueeze(0))
+
+
+@every_op
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(op, reentrant):
+    hidden, weight, labels = inputs()
+    expected = torch.autograd.grad(op(hidden, weight, labels), (hidden, weight))
+    checkpoint(op, hidden, weight, labels, use_reentrant=reentrant).backward()
+    assert torch.equal(hidden.grad, expected[0])
+    assert torch.equal(weight.grad, expected[1])
+
+
+@every_op
+def test_one_gradient_of_several_is_the_same(op):
+    hidden, weight, labels = inputs()
+    both = torch.autograd.grad(op(hidden, weight, labels), (hidden, weight))
+    for leaf, expected in zip((hidden, weight), both, strict=True):
+        (alone,) = torch.autograd.grad(op(hidden, weight, labels), leaf)
+        assert torch.equal(alone, expected)
+
+
+@every_op
+def test_threads_do_not_share(op):
+    hidden, weight, labels = inputs()
+    expected = torch.autograd.grad(op(hidden, weight, labels), (hidden, weight))
+    found = []
+
+    def step():
+        found.append(torch.autograd.grad(op(hidden, weight, labels), (hidden, weight)))
+
+    threads = [threading.Thread(target=step) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(g, e) for got in found for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", ["logprob", "token_kl", "prob_lse"])
+def test_a_weight_that_changed_before_the_backward_is_noticed(op):
+    hidden, weight, labels = inputs()
+    loss = OPS[op](hidden, weight, labels)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("op", REGISTERED)
+def test_shapes_without_values(op, kind):
+    hidden, weight, labels = inputs()
+    if kind == "meta":
+        leaves = [t.detach().to("meta").requires_grad_() for t in (hidden, weight)]
+        loss = OPS[op](*leaves, labels.to("meta"))
+        gradients = torch.autograd.grad(loss, leaves)
+    else:
+        with FakeTensorMode() as mode:
+            leaves = [mode.from_tensor(t) for t in (hidden, weight)]
+            loss = OPS[op](*leaves, mode.from_tensor(labels))
+            gradients = torch.autograd.grad(loss, leaves)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert [g.shape for g in gradients] == [hidden.shape, weight.shape]
+
+
+@pytest.mark.parametrize("op", ["token_kl", "prob_lse"])
+def test_without_values_the_others_are_refused_by_name(op):
+    hidden, weight, labels = (t.to("meta") for t in inputs())
+    with pytest.raises(TypeError, match=f"hidden must hold values for linear_{op}.*meta tensor"):
+        OPS[op](hidden, weight, labels)
+
+
+class Scorer(torch.nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.weight = torch.nn.Parameter(inputs()[1].detach())
+        self.op = op
+
+    def forward(self, hidden, labels):
+        return self.op(hidden, self.weight, labels)
+
+
+@pytest.mark.parametrize("op", REGISTERED)
+def test_exported(op):
+    hidden, _, labels = inputs()
+    module = Scorer(OPS[op])
+    program = torch.export.export(module, (hidden.detach(), labels))
+    assert any("var_kernels" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(hidden.detach(), labels), module(hidden, labels))

@@ -174,6 +174,16 @@ def test_ignored_rows_may_hold_nan(target):
     assert hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("workspace_mb", [0.06, 64])
+def test_nan_of_another_token_is_not_lost(target, workspace_mb, small_tiles):
+    """One row of a diverged head: whatever is normalised by it is NaN, and a maximum must not hide it."""
+    hidden, weight, labels, _ = Case("", ignored=0.0, frozen=("hidden", "weight")).inputs(target.device)
+    weight[300] = torch.nan
+    labels = labels.where(labels != 300, 7)
+    outputs = linear_logprob(hidden, weight, labels, return_lse=True, return_entropy=True, workspace_mb=workspace_mb)
+    assert all(t.isnan().all() for t in outputs)
+
+
 def test_forbidden_tokens(target):
     """A bias of -inf takes a token out: same numbers as the smaller vocabulary, entropy and gradients finite."""
     hidden, weight, labels, _ = Case("", ignored=0.0).inputs(target.device)

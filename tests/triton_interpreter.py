@@ -48,6 +48,9 @@ def mend() -> None:
         return plain_dot(self, a, b, *rest)
 
     builder.create_dot = create_dot
+    # tl.maximum(NaN, x) is x, as on a GPU; the interpreter's is NaN
+    builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
 
     patch_tensor = interpreter._patch_lang_tensor
 

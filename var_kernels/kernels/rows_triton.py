@@ -83,7 +83,7 @@ def _row_stats_kernel(
         z = tl.where(mask, z, float("-inf"))
         above = z > lane_max
         # One exponential an element, of minus the distance to the lane's maximum, whichever side is the larger.
-        distance = tl.where(above, z - lane_max, tl.maximum(lane_max - z, 0.0))
+        distance = tl.abs(z - lane_max)  # NaN where z is: a maximum with 0 would make it 0
         decay = tl.exp(-distance)
         if ENTROPY:
             finite = tl.minimum(distance, 1e30)

@@ -155,7 +155,7 @@ def _long(results: dict, plan: Plan):
         axis.set_title(title)
     axes[0][1].set_yscale("symlog", linthresh=1.0)
     axes[0][1].set_ylim(bottom=0)
-    axes[0][0].legend(loc="lower right")
+    axes[1][0].legend(loc="lower left", frameon=True, facecolor="white", edgecolor="none", framealpha=1)
     for axis in axes[1]:
         axis.set_xlabel("step (dashed: the length of the other runs)")
     return figure
@@ -205,7 +205,7 @@ def _real(results: dict):
     for axis, key, title in zip(
         axes,
         ("pair_accuracy", "lift", "nll"),
-        ("Pairs ranked right by the log-ratio", "Lift, nats a token", "NLL of all completions, nats a token"),
+        ("Pairs ranked right", "Lift, nats a token", "NLL, nats a token"),
         strict=True,
     ):
         for row, name in enumerate(names):
@@ -214,6 +214,7 @@ def _real(results: dict):
             axis.plot(statistics.fmean(values), row, "o", color=color_of(name), markersize=7)
         axis.axvline(real["reference"]["final"][key], color=_LEVEL, linewidth=1, linestyle=(0, (4, 3)))
         axis.set_title(title)
+        axis.set_xlabel("dashed: the reference")
     axes[0].xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes[0].set_yticks(range(len(names)), names)
     return figure

@@ -119,7 +119,7 @@ def find_loss(name: str) -> Loss:
 def register(name: str, *, pass_class: str, item: str, formula: str, source: str, evidence: str) -> Callable:
     """Decorator: enter the function into ``LOSSES`` under ``name``; the function itself is returned as it is.
 
-    evidence: "paper", "code" (the authors'), "third-party code", "derived" or "unverified".
+    evidence: "paper", "summary" (of the paper), "code" (the authors'), "third-party code", "derived" or "unverified".
     """
     assert pass_class in PASS_CLASSES, pass_class
     assert item in ITEMS, item

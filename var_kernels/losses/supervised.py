@@ -119,7 +119,7 @@ def standardised_advantage(
     item="sequence",
     formula="-w s, w = var_weights(rewards, ref_logp), a constant",
     source="arXiv 2502.11026",
-    evidence="paper",
+    evidence="summary",
 )
 def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
     """Reward-weighted likelihood, VAR's loss once its weights are known: -w s.

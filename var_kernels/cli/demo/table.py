@@ -1,5 +1,6 @@
 """The results in the terminal."""
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -13,10 +14,12 @@ def print_results(console: Console, results: dict) -> None:
 
 def _result_table(results: dict) -> Table:
     table = Table(
-        title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error)", title_justify="left"
+        title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error)",
+        title_justify="left",
+        box=SIMPLE,  # without rules between the columns a row fits into 80 characters
     )
     table.add_column("model")
-    for column in ("reward", "right", "friendly", "win rate over ref.", "KL to ref., nats", "training, s"):
+    for column in ("reward", "right", "friendly", "wins over\nreference", "KL to it,\nnats", "training,\ns"):
         table.add_column(column, justify="right")
     for name, row in results["table"].items():
         table.add_row(
@@ -40,11 +43,11 @@ def _result_table(results: dict) -> Table:
 def _memory_table(memory: list[dict]) -> Table:
     vocab = f"{memory[0]['vocab']:,}"
     table = Table(title=f"Peak memory of a training step, MiB (vocabulary {vocab})", title_justify="left")
-    for column in ("tokens in the batch", "plain loss", "fused loss", "less by"):
+    for column in ("tokens in the batch", "plain loss", "fused loss", "plain / fused"):
         table.add_column(column, justify="right")
     for row in memory:
         ratio = row["plain_mib"] / row["fused_mib"]
-        table.add_row(f"{row['tokens']:,}", f"{row['plain_mib']:,.0f}", f"{row['fused_mib']:,.0f}", f"{ratio:.1f}x")
+        table.add_row(f"{row['tokens']:,}", f"{row['plain_mib']:,.0f}", f"{row['fused_mib']:,.0f}", f"{ratio:.1f}")
     return table
 
 
@@ -58,8 +61,10 @@ def _sample_table(samples: list[dict]) -> Table:
     table.add_column("reference, before", ratio=3)
     table.add_column("VAR, after", ratio=3)
     for row in samples:
-        before, after = (row["replies"][name] for name in ("reference", "VAR"))
-        table.add_row(
-            row["question"], *(f"{reply['text']}  ({reply['score'].reward:+.0f})" for reply in (before, after))
-        )
+        replies = (row["replies"][name] for name in ("reference", "VAR"))
+        table.add_row(row["question"], *(f"{reply['text']}  ({_points(reply['score'].reward)})" for reply in replies))
     return table
+
+
+def _points(reward: float) -> str:
+    return f"{reward:+.0f}" if reward else "0"

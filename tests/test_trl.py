@@ -241,6 +241,16 @@ def test_a_gradient_made_for_another_loss_is_refused(tmp_path):
         (log_probs * torch.linspace(1, 2, log_probs.shape[1])).sum().backward()
 
 
+def test_nan_passes_through_as_in_trl(tmp_path):
+    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run", loss_type="dft")
+    with torch.no_grad():
+        trainer.model.train().lm_head.weight.fill_(torch.nan)
+    loss = trainer.compute_loss(trainer.model, sft_inputs())
+    loss.backward()
+    assert loss.isnan()
+    assert trainer.model.lm_head.weight.grad.isnan().any()
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +258,6 @@ def test_a_gradient_made_for_another_loss_is_refused(tmp_path):
     ("options", "named"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"trainer_options": {"compute_metrics": lambda _: {}}}, "compute_metrics"),
         ({"trainer_options": {"compute_loss_func": lambda *_, **__: 0}}, "compute_loss_func"),
     ],
 )

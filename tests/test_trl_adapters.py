@@ -80,11 +80,11 @@ def build(wrap, name, options, folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_curves_as_on_full_logits(case, tmp_path, monkeypatch):
+def test_same_curves_as_on_full_logits(case, tmp_path):
     name, options = CASES[case]
     steps = 20 if case in WHOLE_CURVES else 8
     options = {**options, "max_steps": steps}
-    own = build(lambda cls: on_full_logits(cls, monkeypatch), name, options, tmp_path / "own")
+    own = build(on_full_logits, name, options, tmp_path / "own")
     expected = logs(own)
     ours = build(fused, name, options, tmp_path / "fused")
     assert_same_curves(logs(ours), expected, steps)
@@ -95,13 +95,11 @@ def test_same_curves_as_on_full_logits(case, tmp_path, monkeypatch):
             torch.testing.assert_close(p, trained[n], rtol=1e-3, atol=1e-5)
 
 
-def test_full_logits_give_trls_own_curve(tmp_path, monkeypatch):
+def test_full_logits_give_trls_own_curve(tmp_path):
     """The yardstick itself, where TRL has a curve of its own."""
     options = {**adapter("q_proj"), "max_steps": 8, "use_weighting": True}
     expected = logs(build(lambda cls: cls, "DPO", options, tmp_path / "trl"))
-    assert_same_curves(
-        logs(build(lambda cls: on_full_logits(cls, monkeypatch), "DPO", options, tmp_path / "own")), expected, 8
-    )
+    assert_same_curves(logs(build(on_full_logits, "DPO", options, tmp_path / "own")), expected, 8)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def lora(**options):
     return {"trainer_options": {"peft_config": LORA}, **options}
 
 
+def mean_logit(prediction):
+    logits = prediction.predictions
+    return {"mean_logit": float((logits[0] if isinstance(logits, tuple) else logits).mean())}
+
+
+def evaluated(**trainer_options):
+    return {"eval_strategy": "steps", "eval_steps": 2, "trainer_options": trainer_options}
+
+
 def losses(*names, **options):
     return {name: {"loss_type": name, **options} for name in names}
 
@@ -89,6 +98,12 @@ SAME = {
         "peft_config": {"LoRA": lora(), "LoRA, dft": lora(loss_type="dft")},
         "router_aux_loss_coef": {"0.1": {"router_aux_loss_coef": 0.1, "architecture": MIXTRAL}},
         "eval_strategy": {"steps": {"eval_strategy": "steps", "eval_steps": 2, "prediction_loss_only": True}},
+        "compute_metrics": {"function": evaluated(compute_metrics=mean_logit)},
+        "preprocess_logits_for_metrics": {
+            "function": evaluated(
+                compute_metrics=mean_logit, preprocess_logits_for_metrics=lambda logits, _: 2 * logits
+            )
+        },
     },
     "DPO": {
         "loss_type": {
@@ -112,6 +127,7 @@ SAME = {
         "bf16": {"True": {"bf16": True}},
         "router_aux_loss_coef": {"0.1": {"router_aux_loss_coef": 0.1, "architecture": MIXTRAL}},
         "eval_strategy": {"steps": {"eval_strategy": "steps", "eval_steps": 2, "prediction_loss_only": True}},
+        "compute_metrics": {"function": evaluated(compute_metrics=mean_logit)},
     },
     "KTO": {
         "loss_type": losses("kto", "apo_zero_unpaired"),
@@ -119,6 +135,7 @@ SAME = {
         "precompute_ref_log_probs": {"True": {"precompute_ref_log_probs": True}},
         "sync_ref_model": {"True": {"sync_ref_model": True, "ref_model_sync_steps": 2}},
         "peft_config": {"LoRA": lora()},
+        "compute_metrics": {"function": evaluated(compute_metrics=mean_logit)},
     },
     "GRPO": {
         "loss_type": {
@@ -181,8 +198,8 @@ def test_same_numbers(name, case, tmp_path):
     rounding = {"rel_tol": 3e-2, "abs_tol": 5e-3} if case.get("bf16") else {}
     assert_same_curves(logs(ours), expected, STEPS, **rounding)
     for entry, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
-        if "eval_loss" in entry:
-            assert entry["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+        found = {k: v for k, v in theirs.items() if k.startswith("eval_") and not k.endswith(("runtime", "second"))}
+        assert {k: entry[k] for k in found} == pytest.approx(found, rel=1e-5, abs=1e-6)
 
 
 def test_the_page_lists_what_is_tested():

@@ -122,13 +122,13 @@ def _add_full_logits(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs
     model.forward = MethodType(forward, model)
 
 
-def on_full_logits(trainer_class, monkeypatch):
+def on_full_logits(trainer_class):
     """The trainer with everything from the model's own logits, an adapter on the lm_head included."""
     module = sys.modules[trainer_class.__module__]
 
     class OnFullLogits(trainer_class):
         def __init__(self, *args, **kwargs):
-            with monkeypatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "add_fused_lm_head", _add_full_logits)
                 patch.setattr(module, "BaseTunerLayer", ())  # nothing is an instance of it
                 super().__init__(*args, **kwargs)

@@ -5,17 +5,10 @@
 #include <cstring>
 #include <utility>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include "gemm.h"
+#include "torch_ops.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VK_X86_TARGETS 1
-#if defined(__linux__)
+#if defined(VK_X86_TARGETS) && defined(__linux__)
 #define VK_BF16_TARGETS 1
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -23,47 +16,16 @@
 
 #include "gemm_x86.h"
 #endif
-#endif
 
 namespace var_kernels {
 namespace gemm {
 
-// What the compiler's baseline has: SSE2 on x86-64, NEON on arm64.
-namespace baseline {
-#define VK_LANES 4
-#include "vectors.inc"
-#include "gemm_fma.inc"
-#undef VK_LANES
-}  // namespace baseline
-
-#ifdef VK_X86_TARGETS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VK_LANES 8
-#include "vectors.inc"
-#include "gemm_fma.inc"
-#undef VK_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
-namespace avx512 {
-#define VK_LANES 16
-#include "vectors.inc"
-#include "gemm_fma.inc"
-#undef VK_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define VK_KERNELS "gemm_fma.inc"
+#include "targets.inc"
 
 }  // namespace gemm
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 enum Level : int64_t { kTorch, kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
@@ -77,23 +39,12 @@ bool has_amx_bf16() {
 }
 #endif
 
-bool has_avx512() {
-#ifdef VK_X86_TARGETS
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
 bool has_level(int64_t level) {
   if (level == kBaseline) return true;
-#ifdef VK_X86_TARGETS
-  if (level == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (level == kAvx512) return has_avx512();
-#endif
+  if (level == kAvx2) return runs_avx2();
+  if (level == kAvx512) return runs_avx512();
 #ifdef VK_BF16_TARGETS
-  if (level == kAvx512Bf16) return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  if (level == kAvx512Bf16) return runs_avx512() && __builtin_cpu_supports("avx512bf16");
   static const bool amx = has_amx_bf16();
   if (level == kAmx) return has_level(kAvx512Bf16) && amx;
 #endif
@@ -152,9 +103,9 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
   check_operand(left, "left");
   check_operand(right, "right");
   STD_TORCH_CHECK(left.size(1) == right.size(0), "right: expected ", left.size(1), " rows, got ", right.size(0));
-  STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.size(0) == left.size(0) && out.size(1) == right.size(1),
-                  "out: expected a CPU matrix of ", left.size(0), " x ", right.size(1));
-  STD_TORCH_CHECK(out.size(1) < 2 || out.stride(1) == 1, "out: expected columns next to each other");
+  check_matrix(out, "out");
+  STD_TORCH_CHECK(out.size(0) == left.size(0) && out.size(1) == right.size(1), "out: expected ", left.size(0), " x ",
+                  right.size(1));
   const bool narrow = out.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(narrow || out.scalar_type() == ScalarType::Float, "out: expected float32 or bfloat16");
   STD_TORCH_CHECK(!narrow || (!add && left.size(1) <= gemm::kMaxDepth), "out: bfloat16 takes one product of a depth of ",

@@ -7,66 +7,21 @@
 #include <limits>
 #include <optional>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include "rows.h"
+#include "torch_ops.h"
 
 namespace var_kernels {
 
-// What the compiler's baseline has: SSE2 on x86-64, NEON on arm64.
-namespace baseline {
-#define VK_LANES 4
-#include "vectors.inc"
-#include "rows_kernels.inc"
-#undef VK_LANES
-}  // namespace baseline
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VK_X86_TARGETS 1
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VK_LANES 8
-#include "vectors.inc"
-#include "rows_kernels.inc"
-#undef VK_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
-namespace avx512 {
-#define VK_LANES 16
-#include "vectors.inc"
-#include "rows_kernels.inc"
-#undef VK_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define VK_KERNELS "rows_kernels.inc"
+#include "targets.inc"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Elements that are worth a thread of their own.
 constexpr int64_t kGrainElements = 1 << 15;
 
 // 0: baseline, 1: AVX2, 2: AVX-512. The highest that this machine runs.
-int64_t best_level() {
-#ifdef VK_X86_TARGETS
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
+int64_t best_level() { return runs_avx512() ? 2 : runs_avx2() ? 1 : 0; }
 
 const RowKernels& kernels(int64_t level) {
   static const int64_t best = best_level();
@@ -102,8 +57,7 @@ float* floats_of(const std::optional<Tensor>& t, int64_t count, const char* name
 }
 
 Tile tile_of(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2, "logits: expected a CPU tensor of 2 dimensions");
-  STD_TORCH_CHECK(logits.size(1) < 2 || logits.stride(1) == 1, "logits: expected columns next to each other");
+  check_matrix(logits, "logits");
   const Storage storage = storage_of(logits.scalar_type(), "logits");
   const int64_t width = storage == Storage::f32 ? 4 : 2;
   return {static_cast<char*>(logits.data_ptr()), storage, logits.stride(0) * width, logits.size(1)};

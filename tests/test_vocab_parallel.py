@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from tests.op_cases import Case
 from tests.ranks import run_ranks
 from tests.tolerance import assert_gradient, assert_result
-from var_kernels import linear_logprob
+from var_kernels import linear_logprob, linear_token_kl
 from var_kernels.kernels import rows_native
 from var_kernels.ops import vocab_parallel_logprob
 from var_kernels.ops.backend import use_backend
@@ -80,7 +81,25 @@ def run_rank(rank, world, folder):
         vocab_parallel_logprob(hidden, weight.detach()[rows], labels, process_group=dist.group.WORLD)
     except ValueError as error:
         results["refusal"] = str(error)
+    results["DTensor"] = refused_dtensors(world)
     torch.save(results, f"{folder}/{world}-{rank}.pt")
+
+
+def refused_dtensors(world):
+    hidden, weight, labels, _ = Case("").inputs()
+    spread = distribute_tensor(weight.detach(), init_device_mesh("cpu", (world,)), [Shard(0)])
+    calls = {
+        "logprob": lambda: linear_logprob(hidden, spread, labels),
+        "kl": lambda: linear_token_kl(hidden, weight, hidden, spread, labels),
+        "low_rank": lambda: linear_logprob(hidden, weight, labels, low_rank=(hidden, spread)),
+    }
+
+    def message(call):
+        with pytest.raises(TypeError) as refused:
+            call()
+        return str(refused.value)
+
+    return {name: message(call) for name, call in calls.items()}
 
 
 def bytes_sent(rows):
@@ -149,6 +168,13 @@ def test_every_rank_has_the_same_results(ranks, world):
 
 def test_labels_beyond_the_whole_vocabulary_are_refused(ranks):
     assert "labels must be in [0, 507)" in ranks[2][1]["refusal"]
+
+
+def test_a_dtensor_is_refused_by_name(ranks):
+    messages = ranks[2][0]["DTensor"]
+    for call, name in (("logprob", "lm_head_weight"), ("kl", "ref_lm_head_weight"), ("low_rank", "low_rank's right")):
+        assert messages[call].startswith(f"{name} must be a plain tensor, got a DTensor with placements ('S(0)',)")
+        assert "full_tensor()" in messages[call]
 
 
 def test_something_else_than_a_group_is_refused():

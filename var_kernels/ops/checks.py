@@ -28,6 +28,7 @@ def check_tensors(
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        check_whole(name, value)
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating point, got {hidden.dtype}; pass the hidden states before the lm_head")
     if lm_head_weight.dim() != 2:
@@ -67,6 +68,16 @@ def is_traced(t: Tensor) -> bool:
 def values_readable(t: Tensor) -> bool:
     """Whether reading values is free: on a CPU, where there are any."""
     return t.device.type == "cpu" and not is_traced(t)
+
+
+def check_whole(name: str, value: Tensor) -> None:
+    """No DTensor: its operations are collectives, and tiles are none."""
+    if not torch.compiler.is_compiling() and hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {tuple(map(str, value.placements))}; inside "
+            "an FSDP module's forward it is one (fused_lm_head calls there); else pass its full_tensor(), or each "
+            "rank's to_local() to vocab_parallel_logprob"
+        )
 
 
 def check_eager(op: str, traced: bool) -> None:
@@ -114,6 +125,7 @@ def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_m
             f"{prefix}lm_head_weight"
         )
     for name, factor in (("left", left), ("right", right)):
+        check_whole(f"{prefix}low_rank's {name}", factor)
         if factor.device != hidden.device:
             raise ValueError(
                 f"{prefix}low_rank's {name} is on {factor.device} but {prefix}hidden is on {hidden.device}; move both "

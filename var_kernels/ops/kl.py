@@ -164,6 +164,7 @@ def _check_reference(
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {got}; the reference model's own")
+        checks.check_whole(name, value)
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
     if ref_lm_head_weight.dim() != 2 or ref_lm_head_weight.shape[0] != lm_head_weight.shape[0]:

@@ -47,7 +47,7 @@ def linear_logprob(
         lm_head_weight: (V, D), hidden's dtype. A slice ``W[:v]`` restricts the vocabulary.
         labels: (...) or (..., K) int64 in [0, V) or ``ignore_index``; aligned with hidden, nothing is shifted. Rows
             without a label cost nothing.
-        bias: (V,), hidden's dtype; -inf forbids a token.
+        bias: (V,), hidden's dtype; -inf forbids a token (under a softcap it is only lowered to -softcap).
         low_rank: (left (..., R), right (V, R)), hidden's dtype, or fp32 beside 16 bit: a second product, added to the
             logits tile by tile, as a LoRA adapter of the head is: left = scaling * dropout(hidden) A^T, right = B. Peak
             memory besides: their gradients in fp32. No (V, D) matrix is merged.

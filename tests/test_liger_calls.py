@@ -1,12 +1,18 @@
 """The calls of liger-kernel: same arguments, and the results of torch's own cross-entropy."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from var_kernels.integrations.liger import LigerFusedLinearCrossEntropyLoss, liger_fused_linear_cross_entropy
+from var_kernels.integrations.liger import (
+    LigerFusedLinearCrossEntropyFunction,
+    LigerFusedLinearCrossEntropyLoss,
+    liger_fused_linear_cross_entropy,
+)
 
 N, D, V = 31, 24, 207
 
@@ -101,3 +107,26 @@ def test_signatures_are_theirs():
             for owner in (__import__("var_kernels.integrations.liger", fromlist=["x"]), theirs)
         )
         assert ours == other
+
+
+def test_the_function_by_position():
+    weight, hidden, target, bias = tensors()
+    asked = (None, -100, 0.01, 0.0, "mean", None, True, None, False, True, True)
+    wanted = LigerFusedLinearCrossEntropyLoss(*asked)(weight, hidden, target, bias)
+    found = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target, bias, *asked, None, None, 1)
+    for ours, theirs in zip(found, vars(wanted).values(), strict=True):
+        assert torch.equal(ours, theirs)
+    loss, *others = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target, bias)
+    assert torch.equal(loss, LigerFusedLinearCrossEntropyLoss()(weight, hidden, target, bias))
+    assert others == [None] * 3
+    with pytest.raises(ValueError, match="ce_mode: expected None"):
+        LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target, bias, *asked, None, "mode")
+
+
+def test_the_module_is_one_as_any_other():
+    """A dataclass underneath: it copies and pickles, and compares and prints as modules do."""
+    loss = LigerFusedLinearCrossEntropyLoss(torch.linspace(0.5, 2, V), reduction="sum")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(loss)))
+    assert torch.equal(copied(*tensors()), loss(*tensors()))
+    assert loss != copied
+    assert repr(loss) == "LigerFusedLinearCrossEntropyLoss()"

@@ -8,8 +8,11 @@ Same arguments by name, same results, no filtering of small gradients: ``filter_
 and summed in fp32. What differs: it runs on CPUs, and the result is fp32 whatever the inputs are.
 """
 
-from torch import Tensor, nn
+from dataclasses import dataclass
 
+from torch import Tensor
+
+from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_weighted_nll
 
 
@@ -60,26 +63,20 @@ def linear_cross_entropy(
     )
 
 
-class LinearCrossEntropy(nn.Module):
+@dataclass(eq=False, repr=False)
+class LinearCrossEntropy(OptionsModule):
     """``linear_cross_entropy`` as a module: options first, then ``loss(e, c, targets, bias=None)``."""
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        softcap: float | None = None,
-        reduction: str = "mean",
-        shift: bool | int = 0,
-        filter_eps: float | str | None = "auto",
-        accum_e_fp32: bool = False,
-        accum_c_fp32: bool = False,
-        filter_e_grad: bool = True,
-        filter_c_grad: bool = True,
-        impl: str = "cce",
-    ):
-        super().__init__()
-        self.ignore_index, self.softcap, self.reduction, self.shift = ignore_index, softcap, reduction, shift
-        self.filter_eps, self.filter_e_grad, self.filter_c_grad = filter_eps, filter_e_grad, filter_c_grad
-        self.accum_e_fp32, self.accum_c_fp32, self.impl = accum_e_fp32, accum_c_fp32, impl
+    ignore_index: int = -100
+    softcap: float | None = None
+    reduction: str = "mean"
+    shift: bool | int = 0
+    filter_eps: float | str | None = "auto"
+    accum_e_fp32: bool = False
+    accum_c_fp32: bool = False
+    filter_e_grad: bool = True
+    filter_c_grad: bool = True
+    impl: str = "cce"
 
     def forward(self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_cross_entropy(e, c, targets, bias, self.ignore_index, self.softcap, self.reduction, self.shift)

@@ -7,11 +7,12 @@ Same arguments in the same order, same results. What differs: it runs on CPUs to
 (``accum_dtype`` changes nothing), ignored rows cost nothing, and the result is fp32 whatever the inputs are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -28,7 +29,8 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
-class LigerFusedLinearCrossEntropyLoss(nn.Module):
+@dataclass(eq=False, repr=False)
+class LigerFusedLinearCrossEntropyLoss(OptionsModule):
     """Cross-entropy of a linear layer without its [N, V] output: ``loss(lin_weight, _input, target, bias=None)``.
 
         loss_n = -ce_weight[y_n] log p_{y_n} + lse_square_scale lse_n^2
@@ -46,36 +48,26 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         ValueError: options that do not go together here, out of range, or of the wrong shape.
     """
 
-    def __init__(
-        self,
-        ce_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        accum_dtype: torch.dtype | None = None,
-        use_token_scaling: bool = False,
-        return_token_accuracy: bool = False,
-        return_predicted_tokens: bool = False,
-    ):
-        super().__init__()
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-        others = {
-            "label_smoothing": label_smoothing,
-            "lse_square_scale": lse_square_scale,
-            "use_token_scaling": use_token_scaling,
-        }
-        for name in (key for key, value in others.items() if value):
-            if ce_weight is not None or (use_token_scaling and name != "use_token_scaling"):
-                first = "ce_weight" if ce_weight is not None else "use_token_scaling"
-                raise ValueError(f"{name} must be off together with {first}, got {others[name]}; drop one of them")
-        self.ce_weight, self.ignore_index, self.softcap = ce_weight, ignore_index, softcap
-        self.lse_square_scale, self.label_smoothing, self.reduction = lse_square_scale, label_smoothing, reduction
-        self.use_token_scaling, self.return_z_loss = use_token_scaling, return_z_loss
-        self.return_token_accuracy, self.return_predicted_tokens = return_token_accuracy, return_predicted_tokens
+    ce_weight: Tensor | None = None
+    ignore_index: int = -100
+    lse_square_scale: float = 0.0
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    softcap: float | None = None
+    return_z_loss: bool = False
+    accum_dtype: torch.dtype | None = None
+    use_token_scaling: bool = False
+    return_token_accuracy: bool = False
+    return_predicted_tokens: bool = False
+
+    def __post_init__(self):
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {self.reduction!r}")
+        first = "ce_weight" if self.ce_weight is not None else "use_token_scaling" if self.use_token_scaling else None
+        for name in ("label_smoothing", "lse_square_scale", "use_token_scaling"):
+            value = getattr(self, name)
+            if first is not None and value and name != first:
+                raise ValueError(f"{name} must be off together with {first}, got {value}; drop one of them")
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None):
         head = (_input, lin_weight, target)
@@ -170,19 +162,9 @@ def liger_fused_linear_cross_entropy(
     """``LigerFusedLinearCrossEntropyLoss`` as a function, in liger-kernel's own argument order; chunk_mem_const is
     taken and not needed: a memory budget takes its place.
     """
-    loss = LigerFusedLinearCrossEntropyLoss(
-        ce_weight,
-        ignore_index,
-        lse_square_scale,
-        label_smoothing,
-        reduction,
-        softcap,
-        return_z_loss,
-        accum_dtype,
-        use_token_scaling,
-        return_token_accuracy,
-        return_predicted_tokens,
-    )
+    options = (ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss)
+    others = (accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens)
+    loss = LigerFusedLinearCrossEntropyLoss(*options, *others)
     return loss(weight, input, target, bias)
 
 
@@ -192,16 +174,13 @@ class LigerFusedLinearCrossEntropyFunction:
     """
 
     @staticmethod
-    def apply(_input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
-              label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
-              use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False, ce_impl=None,
-              ce_mode=None, chunk_mem_const=1):  # fmt: skip
-        if ce_impl is not None or ce_mode is not None:
-            name = "ce_impl" if ce_impl is not None else "ce_mode"
-            raise ValueError(f"{name}: expected None, it chooses among liger-kernel's own kernels; leave it out")
-        options = (ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss)
-        asked = (accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens)
-        found = liger_fused_linear_cross_entropy(_input, weight, target, bias, *options, *asked)
+    def apply(_input, weight, target, bias=None, *options):
+        """options: ce_weight to return_predicted_tokens as the module's, then ce_impl, ce_mode, chunk_mem_const."""
+        count = len(fields(LigerFusedLinearCrossEntropyLoss))
+        for name, value in zip(("ce_impl", "ce_mode"), options[count:], strict=False):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, it chooses among liger-kernel's own kernels; leave it out")
+        found = LigerFusedLinearCrossEntropyLoss(*options[:count])(weight, _input, target, bias)
         if isinstance(found, Tensor):
             return found, None, None, None
         return found.loss, found.z_loss, found.token_accuracy, found.predicted_tokens

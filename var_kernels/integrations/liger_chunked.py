@@ -9,11 +9,13 @@ whole batch. ``compiled`` and ``chunk_size`` are taken and not needed: a memory 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_logprob
 
 _ELSEWHERE = {
@@ -80,19 +82,16 @@ def _mean_logit(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> 
     return mean if bias is None else mean + bias.mean(dtype=torch.float32)
 
 
-class _PairLoss(nn.Module):
+class _PairLoss(OptionsModule):
     """mean over pairs of pair_loss, plus alpha times the NLL of the chosen labels."""
 
     average_log_prob, alpha, use_ref_model = False, 1.0, False
 
-    def _keep(self, given: dict) -> None:
-        """The constructor's arguments as attributes, as theirs has them."""
-        super().__init__()
-        for name in given.keys() - {"self", "__class__"}:
-            setattr(self, name, given[name])
-
     def pair_loss(self, c: Tensor, r: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        return self._compute(lin_weight, _input, target, bias)
 
     def _compute(self, lin_weight, _input, target, bias, nll_target=None, reference=None):
         if _input.dim() != 3 or target.shape != _input.shape[:2] or len(target) % 2:
@@ -132,6 +131,7 @@ class _PairLoss(nn.Module):
         return (self.pair_loss(c, r).mean(),)
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearDPOLoss(_PairLoss):
     """``loss(lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias)`` -> (loss, metrics).
 
@@ -151,28 +151,26 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         ValueError: an unknown loss_type, label_smoothing out of range, a missing reference, shapes that are not pairs.
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        compute_nll_loss: bool = False,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
-    ):
-        self._keep(locals())
-        if loss_type not in _DPO:
-            raise ValueError(f"loss_type must be one of {sorted(_DPO)}, got {loss_type!r}")
-        lowest = label_smoothing > 0 if loss_type == "exo_pair" else label_smoothing >= 0
-        if loss_type in ("exo_pair", "robust") and not (lowest and label_smoothing < 0.5):
-            interval = "(0, 0.5)" if loss_type == "exo_pair" else "[0, 0.5)"
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    compute_nll_loss: bool = False
+    compiled: bool = True
+    use_ref_model: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+
+    def __post_init__(self):
+        if self.loss_type not in _DPO:
+            raise ValueError(f"loss_type must be one of {sorted(_DPO)}, got {self.loss_type!r}")
+        interval = {"exo_pair": "(0, 0.5)", "robust": "[0, 0.5)"}.get(self.loss_type)
+        lowest = self.label_smoothing > 0 or (self.label_smoothing == 0 and self.loss_type == "robust")
+        if interval is not None and not (lowest and self.label_smoothing < 0.5):
             raise ValueError(
-                f"label_smoothing must be in {interval} for loss_type={loss_type!r}, got {label_smoothing}"
+                f"label_smoothing must be in {interval} for loss_type={self.loss_type!r}, got {self.label_smoothing}"
             )
 
     def pair_loss(self, c, r):
@@ -184,32 +182,27 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         )
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearCPOLoss(_PairLoss):
     """CPO: -(1 - e) log sigmoid(c - r) - e log sigmoid(r - c) with c = beta s_w, r = beta s_l, plus alpha NLL.
 
     Call, results, errors: as ``LigerFusedLinearDPOLoss``, without a reference.
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ):
-        self._keep(locals())
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
 
     def pair_loss(self, c, r):
         return _smoothed(c - r, self.label_smoothing)
 
-    def forward(self, lin_weight, _input, target, bias=None):
-        return self._compute(lin_weight, _input, target, bias)
 
-
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearSimPOLoss(_PairLoss):
     """SimPO: as CPO with c - r - gamma for c - r, on mean log-probs.
 
@@ -218,26 +211,20 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
 
     average_log_prob = True
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        gamma: float = 0.5,
-        chunk_size: int = 1,
-    ):
-        self._keep(locals())
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    gamma: float = 0.5
+    chunk_size: int = 1
 
     def pair_loss(self, c, r):
         return _smoothed(c - r - self.gamma, self.label_smoothing)
 
-    def forward(self, lin_weight, _input, target, bias=None):
-        return self._compute(lin_weight, _input, target, bias)
 
-
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearORPOLoss(_PairLoss):
     """ORPO: NLL of the chosen - beta log sigmoid(log odds_w - log odds_l), on mean log-probs.
 
@@ -247,15 +234,11 @@ class LigerFusedLinearORPOLoss(_PairLoss):
 
     average_log_prob = True
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        chunk_size: int = 1,
-    ):
-        self._keep(locals())
+    ignore_index: int = -100
+    beta: float = 0.1
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    chunk_size: int = 1
 
     def _reduced(self, c, r, chosen, rejected):
         log_odds = (chosen - torch.log(-torch.expm1(chosen))) - (rejected - torch.log(-torch.expm1(rejected)))
@@ -266,7 +249,8 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         return self._compute(lin_weight, _input, target, bias, nll_target)
 
 
-class LigerFusedLinearKTOLoss(nn.Module):
+@dataclass(eq=False, repr=False)
+class LigerFusedLinearKTOLoss(OptionsModule):
     """``loss(_input, lin_weight, target, bias, preference_labels, ref_input, ref_weight, ref_bias, kl)``.
 
         mean over sequences of 1 - sigmoid(+-beta (s - sr - kl)), + where preference_labels holds
@@ -280,18 +264,12 @@ class LigerFusedLinearKTOLoss(nn.Module):
         ValueError: preference_labels or the reference missing.
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ):
-        super().__init__()
-        self.ignore_index, self.beta, self.compiled = ignore_index, beta, compiled
-        self.use_ref_model, self.average_log_prob, self.chunk_size = use_ref_model, average_log_prob, chunk_size
+    ignore_index: int = -100
+    beta: float = 0.1
+    compiled: bool = True
+    use_ref_model: bool = False
+    average_log_prob: bool = False
+    chunk_size: int = 1
 
     def forward(
         self,

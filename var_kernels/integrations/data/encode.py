@@ -1,6 +1,7 @@
 """Examples to token ids: one flat table of rows (a prompt and one completion each), small enough to stay in memory."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from var_kernels.integrations.data.forms import DataError, Example, Problem, Text
 
 logger = logging.getLogger(__name__)
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CHUNK = 1000  # texts handed to the tokenizer at once
 _ANCHORS = ("\n", ":", "x")  # texts that rarely grow together with what follows
 
@@ -31,6 +33,7 @@ class EncodedRows:
     cut_completions: int = 0
     columns: dict[str, Tensor] = field(default_factory=dict, compare=False)  # (rows,), made for the method: "ref_logp"
     token_columns: dict[str, Tensor] = field(default_factory=dict, compare=False)  # (tokens,), beside token_ids
+    others: Tensor | None = None  # (tokens,) bool: in a completion, but not the assistant's; None: there are none
 
     def __len__(self) -> int:
         return len(self.prompt_length)
@@ -41,14 +44,16 @@ class EncodedRows:
 
     def row(self, row: int) -> dict:
         """input_ids and labels (T,) int64, and what is known of the row."""
-        ids = self.token_ids[self.offset[row] : self.offset[row + 1]].long()
+        span = slice(self.offset[row], self.offset[row + 1])
+        ids = self.token_ids[span].long()
         labels = ids.clone()
         labels[: self.prompt_length[row]] = -100
+        if self.others is not None:
+            labels[self.others[span]] = -100
         known = {"input_ids": ids, "labels": labels, "group": self.group[row]}
         if self.reward is not None:
             known["reward"] = self.reward[row]
         known |= {name: column[row] for name, column in self.columns.items()}
-        span = slice(self.offset[row], self.offset[row + 1])
         return known | {name: column[span] for name, column in self.token_columns.items()}
 
     def row_sums(self, values: Tensor) -> Tensor:
@@ -61,13 +66,15 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
     sequence.
 
     Plain text: the tokenizer's own beginning-of-sequence token comes first, its end-of-sequence token last. Messages:
-    the tokenizer's chat template decides on both. Rows longer than ``max_length`` are cut and counted, never dropped:
-    first the prompt loses its oldest tokens, down to half of ``max_length``, then the completion its last ones (with
-    them the end token).
+    the tokenizer's chat template decides on both, and, where it marks the assistant's text by {% generation %}, on what
+    of a completion has labels; what is marked and what is not are tokenised apart, too. Rows longer than ``max_length``
+    are cut and counted, never dropped: first the prompt loses its oldest tokens, down to half of ``max_length``, then
+    the completion its last ones (with them the end token).
 
     Raises:
         ValueError: no end-of-sequence token, no chat template for messages, max_length below 2.
-        DataError: rows that the chat template refuses, or whose prompt has no token.
+        DataError: rows that the chat template refuses, whose prompt has no token, whose completion keeps none that has
+            a label, or holds messages of others than the assistant that the template does not tell apart.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt token and a completion token), got {max_length}")
@@ -78,8 +85,8 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
     texts, problems = _split_texts(examples, tokenizer)
     if problems:
         raise DataError(problems, remedy="the chat template does not fit these rows")
-    rows, lengths, cut_prompts, cut_completions = [], [], 0, 0
-    for prompt, completion, where in _token_lists(texts, tokenizer):
+    rows, others, lengths, cut_prompts, cut_completions = [], [], [], 0, 0
+    for prompt, completion, of_others, where in _token_lists(texts, tokenizer):
         if not prompt:
             raise DataError(
                 [Problem(where, "the prompt has no token")], remedy="this tokenizer makes nothing of the prompt"
@@ -88,9 +95,17 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
         cut_prompts += len(prompt) > room
         prompt = prompt[-room:]
         cut_completions += len(prompt) + len(completion) > max_length
-        completion = completion[: max_length - len(prompt)]
+        completion, of_others = completion[: max_length - len(prompt)], of_others[: max_length - len(prompt)]
+        if all(of_others):
+            problems.append(Problem(where, "the completion keeps no token that the chat template gives the assistant"))
         lengths.append((len(prompt), len(completion)))
         rows.append(torch.tensor(prompt + completion, dtype=torch.int32))
+        others.append(torch.tensor([False] * len(prompt) + of_others, dtype=torch.bool))
+    if problems:
+        raise DataError(
+            problems, remedy="put {% generation %} ... {% endgeneration %} around all that the assistant writes, or "
+            "raise max_length",
+        )  # fmt: skip
     if cut_prompts or cut_completions:
         logger.warning(
             "max_length %d: of %d rows, %d lost the beginning of the prompt and %d the end of the completion",
@@ -116,37 +131,82 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
         where=[where for example in examples for where in example.where],
         cut_prompts=cut_prompts,
         cut_completions=cut_completions,
+        others=torch.cat(others) if any(row.any() for row in others) else None,
     )
 
 
-def _split_texts(examples: Sequence[Example], tokenizer) -> tuple[list[tuple[str, str, bool, str]], list[Problem]]:
-    """(prompt text, completion text, rendered by the template?, where) of each row."""
+@dataclass(frozen=True)
+class _RowText:
+    prompt: str
+    parts: list[tuple[str, bool]]  # of the completion, and whether each is another's than the assistant's
+    rendered: bool  # by the chat template
+    where: str
+
+
+def _split_texts(examples: Sequence[Example], tokenizer) -> tuple[list[_RowText], list[Problem]]:
     texts, problems = [], []
     for example in examples:
         for completion, where in zip(example.completions, example.where, strict=True):
             if isinstance(example.prompt, str):
-                texts.append((example.prompt, completion, False, where))
+                texts.append(_RowText(example.prompt, [(completion, False)], False, where))
                 continue
             try:
-                texts.append((*_render(tokenizer, example.prompt, completion, example.tools), True, where))
+                head, parts = _render(tokenizer, example.prompt, completion, example.tools)
+                texts.append(_RowText(head, parts, True, where))
             except _template_errors() as error:
                 problems.append(Problem(where, str(error)))
     return texts, problems
 
 
-def _render(tokenizer, prompt: Text, completion: Text, tools: list | None) -> tuple[str, str]:
+def _render(tokenizer, prompt: Text, completion: Text, tools: list | None) -> tuple[str, list[tuple[str, bool]]]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "messages need a tokenizer with a chat template: set tokenizer.chat_template, or give plain text"
         )
-    head = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tools=tools, tokenize=False)
+    answers = completion[0]["role"] == "assistant"
+    head = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=answers)
+    whole, spans = _with_marks(tokenizer, [*prompt, *completion], tools)
     if not whole.startswith(head):
         raise ValueError(
             "the chat template renders prompt + completion differently from the prompt alone, so they cannot be told "
             "apart"
         )
-    return head, whole[len(head) :]
+    if spans is None:
+        others = sorted({message["role"] for message in completion} - {"assistant"})
+        if others:
+            raise ValueError(
+                f"the completion holds messages of {', '.join(others)}, and only what the assistant writes is trained: "
+                "put {% generation %} ... {% endgeneration %} around that in tokenizer.chat_template (transformers' "
+                "return_assistant_tokens_mask reads the same marks), or let the prompt end with these messages"
+            )
+        return head, [(whole[len(head) :], False)]
+    parts, end = [], len(head)
+    for start, stop in [*spans, (len(whole), len(whole))]:
+        start, stop = max(start, len(head)), max(stop, len(head))
+        parts += [(whole[end:start], True), (whole[start:stop], False)]
+        end = stop
+    return head, [(text, of_others) for text, of_others in parts if text]
+
+
+def _with_marks(tokenizer, messages: list[dict], tools: list | None) -> tuple[str, list[tuple[int, int]] | None]:
+    """The rendered conversation, and the (start, stop) of each part that its template puts into {% generation %}; None
+    where the template has no such marks."""
+    if not isinstance(tokenizer.chat_template, str | dict):
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False), None
+    template = tokenizer.get_chat_template(None, tools)
+    if not _MARK.search(template):
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False), None
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # apply_chat_template counts the marks in tokens of the whole text; prompt and completion are tokenised apart here
+    rendered, spans = render_jinja_template(
+        [messages],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return rendered[0], spans[0]
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
@@ -157,20 +217,25 @@ def _template_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TemplateError)
 
 
-def _token_lists(texts, tokenizer):
-    """(prompt ids, completion ids, where) of each row."""
+def _token_lists(texts: list[_RowText], tokenizer):
+    """(prompt ids, completion ids, which of these are of others, where) of each row."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
-        prompts = _ids(tokenizer, [prompt for prompt, _, _, _ in chunk])
-        completions = _continuations(tokenizer, [completion for _, completion, _, _ in chunk])
+        prompts = _ids(tokenizer, [row.prompt for row in chunk])
+        parts = iter(_continuations(tokenizer, [text for row in chunk for text, _ in row.parts]))
         # A prompt's own special tokens: only a leading <bos> is wanted; some tokenizers also close with <eos> or <sep>.
         opens = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        for (_, _, rendered, where), prompt, completion in zip(chunk, prompts, completions, strict=True):
-            if rendered:
-                yield prompt, completion, where
+        for row, prompt in zip(chunk, prompts, strict=True):
+            completion, of_others = [], []
+            for _, other in row.parts:
+                ids = next(parts)
+                completion += ids
+                of_others += [other] * len(ids)
+            if row.rendered:
+                yield prompt, completion, of_others, row.where
             else:
-                yield [bos, *prompt] if opens else prompt, [*completion, eos], where
+                yield [bos, *prompt] if opens else prompt, [*completion, eos], [*of_others, False], row.where
 
 
 def _continuations(tokenizer, texts: list[str]) -> list[list[int]]:

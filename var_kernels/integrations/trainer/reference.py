@@ -41,10 +41,11 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def rows_fingerprint(rows: EncodedRows) -> str:
-    """Hash of the token ids and of where completions begin: of the text, the tokenizer and max_length together."""
+    """Hash of the token ids and of which of them have labels: of the text, the tokenizer and max_length together."""
     digest = hashlib.sha256()
-    for tensor in (rows.token_ids, rows.offset, rows.prompt_length):
-        digest.update(tensor.contiguous().numpy())
+    for tensor in (rows.token_ids, rows.offset, rows.prompt_length, rows.others):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()
 
 

@@ -34,14 +34,57 @@ def test_links_lead_somewhere(page):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def measured(path: Path | str) -> list[dict]:
+    lines = (ROOT / "benchmarks" / "results" / path).read_text().splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
 def test_memory_figures_are_measured():
     def less_gradients(name):
-        lines = (ROOT / "benchmarks" / "results" / "cpu-2-cores" / name).read_text().splitlines()
-        return {row["loss"]: float(row["peak_less_gradients_mib"]) for row in csv.DictReader(lines[1:])}
+        return {row["loss"]: float(row["peak_less_gradients_mib"]) for row in measured(f"cpu-2-cores/{name}")}
 
     fp32, bf16 = less_gradients("memory-fp32.csv"), less_gradients("memory-bf16.csv")
     assert f"{fp32['fused']:.0f} MiB instead of {fp32['plain']:.0f} MiB" in README
     assert f"{fp32['plain'] / fp32['fused']:.1f}x less; {bf16['plain'] / bf16['fused']:.1f}x in bf16" in README
+
+
+def test_times_are_measured():
+    def shares(folder):
+        """One pass over transformers' loss, of every shape."""
+        for path in (ROOT / "benchmarks" / "results" / folder).glob("loss-*-bfloat16.csv"):
+            ms = {(row["provider"], row["mode"]): float(row["ms"]) for row in measured(path)}
+            yield ms["var_kernels, fp32 logits", "one pass"] / ms["transformers' loss", "two passes"]
+
+    plain, amx = sorted(shares("cpu-avx-512")), sorted(shares("cpu-amx"))
+    assert len(plain) == len(amx) == 4
+    text = " ".join(README.split())
+    assert f"take {plain[0]:.2f} to {plain[-1]:.2f} of the time of transformers' loss at four shapes" in text
+    assert f"on a CPU with AMX {amx[0]:.2f} to {amx[-1]:.2f} (" in text
+
+
+def test_figures_of_the_demo_are_measured():
+    table = {
+        cells[0].strip("* ").lower(): [cell.strip("* ") for cell in cells[1:]]
+        for cells in (line.strip("|").split("|") for line in README.splitlines() if line.count("|") == 7)
+    }
+    for row in measured("cpu-2-cores/demo-models.csv"):
+        name = row["model"].lower()
+        cells = table["π* at λ = 0.5" if name == "optimum" else name]
+        value = {key: float(text) for key, text in row.items() if key != "model" and text}
+        if name == "optimum":
+            assert cells == [f"{value['reward']:+.2f}", "", "", "", f"{value['kl']:.2f}"]
+            continue
+        assert cells[0] == f"{value['reward']:+.2f} ± {value['reward_error']:.2f}"
+        assert cells[1:3] == [f"{value[key]:.0%}".replace("%", " %") for key in ("right", "friendly")]
+        if name != "reference":
+            wins = f"{value['win_rate']:.0%} ± {value['win_rate_error']:.0%}".replace("%", " %")
+            assert cells[3:] == [wins, f"{value['kl']:.2f} ± {value['kl_error']:.2f}"]
+    few, _, many = (
+        f"{float(row['plain_mib']):,.0f} plain, {float(row['fused_mib']):.0f} fused at {int(row['tokens']):,}"
+        for row in measured("cpu-2-cores/demo-memory.csv")
+    )
+    text = " ".join(README.split())
+    assert f"{few} tokens; {many}" in text
 
 
 def test_the_table_of_losses_is_the_registry():

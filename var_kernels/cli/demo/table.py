@@ -14,12 +14,15 @@ def print_results(console: Console, results: dict) -> None:
 
 def _result_table(results: dict) -> Table:
     table = Table(
-        title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error)",
+        title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error);\n"
+        "wins over the reference, KL to it in nats a reply, seconds of training",
         title_justify="left",
         box=SIMPLE,  # without rules between the columns a row fits into 80 characters
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("model")
-    for column in ("reward", "right", "friendly", "wins over\nreference", "KL to it,\nnats", "training,\ns"):
+    for column in ("reward", "right", "friendly", "wins", "KL", "seconds"):
         table.add_column(column, justify="right")
     for name, row in results["table"].items():
         table.add_row(

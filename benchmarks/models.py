@@ -6,7 +6,7 @@
 
 Every pair runs in a process of its own with limits of time and memory. Results are kept line by line in
 runs/models-VERSION.jsonl, and a sweep that was stopped goes on where it was. No network, no weights: tests/zoo shrinks
-each configuration and draws random ones.
+each configuration and draws random ones. Inkling needs scipy installed.
 """
 
 import argparse

@@ -13,9 +13,10 @@ Made by `python -m benchmarks.models` (`--merge RESULTS` adds a column); do not 
 
 Every class of transformers' causal-LM, image-text-to-text, multimodal-LM and sequence-to-sequence mappings is built
 from a shrunk configuration with random weights, and compared with itself: `token_logprobs` with the log-softmax of the
-model's own logits, `fused_lm_head`'s loss with the model's own loss, and the gradient of every parameter under both.
-Log-probs and losses agree to 2^-17, gradients to 2^-17 of each parameter's root mean square, or to 4 times what the
-model's own gradient moves by rounding. Models run in fp64, or in fp32 where their own forward knows only that.
+model's own logits, `fused_lm_head`'s loss with the model's own loss, and the gradient of every parameter under both;
+the loss again with labels on padding, with `num_items_in_batch`, and with a tuple for output. Log-probs and losses
+agree to 2^-17, gradients to 2^-17 of each parameter's root mean square, or to 4 times what the model's own gradient
+moves by rounding. Models run in fp64, or in fp32 where their own forward knows only that.
 Multimodal models get text alone where they accept it, pictures or boxes where they do not. A class is
 
 - **right**: everything agrees;

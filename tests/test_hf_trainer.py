@@ -7,6 +7,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from tests.tiny_training import tiny_model
+from tests.zoo.build import build
+from tests.zoo.inputs import batch
 from var_kernels.integrations.hf import fused_lm_head
 from var_kernels.integrations.hf_trainer import FusedLossMixin
 
@@ -24,7 +26,7 @@ def rows(count=40, length=12):
     return made
 
 
-def trainer(folder, *, trainer_class=Trainer, trainer_options=None, model=None, **options):
+def trainer(folder, *, trainer_class=Trainer, trainer_options=None, model=None, data=None, **options):
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -41,7 +43,7 @@ def trainer(folder, *, trainer_class=Trainer, trainer_options=None, model=None, 
     return trainer_class(
         model=tiny_model(dtype=torch.float32) if model is None else model,
         args=arguments,
-        train_dataset=rows(),
+        train_dataset=data or rows(),
         eval_dataset=rows(6),
         **(trainer_options or {}),
     )
@@ -89,6 +91,47 @@ def test_the_curve_under_torch_compile(tmp_path):
     with fused_lm_head(model):
         got = curve(trainer(tmp_path / "fused", model=model, **options))
     assert got == [pytest.approx(step, rel=2e-5) for step in expected]
+
+
+def pictures(model):
+    """Rows of LLaVA: tokens for the patches, text, and the pixels."""
+    found, size = batch(model, encoder_decoder=False), model.config.vision_config.image_size
+    patches = (size // model.config.vision_config.patch_size) ** 2
+    for name, value in {"input_ids": model.config.image_token_id, "labels": -100, "attention_mask": 1}.items():
+        found[name] = torch.nn.functional.pad(found[name], (patches, 0), value=value)
+    return found | {"pixel_values": torch.randn(3, 3, size, size)}
+
+
+def targets(model):
+    return batch(model, encoder_decoder=True)
+
+
+OTHERS = {
+    "llava": ("LlavaForConditionalGeneration", pictures),
+    "kosmos-2": ("Kosmos2ForConditionalGeneration", lambda model: batch(model, encoder_decoder=False)),
+    "t5": ("T5ForConditionalGeneration", targets),  # whose own loss does not read num_items_in_batch
+    "vision-encoder-decoder": ("VisionEncoderDecoderModel", targets),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_pictures_and_decoder_labels(kind, tmp_path):
+    name, inputs = OTHERS[kind]
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options |= {"learning_rate": 1e-3, "remove_unused_columns": False}
+    curves = []
+    for fused in (False, True):
+        model = build(kind, name, decoder_only=False).float()
+        torch.manual_seed(0)
+        found = inputs(model)
+        data = [{key: value[i] for key, value in found.items()} for i in (0, 1, 2, 0, 2, 1, 1, 0, 2, 1, 0, 2)]
+        head = fused_lm_head(model)
+        if fused:
+            head.apply()
+        curves.append(curve(trainer(tmp_path / str(fused), model=model, data=data, **options)))
+        head.restore()
+    assert len(curves[0]) == 3
+    assert curves[1] == [pytest.approx(step, rel=1e-4) for step in curves[0]]
 
 
 class FusedTrainer(FusedLossMixin, Trainer):

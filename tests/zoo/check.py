@@ -140,7 +140,33 @@ def compare_loss(model: nn.Module, inputs: dict) -> tuple[str, str]:
     if not abs(out.loss.item() - own.item()) <= _BOUND * max(1, abs(own.item())):
         return WRONG, f"loss: {out.loss.item():.6g}, its own {own.item():.6g}"
     out.loss.backward()
-    return wrong_gradient(gradients(model), reference, noise, "loss")
+    verdict, detail = wrong_gradient(gradients(model), reference, noise, "loss")
+    return compare_calls(model, inputs) if verdict == RIGHT else (verdict, detail)
+
+
+def compare_calls(model: nn.Module, inputs: dict) -> tuple[str, str]:
+    """The loss alone, of calls with other arguments; those that the model itself fails with are left out."""
+    labels = inputs["labels"]
+    calls = {
+        "labels on padding": {"labels": labels.where(labels != -100, 7)},
+        "num_items_in_batch": {"num_items_in_batch": torch.tensor(17)},
+        "return_dict=False": {"return_dict": False},
+    }
+    for name, changed in calls.items():
+        with torch.no_grad():
+            try:
+                own = _loss_in(own_output(model, {**inputs, **changed}, with_labels=True)).item()
+            except Exception:
+                continue
+            with fused_lm_head(model):
+                loss = _loss_in(own_output(model, {**inputs, **changed}, with_labels=True)).item()
+        if not abs(loss - own) <= _BOUND * max(1, abs(own)):
+            return WRONG, f"loss with {name}: {loss:.6g}, its own {own:.6g}"
+    return RIGHT, ""
+
+
+def _loss_in(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.loss
 
 
 def picked(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:

@@ -127,7 +127,16 @@ def _audio_and_text(found, config, generator):
     return {"input_ids": ids, "labels": found["labels"]}
 
 
+def _stream_of_audio(found, config, generator):
+    frames = 2 * config.downsample_factor * _LENGTH  # the encoder halves them, the projector joins what is left
+    return {
+        **found,
+        "input_features": torch.randn(_ROWS, config.audio_config.num_mel_bins, frames, generator=generator),
+    }
+
+
 _EXTRA = {
+    "voxtral_realtime": _stream_of_audio,
     "kyutai_speech_to_text": _audio_and_text,
     "musicgen_decoder": _codebooks,
     "musicgen_melody_decoder": _codebooks,

@@ -12,13 +12,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.adapters import is_adapter
 from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model, vocabulary_size
+from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
-from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, vector
+from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, noise, vector
 from var_kernels.integrations.hf.quantised import dense_weight
 
 _IGNORE_INDEX = -100
@@ -71,14 +71,6 @@ class Transform:
         return HeadParams(weight, bias, self.logit_scale, self.softcap, group)
 
 
-@dataclass(frozen=True)
-class LossRule:
-    """How the model's own loss reads labels, and where it can be replaced."""
-
-    shift: bool  # logits at t are scored against labels[:, t + 1], not labels[:, t]
-    replaceable: bool  # forward calls self.loss_function and adds what it returns (an auxiliary loss may come on top)
-
-
 _transforms: WeakKeyDictionary = WeakKeyDictionary()
 _loss_rules: WeakKeyDictionary = WeakKeyDictionary()
 _causal_with: WeakKeyDictionary = WeakKeyDictionary()
@@ -110,7 +102,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, enco
 def adopt_transform(model: nn.Module, transform: Transform) -> None:
     """Take over what another rank's ``calibrate`` found of the same model, in place of a calibration here."""
     inner = inner_model(model)
-    _transforms[inner] = (_fingerprint(inner), transform)
+    _transforms[inner] = (fingerprint(inner), transform)
 
 
 def calibrate_loss(
@@ -125,7 +117,8 @@ def calibrate_loss(
     inner = inner_model(model)
     _refuse_unless_handled(inner, encoder_decoder)
     transform = calibrate(model, inputs, encoder_decoder=encoder_decoder)
-    return _cached(_loss_rules, inner, inputs, lambda given: _calibrate_loss(Probe(model, inner, given), transform))
+    options = {"vocab": transform.vocab, "masked_ids": transform.masked, "wide": transform.wide}
+    return _cached(_loss_rules, inner, inputs, lambda given: fit_loss_rule(Probe(model, inner, given), **options))
 
 
 def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: bool = False) -> bool:
@@ -141,7 +134,7 @@ def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: b
     found = _cached(_causal_with, inner, None, lambda _: {})
     if names not in found:
         probe = Probe(model, inner, inputs)
-        found[names] = _unchanged_before(probe, *(probe.run(_noise, seed)[2] for seed in (0, 1)))
+        found[names] = _unchanged_before(probe, *(probe.run(noise, seed)[2] for seed in (0, 1)))
     return found[names]
 
 
@@ -157,7 +150,7 @@ def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     if (attention, names) not in found:
         probe = Probe(model, inner)
         try:
-            first, second = (probe.run_packed(_noise, seed, names) for seed in (0, 1))
+            first, second = (probe.run_packed(noise, seed, names) for seed in (0, 1))
             found[attention, names] = _agree(first, second, first)
         except TrialFailedError:
             found[attention, names] = False
@@ -173,7 +166,7 @@ def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
 
 
 def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any] | None, compute: Callable) -> Any:
-    key = _fingerprint(inner)
+    key = fingerprint(inner)
     if inner not in cache or cache[inner][0] != key:
         try:
             found = compute(None)
@@ -185,9 +178,9 @@ def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any
     return cache[inner][1]
 
 
-def _fingerprint(inner: nn.Module) -> tuple:
-    """Every number that the transform or the loss could come from; a change of any calibrates again."""
-    numbers = [vocabulary_size(find_head(inner))]
+def fingerprint(inner: nn.Module) -> tuple:
+    """Every number that the transform or the loss could come from, and the loss; a change of any calibrates again."""
+    numbers = [vocabulary_size(find_head(inner)), vars(inner).get("_loss_function"), getattr(inner, "loss_type", None)]
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:
         numbers += [
@@ -206,15 +199,17 @@ def _fingerprint(inner: nn.Module) -> tuple:
 def _calibrate_transform(probe: Probe) -> Transform:
     names = probe.vocabulary_vectors()
     generator = torch.Generator().manual_seed(2)
-    marks = {n: torch.randn(probe.vocab, generator=generator, dtype=torch.float64).mul(3) for n in names}
-    with probe.replaced_vectors(marks):
-        x1, y1, hidden1 = probe.run(_ladder, seed=0)
+    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    marks = {n: torch.randn(probe.vocab, **draw).mul(3) for n in names}
+    scalars = {n: 1.37 * value + 0.1 for n, value in probe.scalars().items()}  # one that follows the head must not pass
+    with probe.replaced({**marks, **scalars}):
+        x1, y1, _ = probe.run(_ladder, seed=0)
     vocab = y1.shape[-1]
     added1 = y1.reshape(-1, vocab)[-1]  # what comes out where the head puts out 0
     masked = (y1 < _MASKED).flatten(0, -2).all(0)
     scale, softcap = _solve(probe, x1, y1 - added1, masked)
     bias, ratio = _source(probe, marks, added1, masked, softcap)
-    x2, y2, hidden2 = probe.run(_noise, seed=1)
+    x2, y2, hidden2 = probe.run(noise, seed=1)
     added2 = torch.zeros_like(added1)
     if bias is not None:
         added2 = ratio * vector(probe.inner, bias)[:vocab].to(added1)
@@ -222,18 +217,19 @@ def _calibrate_transform(probe: Probe) -> Transform:
         expected = _apply(x[..., :vocab], scale, softcap) + added
         worst = (y - expected)[..., ~masked].abs().amax().item()
         if not worst <= 1e-4 * (1.0 + expected[..., ~masked].abs().amax().item()):
+            learned = f", or a parameter or buffer of one element: {' or '.join(scalars)}" if scalars else ""
             probe.refuse(
                 f"its logits differ by up to {worst:.3g} from every scale and softcap of the head's output (an "
-                "operation that is not understood follows the head)"
+                f"operation that is not understood follows the head{learned})"
             )
-    wide = probe.run_placeholder()
+    wide, hidden3 = probe.run_placeholder()
     if is_encoder_decoder(probe.inner):
         _check_decoder_inputs(probe)
     return Transform(
         probe.known_number(scale),
         None if softcap is None else probe.known_number(softcap),
         vocab,
-        _unchanged_before(probe, hidden1, hidden2),
+        _unchanged_before(probe, hidden2, hidden3),  # the first run's marks may have changed a norm of V elements
         bias,
         ratio,
         tuple(masked.nonzero().flatten().tolist()),
@@ -243,17 +239,10 @@ def _calibrate_transform(probe: Probe) -> Transform:
 
 def _ladder(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """First row: 2^-6, 2^-5 ... 2^17 over the vocabulary, then again; last row 0; the other rows moderate noise."""
-    x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     rows = x.view(-1, shape[-1])
     rows[-1] = 0
-    rows[0] = 2.0 ** (torch.arange(shape[-1]) % 24 - 6).double()
-    return x
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    rows = x.view(-1, shape[-1])
-    rows *= torch.tensor([0.1, 1.0, 8.0, 30.0], dtype=torch.float64).repeat(len(rows))[: len(rows), None]
+    rows[0] = 2.0 ** (torch.arange(shape[-1], device="cpu") % 24 - 6).double()
     return x
 
 
@@ -323,49 +312,9 @@ def _check_decoder_inputs(probe: Probe) -> None:
     labels = labels.expand(len(probe.ids), -1).contiguous()
     labels[:, -2:] = _IGNORE_INDEX
     try:
-        own = probe.run_decoder(_noise, labels, prepared=False)
+        own = probe.run_decoder(noise, labels, prepared=False)
     except TrialFailedError:
         return  # it makes none: decoder_input_ids must be given
-    ours = probe.run_decoder(_noise, labels, prepared=True)
+    ours = probe.run_decoder(noise, labels, prepared=True)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-4, atol=1e-5 * own.abs().amax().item()):
         probe.refuse("it makes its decoder_input_ids from labels in a way that is not understood")
-
-
-# ---- the loss --------------------------------------------------------------------------------------------------------
-
-
-def _calibrate_loss(probe: Probe, transform: Transform) -> LossRule:
-    unmasked = [i for i in range(min(transform.vocab, 4096)) if i not in transform.masked]
-    labels = torch.arange(probe.ids.numel(), device=probe.ids.device).view_as(probe.ids) * 5 % len(unmasked)
-    labels = torch.tensor(unmasked, device=labels.device)[labels]
-    labels[:, 2] = _IGNORE_INDEX
-    own, nll = [], []
-    for seed in (0, 1):
-        loss, y, seen = probe.run_loss(labels, _noise, seed)
-        if seen.shape != y.shape[:-1]:
-            probe.refuse(f"it scores labels {tuple(seen.shape)} with logits {tuple(y.shape)}")
-        own.append(loss)
-        nll.append({shift: _mean_nll(y, seen, shift) for shift in (True, False)})
-    # An auxiliary loss does not depend on the logits, so it drops out of the difference between two draws.
-    change = own[0] - own[1]
-    tolerance = 2e-5 * (1 + max(map(abs, own)))
-    fits = [shift for shift in (True, False) if abs(nll[0][shift] - nll[1][shift] - change) <= tolerance]
-    if len(fits) != 1:
-        probe.refuse(
-            "its own loss is not the mean cross-entropy of its logits, neither with shifted nor with unshifted labels"
-        )
-    extra = own[0] - nll[0][fits[0]]
-    replaced = probe.run_replaced_loss(labels, wide=transform.wide)
-    if replaced is not None and abs(replaced - extra) <= tolerance:
-        return LossRule(fits[0], replaceable=True)
-    if replaced is not None or abs(extra) > tolerance:
-        probe.refuse(
-            "its own loss has a part besides the cross-entropy that cannot be kept when the cross-entropy is replaced"
-        )
-    return LossRule(fits[0], replaceable=False)
-
-
-def _mean_nll(logits: Tensor, labels: Tensor, shift: bool) -> float:
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=_IGNORE_INDEX).item()

@@ -86,6 +86,7 @@ def find_head(inner: nn.Module) -> nn.Linear:
     head = inner.get_output_embeddings()
     if head is None:
         head = _only_head_within(inner)
+    head = getattr(head, "_orig_mod", head)  # torch.compile
     head = unwrapped(head)
     head = getattr(head, "_fsdp_wrapped_module", head)
     if head is None:
@@ -99,9 +100,13 @@ def find_head(inner: nn.Module) -> nn.Linear:
 
 
 def vocabulary_size(head: nn.Linear) -> int:
-    """V, also of a sharded or packed weight. PEFT's tied copy of an embedding gives its own sizes turned round."""
-    turned = (head.in_features, head.out_features) == tuple(head.weight.shape)
-    return head.in_features if turned else head.out_features
+    return head_sizes(head)[0]
+
+
+def head_sizes(head: nn.Linear) -> tuple[int, int]:
+    """(V, D), also of a sharded or packed weight. PEFT's tied copy of an embedding gives its own sizes turned round."""
+    turned = (head.in_features, head.out_features)
+    return turned if turned == tuple(head.weight.shape) else turned[::-1]
 
 
 def _check_linear(head: nn.Module, name: str) -> None:
@@ -178,6 +183,8 @@ def swapped_forward(module: nn.Module, forward: Callable):
 
     @_disable_dynamo
     def here(*args, **kwargs):
+        if not args and "input" in kwargs:  # nn.Linear's own name of it
+            args = (kwargs.pop("input"),)
         return (forward if threading.get_ident() == thread else plain)(*args, **kwargs)
 
     return swapped(module, name, here)

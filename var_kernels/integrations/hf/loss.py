@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
+from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss, fingerprint
 from var_kernels.integrations.hf.head import (
     HeadParams,
     find_head,
@@ -31,7 +33,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
 
     out.loss = sum of -logp over the labels that are not -100, divided by their number, or by ``num_items_in_batch``
     where the model takes it, with the model's own label shift (none in an encoder-decoder), logit scale, softcap and
-    vocabulary bias, plus its MoE auxiliary loss.
+    vocabulary bias, without the labels that attention_mask hides where its loss leaves these out, plus its MoE
+    auxiliary loss.
     With no label left it is a differentiable 0 (transformers gives NaN). out.logits is None: they do not exist. Forward
     passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
 
@@ -81,6 +84,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     def _calibrate(self, inputs: Mapping[str, Any] | None) -> None:
         self._transform = calibrate(self.inner if inputs else self.model, inputs, encoder_decoder=True)
         self._rule = calibrate_loss(self.inner if inputs else self.model, inputs, encoder_decoder=True)
+        self._calibrated_at = fingerprint(self.inner)
 
     def restore(self) -> None:
         if not self._applied:
@@ -105,8 +109,9 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         labels, shift_labels = named.get("labels"), named.get("shift_labels")
         if labels is None:
             return self._plain_forward(*args, **kwargs)
-        if self._rule is None:
+        if self._rule is None or self._calibrated_at != fingerprint(self.inner):
             self._calibrate_on(named)
+        scored = _shown(labels, named.get("attention_mask")) if self._rule.masked else labels
         head = find_head(self.inner)
         rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
         num_items = named.get("num_items_in_batch")
@@ -115,7 +120,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             if shift_labels is not None:
                 rows.append(shift_labels.to(hidden.device).reshape(hidden.shape[:-1]))
             else:
-                rows.append(row_labels(labels, hidden, shift=self._rule.shift))
+                rows.append(row_labels(scored, hidden, shift=self._rule.shift))
             params = self._transform.params(head, self.inner)
             if params.group is not None:
                 return _spread_nll_mean(hidden, params, rows[0], num_items, self._options)
@@ -134,16 +139,24 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
 
         with head_results(self.inner, head, nll_mean, wide=self._transform.wide, spread=True, low_rank=True) as results:
             if not self._rule.replaceable:
-                named["labels"] = None
+                if shift_labels is not None:
+                    raise ValueError(f"shift_labels: {type(self.inner).__name__}'s own loss takes none; pass labels")
                 given = [named.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
                 if is_encoder_decoder(self.inner) and all(value is None for value in given):
                     named.update(decoder_inputs(self.inner, labels))
-                output = self._plain_forward(**named)
-                return _without_logits(output, self._loss(rows, results, num_items, None, logits_of(output), labels))
+                output = self._again(call, {**named, "labels": None})
+                counted = num_items if self._rule.counted else None
+                loss = self._loss(rows, results, num_items, None, logits_of(output), labels, None, counted)
+                return _without_logits(output, loss)
             losses = []
 
-            def loss_function(*args, **kwargs):
-                losses.append(self._loss(rows, results, num_items, shift_labels, *args, **kwargs))
+            def loss_function(logits, labels=None, *args, **kwargs):
+                if not _same_labels(scored, labels):
+                    raise ValueError(
+                        f"{type(self.inner).__name__} changes its labels before its own loss reads them, which "
+                        "fused_lm_head does not understand; put -100 in labels where none is to count"
+                    )
+                losses.append(self._loss(rows, results, num_items, shift_labels, logits, labels, *args, **kwargs))
                 return losses[0]
 
             with swapped(self.inner, "_loss_function", loss_function):
@@ -153,12 +166,25 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         return _without_logits(output)
 
     def _named(self, call: inspect.BoundArguments) -> dict[str, Any]:
-        """Every argument of the call by its name, those among the model's ``**kwargs`` too."""
+        """The arguments of the call that have names, those among the model's ``**kwargs`` too."""
         named = dict(call.arguments)
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 named.update(named.pop(name, {}))
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                named.pop(name, None)
         return named
+
+    def _again(self, call: inspect.BoundArguments, named: dict[str, Any]) -> Any:
+        """The plain forward on these named arguments, and those of the call that its ``*args`` take."""
+        parameters = self._signature.parameters
+        stars = [
+            n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL and call.arguments.get(n)
+        ]
+        if not stars:
+            return self._plain_forward(**named)
+        before = [named.pop(name) for name in itertools.takewhile(lambda name: name not in stars, parameters)]
+        return self._plain_forward(*before, *call.arguments[stars[0]], **named)
 
     def _calibrate_on(self, inputs: Mapping[str, Any]) -> None:
         """Of a model that wants more than tokens: with the inputs of this call, through the plain forward."""
@@ -205,6 +231,25 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
 
 
+def _shown(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """The labels without those that the attention mask hides, of a model whose own loss leaves these out."""
+    if mask is None:
+        return labels
+    if mask.shape != labels.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of labels {tuple(labels.shape)}, got {tuple(mask.shape)}; the model's "
+            "own loss leaves out the labels that it hides"
+        )
+    return labels.masked_fill(mask.to(labels.device) == 0, IGNORE_INDEX)
+
+
+def _same_labels(ours: Tensor, theirs: Tensor | None) -> bool:
+    """Whether the labels that a model hands to its loss are those of the call; looked at where it has made new ones."""
+    if theirs is None or theirs is ours:
+        return True
+    return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
+
+
 def _spread_nll_mean(
     hidden: Tensor, head: HeadParams, labels: Tensor, num_items: Tensor | int | None, options: Mapping[str, Any]
 ) -> Tensor:
@@ -233,8 +278,9 @@ class _PatchedForward:
 def _without_logits(output: Any, loss: Tensor | None = None) -> Any:
     """The output without the placeholder, so that nobody takes it for logits; with ``loss`` where one is given."""
     if isinstance(output, Mapping):
-        kept = {name: value for name, value in output.items() if name != "logits"}
-        return type(output)(**(kept if loss is None else {**kept, "loss": loss}))
+        changed = {"logits": None} if loss is None else {"logits": None, "loss": loss}
+        return type(output)(**{**output, **changed})
     if loss is not None:
         output = (loss, *output)
-    return (output[0], None, *output[2:])
+    at = next(i for i, item in enumerate(output) if isinstance(item, Tensor) and item.dim() > 0)
+    return (*output[:at], None, *output[at + 1 :])

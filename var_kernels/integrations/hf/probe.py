@@ -1,5 +1,6 @@
 """A model run on a few tokens with known values in place of its head's output."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,6 +46,8 @@ class Probe:
         self.plain = [token for token in range(min(ids, 4096)) if token not in special] or [0]
         self.given = inputs is not None
         self.inputs = self._inputs(inputs) if self.given else self._few_tokens(_TOKENS)
+        if any(value.device.type == "meta" for value in self.inputs.values() if isinstance(value, Tensor)):
+            self.refuse("its weights are on the meta device, and it is run on a few tokens first: load them")
         self.ids_name = "decoder_input_ids" if is_encoder_decoder(inner) else "input_ids"
 
     @property
@@ -95,10 +98,22 @@ class Probe:
     def run(self, draw: Callable, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(injected head output, logits, hidden states); the last token changes with the seed."""
         ids = self.ids.clone()
-        others = [token for token in self.plain if token != ids[0, -1].item()] or [0]
-        ids[:, self.last_token()] = others[seed % len(others)]
+        last = self.last_token()
+        others = [token for token in self.plain if token != ids[0, last].item()] or [0]
+        ids[:, last] = others[seed % len(others)]
         injected, hidden_states, output = self._forward(draw, seed, **{**self.inputs, self.ids_name: ids})
         return injected, self._logits(injected, output), hidden_states
+
+    def hiding_last(self) -> "Probe | None":
+        """This probe with an attention_mask that hides the last token; None where that cannot be said."""
+        mask = self.inputs.get("attention_mask", torch.ones_like(self.ids))
+        knows = self.ids_name == "input_ids" and "attention_mask" in known_arguments(self.inner)
+        if not knows or not isinstance(mask, Tensor) or mask.shape != self.ids.shape:
+            return None
+        hiding, mask = copy.copy(self), mask.clone()
+        mask[:, -1] = 0
+        hiding.inputs = {**self.inputs, "attention_mask": mask}
+        return hiding
 
     def last_token(self) -> int:
         """The last position that the attention mask shows."""
@@ -107,8 +122,12 @@ class Probe:
             return self.ids.shape[1] - 1
         return int(mask.any(0).nonzero().max())
 
-    def run_loss(self, labels: Tensor, draw: Callable, seed: int) -> tuple[float, Tensor, Tensor]:
-        """(the model's own loss, logits, the labels that reached the inner model) on injected values."""
+    def run_loss(
+        self, labels: Tensor, draw: Callable, seed: int, **more: Any
+    ) -> tuple[float, Tensor, Tensor, Tensor | None]:
+        """(the model's own loss, logits, the labels and attention_mask that reached the inner model) on injected
+        values.
+        """
         seen = {}
         plain_forward = self.inner.forward
 
@@ -117,11 +136,14 @@ class Probe:
             return plain_forward(*args, **kwargs)
 
         with swapped(self.inner, "forward", forward):
-            injected, _, output = self._forward(draw, seed, **self.inputs, labels=labels)
-        loss = output.get("loss") if hasattr(output, "get") else output[0]
+            injected, _, output = self._forward(draw, seed, **self.inputs, labels=labels, **more)
+        if not isinstance(output, Mapping) and type(output) is not tuple:
+            self.refuse(f"it returns a {type(output).__name__}, expected a ModelOutput, another mapping or a tuple")
+        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            self.refuse("it returns no scalar loss when it is given labels")
-        return loss.item(), self._logits(injected, output), seen.get("labels", labels)
+            self.refuse("it returns no scalar loss (first, in a tuple) when it is given labels")
+        mask = seen.get("attention_mask", self.inputs.get("attention_mask"))
+        return loss.item(), self._logits(injected, output), seen.get("labels", labels), mask
 
     def run_packed(self, draw: Callable, seed: int, names: Collection[str]) -> Tensor:
         """(1, 3, D) hidden states of the second of two sequences in a row, told apart by those of ``names`` that say
@@ -148,14 +170,14 @@ class Probe:
         inputs |= decoder_inputs(self.inner, labels) if prepared else {"labels": labels}
         return self._forward(draw, 0, **inputs)[1]
 
-    def run_placeholder(self) -> bool:
-        """The model must go on from a placeholder in place of logits; whether it needs the wide one."""
+    def run_placeholder(self) -> tuple[bool, Tensor]:
+        """The model must go on from a placeholder in place of logits: (whether it needs the wide one, hidden states).
+        The last token is another than in ``run``.
+        """
         try:
-            self._forward(None, 0, **self.inputs)
+            return False, self._forward(None, 0, **self.inputs)[1]
         except TrialFailedError:
-            self._forward(None, 0, wide=True, **self.inputs)
-            return True
-        return False
+            return True, self._forward(None, 0, wide=True, **self.inputs)[1]
 
     def run_replaced_loss(self, labels: Tensor, *, wide: bool) -> float | None:
         """What the model adds to the value of a replaced loss_function; None when it does not use loss_function."""
@@ -170,7 +192,8 @@ class Probe:
                 _, _, output = self._forward(None, 0, wide=wide, **self.inputs, labels=labels)
             except ValueError:
                 return None
-        return output["loss"].item() - 7.0 if len(calls) == 1 else None
+        loss = output["loss"] if isinstance(output, Mapping) else output[0]
+        return loss.item() - 7.0 if len(calls) == 1 else None
 
     def _forward(self, draw: Callable | None, seed: int, *, wide: bool = False, **inputs) -> tuple[Tensor, Tensor, Any]:
         calls = []
@@ -226,25 +249,31 @@ class Probe:
             )
         return logits.to(torch.float64 if injected.dtype == torch.float64 else logits.dtype)
 
-    # ---- vectors over the vocabulary besides the head's own bias ---------------------------------------------------
+    # ---- what else may follow the head -------------------------------------------------------------------------------
 
     def vocabulary_vectors(self) -> list[str]:
         """Names of parameters and buffers of V elements besides the head's, one of which may be added to the logits."""
         own = {id(self.head.weight), id(self.head.bias)}
-        named = [*self.inner.named_parameters(), *self.inner.named_buffers()]
         return [
             name
-            for name, tensor in named
-            if type(tensor) in (Tensor, nn.Parameter)
-            and tensor.is_floating_point()
-            and tensor.dim() > 0
-            and tensor.numel() == tensor.shape[-1] == self.vocab
-            and id(tensor) not in own
+            for name, tensor in self._plain_tensors()
+            if tensor.dim() > 0 and tensor.numel() == tensor.shape[-1] == self.vocab and id(tensor) not in own
         ]
 
+    def scalars(self) -> dict[str, Tensor]:
+        """Parameters and buffers of one element, one of which may be a scale of the logits."""
+        return {name: tensor for name, tensor in self._plain_tensors() if tensor.numel() == 1 < self.vocab}
+
+    def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in (*self.inner.named_parameters(), *self.inner.named_buffers()):
+            whole = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+            sharded = hasattr(tensor, "_fsdp_flattened") or hasattr(tensor, "ds_id")  # by FSDP1, by ZeRO-3
+            if whole and not sharded and tensor.is_floating_point():
+                yield name, tensor
+
     @contextmanager
-    def replaced_vectors(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values in place of ``vocabulary_vectors`` inside the block; the tensors are not written to."""
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in place of parameters and buffers inside the block; the tensors are not written to."""
         with ExitStack() as stack:
             for name, value in values.items():
                 module_name, _, leaf = name.rpartition(".")
@@ -256,6 +285,14 @@ class Probe:
             yield
 
 
+def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Moderate values, the rows in turn small and large."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    rows = x.view(-1, shape[-1])
+    rows *= torch.tensor([0.1, 1.0, 8.0, 30.0], dtype=torch.float64, device="cpu").repeat(len(rows))[: len(rows), None]
+    return x
+
+
 def vector(inner: nn.Module, name: str) -> Tensor:
     """(V,) the parameter or buffer of that dotted name, as it is now."""
     module_name, _, leaf = name.rpartition(".")
@@ -265,9 +302,16 @@ def vector(inner: nn.Module, name: str) -> Tensor:
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
+def known_arguments(inner: nn.Module) -> set[str]:
+    """Names of the arguments of its class's forward and those that this one extends: a forward that someone wrapped,
+    in a subclass or on the instance, may name none.
+    """
+    forwards = [vars(cls)["forward"] for cls in type(inner).__mro__ if "forward" in vars(cls) and cls is not nn.Module]
+    return {name for forward in forwards for name in inspect.signature(forward).parameters}
+
+
 def is_encoder_decoder(inner: nn.Module) -> bool:
-    parameters = inspect.signature(inner.forward).parameters
-    return bool(getattr(inner.config, "is_encoder_decoder", False)) and "decoder_input_ids" in parameters
+    return bool(getattr(inner.config, "is_encoder_decoder", False)) and "decoder_input_ids" in known_arguments(inner)
 
 
 def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:

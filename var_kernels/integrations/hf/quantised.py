@@ -57,7 +57,7 @@ def computes_a_product(head: nn.Module) -> bool:
 def _distance(head: nn.Module, dense: Tensor) -> float:
     """rms of the difference over what rounding of the operands to their dtype explains."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_PROBES, dense.shape[1], generator=generator).to(dense.device, dense.dtype)
+    hidden = torch.randn(_PROBES, dense.shape[1], generator=generator, device="cpu").to(dense.device, dense.dtype)
     hidden.requires_grad_()  # bitsandbytes packs its weight anew where nobody wants gradients
     bias = 0.0 if head.bias is None else head.bias.double()
     truth = hidden.double() @ dense.double().t() + bias

@@ -134,6 +134,7 @@ COMMAND_LINES = {
         {},
         "model: . is no causal LM that transformers can load: ",
     ),
+    "no folder of a reward model": ({"reward-model": "./none"}, {}, "train: reward model: no such directory: ./none"),
     "no reward model": ({"reward-model": "nobody/nothing"}, {}, "reward-model: nobody/nothing is no local directory"),
     "VAR without rewards": (
         {"dataset": "m.jsonl"},

@@ -200,6 +200,8 @@ def _reward_function(settings: dict, config):
                 max_length=config.max_length,
                 as_chat=settings["reward_model_chat"],
             )
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise no_such_model("reward-model", settings["reward_model"], error) from error
     return None

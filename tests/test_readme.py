@@ -87,6 +87,24 @@ def test_figures_of_the_demo_are_measured():
     assert f"{few} tokens; {many}" in text
 
 
+def test_figures_of_the_page_on_var_are_measured():
+    page = (ROOT / "docs" / "var.md").read_text()
+    ess = {}
+    for row in measured("ess.csv"):
+        name = f"| {row['normalizer']} (of {row['size']}) | {row['reference']} |"
+        ess.setdefault(name, []).append(f"{float(row['ess_median']):.1f}")
+    assert len(ess) == 8
+    for name, medians in ess.items():
+        assert f"{name} {' | '.join(medians)} |" in page
+    log_z, distance = {}, {}
+    for row in measured("estimators.csv"):
+        log_z.setdefault(row["estimator"], []).append(f"{float(row['bias']):.3f} ± {float(row['sd']):.3f}")
+        distance.setdefault(row["estimator"], []).append(f"{float(row['tv']):.3f}")
+    assert len(log_z) == 6
+    for name in log_z:
+        assert f" | log Z | {' | '.join(log_z[name])} |\n| | TV | {' | '.join(distance[name])} |\n" in page
+
+
 def test_the_table_of_losses_is_the_registry():
     pytest.importorskip("transformers", reason="transformers is not installed")
     from var_kernels.cli.methods import markdown_table, variants_table

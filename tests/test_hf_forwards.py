@@ -149,6 +149,24 @@ def test_a_compiled_head():
     check_loss(model, batch())
 
 
+def test_embeddings_in_place_of_tokens():
+    model, inputs = build(LLAMA), batch()
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    upstream = torch.linspace(0.5, 1.5, inputs["labels"].numel()).view(inputs["labels"].shape)
+    logits = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits.double()
+    scored, labels = inputs["labels"][:, 1:] != -100, inputs["labels"][:, 1:].clamp(min=0).unsqueeze(-1)
+    truth = logits.log_softmax(-1)[:, :-1].gather(-1, labels).squeeze(-1).where(scored, 0.0)
+    (expected,) = torch.autograd.grad((truth * upstream[:, 1:]).sum(), embeds)
+    logp = token_logprobs(model, {**inputs, "inputs_embeds": embeds})
+    assert_result(logp[:, 1:], truth)
+    (got,) = torch.autograd.grad((logp * upstream).sum(), embeds)
+    assert_close({"": got.double()}, {"": expected.double()})
+    packed = {"inputs_embeds": embeds, "labels": inputs["labels"], "position_ids": torch.arange(11).remainder(6)[None]}
+    assert not token_logprobs(model, packed)[:, 6].any()
+    with pytest.raises(ValueError, match="labels: expected with inputs_embeds"):
+        token_logprobs(model, {"inputs_embeds": embeds})
+
+
 # ---- which labels count ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
-from var_kernels.integrations.hf.packing import check_apart, sequence_starts
+from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
 from var_kernels.integrations.hf.probe import decoder_inputs, is_encoder_decoder
 from var_kernels.ops import linear_logprob, vocab_parallel_logprob
 
@@ -36,15 +36,15 @@ def token_logprobs(
     Args:
         model: an HF causal LM, plain or wrapped (DDP, FSDP, DeepSpeed, PEFT); called as ``model(...)``, in train or
             eval mode as it is.
-        batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, and ``labels`` (B, T) int64 as
-            everywhere in transformers: aligned with input_ids (not shifted), -100 where there is nothing to score.
-            Without labels every token is scored that attention_mask does not hide, and that has one before it that
-            is not hidden either (behind padding on the left comes a first token). ``shift_labels`` in place of labels
-            are the tokens after those of input_ids, and logp is aligned with them: a part of a sequence (context
-            parallelism) ends with a label that is not in it. A row may hold several sequences (padding-free batches):
-            where position_ids are 0 or do not rise, or cu_seq_lens_q say so, one begins, and no token precedes it. An
-            encoder-decoder needs labels, of a length of their own; decoder_input_ids are made from them where they are
-            missing.
+        batch: the model's keyword arguments, (B, T) int64 ``input_ids`` among them, or (B, T, D) ``inputs_embeds``, and
+            ``labels`` (B, T) int64 as everywhere in transformers: aligned with input_ids (not shifted), -100 where
+            there is nothing to score. Without labels, of input_ids, every token is scored that attention_mask does not
+            hide, and that has one before it that is not hidden either (behind padding on the left comes a first token).
+            ``shift_labels`` in place of labels are the tokens after those of input_ids, and logp is aligned with them:
+            a part of a sequence (context parallelism) ends with a label that is not in it. A row may hold several
+            sequences (padding-free batches): where position_ids are 0 or do not rise, or cu_seq_lens_q say so, one
+            begins, and no token precedes it. An encoder-decoder needs labels, of a length of their own;
+            decoder_input_ids are made from them where they are missing.
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
@@ -144,23 +144,26 @@ def _scored_by_mask(input_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+    tokens = tokens_of(batch) if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor):
         raise TypeError(
             "batch: expected a mapping with a tensor input_ids (B, T), as collators with return_tensors='pt' make it, "
-            f"got {type(batch).__name__}"
+            f"or inputs_embeds (B, T, D), got {type(batch).__name__}"
         )
     inputs = dict(batch)
-    input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
+    labels = inputs.pop("labels", None)
     shifted = inputs.pop("shift_labels", None)
     if shifted is not None and labels is not None:
         raise ValueError("batch: expected labels or shift_labels, got both; they say the same of other positions")
     labels = shifted if labels is None else labels
+    if labels is None and tokens.is_floating_point():
+        raise ValueError("labels: expected with inputs_embeds, which do not say which tokens they are, got none")
     if labels is None:
         mask = inputs.get("attention_mask")
-        labels = input_ids if mask is None else _scored_by_mask(input_ids, mask)
-    if labels.shape != input_ids.shape or labels.dim() != 2:
+        labels = tokens if mask is None else _scored_by_mask(tokens, mask)
+    if labels.shape != tokens.shape or labels.dim() != 2:
         raise ValueError(
-            f"labels: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
+            f"labels: expected the shape (B, T) of input_ids {tuple(tokens.shape)}, got {tuple(labels.shape)}; "
             "labels are not shifted, and -100 where ignored"
         )
     _check_int64(labels)

@@ -15,21 +15,27 @@ from var_kernels.integrations.hf.calibration import keeps_sequences_apart
 from var_kernels.integrations.hf.head import inner_model
 
 
+def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """(B, T) the batch's input_ids, or numbers in their place where it has inputs_embeds alone; None without both."""
+    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
+    return embeds[..., 0].detach() if ids is None and isinstance(embeds, Tensor) else ids
+
+
 def sequence_starts(batch: Mapping[str, Any]) -> Tensor | None:
     """(B, T) bool, True where a sequence begins, of rows that may hold several; None where nothing says so.
 
     By cu_seq_lens_q, or position_ids that are 0 or do not rise.
     """
-    input_ids, positions, ends = (batch.get(name) for name in ("input_ids", "position_ids", "cu_seq_lens_q"))
+    tokens, positions, ends = tokens_of(batch), batch.get("position_ids"), batch.get("cu_seq_lens_q")
     if isinstance(ends, Tensor):
-        starts = torch.zeros_like(input_ids, dtype=torch.bool).flatten()
+        starts = torch.zeros_like(tokens, dtype=torch.bool).flatten()
         # an entry at the end begins nothing
         starts = F.pad(starts, (0, 1)).index_fill(0, ends.to(starts.device, torch.int64), True)[:-1]
-        return starts.view_as(input_ids)
-    if not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[-1] or positions.dim() != 2:
+        return starts.view_as(tokens)
+    if not isinstance(positions, Tensor) or positions.shape[-1] != tokens.shape[-1] or positions.dim() != 2:
         return None
     starts = F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0), value=True) | (positions == 0)
-    return starts.expand_as(input_ids)
+    return starts.expand_as(tokens)
 
 
 def check_apart(model: nn.Module, inputs: Mapping[str, Any], starts: Tensor) -> None:

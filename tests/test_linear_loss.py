@@ -157,8 +157,12 @@ def call(name="ipo", labels=None, inputs=None, item_weight=None, **options):
     [
         ({"name": "dop"}, "loss must be one of .*, got 'dop'"),
         ({"lam": 1.0}, "'ipo' has no option 'lam'; its options: tau, token_reduction"),
+        ({"softcap": 5.0}, "softcap: an option of the head and not of 'ipo'; pass it in head_options"),
         ({"engine": "three_pass"}, "engine must be"),
-        ({"inputs": {"ref_logp": torch.zeros(B), "wage": torch.zeros(B)}}, "takes no inputs 'wage'"),
+        (
+            {"inputs": {"ref_logp": torch.zeros(B), "wage": torch.zeros(B)}},
+            "takes no inputs 'wage'; it reads 'ref_logp'",
+        ),
         ({"item_weight": torch.ones(B)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8,\)"),
         ({"labels": torch.zeros(B * T, dtype=torch.int64)}, r"labels must be padded \(B, T\)"),
         ({"tau": -1.0}, "tau must be"),

@@ -261,7 +261,7 @@ COLLAPSED = {  # each once collapsed, once not: (rewards, options)
 @pytest.mark.parametrize("case", COLLAPSED)
 def test_collapse_is_warned_about_on_the_cpu(case):
     rewards, options, low, high = COLLAPSED[case]
-    with pytest.warns(CollapsedWeightsWarning, match="effective sample size about"):
+    with pytest.warns(CollapsedWeightsWarning, match=r"effective sample size about.*groups?.*Raise lam.$"):
         var_weights(rewards, lam=low, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -271,7 +271,7 @@ def test_collapse_is_warned_about_on_the_cpu(case):
 def test_summed_reference_of_real_size_collapses_for_every_lam():
     batch = random_batch(b=32)
     for lam in (0.1, 1.0, 10.0, 100.0):
-        with pytest.warns(CollapsedWeightsWarning, match="reference='sum'"):
+        with pytest.warns(CollapsedWeightsWarning, match=r"reference='sum'.*Take reference='mean' or 'none'"):
             assert var_weights(batch["rewards"], batch["ref_logp"], lam=lam).ess < 3
 
 

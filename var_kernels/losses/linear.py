@@ -10,6 +10,7 @@ from var_kernels.losses.pair import implicit_reward
 from var_kernels.losses.registry import Loss, find_loss, single_name
 from var_kernels.losses.sail import draw_preference
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
+from var_kernels.losses.var import HEAD_OPTIONS
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 
 _FROM_THE_HEAD = ("token_logp", "entropy")
@@ -70,6 +71,8 @@ def linear_loss(
             the loss and the head refuse.
     """
     loss = find_loss(name)
+    if misplaced := sorted((options.keys() - loss.options.keys()) & HEAD_OPTIONS):
+        raise ValueError(f"{', '.join(misplaced)}: an option of the head and not of {name!r}; pass it in head_options")
     loss.check_options(options)
     if engine not in ("auto", "one_pass", "two_pass"):
         raise ValueError(f"engine must be 'auto', 'one_pass' or 'two_pass', got {engine!r}")
@@ -121,7 +124,8 @@ class _Rows:
             )
         known = {single_name(name)[0] for name in loss.tensors}
         if unknown := sorted(set(inputs) - known):
-            raise ValueError(f"{loss.name!r} takes no inputs {', '.join(map(repr, unknown))}; it reads {known}")
+            reads = ", ".join(map(repr, loss.inputs)) or "none"
+            raise ValueError(f"{loss.name!r} takes no inputs {', '.join(map(repr, unknown))}; it reads {reads}")
         self.num_rows = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if loss.item == "pair" and self.num_rows % 2:
             raise ValueError(f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows")

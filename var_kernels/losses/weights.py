@@ -194,6 +194,14 @@ def effective_sample_size(sample_weight: Tensor) -> Tensor:
     return scaled.sum().square() / scaled.square().sum().clamp(min=1.0)
 
 
+# By the reference term. lam divides the rewards alone: against summed log-probs it is no help.
+_MORE_WEIGHTS = {
+    "none": "Raise lam.",
+    "mean": "Raise lam, or take reference='none' (another target: docs/var.md).",
+    "sum": "Take reference='mean' or 'none' (another target: docs/var.md), or raise lam where sums lie close together.",
+}
+
+
 def warn_if_collapsed(ess: Tensor | float, num_sequences: int, num_groups: int = 1, **options) -> bool:
     """Warn (CollapsedWeightsWarning) of weights less than a tenth of the way from one-hot to uniform; True if it did.
 
@@ -213,10 +221,11 @@ def warn_if_collapsed(ess: Tensor | float, num_sequences: int, num_groups: int =
     if num_sequences <= num_groups or (ess - num_groups) / (num_sequences - num_groups) >= MIN_ESS_SHARE:
         return False
     chosen = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    groups = "1 group" if num_groups == 1 else f"{num_groups} groups"
     warnings.warn(
         f"VAR weights have collapsed: effective sample size about {ess:.0f} of {num_sequences} sequences in "
-        f"{num_groups} group(s){f' ({chosen})' if chosen else ''}. The rest of the batch is hardly trained on. "
-        "Raise lam, or take reference='mean' or 'none' (another target: docs/var.md).",
+        f"{groups}{f' ({chosen})' if chosen else ''}. The rest of the batch is hardly trained on. "
+        f"{_MORE_WEIGHTS.get(options.get('reference'), _MORE_WEIGHTS['sum'])}",
         CollapsedWeightsWarning,
         stacklevel=3,
     )

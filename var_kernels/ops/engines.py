@@ -118,13 +118,13 @@ def forward_pass(head: Head, kept_NC: Tensor | None = None) -> RowStats:
         return stats
     kept = 0 if kept_NC is None else kept_NC.shape[1]
     plan = forward_plan(_beside(head, kept) if kept < head.v else head)
-    columns = [*spans(0, kept, plan.columns), *spans(kept, head.v, plan.columns)]
+    columns = [*spans(0, kept, head.v), *spans(kept, head.v, plan.columns)]
     storage = head.new_tile(plan.rows, plan.columns) if kept < head.v else None
     for start, stop in spans(0, head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in columns:
             if v_stop <= kept:
-                logits_nv = kept_NC[start:stop, v_start:v_stop]
+                logits_nv = kept_NC[start:stop]
             else:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
             fill_logits(head, logits_nv, hidden_nd, slice(start, stop), slice(v_start, v_stop))

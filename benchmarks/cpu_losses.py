@@ -9,6 +9,7 @@ Operands: random, logits of standard deviation 3.
 
 - bare GEMMs: torch.mm alone, in the operands' dtype: 1 (forward), 3 (gradients in one pass), 4 (in two), 2 + 1 less dW
   (frozen head). Their results have rounded logits and no loss.
+- default: the engine and the workspace of a call without options.
 - kept: a workspace that holds all logits, as the alternatives do.
 - gradients of the alternatives come from one backward; they stand in the lines of both one pass and two.
 """
@@ -115,6 +116,7 @@ def cases(shape, dtype: torch.dtype) -> dict:
         add(name, "forward", forward, ours(precision=precision))
         add(name, "one pass", gradients, ours(precision=precision, engine="one_pass", workspace_mb=budget))
         add(name, "two passes", gradients, ours(precision=precision, engine="two_pass"))
+        add(f"{name}, default", "one pass", gradients, ours(precision=precision))
         kept = ours(precision=precision, engine="two_pass", workspace_mb=kept_mb(n, d, v, tile))
         add(f"{name}, kept", "two passes", gradients, kept)
         add(name, "frozen head", with_frozen_head, ours(precision=precision))

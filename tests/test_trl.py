@@ -17,21 +17,17 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from tests.trl_runs import (
-    JUDGED,
     LORA,
-    PAIRS,
-    PROMPTS,
-    SFT,
     assert_same_curves,
+    build,
     fields_of_logits,
     fused,
-    length_reward,
     logs,
-    make,
     needs_fused_trl,
+    own,
     tiny,
 )
 from var_kernels.integrations.hf.head import inner_model
@@ -42,39 +38,23 @@ from var_kernels.ops import logprob
 pytestmark = needs_fused_trl
 
 CASES = {
-    "sft": (SFTTrainer, SFTConfig, SFT, {}),
-    "sft-dft-accumulated": (SFTTrainer, SFTConfig, SFT, {"loss_type": "dft", "gradient_accumulation_steps": 2}),
-    "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
+    "sft": ("SFT", {}),
+    "sft-dft-accumulated": ("SFT", {"loss_type": "dft", "gradient_accumulation_steps": 2}),
+    "dpo": ("DPO", {}),
     "dpo-ipo-weighted-precomputed": (
-        DPOTrainer,
-        DPOConfig,
-        PAIRS,
+        "DPO",
         {"loss_type": ["ipo"], "use_weighting": True, "precompute_ref_log_probs": True},
     ),
-    "dpo-lora": (DPOTrainer, DPOConfig, PAIRS, {"trainer_options": {"peft_config": LORA}}),
-    "kto": (KTOTrainer, KTOConfig, JUDGED, {}),
-    "grpo": (
-        GRPOTrainer,
-        GRPOConfig,
-        PROMPTS,
-        {
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "temperature": 0.7,
-            "beta": 0.1,
-            "entropy_coef": 0.01,
-            "num_iterations": 2,
-            "trainer_options": {"reward_funcs": length_reward},
-        },
-    ),
+    "dpo-lora": ("DPO", {"adapter": LORA}),
+    "kto": ("KTO", {}),
+    "grpo": ("GRPO", {"temperature": 0.7, "beta": 0.1, "entropy_coef": 0.01, "num_iterations": 2}),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_same_curves(case, tmp_path):
-    trainer_class, config_class, rows, options = CASES[case]
-    expected = logs(make(trainer_class, config_class, rows, tmp_path / "own", **options))
-    trainer = make(fused(trainer_class), config_class, rows, tmp_path / "fused", **options)
+@pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES.keys())
+def test_same_curves(name, options, tmp_path):
+    expected = logs(build(own, name, tmp_path / "own", **options))
+    trainer = build(fused, name, tmp_path / "fused", **options)
     assert isinstance(inner_model(trainer.model).forward, _FusedForward)
     assert_same_curves(logs(trainer), expected)
 
@@ -132,6 +112,16 @@ def test_fields_by_hand(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+def test_a_config_may_ask_for_router_logits_that_no_loss_is_made_of():
+    model = tiny().eval()
+    expected = model(**batch()).loss
+    model.config.output_router_logits = True
+    _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
+    torch.testing.assert_close(model(**batch(), fused_lm_head=True).loss, expected)
+    with pytest.raises(ValueError, match=r"returns no aux_loss of its own; set router_aux_loss_coef=0\.0"):
+        model(**batch(), output_router_logits=True, fused_lm_head=True)
+
+
 def test_labels_shifted_by_the_caller_and_counts():
     model, inputs = tiny().double().eval(), batch()
     _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
@@ -178,7 +168,7 @@ def test_copies_and_bound_forwards_run_their_own_weights():
 
 def test_a_reference_of_equal_weights_gives_a_log_ratio_of_zero(tmp_path):
     """To the bit, though only the policy is asked for entropies: Adam makes a step of any gradient that is not 0."""
-    trainer = make(fused(DPOTrainer), DPOConfig, PAIRS, tmp_path / "run")
+    trainer = build(fused, "DPO", tmp_path / "run")
     ids = torch.randint(1000, (4, 51))
     logps = []
     for model in (trainer.model, trainer.ref_model):
@@ -190,7 +180,7 @@ def test_a_reference_of_equal_weights_gives_a_log_ratio_of_zero(tmp_path):
 
 
 def test_no_logits_in_memory(tmp_path):
-    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run")
+    trainer = build(fused, "SFT", tmp_path / "run")
     trainer.model.resize_token_embeddings(20_000)
     ids = torch.randint(300, (4, 512))
     inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
@@ -204,13 +194,13 @@ def sft_inputs():
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"trainer_options": {"peft_config": LORA}}])
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"adapter": LORA}])
 def test_sft_has_its_gradients_after_the_forward(options, tmp_path, monkeypatch):
     def second_pass(*_args, **_kwargs):
         raise AssertionError("a second pass over the head")
 
     monkeypatch.setattr(logprob, "vocabulary_pass", second_pass)
-    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run", **options)
+    trainer = build(fused, "SFT", tmp_path / "run", **options)
     trainer.compute_loss(trainer.model.train(), sft_inputs(), num_items_in_batch=torch.tensor(20)).backward()
     assert any(p.grad is not None for p in trainer.model.parameters())
 
@@ -227,14 +217,14 @@ def test_a_loss_of_ones_own_takes_two_passes_and_is_right(tmp_path):
     torch.manual_seed(0)
     inputs, grads = sft_inputs(), []
     for trainer_class in (Weighted, fused(Weighted)):
-        trainer = make(trainer_class, SFTConfig, SFT, tmp_path / trainer_class.__name__)
+        trainer = build(lambda _, cls=trainer_class: cls, "SFT", tmp_path / trainer_class.__name__)
         trainer.compute_loss(trainer.model.train(), dict(inputs)).backward()
         grads.append(trainer.model.lm_head.weight.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_made_for_another_loss_is_refused(tmp_path):
-    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run")
+    trainer = build(fused, "SFT", tmp_path / "run")
     trainer.model.train()
     log_probs = trainer.model(**sft_inputs(), use_cache=False, fused_lm_head=True).log_probs
     with pytest.raises(RuntimeError, match="not the one that its gradient was made for"):
@@ -242,7 +232,7 @@ def test_a_gradient_made_for_another_loss_is_refused(tmp_path):
 
 
 def test_nan_passes_through_as_in_trl(tmp_path):
-    trainer = make(fused(SFTTrainer), SFTConfig, SFT, tmp_path / "run", loss_type="dft")
+    trainer = build(fused, "SFT", tmp_path / "run", loss_type="dft")
     with torch.no_grad():
         trainer.model.train().lm_head.weight.fill_(torch.nan)
     loss = trainer.compute_loss(trainer.model, sft_inputs())
@@ -272,7 +262,7 @@ def test_options_that_need_logits_are_refused(options, named, tmp_path):
             super().__init__(*args, **kwargs)
 
     with pytest.raises(ValueError, match=rf"{named}: expected unset.*without FusedHeadMixin"):
-        make(fused(Trainer), SFTConfig, SFT, tmp_path / "run", **options)
+        build(lambda _: fused(Trainer), "SFT", tmp_path / "run", **options)
     assert "forward" not in vars(built[0])
 
 

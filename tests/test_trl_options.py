@@ -8,24 +8,10 @@ import pytest
 
 pytest.importorskip("trl", reason="trl is not installed")
 
-import datasets
-import trl
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.tiny_training import tokenizer
-from tests.trl_runs import (
-    JUDGED,
-    LORA,
-    PAIRS,
-    PROMPTS,
-    SFT,
-    assert_same_curves,
-    fused,
-    length_reward,
-    logs,
-    make,
-    needs_fused_trl,
-)
+from tests.trl_runs import LORA, SFT, assert_same_curves, build, fused, logs, needs_fused_trl, own
 
 pytestmark = [needs_fused_trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
 PAGE = Path(__file__).parents[1] / "docs" / "trainers.md"
@@ -54,10 +40,6 @@ MIXTRAL = (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 3, "experts_
 
 def chat(**options):
     return {"rows": MESSAGES, "trainer_options": {"processing_class": CHAT}, **options}
-
-
-def lora(**options):
-    return {"trainer_options": {"peft_config": LORA}, **options}
 
 
 def mean_logit(prediction):
@@ -95,7 +77,7 @@ SAME = {
         "average_tokens_across_devices": {"False": {"average_tokens_across_devices": False}},
         "gradient_checkpointing": {"True": {"gradient_checkpointing": True}},
         "bf16": {"True": {"bf16": True}},
-        "peft_config": {"LoRA": lora(), "LoRA, dft": lora(loss_type="dft")},
+        "peft_config": {"LoRA": {"adapter": LORA}, "LoRA, dft": {"adapter": LORA, "loss_type": "dft"}},
         "router_aux_loss_coef": {"0.1": {"router_aux_loss_coef": 0.1, "architecture": MIXTRAL}},
         "eval_strategy": {"steps": {"eval_strategy": "steps", "eval_steps": 2, "prediction_loss_only": True}},
         "compute_metrics": {"function": evaluated(compute_metrics=mean_logit)},
@@ -122,7 +104,10 @@ SAME = {
         "precompute_ref_log_probs": {"True": {"precompute_ref_log_probs": True}},
         "sync_ref_model": {"True": {"sync_ref_model": True, "ref_model_sync_steps": 2}},
         "padding_free": {"False": {"padding_free": False}},
-        "peft_config": {"LoRA": lora(), "LoRA, precomputed": lora(precompute_ref_log_probs=True)},
+        "peft_config": {
+            "LoRA": {"adapter": LORA},
+            "LoRA, precomputed": {"adapter": LORA, "precompute_ref_log_probs": True},
+        },
         "gradient_checkpointing": {"True": {"gradient_checkpointing": True}},
         "bf16": {"True": {"bf16": True}},
         "router_aux_loss_coef": {"0.1": {"router_aux_loss_coef": 0.1, "architecture": MIXTRAL}},
@@ -134,7 +119,7 @@ SAME = {
         "desirable_weight": {"2.0": {"desirable_weight": 2.0, "undesirable_weight": 0.5}},
         "precompute_ref_log_probs": {"True": {"precompute_ref_log_probs": True}},
         "sync_ref_model": {"True": {"sync_ref_model": True, "ref_model_sync_steps": 2}},
-        "peft_config": {"LoRA": lora()},
+        "peft_config": {"LoRA": {"adapter": LORA}},
         "compute_metrics": {"function": evaluated(compute_metrics=mean_logit)},
     },
     "GRPO": {
@@ -157,12 +142,10 @@ SAME = {
         "scale_rewards": {"none": {"scale_rewards": "none"}, "batch": {"scale_rewards": "batch"}},
         "cast_lm_head_to_fp32": {"True": {"cast_lm_head_to_fp32": True}},
         "sync_ref_model": {"True": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2}},
-        "peft_config": {"LoRA": {"beta": 0.1, "trainer_options": {"peft_config": LORA}}},
+        "peft_config": {"LoRA": {"adapter": LORA, "beta": 0.1}},
     },
     "RLOO": {"beta": {"0.05": {"beta": 0.05, "num_iterations": 2}}},
 }
-ROWS_OF = {"SFT": SFT, "DPO": PAIRS, "KTO": JUDGED, "GRPO": PROMPTS, "RLOO": PROMPTS}
-ONLINE = {"num_generations": 4, "max_completion_length": 6}
 CASES = [
     pytest.param(name, case, id=f"{name}-{option}-{value}")
     for name, options in SAME.items()
@@ -171,33 +154,15 @@ CASES = [
 ]
 
 
-def build(name, case, folder, fuse):
-    options = dict(case)
-    rows, trainer_options = options.pop("rows", ROWS_OF[name]), dict(options.pop("trainer_options", {}))
-    if name in ("GRPO", "RLOO"):
-        options = {**ONLINE, **options}
-        trainer_options["reward_funcs"] = length_reward
-    if options.get("eval_strategy"):
-        trainer_options["eval_dataset"] = datasets.Dataset.from_list(rows[:6])
-    trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
-    return make(
-        fused(trainer_class) if fuse else trainer_class,
-        config_class,
-        rows,
-        folder / ("fused" if fuse else "own"),
-        trainer_options=trainer_options,
-        **{"max_steps": STEPS, **options},
-    )
-
-
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_same_numbers(name, case, tmp_path):
-    own = build(name, case, tmp_path, False)
-    expected = logs(own)  # before ours is built: they draw from the same generator
-    ours = build(name, case, tmp_path, True)
+    options = {"max_steps": STEPS, **case}
+    truth = build(own, name, tmp_path / "own", **options)
+    expected = logs(truth)  # before ours is built: they draw from the same generator
+    ours = build(fused, name, tmp_path / "fused", **options)
     rounding = {"rel_tol": 3e-2, "abs_tol": 5e-3} if case.get("bf16") else {}
     assert_same_curves(logs(ours), expected, STEPS, **rounding)
-    for entry, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
+    for entry, theirs in zip(ours.state.log_history, truth.state.log_history, strict=True):
         found = {k: v for k, v in theirs.items() if k.startswith("eval_") and not k.endswith(("runtime", "second"))}
         assert {k: entry[k] for k in found} == pytest.approx(found, rel=1e-5, abs=1e-6)
 

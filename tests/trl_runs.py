@@ -1,6 +1,7 @@
 # ruff: noqa: E402  (imports that need trl stand below the skip)
 """What the tests of TRL's trainers share: rows, a tiny model, a trainer with or without the fused head, its log."""
 
+import copy
 import functools
 import math
 import sys
@@ -38,9 +39,14 @@ JUDGED = [
     for completion, label in zip(row["completions"][:2], (True, False), strict=True)
 ]
 PROMPTS = [{"prompt": row["prompt"]} for row in ROWS]
+ROWS_OF = {"SFT": SFT, "DPO": PAIRS, "KTO": JUDGED, "GRPO": PROMPTS, "RLOO": PROMPTS}
 
 
-LORA = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+def lora(*modules, **options):
+    return LoraConfig(**{"r": 2, "target_modules": list(modules), "init_lora_weights": False, **options})
+
+
+LORA = lora("q_proj", "up_proj")
 
 
 def length_reward(completions, **_kwargs):
@@ -58,8 +64,15 @@ def fused(trainer_class):
     return type(f"Fused{trainer_class.__name__}", (FusedHeadMixin, trainer_class), {})
 
 
-def make(trainer_class, config_class, rows, folder, *, architecture=(), adapt=None, trainer_options=None, **options):
-    """``adapt``: of the model that was read, what the trainer gets."""
+def own(trainer_class):
+    return trainer_class
+
+
+def build(wrap, name, folder, *, rows=None, architecture=(), adapt=None, adapter=None, trainer_options=None, **options):
+    """``wrap`` of TRL's trainer of that name, on a tiny model read from beside ``folder``.
+
+    adapt: makes of that model what the trainer gets; adapter: PEFT's configuration; options: of TRL's configuration.
+    """
     settings = {
         "max_steps": 20,
         "per_device_train_batch_size": 4,
@@ -74,17 +87,26 @@ def make(trainer_class, config_class, rows, folder, *, architecture=(), adapt=No
         "disable_tqdm": True,
         "seed": 3,
     }
+    trainer_options = {"processing_class": tokenizer(), **(trainer_options or {})}
+    rows = ROWS_OF[name] if rows is None else rows
+    if name in ("GRPO", "RLOO"):
+        settings |= {"num_generations": 4, "max_completion_length": 6}
+        trainer_options["reward_funcs"] = length_reward
+    if adapter is not None:
+        trainer_options["peft_config"] = copy.deepcopy(adapter)  # PEFT writes into it
+    if options.get("eval_strategy"):
+        trainer_options["eval_dataset"] = datasets.Dataset.from_list(rows[:6])
     saved = Path(folder).parent / "model"  # TRL loads its reference by name
     if not saved.exists():
         model_class, config, model_options = architecture or (LlamaForCausalLM, LlamaConfig, {})
         tiny(model_class, config, **model_options).save_pretrained(saved)
     torch.manual_seed(5)  # of LoRA's first matrices
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    return trainer_class(
+    return wrap(getattr(trl, f"{name}Trainer"))(
         model=model if adapt is None else adapt(model),
-        args=config_class(str(folder), **{**settings, **options}),
+        args=getattr(trl, f"{name}Config")(str(folder), **{**settings, **options}),
         train_dataset=datasets.Dataset.from_list(rows),
-        **{"processing_class": tokenizer(), **(trainer_options or {})},
+        **trainer_options,
     )
 
 

@@ -213,12 +213,12 @@ class _FusedForward:
             mask, fields = mask[:, :-1], {name: field[:, :-1] for name, field in fields.items()}
         loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
         aux_loss = getattr(output, "aux_loss", None)
-        if inputs.get("output_router_logits"):
-            if aux_loss is None:
-                raise ValueError(
-                    f"output_router_logits: {type(self.model).__name__} returns no aux_loss of its own; set "
-                    "router_aux_loss_coef=0.0"
-                )
+        if aux_loss is None and kwargs.get("output_router_logits"):
+            raise ValueError(
+                f"output_router_logits: {type(self.model).__name__} returns no aux_loss of its own; set "
+                "router_aux_loss_coef=0.0"
+            )
+        if aux_loss is not None and inputs.get("output_router_logits"):
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
 

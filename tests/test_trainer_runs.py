@@ -99,6 +99,18 @@ def test_lora_trains_the_adapter_against_the_bare_model(tmp_path):
     assert "model.safetensors" not in saved
 
 
+def test_a_value_head_beside_a_saved_head_that_stays_tied(tmp_path):
+    """PEFT's copy of the embedding says its sizes the wrong way round."""
+    peft = pytest.importorskip("peft")
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    for method in ("dro", "alol"):
+        model = tiny_model(tie_word_embeddings=True)
+        trainer = tiny_trainer(tmp_path / method, model=model, method=method, trainer_options={"peft_config": adapter})
+        trainer.train()
+        assert trainer.extra_head.weight.shape == (1, 24)
+
+
 def test_live_reference_of_an_adapter_is_the_bare_model(tmp_path):
     peft = pytest.importorskip("peft")
     histories = []
@@ -282,3 +294,14 @@ def test_the_model_card_holds_settings_and_last_metrics(tmp_path):
     assert "| lam | 0.5 |" in text
     assert "| beta |" not in text
     assert f"| loss | {losses(trainer)[1]:.6g} |" in text
+
+
+def test_rewards_of_the_evaluation_set_are_standardised_as_those_of_the_training_set(tmp_path):
+    rows = [{**row, "rewards": [10.0 + reward for reward in row["rewards"]]} for row in ROWS[:2]]
+    trainer = tiny_trainer(tmp_path, method="dro", trainer_options={"eval_dataset": rows})
+    train = torch.tensor([reward for row in ROWS for reward in row["rewards"]])
+    wanted = (torch.tensor([reward for row in rows for reward in row["rewards"]]) - train.mean()) / train.std(
+        correction=0
+    )
+    torch.testing.assert_close(trainer.eval_dataset.rows.columns["reward"], wanted)
+    torch.testing.assert_close(trainer.train_dataset.rows.columns["reward"].std(correction=0), torch.tensor(1.0))

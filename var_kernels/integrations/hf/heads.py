@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.adapters import unwrapped
+from var_kernels.integrations.hf.head import head_sizes, inner_model
 
 PER = ("token", "sequence")
 _NAME = "value_head"
@@ -204,7 +205,7 @@ def attach_head(model: nn.Module, head: _TokenHead, name: str = _NAME) -> _Token
     """
     inner = inner_model(model)
     lm_head = inner.get_output_embeddings()
-    width = getattr(lm_head, "in_features", None)
+    width = head_sizes(unwrapped(lm_head))[1] if hasattr(lm_head, "in_features") else None
     if width is not None and width != head.hidden_size:
         raise ValueError(
             f"head must have hidden_size={width}, the width of {type(inner).__name__}'s lm_head, got {head.hidden_size}"

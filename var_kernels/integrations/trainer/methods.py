@@ -41,11 +41,11 @@ class Method:
     """How a loss of the registry is trained.
 
     items: (rows, config) -> the row numbers of each item. prepare: (step, config, group) -> what to add to the step's
-    rows, "weight" (B,) among it, and metrics. columns: (rows, config) -> what to add to the data's rows once. defaults:
-    of the loss's options that have none. settings: options of the method beside the loss's, name -> (type, default,
-    meaning). head: what is had beside the lm_head: "" (nothing), "fitted" (a value, on the reference before training),
-    "value" or "reward" (heads that learn with the policy). policy_labels: chosen and rejected change places as the
-    policy itself would label them.
+    rows, "weight" (B,) among it, and metrics. columns: (rows, config, training rows) -> what to add to the data's rows
+    once. defaults: of the loss's options that have none. settings: options of the method beside the loss's, name ->
+    (type, default, meaning). head: what is had beside the lm_head: "" (nothing), "fitted" (a value, on the reference
+    before training), "value" or "reward" (heads that learn with the policy). policy_labels: chosen and rejected change
+    places as the policy itself would label them.
     """
 
     loss: Loss
@@ -54,7 +54,7 @@ class Method:
     prepare: Callable[[Rows, Any, dist.ProcessGroup | None], Prepared]
     defaults: dict[str, object] = field(default_factory=dict)
     settings: dict[str, tuple[type, object, str]] = field(default_factory=dict)
-    columns: Callable[[Any, Any], Rows] | None = None
+    columns: Callable[[Any, Any, Any], Rows] | None = None
     head: str = ""
     policy_labels: bool = False
 
@@ -208,7 +208,7 @@ def _one(step: Rows, value: float) -> Tensor:
 # ---- columns that are known of the whole data set --------------------------------------------------------------------
 
 
-def _desirable(rows, config) -> Rows:
+def _desirable(rows, config, _train) -> Rows:
     """KTO: the chosen of a pair, and completions whose reward is above the threshold."""
     reward = torch.zeros(len(rows)) if rows.reward is None else rows.reward
     desirable = reward > config.desirable_above
@@ -218,7 +218,7 @@ def _desirable(rows, config) -> Rows:
     return {"desirable": desirable}
 
 
-def _quantiles(rows, config) -> Rows:
+def _quantiles(rows, config, _train) -> Rows:
     """QRPO: each reward's quantile among those of its prompt's completions."""
     reward = rows.reward.clone()
     for group in rows.groups:
@@ -226,9 +226,9 @@ def _quantiles(rows, config) -> Rows:
     return {"reward": reward}
 
 
-def _standardised(rows, config) -> Rows:
-    """DRO: rewards of mean 0 and standard deviation 1 over the data set."""
-    spread, mean = torch.std_mean(rows.reward, correction=0)
+def _standardised(rows, config, train) -> Rows:
+    """DRO: rewards of mean 0 and standard deviation 1 over the training set."""
+    spread, mean = torch.std_mean(train.reward, correction=0)
     return {"reward": (rows.reward - mean) / spread.clamp(min=1e-8)} if config.standardise_rewards else {}
 
 
@@ -375,7 +375,7 @@ METHODS = _methods(
         "head": "value",
         "defaults": {"tau": 1.0},
         "settings": {
-            "standardise_rewards": (bool, True, "rewards of mean 0 and standard deviation 1 over the data"),
+            "standardise_rewards": (bool, True, "rewards of mean 0 and standard deviation 1 over the training set"),
             **_HEAD_RATE,
         },
     },

@@ -1,8 +1,6 @@
 """VARTrainer: transformers.Trainer with the loss computed inside the lm_head and normalised over the global batch."""
 
 import contextlib
-import copy
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -10,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from var_kernels.integrations.data import (
@@ -25,7 +23,7 @@ from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples
 from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
 from var_kernels.integrations.trainer.checkpoints import Checkpoints
-from var_kernels.integrations.trainer.collator import Items, RowCollator, first_items
+from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
@@ -36,22 +34,22 @@ from var_kernels.integrations.trainer.model_checks import (
     freeze_head,
 )
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
-from var_kernels.integrations.trainer.reference import cached_ref_logp, model_fingerprint, rows_fingerprint, score_batch
+from var_kernels.integrations.trainer.reference import model_fingerprint
+from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
 from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
     check_layout,
     of_first_rank,
-    place_reference,
-    without_adapter,
 )
-from var_kernels.integrations.trainer.values import fit_value_head, new_head, prompt_states, values_of
+from var_kernels.integrations.trainer.step import GlobalBatch
+from var_kernels.integrations.trainer.values import new_head
 
 logger = logging.getLogger(__name__)
 
 
-class VARTrainer(Checkpoints, Trainer):
+class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
     """Aligns a causal LM by VAR, or by any other method of the registry, on rows with rewards or pairs.
 
     The loss of an optimiser step is that of its global batch, over all ranks and gradient-accumulation steps:
@@ -134,6 +132,7 @@ class VARTrainer(Checkpoints, Trainer):
                 None if rows is None else self._encode(rows, name, args, processing_class, reward_func)
                 for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
             ]
+            self._add_columns(data, args)
             for items in filter(None, data):
                 check_positions(model, items.rows)
         if args.disable_dropout:
@@ -189,7 +188,7 @@ class VARTrainer(Checkpoints, Trainer):
             self.online.bind(self)
             self.add_callback(self.online)
 
-    # ---- data and reference ------------------------------------------------------------------------------------------
+    # ---- data --------------------------------------------------------------------------------------------------------
 
     def _encode(self, rows, name: str, args: VARConfig, tokenizer, reward_func) -> Items:
         need = "optional" if reward_func is not None else self.method.need_rewards
@@ -197,121 +196,16 @@ class VARTrainer(Checkpoints, Trainer):
         if reward_func is not None:
             examples = apply_reward_function(reward_func, examples, args)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
-        items = self.method.items(encoded, args)
+        return Items(encoded, self.method.items(encoded, args))
+
+    def _add_columns(self, data: list[Items | None], args: AlignConfig) -> None:
+        """What the method makes of the rewards once: of the evaluation set by the training set's statistics."""
+        tables = [items.rows for items in data if items is not None]
         if self.method.columns is not None:
-            encoded.columns |= self.method.columns(encoded, args)
-        return Items(encoded, items)
-
-    def _prepare_reference(self, tables: list[EncodedRows]) -> None:
-        if not (self.online.reads_initial_model if self.args.online else self.method.reference):
-            self.ref_model = None
-            return
-        precompute = self.args.precompute_ref_log_probs and not self.args.online
-        if self.ref_model is None and not precompute and not _is_peft(self.model):
-            self.ref_model = copy.deepcopy(self.model)
-        if self.ref_model is not None:
-            self.ref_model = place_reference(self, self.ref_model)
-            if not precompute:
-                self.ref_model.requires_grad_(False).eval()
-        if precompute and not self._unscored:
-            self._score_reference(self.model if self.ref_model is None else self.ref_model, tables)
-
-    def _score_reference(self, model: nn.Module, tables: list[EncodedRows]) -> None:
-        precision = self.accelerator.mixed_precision
-        for rows in tables:
-            key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
-            with self._as_reference(model):
-                logp = cached_ref_logp(self, model, rows, key)
-            if self.method.reference == "token":
-                rows.token_columns["ref_token_logp"] = logp
-            rows.columns["ref_logp"] = rows.row_sums(logp)
-        self.ref_model = None  # its memory is not needed any more
-
-    def create_scheduler(self, *args, **kwargs):
-        """Trainer comes by here when accelerate has spread the weights and before it loads a checkpoint into them: the
-        moment for a model that is its own reference to score the data."""
-        prepared = self.accelerator._models
-        if self._unscored and prepared:
-            tables, self._unscored = self._unscored, []
-            if self.method.reference and self.args.precompute_ref_log_probs:
-                self._score_reference(prepared[-1], tables)
-            if self.method.head == "fitted":
-                self._fit_values(prepared[-1], tables)
-        return super().create_scheduler(*args, **kwargs)
-
-    def _fit_values(self, model: nn.Module, tables: list[EncodedRows]) -> None:
-        """V(x) of A-LoL: fitted on the rewards of the training set, by the reference, which is the model so far."""
-        train = tables[0]
-        squashed = train.reward.sigmoid() if getattr(self.args, "squash", True) else train.reward
-        with self._as_reference(model):
-            states = [prompt_states(self, model, rows) for rows in tables]
-        self.extra_head = new_head(model, "value")
-        fit_value_head(self.extra_head, states[0], train, squashed)
-        for rows, states_of_rows in zip(tables, states, strict=True):
-            rows.columns["value"] = values_of(self.extra_head, states_of_rows)
-
-    def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        own = self.ref_model is None and _is_peft(model)
-        return without_adapter(model) if own else contextlib.nullcontext()
-
-    def _attach_reference(self, batch: dict[str, Tensor]) -> None:
-        model = self.model if self.ref_model is None else self.ref_model
-        was_training = model.training
-        model.eval()
-        with self._as_reference(model):
-            logp = score_batch(self, model, batch)
-        if self.method.reference == "token":
-            batch["ref_token_logp"] = logp
-        batch["ref_logp"] = logp.sum(-1)
-        model.train(was_training)
+            for rows in tables:
+                rows.columns |= self.method.columns(rows, args, tables[0])
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
-
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one optimiser step, each row with its share of the loss of the global batch."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        group = dist.group.WORLD if self.args.world_size > 1 else None
-        last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
-        if batches and group is not None and last:
-            batches[-1] = self._without_fillers(batches[-1])
-        if batches:
-            self._prepare_step(batches, group, "train")
-        return batches, num_items if num_items is not None else torch.tensor(0)
-
-    def _without_fillers(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """accelerate fills the last batches of an epoch, rank by rank, with items that were in it before."""
-        size = int(batch["item"][-1]) + 1
-        remainder = len(self.train_dataset) % (size * self.args.world_size)
-        own = remainder - self.args.process_index * size
-        return first_items(batch, own) if remainder > 0 and own < size else batch
-
-    def _prepare_step(self, batches: list[dict[str, Tensor]], group, mode: str) -> None:
-        for batch in batches:
-            batch["length"] = batch["labels"][:, 1:].ne(-100).sum(-1)
-            if self.method.reference and "ref_logp" not in batch:
-                self._attach_reference(batch)
-        keys = [key for key in ("length", "group", "reward", "ref_logp", "value") if key in batches[0]]
-        sizes = [0 if "stand_in" in batch else len(batch["length"]) for batch in batches]
-        device = self.accelerator.device
-        step = {
-            key: torch.cat([batch[key][:size] for batch, size in zip(batches, sizes, strict=True)]).to(device)
-            for key in keys
-        }
-        added, metrics = self.method.prepare(step, self.args, group)
-        for key, values in added.items():
-            for batch, part in zip(batches, values.split(sizes), strict=True):
-                missing = len(batch["length"]) - len(part)
-                batch[key] = F.pad(part, (0, missing)) if missing else part
-        for number, batch in enumerate(batches):
-            batch["micro_batches"], batch["micro_batch"] = torch.tensor(len(batches)), torch.tensor(number)
-        for key, value in metrics.items():
-            self.step_metrics[mode].add(key, value, 1.0)
-        if "reward" in step:
-            self.step_metrics[mode].add("reward_mean", step["reward"].nansum(), (~step["reward"].isnan()).sum())
-            if self.args.method == "var":
-                self.step_metrics[mode].add(
-                    "weighted_reward", (step["reward"] * added["weight"]).sum(), added["weight"].sum()
-                )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss, times the number of ranks (whose mean the gradients and logs
@@ -344,12 +238,6 @@ class VARTrainer(Checkpoints, Trainer):
         shares = inputs["micro_batches"].to(result.loss.device)
         loss = result.loss * world_size + self._auxiliary_loss(outputs) / shares
         return (loss, outputs) if return_outputs else loss
-
-    def _label_generator(self, inputs: dict[str, Tensor]) -> torch.Generator:
-        """Where the policy labels pairs: a stream for each micro-batch of each rank, the same after a resume."""
-        place = (self.args.seed, self.state.global_step, self.args.process_index, int(inputs["micro_batch"]))
-        digest = hashlib.sha256(repr(place).encode()).digest()
-        return torch.Generator(inputs["labels"].device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _auxiliary_loss(self, outputs) -> Tensor | float:
         """A mixture of experts' balancing loss, where its config asks for router outputs."""
@@ -437,7 +325,3 @@ def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]
         values = inputs[name if name in inputs else source]
         rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
     return rows
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return callable(getattr(model, "disable_adapter", None))

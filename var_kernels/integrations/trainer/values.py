@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import EncodedRows
-from var_kernels.integrations.hf.head import capture, find_head, inner_model
+from var_kernels.integrations.hf.head import capture, find_head, head_sizes, inner_model
 from var_kernels.integrations.hf.heads import RewardHead, ValueHead
 from var_kernels.integrations.trainer.reference import over_rows
 
@@ -16,7 +16,7 @@ _RIDGES = tuple(10.0**power for power in range(-4, 5))  # of the mean squared si
 
 def new_head(model: nn.Module, kind: str) -> nn.Module:
     """An untrained head of the lm_head's width: "value" (one number a prompt) or "reward" (AVA's posterior)."""
-    width = find_head(inner_model(model)).in_features
+    _, width = head_sizes(find_head(inner_model(model)))
     return RewardHead(width) if kind == "reward" else ValueHead(width, per="sequence")
 
 
@@ -79,7 +79,7 @@ def values_of(head: ValueHead, states: Tensor) -> Tensor:
 @torch.no_grad()
 def prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
     """(rows, D) fp32 hidden states at the end of each row's prompt; a prompt of several completions is run once."""
-    width = find_head(inner_model(model)).in_features
+    _, width = head_sizes(find_head(inner_model(model)))
     device = trainer.accelerator.device
     prompts, index = distinct_prompts(rows)
     states = torch.zeros(len(prompts), width, device=device)

@@ -106,7 +106,7 @@ class OnlineLoop(TrainerCallback):
         if draws_pairs(self.args.method) and not self.method.policy_labels:
             label_pairs(rows, self.args.label_by, self._generator("label", iteration))
         if self.method.columns is not None:
-            rows.columns |= self.method.columns(rows, self.args)
+            rows.columns |= self.method.columns(rows, self.args, rows)
         return rows
 
     def _stored(self, iteration: int, steps_done: int) -> Iteration | None:

@@ -1,0 +1,84 @@
+"""The reference of a trainer: a model of its own, the model without its adapter, or the model before training; and what
+it is asked."""
+
+import contextlib
+import copy
+import hashlib
+
+from torch import Tensor, nn
+
+from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.trainer.reference import cached_ref_logp, rows_fingerprint, score_batch
+from var_kernels.integrations.trainer.sharding import place_reference, without_adapter
+from var_kernels.integrations.trainer.values import fit_value_head, new_head, prompt_states, values_of
+
+
+class ReferencePolicy:
+    """Mixin in front of transformers.Trainer."""
+
+    def _prepare_reference(self, tables: list[EncodedRows]) -> None:
+        if not (self.online.reads_initial_model if self.args.online else self.method.reference):
+            self.ref_model = None
+            return
+        precompute = self.args.precompute_ref_log_probs and not self.args.online
+        if self.ref_model is None and not precompute and not _is_peft(self.model):
+            self.ref_model = copy.deepcopy(self.model)
+        if self.ref_model is not None:
+            self.ref_model = place_reference(self, self.ref_model)
+            if not precompute:
+                self.ref_model.requires_grad_(False).eval()
+        if precompute and not self._unscored:
+            self._score_reference(self.model if self.ref_model is None else self.ref_model, tables)
+
+    def _score_reference(self, model: nn.Module, tables: list[EncodedRows]) -> None:
+        precision = self.accelerator.mixed_precision
+        for rows in tables:
+            key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
+            with self._as_reference(model):
+                logp = cached_ref_logp(self, model, rows, key)
+            if self.method.reference == "token":
+                rows.token_columns["ref_token_logp"] = logp
+            rows.columns["ref_logp"] = rows.row_sums(logp)
+        self.ref_model = None  # its memory is not needed any more
+
+    def create_scheduler(self, *args, **kwargs):
+        """Trainer comes by here when accelerate has spread the weights and before it loads a checkpoint into them: the
+        moment for a model that is its own reference to score the data."""
+        prepared = self.accelerator._models
+        if self._unscored and prepared:
+            tables, self._unscored = self._unscored, []
+            if self.method.reference and self.args.precompute_ref_log_probs:
+                self._score_reference(prepared[-1], tables)
+            if self.method.head == "fitted":
+                self._fit_values(prepared[-1], tables)
+        return super().create_scheduler(*args, **kwargs)
+
+    def _fit_values(self, model: nn.Module, tables: list[EncodedRows]) -> None:
+        """V(x) of A-LoL: fitted on the rewards of the training set, by the reference, which is the model so far."""
+        train = tables[0]
+        squashed = train.reward.sigmoid() if getattr(self.args, "squash", True) else train.reward
+        with self._as_reference(model):
+            states = [prompt_states(self, model, rows) for rows in tables]
+        self.extra_head = new_head(model, "value")
+        fit_value_head(self.extra_head, states[0], train, squashed)
+        for rows, states_of_rows in zip(tables, states, strict=True):
+            rows.columns["value"] = values_of(self.extra_head, states_of_rows)
+
+    def _as_reference(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        own = self.ref_model is None and _is_peft(model)
+        return without_adapter(model) if own else contextlib.nullcontext()
+
+    def _attach_reference(self, batch: dict[str, Tensor]) -> None:
+        model = self.model if self.ref_model is None else self.ref_model
+        was_training = model.training
+        model.eval()
+        with self._as_reference(model):
+            logp = score_batch(self, model, batch)
+        if self.method.reference == "token":
+            batch["ref_token_logp"] = logp
+        batch["ref_logp"] = logp.sum(-1)
+        model.train(was_training)
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return callable(getattr(model, "disable_adapter", None))

@@ -123,10 +123,7 @@ def forward_pass(head: Head, kept_NC: Tensor | None = None) -> RowStats:
     for start, stop in spans(0, head.n, plan.rows):
         hidden_nd = head.upcast_rows(start, stop)
         for v_start, v_stop in columns:
-            if v_stop <= kept:
-                logits_nv = kept_NC[start:stop]
-            else:
-                logits_nv = storage.view(stop - start, v_stop - v_start)
+            logits_nv = kept_NC[start:stop] if v_stop <= kept else storage.view(stop - start, v_stop - v_start)
             fill_logits(head, logits_nv, hidden_nd, slice(start, stop), slice(v_start, v_stop))
             head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
     return stats

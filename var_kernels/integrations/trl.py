@@ -116,7 +116,7 @@ def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
         if unknown := set(outputs) - _FIELDS:
             raise ValueError(f"outputs: this version of TRL asks for {sorted(unknown)}, known are {sorted(_FIELDS)}")
         fields = frozenset(outputs)
-        if added:  # a reference: log-probs as the policy's to the bit, so that equal weights give a log-ratio of 0
+        if added:  # a reference, by the policy's kernel: equal weights then differ by 0, not by a rounding
             fields |= added[0].fields & {"entropy"}
         added.append(_FusedForward(model, temperature, cast_lm_head_to_fp32, fields))
 

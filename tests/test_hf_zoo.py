@@ -29,6 +29,7 @@ RIGHT_ONES = {
     ("qwen2_vl", "Qwen2VLForConditionalGeneration"): "",
     ("idefics", "IdeficsForVisionText2Text"): "",
     ("xlm", "XLMWithLMHeadModel"): "bias, labels not shifted",
+    ("kyutai_speech_to_text", "KyutaiSpeechToTextForConditionalGeneration"): "",  # 33 ids a position
     ("reformer", "ReformerModelWithLMHead"): "",
     ("t5", "T5ForConditionalGeneration"): "tied, labels not shifted",
     ("mbart", "MBartForConditionalGeneration"): "vocabulary bias",
@@ -40,7 +41,6 @@ RIGHT_ONES = {
 REFUSED_ONES = {
     ("prophetnet", "ProphetNetForConditionalGeneration"): "several prediction streams",
     ("musicgen", "MusicgenForCausalLM"): "one nn.Linear, got ModuleList",
-    ("kyutai_speech_to_text", "KyutaiSpeechToTextForConditionalGeneration"): "several tokens a position",
     ("fsmt", "FSMTForConditionalGeneration"): "one nn.Linear, got Embedding",
     ("cpmant", "CpmAntForCausalLM"): "is not causal",
     ("xlnet", "XLNetLMHeadModel"): "is not causal",

@@ -156,8 +156,11 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
     if shifted is not None and labels is not None:
         raise ValueError("batch: expected labels or shift_labels, got both; they say the same of other positions")
     labels = shifted if labels is None else labels
-    if labels is None and tokens.is_floating_point():
-        raise ValueError("labels: expected with inputs_embeds, which do not say which tokens they are, got none")
+    if labels is None and tokens is not inputs.get("input_ids"):
+        raise ValueError(
+            "labels: expected with inputs_embeds, and with several ids a position, which do not say what is to be "
+            "scored, got none"
+        )
     if labels is None:
         mask = inputs.get("attention_mask")
         labels = tokens if mask is None else _scored_by_mask(tokens, mask)

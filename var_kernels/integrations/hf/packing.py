@@ -16,9 +16,12 @@ from var_kernels.integrations.hf.head import inner_model
 
 
 def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """(B, T) the batch's input_ids, or numbers in their place where it has inputs_embeds alone; None without both."""
-    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
-    return embeds[..., 0].detach() if ids is None and isinstance(embeds, Tensor) else ids
+    """(B, T) the batch's input_ids, of several ids a position the first, or numbers in their place where it has
+    inputs_embeds alone; None without both.
+    """
+    ids = batch.get("input_ids")
+    ids = batch.get("inputs_embeds") if ids is None else ids
+    return ids[..., 0].detach() if isinstance(ids, Tensor) and ids.dim() == 3 else ids
 
 
 def sequence_starts(batch: Mapping[str, Any]) -> Tensor | None:

@@ -52,8 +52,9 @@ class Probe:
 
     @property
     def ids(self) -> Tensor:
-        """(1, T) int64: the tokens whose successors the head predicts."""
-        return self.inputs[self.ids_name]
+        """(1, T) int64: the tokens whose successors the head predicts; the first of those of a position."""
+        ids = self.inputs[self.ids_name]
+        return ids if ids.dim() == 2 else ids[..., 0]
 
     def _few_tokens(self, count: int) -> dict[str, Any]:
         tokens = [self.plain[i % len(self.plain)] for i in range(count)]
@@ -67,8 +68,8 @@ class Probe:
         ids_name = "decoder_input_ids" if is_encoder_decoder(self.inner) else "input_ids"
         if not isinstance(inputs.get(ids_name), Tensor):
             self.refuse(f"a trial forward pass needs {ids_name}", error=TrialFailedError)
-        if inputs[ids_name].dim() != 2:
-            self.refuse(f"its {ids_name} are {tuple(inputs[ids_name].shape)}, several tokens a position")
+        if inputs[ids_name].dim() not in (2, 3):
+            self.refuse(f"its {ids_name} are {tuple(inputs[ids_name].shape)}, expected (B, T) or (B, T, streams)")
         tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
         if len({len(value) for value in tensors}) == 1:  # else something is not one entry a row: patches of images
             inputs = {n: v[:1] if isinstance(v, Tensor) and v.dim() else v for n, v in inputs.items()}
@@ -97,9 +98,8 @@ class Probe:
 
     def run(self, draw: Callable, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(injected head output, logits, hidden states); the last token changes with the seed."""
-        ids = self.ids.clone()
-        last = self.last_token()
-        others = [token for token in self.plain if token != ids[0, last].item()] or [0]
+        ids, last = self.inputs[self.ids_name].clone(), self.last_token()
+        others = [token for token in self.plain if token != self.ids[0, last].item()] or [0]
         ids[:, last] = others[seed % len(others)]
         injected, hidden_states, output = self._forward(draw, seed, **{**self.inputs, self.ids_name: ids})
         return injected, self._logits(injected, output), hidden_states

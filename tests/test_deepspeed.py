@@ -36,7 +36,7 @@ CASES = {
     "3 dpo, saved head": (3, "dpo", 3, {"adapter": SAVED_HEAD, **TWO_EPOCHS}),
 }
 RESUMED = "3 var, zero.Init"
-COUNTED = ("3 dpo", "3 var, adapted head")
+COUNTED = ("2 dpo, live reference", "3 dpo", "3 var, adapted head")
 
 
 def settings(stage):
@@ -153,8 +153,8 @@ def test_the_whole_model_is_exported(ranks):
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_what_is_sent_is_what_the_docs_say(ranks, name, tmp_path):
-    """All weights gathered in the forward and once more in the backward, whatever the number of tiles; in the backward
-    not those in front of the first that learns."""
+    """ZeRO-3: all weights gathered in the forward and once more in the backward, whatever the number of tiles; in the
+    backward not those in front of the first that learns."""
     weights = dict(trainer_of(name, tmp_path, 1).model.named_parameters())
     total = sum(weight.nbytes for weight in weights.values())
     learning = [key for key in weights if weights[key].requires_grad]
@@ -165,6 +165,9 @@ def test_what_is_sent_is_what_the_docs_say(ranks, name, tmp_path):
         assert small == large
         sent = collections.Counter()
         for kind, size in small:
-            sent[kind] += size
+            sent[kind] += size * (size > 8)  # norms and overflow flags apart
+        if name.startswith("2"):
+            assert sent == {"allreduce_": total, "_allgather_base_": total // 2}
+            continue
         assert sent["_allgather_base_"] == (2 * total - sum(weights[key].nbytes for key in unread)) // 2
         assert sent["_reduce_scatter_base_"] == sum(weights[key].nbytes for key in learning)

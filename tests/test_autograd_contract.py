@@ -15,8 +15,8 @@ OPS = {
     "logprob": lambda h, w, y: linear_logprob(h, w, y).sum(),
     "weighted_nll": lambda h, w, y: linear_weighted_nll(h, w, y, None),
     "token_loss": lambda h, w, y: linear_token_loss(h, w, y, lambda logp: -logp.exp() * logp),
-    "token_kl": lambda h, w, y: linear_token_kl(h, w, h.detach().flip(0), w.detach(), y).sum(),
-    "token_kl, one pass": lambda h, w, y: linear_token_kl(h, w, h.detach().flip(0), w.detach(), y, reduction="sum"),
+    "token_kl": lambda h, w, y: linear_token_kl(h, w, -h.detach(), w.detach(), y).sum(),
+    "token_kl, one pass": lambda h, w, y: linear_token_kl(h, w, -h.detach(), w.detach(), y, reduction="sum"),
     "prob_lse": lambda h, w, y: linear_prob_lse(h, w, y, alpha=3.0).sum(),
 }
 REGISTERED = ("logprob", "weighted_nll", "token_loss")
@@ -59,6 +59,16 @@ def test_torch_func_is_refused_by_name(op):
         torch.func.grad(lambda h: op(h, weight, labels))(hidden)
     with pytest.raises(TypeError, match=r"no tensor of a torch\.func transform"):
         torch.func.vmap(lambda h: op(h, weight, labels))(hidden.unsqueeze(0))
+
+
+@every_op
+def test_a_single_vector(op):
+    """hidden (D,), labels (): the leading shape is empty."""
+    hidden, weight, _ = inputs()
+    row, label = hidden[3].detach().requires_grad_(), torch.tensor(7)
+    expected = torch.autograd.grad(op(row.unsqueeze(0), weight, label.unsqueeze(0)), (row, weight))
+    for got, e in zip(torch.autograd.grad(op(row, weight, label), (row, weight)), expected, strict=True):
+        torch.testing.assert_close(got, e)
 
 
 @every_op

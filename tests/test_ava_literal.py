@@ -122,5 +122,7 @@ def test_refusals():
         linear_prob_lse(hidden, weight, labels, alpha=0.0)
     with pytest.raises(ValueError, match="labels must hold one entry a row"):
         linear_prob_lse(hidden, weight, labels.unsqueeze(1), alpha=1.0)
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
+        linear_prob_lse(hidden, weight, labels.tolist(), alpha=1.0)
     with pytest.raises(ValueError, match="nothing is shifted"):
         linear_prob_lse(hidden, weight, labels[1:], alpha=1.0)

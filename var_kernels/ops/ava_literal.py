@@ -54,7 +54,7 @@ def linear_prob_lse(
     """
     if not 0 < alpha < float("inf"):
         raise ValueError(f"alpha must be finite and > 0, got {alpha}; it scales the probabilities")
-    if labels.dim() == hidden.dim():
+    if isinstance(hidden, Tensor) and isinstance(labels, Tensor) and labels.dim() == hidden.dim():
         raise ValueError(
             f"labels must hold one entry a row, shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}; the "
             "normaliser does not depend on the target"

@@ -50,7 +50,7 @@ class HeadCall:
         if self.rows is not None:
             full = values.new_full((n_all, *values.shape[1:]), fill)
             values = full.index_copy(0, self.rows, values)
-        return values.view(*self.leading, *values.shape[1:])
+        return values.view((*self.leading, *values.shape[1:]))
 
     def restore_targets(self, values_NK: Tensor) -> Tensor:
         return self.restore(values_NK if self.several else values_NK.squeeze(1))

@@ -3,6 +3,7 @@ tensors).
 """
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch._subclasses import FakeTensor
 PRECISIONS = ("fp32", "fast")
 REDUCTIONS = ("sum", "mean", "none")
 ENGINES = ("auto", "one_pass", "two_pass")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(
@@ -31,8 +33,11 @@ def check_tensors(
         check_whole(name, value)
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating point, got {hidden.dtype}; pass the hidden states before the lm_head")
-    if lm_head_weight.dim() != 2:
-        raise ValueError(f"lm_head_weight must have shape (V, D), got {tuple(lm_head_weight.shape)}")
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"hidden must be of {', '.join(map(str, DTYPES))}, got {hidden.dtype}; dequantise it")
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
+        shape = tuple(lm_head_weight.shape)
+        raise ValueError(f"lm_head_weight must have shape (V, D) with V of at least 1, got {shape}")
     v, d = lm_head_weight.shape
     if hidden.dim() < 1 or hidden.shape[-1] != d:
         hint = "; pass its transpose" if hidden.dim() and hidden.shape[-1] == v else ""
@@ -47,6 +52,7 @@ def check_tensors(
         )
     if labels.dim() == hidden.dim() and labels.shape[-1] == 0:
         raise ValueError(f"labels must hold at least one target id per row, got shape {tuple(labels.shape)}")
+    check_number("ignore_index", ignore_index)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32 token ids, got {labels.dtype}; call labels.long()")
     if bias is not None and bias.shape != (v,):
@@ -56,6 +62,12 @@ def check_tensors(
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
     if values_readable(labels) and labels.numel():
         _check_label_range(labels, vocabulary or v, ignore_index)
+
+
+def check_number(name: str, value) -> None:
+    if not torch.compiler.is_compiling() and not isinstance(value, numbers.Real):
+        hint = "; it is a constant here, a scale that learns is a factor of hidden" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
 
 
 def is_traced(t: Tensor) -> bool:
@@ -160,6 +172,10 @@ def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) ->
 def check_head_options(
     logit_scale: float, softcap: float | None, temperature: float, label_smoothing: float, precision: str, workspace_mb
 ) -> None:
+    given = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "workspace_mb": workspace_mb}
+    for name, value in {**given, "label_smoothing": label_smoothing}.items():
+        if value is not None or name not in ("softcap", "workspace_mb"):
+            check_number(name, value)
     # Comparisons: torch.compile(dynamic=True) traces no math.isfinite of a float that may change.
     if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
@@ -212,7 +228,7 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
 
 
 def check_num_items(num_items) -> None:
-    if num_items is None or isinstance(num_items, Tensor):
+    if num_items is None or (isinstance(num_items, Tensor) and not values_readable(num_items)):
         return
     if not 0 < num_items < math.inf:
         raise ValueError(f"num_items must be positive and finite, got {num_items}")

@@ -157,6 +157,8 @@ def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tup
 def _check_reference(
     hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_low_rank, workspace_mb
 ) -> None:
+    if not isinstance(lm_head_weight, Tensor):
+        raise TypeError(f"lm_head_weight must be a torch.Tensor, got {type(lm_head_weight).__name__}")
     given = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
     if ref_bias is not None:
         given["ref_bias"] = ref_bias

@@ -1,4 +1,4 @@
-"""A kernel file with one mistake in it, as a module of its own; under the interpreter it runs like the real one."""
+"""Mistakes to be refused: in a kernel's text, or in the sum over tiles."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +6,7 @@ from types import ModuleType
 
 
 def mutant_of(module: ModuleType, before: str, after: str, folder: Path) -> ModuleType:
-    """``module`` with every ``before`` in its source replaced."""
+    """``module`` with every ``before`` in its source replaced, as another module, which the interpreter runs too."""
     source = Path(module.__file__).read_text()
     assert before in source, f"{module.__name__} has no {before!r} any more"
     path = folder / "mutant.py"
@@ -15,3 +15,18 @@ def mutant_of(module: ModuleType, before: str, after: str, folder: Path) -> Modu
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     return mutant
+
+
+def leave_a_tile_out(monkeypatch, module: ModuleType, which: str) -> list[int]:
+    """The second tile adds nothing to one gradient of a low-rank factor; the list grows with every tile."""
+    original, calls = module.add_factor_gradients, []
+
+    def leaves_one_out(head, gradients, *rest):
+        calls.append(1)
+        before = getattr(gradients, which).clone()
+        original(head, gradients, *rest)
+        if len(calls) == 2:
+            getattr(gradients, which).copy_(before)
+
+    monkeypatch.setattr(module, "add_factor_gradients", leaves_one_out)
+    return calls

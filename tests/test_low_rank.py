@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.mutation import leave_a_tile_out
 from tests.op_cases import BF16, Case
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels.losses import dft_loss
@@ -254,16 +255,7 @@ def test_mutant_of_the_product_is_refused(mutant, small_tiles, monkeypatch):
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
 def test_mutant_of_the_gradient_is_refused(which, engine, small_tiles, monkeypatch):
     """A block of rows or columns that adds nothing."""
-    original, calls = engines.add_factor_gradients, []
-
-    def leaves_one_out(head, gradients, *rest):
-        calls.append(1)
-        before = getattr(gradients, which).clone()
-        original(head, gradients, *rest)
-        if len(calls) == 2:
-            getattr(gradients, which).copy_(before)
-
-    monkeypatch.setattr(engines, "add_factor_gradients", leaves_one_out)
+    calls = leave_a_tile_out(monkeypatch, engines, which)
     case, budget = Case("", tight=True), {"workspace_mb": 0.06}
     runs = [
         lambda p: p.call(linear_weighted_nll, None, engine=engine, **budget),

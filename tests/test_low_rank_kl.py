@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kl_cases import BF16, FP64, KLCase, inputs, run_case
+from tests.mutation import leave_a_tile_out
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels.measure import peak_extra_bytes
@@ -158,16 +159,7 @@ def test_a_product_left_out_is_refused(engine, rank, small_tiles, monkeypatch):
 @pytest.mark.parametrize("which", ["dleft_NR", "dright_VR"])
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
 def test_a_tile_left_out_of_a_gradient_is_refused(which, engine, small_tiles, monkeypatch):
-    original, calls = kl_engine.add_factor_gradients, []
-
-    def leaves_one_out(head, gradients, *rest):
-        calls.append(1)
-        before = getattr(gradients, which).clone()
-        original(head, gradients, *rest)
-        if len(calls) == 2:
-            getattr(gradients, which).copy_(before)
-
-    monkeypatch.setattr(kl_engine, "add_factor_gradients", leaves_one_out)
+    calls = leave_a_tile_out(monkeypatch, kl_engine, which)
     with use_backend("torch"), pytest.raises(AssertionError, match=which[:-3]):
         run_case(KLCase("", Case("", tight=True), factors=FP32), "forward", engine, "cpu")
     assert len(calls) >= 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.engines import add_factor_gradients, dweight_bytes, fill_logits, start_factor_gradients
 from var_kernels.ops.gemm import add_product, product_into
-from var_kernels.ops.head import Gradients, Head, Needs, TileStorage
+from var_kernels.ops.head import Gradients, Head, Needs, TileStorage, accumulation_dtype
 from var_kernels.ops.workspace import (
     MAX_FORWARD_ROWS,
     TileCost,
@@ -276,7 +276,7 @@ def kl_vocabulary_pass(pair: HeadPair, needs: Needs, norms_4N: Tensor, kl_N: Ten
 def plan_slices(head: Head, budget: int, cost: TileCost, needs: Needs) -> TilePlan:
     plan = plan_vocabulary_slices(head.n, head.v, budget, cost)
     if plan.rows < head.n and needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
-        accumulator = head.d * _accumulation(head).itemsize
+        accumulator = head.d * accumulation_dtype(head.operand).itemsize
         plan = plan_vocabulary_slices(head.n, head.v, budget, replace(cost, column=cost.column + accumulator))
     return plan
 
@@ -293,7 +293,9 @@ def gradients_by_slices(
         if needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
-                dweight_vd = torch.zeros(weight_vd.shape, dtype=_accumulation(head), device=weight_vd.device)
+                dweight_vd = torch.zeros(
+                    weight_vd.shape, dtype=accumulation_dtype(head.operand), device=weight_vd.device
+                )
         for start, stop in row_spans:
             rows = slice(start, stop)
             grad_nv = tile_gradient(rows, v_start, v_stop)
@@ -313,15 +315,11 @@ def gradients_by_slices(
     return gradients.cast(head.operand, head.factor)
 
 
-def _accumulation(head: Head) -> torch.dtype:
-    return torch.float64 if head.operand == torch.float64 else torch.float32
-
-
 def _empty_gradients(head: Head, needs: Needs, *, one_pass: bool) -> Gradients:
     """What is summed up starts from zeros, in fp32 at least; what is written once is empty, in the operands' dtype: dW
     in the vocabulary's slices, dhidden in chunks of whole rows.
     """
-    accumulation, device = _accumulation(head), head.hidden_ND.device
+    accumulation, device = accumulation_dtype(head.operand), head.hidden_ND.device
     gradients = Gradients()
 
     def empty(like: Tensor, accumulates: bool) -> Tensor:

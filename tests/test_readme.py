@@ -109,6 +109,9 @@ def test_the_table_of_losses_is_the_registry():
     pytest.importorskip("transformers", reason="transformers is not installed")
     from var_kernels.cli.methods import markdown_table, variants_table
 
+    from var_kernels import LOSSES
+
+    assert f"{len(LOSSES)} losses by name" in README
     page = (ROOT / "docs" / "losses.md").read_text()
     assert markdown_table() in page
     assert variants_table() in page

@@ -18,7 +18,6 @@ pytestmark = needs_fused_trl
 GEMMA2 = (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 3.0})
 TIED = (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True})
 head = functools.partial(lora, "q_proj", "lm_head")
-SAVED_HEAD = lora("q_proj", modules_to_save=["lm_head"])
 
 
 def trained_before(model):
@@ -26,7 +25,7 @@ def trained_before(model):
     return get_peft_model(model, head())
 
 
-WHOLE_CURVES = ("sft", "dpo", "kto", "grpo")  # over 20 steps, the others over 8
+WHOLE_CURVES = ("sft", "dpo", "kto", "grpo")  # over 20 steps, the others over 5
 CASES = {
     "sft": ("SFT", {"adapter": head()}),
     "sft-dft-dropout": ("SFT", {"adapter": head(lora_dropout=0.3), "loss_type": "dft"}),
@@ -40,7 +39,7 @@ CASES = {
     ),
     "dpo-precomputed": ("DPO", {"adapter": head(), "precompute_ref_log_probs": True}),
     "dpo-trained-before": ("DPO", {"adapt": trained_before}),
-    "dpo-modules-to-save": ("DPO", {"adapter": SAVED_HEAD}),
+    "dpo-modules-to-save": ("DPO", {"adapter": lora("q_proj", modules_to_save=["lm_head"])}),
     "dpo-tied-trainable-tokens": (
         "DPO",
         {"adapter": lora("q_proj", trainable_token_indices=[5, 40, 41]), "architecture": TIED},
@@ -52,7 +51,6 @@ CASES = {
         {"adapter": head(), "beta": 0.1, "num_iterations": 2, "temperature": 0.7, "entropy_coef": 0.01},
     ),
     "grpo-trained-before": ("GRPO", {"adapt": trained_before, "beta": 0.1}),
-    "grpo-modules-to-save": ("GRPO", {"adapter": SAVED_HEAD, "beta": 0.1}),
     "rloo": ("RLOO", {"adapter": head()}),
 }
 
@@ -60,7 +58,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_same_curves_as_on_full_logits(case, tmp_path):
     name, options = CASES[case]
-    steps = 20 if case in WHOLE_CURVES else 8
+    steps = 20 if case in WHOLE_CURVES else 5
     options = {**options, "max_steps": steps}
     truth = build(on_full_logits, name, tmp_path / "own", **options)
     expected = logs(truth)
@@ -75,9 +73,9 @@ def test_same_curves_as_on_full_logits(case, tmp_path):
 
 def test_full_logits_give_trls_own_curve(tmp_path):
     """The yardstick itself, where TRL has a curve of its own."""
-    options = {"adapter": lora("q_proj"), "max_steps": 8, "use_weighting": True}
+    options = {"adapter": lora("q_proj"), "max_steps": 5, "use_weighting": True}
     expected = logs(build(own, "DPO", tmp_path / "trl", **options))
-    assert_same_curves(logs(build(on_full_logits, "DPO", tmp_path / "own", **options)), expected, 8)
+    assert_same_curves(logs(build(on_full_logits, "DPO", tmp_path / "own", **options)), expected, 5)
 
 
 DORA = {"adapter": head(use_dora=True)}

@@ -285,6 +285,15 @@ def test_changes_while_the_head_is_fused(case, change):
     assert_close(got, gradients(model))
 
 
+def test_other_special_tokens_are_no_reason_to_look_again():
+    model, calls = build(LLAMA), []
+    with fused_lm_head(model):
+        model.model.register_forward_hook(lambda *_: calls.append(1))
+        model.config.pad_token_id = 7  # as Trainer does, inside of whose sharded model no trial could run
+        model(**batch())
+    assert len(calls) == 1
+
+
 def test_a_loss_function_set_after_calibration():
     model, inputs = build(LLAMA), batch()
     with fused_lm_head(model):

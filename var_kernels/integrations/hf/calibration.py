@@ -180,13 +180,19 @@ def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any
 
 def fingerprint(inner: nn.Module) -> tuple:
     """Every number that the transform or the loss could come from, and the loss; a change of any calibrates again."""
-    numbers = [vocabulary_size(find_head(inner)), vars(inner).get("_loss_function"), getattr(inner, "loss_type", None)]
+    numbers = [
+        vocabulary_size(find_head(inner)),
+        id(vars(inner).get("_loss_function")),
+        getattr(inner, "loss_type", None),
+    ]
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:
         numbers += [
             (name, value)
             for name, value in vars(config).items()
-            if name not in _BOOKKEEPING and (isinstance(value, (int, float)) or value is None)
+            if name not in _BOOKKEEPING
+            and not name.endswith("_token_id")  # Trainer sets them to the tokenizer's
+            and (isinstance(value, (int, float)) or value is None)
         ]
     for module in (inner, getattr(inner, inner.base_model_prefix, inner)):
         numbers += [(name, value) for name, value in vars(module).items() if isinstance(value, float)]

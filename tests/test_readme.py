@@ -107,9 +107,8 @@ def test_figures_of_the_page_on_var_are_measured():
 
 def test_the_table_of_losses_is_the_registry():
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from var_kernels.cli.methods import markdown_table, variants_table
-
     from var_kernels import LOSSES
+    from var_kernels.cli.methods import markdown_table, variants_table
 
     assert f"{len(LOSSES)} losses by name" in README
     page = (ROOT / "docs" / "losses.md").read_text()

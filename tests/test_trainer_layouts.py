@@ -80,6 +80,9 @@ REFUSED = {
     ),
     "moving": (fsdp(), {"precompute_ref_log_probs": False, "sync_ref_model": True}, "cannot follow weights that FSDP2"),
     "uneven": ({"accelerator_config": {"even_batches": False}}, {}, "accelerator_config: even_batches must be True"),
+    "dispatched": (
+        {"accelerator_config": {"dispatch_batches": True}}, {}, "accelerator_config: dispatch_batches must not be True",
+    ),
 }  # fmt: skip
 
 

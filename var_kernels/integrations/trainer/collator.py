@@ -24,6 +24,12 @@ class Items(torch.utils.data.Dataset):
         return [self.rows.row(row) for row in self.items[index]]
 
 
+def tables_of(data: Sequence) -> list[EncodedRows]:
+    """The tables of the training set and of the evaluation sets: Items, several by name, or None."""
+    named = [entry.values() if isinstance(entry, dict) else [entry] for entry in data]
+    return [items.rows for entries in named for items in entries if items is not None]
+
+
 @dataclass
 class RowCollator:
     """Flattens items to rows and pads them on the right: input_ids, attention_mask, labels and log-probs of tokens

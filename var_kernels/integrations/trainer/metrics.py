@@ -26,11 +26,16 @@ class StepMetrics:
         entry[0] = entry[0] + (numerator.detach().double() if isinstance(numerator, Tensor) else numerator)
         entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
 
+    def merge(self, other: "StepMetrics", scale: float) -> None:
+        """Adds what another has gathered; all ranks need the same names, so that 0 adds the names alone."""
+        for key, (numerator, denominator) in other._sums.items():
+            self.add(key, numerator * scale, denominator * scale)
+
     def start_clock(self) -> None:
         self._clock = time.monotonic()
 
-    def take(self) -> dict[str, float]:
-        """Means over ranks and steps since the last call. Every rank calls it."""
+    def take(self, prefix: str = "") -> dict[str, float]:
+        """Means over ranks and steps since the last call, ``prefix`` before each name. Every rank calls it."""
         if not self._sums:
             return {}
         accelerator = self.trainer.accelerator
@@ -40,7 +45,6 @@ class StepMetrics:
         totals = dict(zip(keys, table, strict=True))
         self._sums.clear()
         tokens, _ = totals.pop("tokens", (0.0, 0.0))
-        prefix = "eval_" if self.mode == "eval" else ""
         metrics = {
             prefix + key: numerator / denominator for key, (numerator, denominator) in totals.items() if denominator
         }

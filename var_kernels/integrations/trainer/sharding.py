@@ -115,6 +115,11 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
             "accelerator_config: even_batches must be True, since every rank takes part in every step; rows that "
             "accelerate adds to an epoch's last batch are left out again here"
         )
+    if args.world_size > 1 and args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches must not be True, since it cuts the first rank's batches between "
+            "rows that belong together; every rank reads the data by itself"
+        )
     sharded = weight_sharding(trainer)
     if not sharded:
         return

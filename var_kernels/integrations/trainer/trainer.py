@@ -23,8 +23,9 @@ from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples
 from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
 from var_kernels.integrations.trainer.checkpoints import Checkpoints
-from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.collator import Items, RowCollator, tables_of
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
+from var_kernels.integrations.trainer.evaluation import Evaluation
 from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_checks import (
@@ -36,7 +37,6 @@ from var_kernels.integrations.trainer.model_checks import (
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import model_fingerprint
 from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
-from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
@@ -49,7 +49,7 @@ from var_kernels.integrations.trainer.values import new_head
 logger = logging.getLogger(__name__)
 
 
-class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
+class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer):
     """Aligns a causal LM by VAR, or by any other method of the registry, on rows with rewards or pairs.
 
     The loss of an optimiser step is that of its global batch, over all ranks and gradient-accumulation steps:
@@ -70,7 +70,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
         args: a ``VARConfig``, or another method's settings (``method_config("ipo")``). A batch size counts items:
             completions, or pairs, or prompts with all their completions where the method compares those.
         train_dataset, eval_dataset: rows in a form of docs/data.md (dicts, a datasets.Dataset), or what
-            ``load_examples`` returns.
+            ``load_examples`` returns. eval_dataset may be several by name, ``{"short": rows, "long": rows}``.
         processing_class: the tokenizer; by default the model's own.
         ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
             adapter.
@@ -90,7 +90,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
         model: PreTrainedModel | str,
         args: AlignConfig | None = None,
         train_dataset: Sequence[dict] | Sequence[Example] | None = None,
-        eval_dataset: Sequence[dict] | Sequence[Example] | None = None,
+        eval_dataset: Sequence[dict] | Sequence[Example] | dict[str, Sequence] | None = None,
         processing_class=None,
         *,
         ref_model: PreTrainedModel | str | None = None,
@@ -128,13 +128,17 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
             self.online.check_model(model)
             data = [self.online.dataset, self.online.eval_prompts]
         else:
-            data = [
-                None if rows is None else self._encode(rows, name, args, processing_class, reward_func)
-                for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
-            ]
-            self._add_columns(data, args)
-            for items in filter(None, data):
-                check_positions(model, items.rows)
+            others = (args, processing_class, reward_func)
+            data = [None if train_dataset is None else self._encode(train_dataset, "train_dataset", *others)]
+            if isinstance(eval_dataset, dict):
+                named = eval_dataset.items()
+                data.append({name: self._encode(rows, f"eval_dataset {name}", *others) for name, rows in named})
+            else:
+                data.append(None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset", *others))
+            for rows in tables_of(data):
+                if self.method.columns is not None:  # made of the training set's statistics
+                    rows.columns |= self.method.columns(rows, args, tables_of(data)[0])
+                check_positions(model, rows)
         if args.disable_dropout:
             disable_dropout(model)
         self._ref_key = ""
@@ -170,7 +174,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
         self._unscored: list[EncodedRows] = []
         try:
             check_layout(self, ref_model)
-            tables = [] if args.online else [items.rows for items in data if items is not None]
+            tables = [] if args.online else tables_of(data)
             if ref_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 self._unscored = tables  # see create_scheduler
             if self.method.head == "fitted" and not self._unscored:  # before the reference is let go
@@ -197,13 +201,6 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
             examples = apply_reward_function(reward_func, examples, args)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
         return Items(encoded, self.method.items(encoded, args))
-
-    def _add_columns(self, data: list[Items | None], args: AlignConfig) -> None:
-        """What the method makes of the rewards once: of the evaluation set by the training set's statistics."""
-        tables = [items.rows for items in data if items is not None]
-        if self.method.columns is not None:
-            for rows in tables:
-                rows.columns |= self.method.columns(rows, args, tables[0])
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
 
@@ -252,25 +249,6 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
             return torch.utils.data.SequentialSampler(self.train_dataset)  # in the order of the iteration
         return super()._get_train_sampler(train_dataset)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """See ``transformers.Trainer.evaluate``; online: measures of fresh completions of the evaluation prompts."""
-        if self.online is None:
-            rows = getattr(self.eval_dataset if eval_dataset is None else eval_dataset, "rows", None)
-            if self.method.head == "reward" and self.method.loss.item != "pair" and rows is not None:
-                correct, pairs = judge_pairs(self, rows)
-                self.step_metrics["eval"].add("pair_accuracy", correct, pairs)
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.online.evaluate().items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation: the loss of each batch by itself."""
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
-
     def create_optimizer(self, *args, **kwargs):
         """The head beside the lm_head starts from nothing, so it has a learning rate of its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -302,9 +280,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Trainer):
                 self.step_metrics[mode].add("kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        logs = {**logs, **self.step_metrics[mode].take()}
-        super().log(logs, start_time)
+        super().log(logs if self._evaluating else {**logs, **self.step_metrics["train"].take()}, start_time)
 
     def train(self, *args, **kwargs):
         """See ``transformers.Trainer.train``."""

@@ -1,6 +1,7 @@
 """Forwards, losses and outputs as other people write them: right, or refused with the reason."""
 
 import dataclasses
+import threading
 from collections import namedtuple
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_scale_that_the_model_learns(learned):
         del model.scale
         model.register_buffer("scale", value)
     for use in (lambda: token_logprobs(model, batch()), lambda: fused_lm_head(model).apply()):
-        with pytest.raises(ValueError, match=r"Custom.*parameter or buffer of one element: scale"):
+        with pytest.raises(ValueError, match=r"Custom.*parameter or buffer of one element follows its head: scale\."):
             use()
 
 
@@ -302,6 +303,27 @@ def test_a_loss_function_set_after_calibration():
         with pytest.raises(ValueError, match=r"LlamaForCausalLM.*cross-entropy"):
             model(**inputs)
     assert model(**inputs).logits.shape[-1] == VOCAB
+
+
+def test_another_thread_uses_the_model_while_it_is_tried():
+    model, ids, seen = build(GEMMA2), batch()["input_ids"], []  # its embeddings are scaled by a buffer of one element
+    expected = model(input_ids=ids).logits
+
+    def use():
+        with torch.no_grad():
+            seen.append(model(input_ids=ids).logits)
+
+    def meanwhile(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=use)
+            thread.start()
+            thread.join()
+
+    with_another = model.model.layers[0].register_forward_hook(meanwhile)
+    calibrate(model)
+    with_another.remove()
+    assert len(seen) == 3
+    assert all(logits.equal(expected) for logits in seen)
 
 
 def test_weights_that_are_not_loaded():

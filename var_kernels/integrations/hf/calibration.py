@@ -207,15 +207,15 @@ def _calibrate_transform(probe: Probe) -> Transform:
     generator = torch.Generator().manual_seed(2)
     draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     marks = {n: torch.randn(probe.vocab, **draw).mul(3) for n in names}
-    scalars = {n: 1.37 * value + 0.1 for n, value in probe.scalars().items()}  # one that follows the head must not pass
-    with probe.replaced({**marks, **scalars}):
+    with probe.replaced(marks):
         x1, y1, _ = probe.run(_ladder, seed=0)
     vocab = y1.shape[-1]
     added1 = y1.reshape(-1, vocab)[-1]  # what comes out where the head puts out 0
     masked = (y1 < _MASKED).flatten(0, -2).all(0)
     scale, softcap = _solve(probe, x1, y1 - added1, masked)
     bias, ratio = _source(probe, marks, added1, masked, softcap)
-    x2, y2, hidden2 = probe.run(noise, seed=1)
+    with probe.scalars_after_head() as scalars:
+        x2, y2, hidden2 = probe.run(noise, seed=1)
     added2 = torch.zeros_like(added1)
     if bias is not None:
         added2 = ratio * vector(probe.inner, bias)[:vocab].to(added1)
@@ -223,11 +223,15 @@ def _calibrate_transform(probe: Probe) -> Transform:
         expected = _apply(x[..., :vocab], scale, softcap) + added
         worst = (y - expected)[..., ~masked].abs().amax().item()
         if not worst <= 1e-4 * (1.0 + expected[..., ~masked].abs().amax().item()):
-            learned = f", or a parameter or buffer of one element: {' or '.join(scalars)}" if scalars else ""
             probe.refuse(
                 f"its logits differ by up to {worst:.3g} from every scale and softcap of the head's output (an "
-                f"operation that is not understood follows the head{learned})"
+                "operation that is not understood follows the head)"
             )
+    if scalars:
+        probe.refuse(
+            f"a parameter or buffer of one element follows its head: {', '.join(sorted(scalars))}. It may change, and "
+            "its gradient would be lost"
+        )
     wide, hidden3 = probe.run_placeholder()
     if is_encoder_decoder(probe.inner):
         _check_decoder_inputs(probe)

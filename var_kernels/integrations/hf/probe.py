@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import arg_tree_leaves
 
 from var_kernels.integrations.hf.head import (
     find_head,
@@ -49,6 +51,7 @@ class Probe:
         if any(value.device.type == "meta" for value in self.inputs.values() if isinstance(value, Tensor)):
             self.refuse("its weights are on the meta device, and it is run on a few tokens first: load them")
         self.ids_name = "decoder_input_ids" if is_encoder_decoder(inner) else "input_ids"
+        self.after_head = lambda: None
 
     @property
     def ids(self) -> Tensor:
@@ -207,7 +210,9 @@ class Probe:
                 value = draw((*shape, self.vocab), torch.Generator().manual_seed(seed))
                 value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)
             calls.append((value, hidden))
-            return restore(value.clone())  # softcaps may work in place
+            injected = restore(value.clone())  # softcaps may work in place
+            self.after_head()
+            return injected
 
         with undisturbed(self.model), swapped_head(self.head, forward):
             try:
@@ -260,9 +265,17 @@ class Probe:
             if tensor.dim() > 0 and tensor.numel() == tensor.shape[-1] == self.vocab and id(tensor) not in own
         ]
 
-    def scalars(self) -> dict[str, Tensor]:
-        """Parameters and buffers of one element, one of which may be a scale of the logits."""
-        return {name: tensor for name, tensor in self._plain_tensors() if tensor.numel() == 1 < self.vocab}
+    @contextmanager
+    def scalars_after_head(self) -> Iterator[set[str]]:
+        """The yielded set gets the names of parameters and buffers of one element that a pass reads after the head.
+        Watched, not replaced: other threads may be using the model.
+        """
+        scalars = {id(tensor): name for name, tensor in self._plain_tensors() if tensor.numel() == 1 < self.vocab}
+        if not scalars:
+            yield set()
+            return
+        with _Reads(scalars) as reads, swapped(self, "after_head", reads.begin):
+            yield reads.names
 
     def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in (*self.inner.named_parameters(), *self.inner.named_buffers()):
@@ -283,6 +296,23 @@ class Probe:
                 store[leaf] = value.to(before).view_as(before)
                 stack.callback(store.__setitem__, leaf, before)
             yield
+
+
+class _Reads(TorchDispatchMode):
+    """The names of watched tensors, by their ids, that operations of this thread read from ``begin`` on."""
+
+    def __init__(self, watched: Mapping[int, str]):
+        super().__init__()
+        self.watched, self.names, self.begun = watched, set(), False
+
+    def begin(self) -> None:
+        self.begun = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.begun:
+            given = map(id, arg_tree_leaves(*args, **(kwargs or {})))
+            self.names |= {self.watched[key] for key in given if key in self.watched}
+        return func(*args, **(kwargs or {}))
 
 
 def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

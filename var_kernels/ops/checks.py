@@ -65,7 +65,7 @@ def check_tensors(
 
 
 def check_number(name: str, value) -> None:
-    if not torch.compiler.is_compiling() and not isinstance(value, numbers.Real):
+    if not torch.compiler.is_compiling() and not isinstance(value, (float, int, numbers.Real)):
         hint = "; it is a constant here, a scale that learns is a factor of hidden" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
 

@@ -80,6 +80,12 @@ COMMAND_LINES = {
     "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size: expected >= 1, got 0"),
     "no step": ({"max-steps": "0"}, {}, "max_steps: expected >= 1, or -1 for num_train_epochs, got 0"),
     "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps: expected >= 1"),
+    "no option of the schedule": (
+        {"lr-scheduler-kwargs": '{"bad":1}'},
+        {},
+        "lr-scheduler-kwargs: expected JSON of the options of 'linear', such as {\"num_cycles\": 2}, got {'bad': 1}",
+    ),
+    "optimiser's options": ({"optim-args": "bad"}, {}, "optim-args: expected key=value,key=value, got 'bad'"),
     "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor: expected 0, got 0.1"),
     "sampling by length": (
         {"train-sampling-strategy": "group_by_length"},

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     config = method_config(settings["method"])(**config_values)
     output_dir = Path(config.output_dir)
     _check_evaluation(settings, config)
+    _check_optimisation(config)
     _check_writable(output_dir)
     checkpoint = _checkpoint(output_dir, settings["resume"])
     reward_func = _reward_function(settings, config)
@@ -168,6 +169,25 @@ def _check_evaluation(settings: dict, config) -> None:
         raise ValueError(f"eval-strategy: {config.eval_strategy.value} needs --eval-dataset, got none")
     if settings["eval_split"] and not settings["eval_dataset"]:
         raise ValueError("eval-split: needs --eval-dataset, got none")
+
+
+def _check_optimisation(config) -> None:
+    """Options that transformers would first look at when training begins, with a traceback."""
+    from torch import nn, optim
+    from transformers import get_scheduler
+
+    if config.optim_args and not all("=" in pair for pair in config.optim_args.split(",")):
+        raise ValueError(f"optim-args: expected key=value,key=value, got {config.optim_args!r}")
+    given = config.lr_scheduler_kwargs
+    optimizer = optim.SGD([nn.Parameter()], lr=config.learning_rate)
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=given)
+    except TypeError as error:
+        kind = config.lr_scheduler_type.value
+        raise ValueError(
+            f'lr-scheduler-kwargs: expected JSON of the options of {kind!r}, such as {{"num_cycles": 2}}, '
+            f"got {given!r}: {error}"
+        ) from error
 
 
 def _check_writable(output_dir: Path) -> None:

@@ -40,7 +40,12 @@ def without_a_wrapper():
 def by_transformers():
     model = build(LLAMA)
     torch.manual_seed(0)
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False))
+    try:
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False))
+    except ValueError as error:  # transformers 5.24 wants a PEFT that is not out yet
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     return model.eval()
 
 

@@ -77,7 +77,8 @@ def test_a_longer_prompt_is_verified_again_and_a_wrong_cache_is_not_used():
     plain_forward = attention.forward
 
     def forgets_the_cache(*args, **kwargs):
-        return plain_forward(*args, **{**kwargs, "past_key_values": None, "attention_mask": None})
+        name = "cache" if "cache" in kwargs else "past_key_values"
+        return plain_forward(*args, **{**kwargs, name: None, "attention_mask": None})
 
     attention.forward = forgets_the_cache
     scores = cross_reference_logprobs(model, PROMPTS, COMPLETIONS)

@@ -134,7 +134,8 @@ class _Scorer:
         inputs = {"input_ids": torch.tensor([prompt], device=self.device), "use_cache": True}
         (logp,), output = self._captured(lambda hidden: hidden[:, -1:], first, inputs)
         row = logp[0, 0].float().to(self.device)  # of the first tokens, all predicted by the prompt's last position
-        cache = getattr(output, "past_key_values", None)
+        cache_name = "cache" if "cache" in output else "past_key_values"  # from transformers 5.24 on, and before
+        cache = getattr(output, cache_name, None)
         if not _holds_keys_and_values_only(cache):
             return None
         for chunk in self._chunks([j for j in self.order if len(self.completions[j]) > 1], len(prompt)):
@@ -145,7 +146,7 @@ class _Scorer:
             inputs = {
                 "input_ids": ids[:, :-1],
                 "attention_mask": torch.cat([prompt_mask, mask[:, :-1]], dim=1),
-                "past_key_values": own_cache,
+                cache_name: own_cache,
                 "use_cache": True,
             }
             labels = ids.masked_fill(mask == 0, IGNORE_INDEX)[:, 1:]

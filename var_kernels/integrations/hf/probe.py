@@ -24,7 +24,9 @@ from var_kernels.integrations.hf.head import (
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
 
 _TOKENS = 8
-_NOT_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values")
+_NOT_INPUTS = frozenset(
+    ("labels", "shift_labels", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values", "cache")
+)
 
 
 class TrialFailedError(ValueError):

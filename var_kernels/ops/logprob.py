@@ -40,7 +40,7 @@ def linear_logprob(
     Every output but argmax is differentiable, for any upstream gradient, as often as wanted (first order). GEMMs: one
     forward; a backward recomputes the logits slice by slice (4 in all) but for those that ``workspace_mb`` holds until
     then (3 where it holds all), or needs only one [N, D] product that the forward saved, when nothing but ``hidden``
-    learns (2). Peak extra memory: ``workspace_mb``, and in the backward an fp32 [N, D].
+    learns (2). Peak extra memory: ``workspace_mb``, which a call may hold until its backward, and there an fp32 [N, D].
 
     Args:
         hidden: (..., D), floating point; states before the lm_head. Any strides.

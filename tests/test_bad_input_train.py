@@ -85,6 +85,7 @@ COMMAND_LINES = {
         {},
         "lr-scheduler-kwargs: expected JSON of the options of 'linear', such as {\"num_cycles\": 2}, got {'bad': 1}",
     ),
+    "a hub that is not there": ({"push-to-hub": True}, {}, "push-to-hub: the hub gave no repository ("),
     "optimiser's options": ({"optim-args": "bad"}, {}, "optim-args: expected key=value,key=value, got 'bad'"),
     "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor: expected 0, got 0.1"),
     "sampling by length": (

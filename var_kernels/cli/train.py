@@ -128,9 +128,16 @@ def run(args: argparse.Namespace) -> int:
     set_seed(config.seed)
     model, tokenizer = _model_and_tokenizer(settings, config, examples, checkpoint)
     set_seed(config.seed)
-    trainer = VARTrainer(
-        model, config, examples, eval_examples, tokenizer, reward_func=reward_func, peft_config=peft_config
-    )
+    options = {"reward_func": reward_func, "peft_config": peft_config}
+    try:
+        trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, **options)
+    except Exception as error:  # the hub's client lets its transport's own errors through
+        if not (config.push_to_hub and type(error).__module__.startswith(("httpx", "huggingface_hub", "requests"))):
+            raise
+        raise OSError(
+            f"push-to-hub: the hub gave no repository ({error}); check the network and `hf auth login`, or drop "
+            "--push-to-hub"
+        ) from error
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from var_kernels.integrations.hf.adapters import is_adapter
 from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model, vocabulary_size
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
+from var_kernels.integrations.hf.model_inputs import is_encoder_decoder
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
-from var_kernels.integrations.hf.probe import Probe, TrialFailedError, is_encoder_decoder, noise, vector
+from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, vector
 from var_kernels.integrations.hf.quantised import dense_weight
 
 _IGNORE_INDEX = -100

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import HeadParams, capture, inner_model
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, sequence_logprobs
-from var_kernels.integrations.hf.probe import input_device, undisturbed
+from var_kernels.integrations.hf.model_inputs import input_device
+from var_kernels.integrations.hf.probe import undisturbed
 from var_kernels.ops import linear_logprob
 
 # Per model: the longest prompt whose cache was seen to agree with a full forward pass, or 0 where it did not.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
+from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
 from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
-from var_kernels.integrations.hf.probe import decoder_inputs, is_encoder_decoder
 from var_kernels.ops import linear_logprob, vocab_parallel_logprob
 
 IGNORE_INDEX = -100

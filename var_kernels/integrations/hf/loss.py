@@ -20,7 +20,8 @@ from var_kernels.integrations.hf.head import (
     tied,
 )
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
-from var_kernels.integrations.hf.probe import TrialFailedError, decoder_inputs, is_encoder_decoder
+from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
+from var_kernels.integrations.hf.probe import TrialFailedError
 from var_kernels.ops import linear_weighted_nll, vocab_parallel_logprob
 
 

@@ -1,8 +1,6 @@
 """A model run on a few tokens with known values in place of its head's output."""
 
 import copy
-import inspect
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
@@ -20,6 +18,13 @@ from var_kernels.integrations.hf.head import (
     swapped_head,
     vocabulary_size,
     without_cache,
+)
+from var_kernels.integrations.hf.model_inputs import (
+    decoder_inputs,
+    input_device,
+    input_embeddings,
+    is_encoder_decoder,
+    known_arguments,
 )
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
 
@@ -40,7 +45,7 @@ class Probe:
         self.model, self.inner, self.head = model, inner, find_head(inner)
         self.vocab = vocabulary_size(self.head)
         self.name = type(inner).__name__
-        embeddings = _input_embeddings(inner)
+        embeddings = input_embeddings(inner)
         ids = min(getattr(embeddings, "num_embeddings", self.vocab), self.vocab)
         special = set()
         for config in (inner.config, inner.config.get_text_config()):
@@ -329,62 +334,6 @@ def vector(inner: nn.Module, name: str) -> Tensor:
     """(V,) the parameter or buffer of that dotted name, as it is now."""
     module_name, _, leaf = name.rpartition(".")
     return getattr(inner.get_submodule(module_name), leaf).reshape(-1)
-
-
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-def known_arguments(inner: nn.Module) -> set[str]:
-    """Names of the arguments of its class's forward and those that this one extends: a forward that someone wrapped,
-    in a subclass or on the instance, may name none.
-    """
-    forwards = [vars(cls)["forward"] for cls in type(inner).__mro__ if "forward" in vars(cls) and cls is not nn.Module]
-    return {name for forward in forwards for name in inspect.signature(forward).parameters}
-
-
-def is_encoder_decoder(inner: nn.Module) -> bool:
-    return bool(getattr(inner.config, "is_encoder_decoder", False)) and "decoder_input_ids" in known_arguments(inner)
-
-
-def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:
-    """What an encoder-decoder itself feeds its decoder when it is given labels (B, T): they moved right by one."""
-    config, text = inner.config, inner.config.get_text_config()
-    if callable(getattr(inner, "prepare_decoder_input_ids_from_labels", None)):
-        ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
-    elif callable(getattr(inner, "_shift_right", None)):
-        ids = inner._shift_right(labels)
-    else:
-        shift = getattr(sys.modules[type(inner).__module__], "shift_tokens_right", _shifted_right)
-        wanted = [getattr(text, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
-        ids = shift(labels, *wanted[: len(inspect.signature(shift).parameters) - 1])
-    if config.model_type not in ("encoder-decoder", "pix2struct"):
-        return {"decoder_input_ids": ids}
-    mask = (ids != config.pad_token_id).to(ids.dtype)  # these hide the padding of decoder inputs that they make
-    if config.model_type == "pix2struct":
-        mask[:, 0] = 1
-    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-
-def _shifted_right(labels: Tensor, pad: int, start: int) -> Tensor:
-    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], 1)
-    return shifted.masked_fill(shifted == -100, pad)
-
-
-def _input_embeddings(inner: nn.Module) -> nn.Module | None:
-    try:
-        return inner.get_input_embeddings()
-    except NotImplementedError:  # a model without any of its own: a picture goes in
-        return None
-
-
-def input_device(inner: nn.Module) -> torch.device:
-    """Where the model wants its input_ids."""
-    embeddings = _input_embeddings(inner)
-    hook = getattr(embeddings, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:  # offloaded weights rest on another device or on none
-        return torch.device(hook.execution_device)
-    parameter = next((embeddings or inner).parameters(), None)
-    return inner.device if parameter is None else parameter.device
 
 
 @contextmanager

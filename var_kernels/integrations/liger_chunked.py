@@ -183,11 +183,8 @@ class LigerFusedLinearDPOLoss(_PairLoss):
 
 
 @dataclass(eq=False, repr=False)
-class LigerFusedLinearCPOLoss(_PairLoss):
-    """CPO: -(1 - e) log sigmoid(c - r) - e log sigmoid(r - c) with c = beta s_w, r = beta s_l, plus alpha NLL.
-
-    Call, results, errors: as ``LigerFusedLinearDPOLoss``, without a reference.
-    """
+class _MarginLoss(_PairLoss):
+    """The first options of CPO and SimPO, in their order."""
 
     ignore_index: int = -100
     beta: float = 0.1
@@ -195,6 +192,15 @@ class LigerFusedLinearCPOLoss(_PairLoss):
     label_smoothing: float = 0.0
     compute_nll_loss: bool = True
     compiled: bool = True
+
+
+@dataclass(eq=False, repr=False)
+class LigerFusedLinearCPOLoss(_MarginLoss):
+    """CPO: -(1 - e) log sigmoid(c - r) - e log sigmoid(r - c) with c = beta s_w, r = beta s_l, plus alpha NLL.
+
+    Call, results, errors: as ``LigerFusedLinearDPOLoss``, without a reference.
+    """
+
     average_log_prob: bool = False
     chunk_size: int = 1
 
@@ -203,7 +209,7 @@ class LigerFusedLinearCPOLoss(_PairLoss):
 
 
 @dataclass(eq=False, repr=False)
-class LigerFusedLinearSimPOLoss(_PairLoss):
+class LigerFusedLinearSimPOLoss(_MarginLoss):
     """SimPO: as CPO with c - r - gamma for c - r, on mean log-probs.
 
     Call, results, errors: as ``LigerFusedLinearDPOLoss``, without a reference.
@@ -211,12 +217,6 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
 
     average_log_prob = True
 
-    ignore_index: int = -100
-    beta: float = 0.1
-    alpha: float = 1.0
-    label_smoothing: float = 0.0
-    compute_nll_loss: bool = True
-    compiled: bool = True
     gamma: float = 0.5
     chunk_size: int = 1
 

@@ -111,6 +111,7 @@ def check_no_transform() -> None:
 
 
 def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
+    # Only where reading values is free (values_readable): no synchronisation.
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
     if wrong.any():
         raise ValueError(

@@ -165,6 +165,7 @@ def _sizes(lm_head_weight: Tensor, group: dist.ProcessGroup) -> list[int]:
     own = torch.tensor([lm_head_weight.shape[0]], device=lm_head_weight.device)
     sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, own, group=group)
+    # Read on the host: they decide which labels are this rank's, and a rank without rows must be named on every rank.
     sizes = torch.cat(sizes).tolist()
     if not all(sizes):
         raise ValueError(f"lm_head_weight must hold rows on every rank of process_group, got {sizes}")

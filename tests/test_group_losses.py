@@ -5,8 +5,18 @@ import math
 import pytest
 import torch
 
-from var_kernels.losses.group import best_of_group, exo_loss, group_log_softmax, lire_loss, raft_loss
+from var_kernels.losses.group import (
+    best_of_group,
+    exo_loss,
+    group_advantage,
+    group_log_softmax,
+    lire_loss,
+    raft_loss,
+)
+from var_kernels.losses.segments import group_rows
 from var_kernels.losses.supervised import sft_loss
+from var_kernels.losses.weights import var_weights
+from var_kernels.measure import peak_extra_bytes
 
 LOG2, LOG3 = math.log(2), math.log(3)
 IDS = torch.tensor([7, 4, 7, 7, 4, 9])  # groups of 3, 2 and 1, interleaved
@@ -36,6 +46,48 @@ def test_group_log_softmax_equals_a_loop_over_groups():
 def test_group_log_softmax_of_large_fp32_scores_keeps_its_digits():
     near = torch.tensor([-1.0, 2.0, 0.0, -3.0, 1.0, 5.0])
     torch.testing.assert_close(group_log_softmax(near - 4096, IDS), group_log_softmax(near, IDS), atol=1e-6, rtol=0)
+
+
+def test_group_log_softmax_of_rows_that_the_policy_forbids():
+    score = torch.tensor([-torch.inf, 1.0, -torch.inf, 2.0, 1.0, -torch.inf], requires_grad=True)  # group 7: 0, 2, 3
+    got = group_log_softmax(score, IDS)
+    assert got.tolist() == [-torch.inf, pytest.approx(-LOG2), -torch.inf, 0.0, pytest.approx(-LOG2), 0.0]
+    (gradient,) = torch.autograd.grad(got.exp().sum(), score)
+    assert gradient.isfinite().all()
+
+
+def test_sums_over_groups_are_their_own_derivative():
+    groups, values = group_rows(IDS), torch.randn(6, dtype=torch.float64, requires_grad=True)
+    want = torch.stack([values.detach()[own == IDS].sum() for own in IDS])
+    torch.testing.assert_close(groups.sum(values).detach(), want)
+    assert groups.max(values).tolist() == [values[own == IDS].max().item() for own in IDS]
+    assert groups.count() == 3
+    assert group_rows(IDS[:0]).count() == 0
+    assert torch.autograd.gradcheck(groups.sum, values)
+    assert torch.autograd.gradgradcheck(lambda x: groups.sum(x.exp()).log(), values)
+
+
+def test_memory_is_that_of_the_rows_and_not_of_their_pairs():
+    size = 4096
+    s, r = torch.randn(2, size).unbind(0)
+    s, ids = s.requires_grad_(), torch.arange(size) // 8
+    calls = {
+        "exo": lambda: exo_loss(s, r, r, ids, beta=1.0, reward_temperature=1.0).sum().backward(),
+        "lire": lambda: lire_loss(s, r, ids, temperature=1.0).sum().backward(),
+        "raft": lambda: raft_loss(s, r, ids).sum().backward(),
+        "var": lambda: var_weights(r, lam=1.0, normalizer="self_normalised", group_ids=ids),
+    }
+    for name, call in calls.items():
+        assert peak_extra_bytes(call) < 256 * size, name  # pairs would take 4096 bytes a row in bool alone
+
+
+def test_group_advantage_by_hand():
+    reward = torch.tensor([1.0, 5.0, 2.0, 6.0, 5.0, 9.0])  # groups (1, 2, 6), (5, 5), (9)
+    assert group_advantage(reward, IDS, divide_by_std=False).tolist() == [-2.0, 0.0, -1.0, 3.0, 0.0, 0.0]
+    want = torch.tensor([-2.0, 0.0, -1.0, 3.0, 0.0, 0.0]) / (math.sqrt(7) + 1e-4)  # (4 + 1 + 9) / 2
+    torch.testing.assert_close(group_advantage(reward, IDS), want)
+    # far from 0, in fp32: the difference is formed in fp64
+    torch.testing.assert_close(group_advantage(reward + 4096, IDS), want)
 
 
 def test_exo_by_hand():

@@ -15,7 +15,7 @@ from var_kernels.losses.alol import (
     weighted_bc_loss,
 )
 from var_kernels.losses.ava import ava_d_loss, ava_p_loss, bradley_terry_loss, literal_q, pair_accuracy
-from var_kernels.losses.group import best_of_group, exo_loss, lire_loss, raft_loss
+from var_kernels.losses.group import best_of_group, exo_loss, group_advantage, lire_loss, raft_loss
 from var_kernels.losses.kto import kto_baseline, kto_loss
 from var_kernels.losses.linear import linear_loss
 from var_kernels.losses.margin import orpo_loss, simpo_loss, slic_loss
@@ -73,6 +73,7 @@ __all__ = [
     "effective_sample_size",
     "exo_loss",
     "find_loss",
+    "group_advantage",
     "grpo_loss",
     "hinge_loss",
     "implicit_reward",

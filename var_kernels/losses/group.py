@@ -1,11 +1,14 @@
 """Losses over all completions of a prompt: flat (B,) rows, equal group_ids for one prompt, groups of any size. Each
-returns one term per row; a group's loss is the sum of its rows' terms. O(B^2) memory for small B."""
+returns one term per row; a group's loss is the sum of its rows' terms."""
 
 import torch
 from torch import Tensor
 
 from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, per_token, wide
 from var_kernels.losses.registry import register
+from var_kernels.losses.segments import group_rows
+
+ADVANTAGE_EPS = 1e-4  # as other trainers have it
 
 
 @register(
@@ -159,22 +162,45 @@ def best_of_group(reward: Tensor, group_ids: Tensor) -> Tensor:
     check_rows(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
     check_constants(reward=reward)
-    row = torch.arange(reward.shape[0], device=reward.device)
-    earlier_BB = row.unsqueeze(0) < row.unsqueeze(1)
-    other, own = reward.unsqueeze(0), reward.unsqueeze(1)
-    beaten_BB = same_group(group_ids) & ((other > own) | ((other == own) & earlier_BB))
-    return ~beaten_BB.any(1)
+    groups = group_rows(group_ids)
+    row_B = torch.arange(reward.shape[0], device=reward.device)
+    earliest_first_B = (-row_B.double()).where(reward == groups.max(reward), -torch.inf)
+    return earliest_first_B == groups.max(earliest_first_B)
+
+
+def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = True) -> Tensor:
+    """(r - mean r) / (std r + 1e-4) over the completions of the row's prompt: the advantage of GRPO, for ``ppo_loss``
+    and ``grpo_loss``.
+
+    Args:
+        reward: (B,) reward units.
+        group_ids: (B,) integers, equal for the same prompt; 0 comes of a group of one, and of equal rewards.
+        divide_by_std: by the standard deviation of a sample (of n - 1). False: Dr. GRPO.
+
+    Returns:
+        (B,), fp32 (fp64 for fp64 inputs), detached; repeat it over the tokens of its row.
+
+    Raises:
+        TypeError, ValueError: shapes and dtypes; on the CPU also rewards that are not finite.
+
+    Source: arXiv 2402.03300 and 2503.20783, as other trainers implement them.
+    """
+    check_rows(reward=reward)
+    check_integers("reward", reward, group_ids=group_ids)
+    check_constants(reward=reward)
+    groups, exact_B = group_rows(group_ids), reward.detach().double()
+    size_B = groups.sum(torch.ones_like(exact_B))
+    advantage_B = exact_B - groups.sum(exact_B) / size_B
+    if divide_by_std:
+        spread_B = (groups.sum(advantage_B.square()) / (size_B - 1).clamp(min=1)).sqrt()
+        advantage_B = advantage_B / (spread_B + ADVANTAGE_EPS)
+    return advantage_B.to(wide(reward).dtype)
 
 
 def group_log_softmax(score_B: Tensor, group_ids: Tensor) -> Tensor:
     """score - LSE of the scores of the row's group: (B,), differentiable; 0 for a group of one."""
-    same_BB = same_group(group_ids)
-    # (B,) -> (B, B) and no scatter, whose sums on CUDA differ from run to run
-    table_BB = score_B.unsqueeze(0).expand(same_BB.shape).masked_fill(~same_BB, -torch.inf)
+    groups = group_rows(group_ids)
+    top_B = groups.max(score_B)
     # the difference to the maximum is formed first: fp32 sums of a thousand nats would lose four digits in an LSE
-    return table_BB.log_softmax(1).diagonal()
-
-
-def same_group(group_ids: Tensor) -> Tensor:
-    """(B, B) bool: entry ij says that rows i and j answer the same prompt."""
-    return group_ids.unsqueeze(1) == group_ids.unsqueeze(0)
+    below_top_B = (score_B - top_B).where(top_B > -torch.inf, 0.0)  # rows that are all -inf count alike
+    return below_top_B - groups.sum(below_top_B.exp()).log()

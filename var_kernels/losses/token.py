@@ -111,9 +111,8 @@ def grpo_loss(
 
         loss_t = ppo_t + beta (exp(lpr_t - lp_t) - 1 - (lpr_t - lp_t))
 
-    Group-relative advantages are the caller's: (r_i - mean of the prompt's rewards) / their standard deviation,
-    repeated over the tokens of i (Dr. GRPO: without the division). The sum over tokens is weighted by
-    ``token_weight``, see ``token_objective`` and ``length_weights``. Without a reference use ``ppo_loss``.
+    ``group_advantage`` makes the advantages, ``length_weights`` the weights of the tokens in the sum
+    (``token_objective``). Without a reference use ``ppo_loss``.
 
     Args:
         token_logp, old_token_logp, advantage, clip_low, clip_high: see ``ppo_loss``.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.losses.segments import Groups, group_rows
 from var_kernels.losses.weight_checks import bad_values, check_options, check_tensors
 from var_kernels.ops.weights import takes_weights_kernel, weights_by_kernel
 
@@ -66,7 +67,7 @@ def var_weights(
         lengths: (B,) integers: tokens that carry loss, needed for "mean". A row of length 0 (prompt truncated, filler)
             gets weight 0 and has no part in Z.
         group_ids: (B,) integers, any values: rows with equal ids answer the same prompt. Needed for "group", optional
-            for "self_normalised", unused elsewhere. O(B^2) memory on accelerators without the kernel.
+            for "self_normalised", unused elsewhere.
         process_group: Z, groups and ess then span all its ranks (equal group_ids on two ranks are one group; the local
             B may differ and may be 0). Each rank gets its own rows' weights. "cross" needs (B, B_global) matrices,
             columns in rank order.
@@ -117,7 +118,8 @@ def var_weights(
             score_B = score_B.masked_fill(lengths == 0, -torch.inf)
         columns, own = _gather([score_B, group_ids] if grouped else [score_B], process_group)
         mean = normalizer in ("batch_mean", "self_normalised")
-        weight_G, log_z = _normalise(columns[0], columns[1] if grouped else None, mean=mean)  # (B_global,)
+        groups = group_rows(columns[1]) if grouped else None
+        weight_G, log_z = _normalise(columns[0], groups, mean=mean)  # (B_global,)
         weight_B, log_z = weight_G[own], log_z[own] if grouped else log_z
         kept_G = columns[0] > -torch.inf
         num_kept = kept_G.sum()
@@ -242,28 +244,16 @@ def _scores(rewards, ref_logp, lam: float, reference: str, lengths) -> Tensor:
     return score
 
 
-def _normalise(score_B: Tensor, group_ids_B: Tensor | None, *, mean: bool) -> tuple[Tensor, Tensor]:
+def _normalise(score_B: Tensor, groups: Groups | None, *, mean: bool) -> tuple[Tensor, Tensor]:
     """exp(a - log Z) and log Z: the sum, or the mean, of exp(a) over the batch () or over each row's group (B,)."""
-    table = score_B
-    if group_ids_B is not None and score_B.device.type == "cpu":
-        return _exp_over_group_sum(score_B, group_ids_B, mean=mean)
-    if group_ids_B is not None:
-        same_BB = group_ids_B.unsqueeze(1) == group_ids_B.unsqueeze(0)
-        # (B,) -> (B, B) and no scatter, whose sums on CUDA differ from run to run
-        table = score_B.expand_as(same_BB).masked_fill(~same_BB, -torch.inf)
-    return _exp_over_sum(score_B, table, mean=mean)
-
-
-def _exp_over_group_sum(score_B: Tensor, group_ids_B: Tensor, *, mean: bool) -> tuple[Tensor, Tensor]:
-    """``_exp_over_sum`` of each row's group in O(B): scatters, which on a CPU run in one order."""
-    _, group_B = torch.unique(group_ids_B, return_inverse=True)
-    top_G = torch.full_like(score_B, -torch.inf).scatter_reduce(0, group_B, score_B, "amax")
-    top_B = top_G.masked_fill(top_G == -torch.inf, 0.0)[group_B]
+    if groups is None:
+        return _exp_over_sum(score_B, score_B, mean=mean)
+    top_B = groups.max(score_B)
+    top_B = top_B.masked_fill(top_B == -torch.inf, 0.0)
     exp_B = (score_B - top_B).exp()
-    total_B = torch.zeros_like(score_B).index_add(0, group_B, exp_B)[group_B]
+    total_B = groups.sum(exp_B)
     if mean:
-        kept_B = (score_B > -torch.inf).to(score_B.dtype)
-        total_B = total_B / torch.zeros_like(score_B).index_add(0, group_B, kept_B)[group_B].clamp(min=1)
+        total_B = total_B / groups.sum((score_B > -torch.inf).to(score_B.dtype)).clamp(min=1)
     return (exp_B / total_B).masked_fill(score_B == -torch.inf, 0.0), top_B + total_B.log()
 
 

@@ -22,6 +22,7 @@ from var_kernels.losses import (
     alol_advantage,
     bradley_terry_loss,
     dro_value_loss,
+    group_advantage,
     linear_loss,
     quantile_reward,
     single_name,
@@ -29,6 +30,7 @@ from var_kernels.losses import (
     var_weights,
 )
 from var_kernels.losses.ava import last_value
+from var_kernels.losses.segments import group_rows
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 
@@ -163,7 +165,7 @@ def _prepare_pairs(step: Rows, config, group) -> Prepared:
 
 def _prepare_groups(step: Rows, config, group) -> Prepared:
     """A row's term is its part of the prompt's loss: mean over the prompts of the global batch."""
-    return {"weight": _equal_weights(step, group, _one(step, torch.unique(step["group"]).numel()))}, {}
+    return {"weight": _equal_weights(step, group, group_rows(step["group"]).count())}, {}
 
 
 def _prepare_awr(step: Rows, config, group) -> Prepared:
@@ -184,25 +186,16 @@ def _prepare_rgold(step: Rows, config, group) -> Prepared:
 
 def _prepare_group_relative(step: Rows, config, group) -> Prepared:
     """Advantages within a prompt, (r - mean) / std, and the weights of GRPO, DAPO or Dr. GRPO."""
-    _, index = torch.unique(step["group"], return_inverse=True)
-    reward, count = step["reward"].double(), torch.bincount(index).double()
-    zeros = torch.zeros_like(count)
-    advantage = reward - (zeros.index_add(0, index, reward) / count)[index]
-    if config.advantage_std:
-        spread = (zeros.index_add(0, index, advantage.square()) / (count - 1).clamp(min=1)).sqrt()
-        advantage = advantage / (spread + 1e-4)[index]
+    advantage = group_advantage(step["reward"], step["group"], divide_by_std=config.advantage_std)
     length = step["length"].clamp(min=1)
     if config.length_normalization == "sequence":
         weight = _equal_weights(step, group) / length
     elif config.length_normalization == "token":
         weight = _equal_weights(step, group, step["length"].sum())
     else:
-        weight = _equal_weights(step, group) / config.max_length
-    return {"weight": weight, "advantage": advantage.float()}, {}
-
-
-def _one(step: Rows, value: float) -> Tensor:
-    return torch.full((), value, dtype=torch.float64, device=step["length"].device)
+        longest = config.max_new_tokens if config.online else config.max_length
+        weight = _equal_weights(step, group) / longest
+    return {"weight": weight, "advantage": advantage}, {}
 
 
 # ---- columns that are known of the whole data set --------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Items(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> list[dict]:
-        return [self.rows.row(row) for row in self.items[index]]
+        return [{**self.rows.row(row), "row": torch.tensor(row)} for row in self.items[index]]
 
 
 def tables_of(data: Sequence) -> list[EncodedRows]:

@@ -67,7 +67,8 @@ def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> T
     bad = (~sums.isfinite()).nonzero().flatten().tolist()
     if bad:
         problems = [Problem(rows.where[row], f"the reference model's log-prob is {sums[row].item()}") for row in bad]
-        raise DataError(problems, remedy="the reference model overflows on these rows; load it in a wider dtype")
+        remedy = "-inf: its head forbids a label of the row, drop it; nan: it overflows, load it in a wider dtype"
+        raise DataError(problems, remedy=remedy)
     if trainer.args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")

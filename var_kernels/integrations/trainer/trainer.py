@@ -80,7 +80,8 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
 
     Raises:
         DataError: malformed rows, with the place of each. ValueError, TypeError: settings that do not go together, a
-            model whose head is not understood. All of it before anything is written.
+            model whose head is not understood. All of it before anything is written. NonFiniteLossError: from
+            ``train``, at a loss that is NaN or infinite, before it reaches the weights.
     """
 
     loss_is_scaled_for_ga = True
@@ -234,6 +235,8 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self.step_metrics[mode].add("pair_accuracy", (counted & (margin[0::2] > margin[1::2])).sum(), counted.sum())
         shares = inputs["micro_batches"].to(result.loss.device)
         loss = result.loss * world_size + self._auxiliary_loss(outputs) / shares
+        if mode == "train":
+            self._stop_unless_finite(loss, inputs, result)
         return (loss, outputs) if return_outputs else loss
 
     def _auxiliary_loss(self, outputs) -> Tensor | float:

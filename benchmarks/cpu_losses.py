@@ -116,7 +116,7 @@ def cases(shape, dtype: torch.dtype) -> dict:
         budget = one_pass_mb(n, d, v, tile, 4 if dtype == torch.bfloat16 else 0)
         add(name, "forward", forward, ours(precision=precision))
         add(name, "one pass", gradients, ours(precision=precision, engine="one_pass", workspace_mb=budget))
-        add(name, "two passes", gradients, ours(precision=precision, engine="two_pass"))
+        add(name, "two passes", gradients, ours(precision=precision, engine="two_pass", workspace_mb=64))
         add(f"{name}, default", "one pass", gradients, ours(precision=precision))
         kept = ours(precision=precision, engine="two_pass", workspace_mb=kept_mb(n, d, v, tile))
         add(f"{name}, kept", "two passes", gradients, kept)

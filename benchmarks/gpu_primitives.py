@@ -11,7 +11,7 @@ from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import choose_backend, row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, product_into
-from var_kernels.ops.workspace import default_workspace_mb
+from var_kernels.ops.workspace import budget_bytes
 
 MAIN = (8192, 4096, 128256)
 TINY = (64, 32, 512)
@@ -287,12 +287,11 @@ def _crossing(bench, shape, engine: str, workspace_mb: float | None) -> list[dic
     hidden.grad = weight.grad = None
     peak = bench.peak_mib(step)
     timing = bench.total({"": step})[""]
-    budget = default_workspace_mb(bench.device) if workspace_mb is None else workspace_mb
     return [
         {
             "shape": "x".join(map(str, shape)),
             "engine": engine,
-            "workspace_mib": budget,
+            "workspace_mib": budget_bytes(workspace_mb, weight) / MIB,
             "default": workspace_mb is None,
             **timing,
             "peak_less_gradients_mib": peak - (hidden.nbytes + weight.nbytes) / MIB,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from var_kernels import linear_logprob, linear_weighted_nll
-from var_kernels.ops import engines, weighted_nll
+from var_kernels.ops import engines, weighted_nll, workspace
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.explain import explain_engines
 
@@ -54,3 +54,12 @@ def test_nothing_large_is_allocated():
 
 def test_fp16():
     assert "underflow" in explain_engines(N, D, V, torch.float16, CPU)["VAR, SFT"]
+
+
+def test_the_default_follows_the_head():
+    """Half of the weight on a CPU, never less than 64 MiB."""
+    said = explain_engines(2048, 896, 151936, torch.float32, CPU)  # 519 MiB
+    assert said["VAR, SFT"].startswith("one pass, 3 GEMMs: 259 MiB hold chunks of")
+    assert "64 MiB hold" in explain_engines(2048, 896, 16000, torch.float32, CPU)["DPO"]
+    weight = torch.empty(151936, 896, dtype=torch.bfloat16, device="meta")
+    assert workspace.budget_bytes(None, weight) == 129 * workspace.MIB

@@ -92,11 +92,11 @@ def memory_lines(args: argparse.Namespace, device) -> list[str]:
     except (OSError, ValueError) as error:
         raise no_such_model("model", args.model, error) from error
     rows, hidden, vocab = args.batch_size * args.length, config.hidden_size, config.vocab_size
-    workspace = args.workspace_mb or default_workspace_mb(device)
     plain = PLAIN_BYTES * rows * vocab / MIB
-    one_pass, two_pass = workspace, workspace + 4 * rows * hidden / MIB
     dtype = getattr(config, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    workspace = args.workspace_mb or default_workspace_mb(device, vocab * hidden * dtype.itemsize)
+    one_pass, two_pass = workspace, workspace + 4 * rows * hidden / MIB
     engines = explain_engines(rows, hidden, vocab, dtype, device, args.workspace_mb)
     return [
         f"{args.model}: {rows} rows (batch {args.batch_size} x {args.length} tokens), hidden {hidden}, vocabulary "

@@ -177,7 +177,7 @@ def prepare(
         left=grad and left is not None and left.requires_grad,
         right=grad and right is not None and right.requires_grad,
     )
-    budget = UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, device)
+    budget = UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, lm_head_weight)
     # spelled out: torch 2.11 does not trace bool(needs)
     asked = needs.hidden or needs.lm_head_weight or needs.bias or needs.left or needs.right
     checks.check_budget(budget, asked)

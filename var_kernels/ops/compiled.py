@@ -31,7 +31,7 @@ def _head(
     logit_scale, softcap, temperature, label_smoothing = scales
     backend, _ = choose_backend(hidden.device, tile_dtype(hidden.dtype, precision))
     transform = LogitTransform(logit_scale, softcap or None, temperature)
-    budget = budget_bytes(None, hidden.device) if budget == UNKNOWN else budget
+    budget = budget_bytes(None, lm_head_weight) if budget == UNKNOWN else budget
     options = HeadOptions(transform, label_smoothing, precision, budget, backend, entropy=entropy, argmax=argmax)
     return Head(hidden, lm_head_weight, bias, labels, options, left, right)
 

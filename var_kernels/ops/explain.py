@@ -18,8 +18,9 @@ def explain_engines(
         return torch.zeros(shape[-1], dtype=dtype, device=device).expand(*shape)
 
     backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
-    options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, device), backend)
-    head = Head(stand_in(n, d), stand_in(v, d), None, stand_in(n, 1, dtype=torch.int64), options)
+    lm_head_weight = stand_in(v, d)
+    options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, lm_head_weight), backend)
+    head = Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options)
     everything = Needs(hidden=True, lm_head_weight=True, bias=False)
     budget, accumulator = options.budget / MIB, dweight_bytes(head, everything) / MIB
     wide = f" after an fp32 dW of {accumulator:,.0f} MiB" if accumulator else ""

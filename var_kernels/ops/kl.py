@@ -76,7 +76,7 @@ def linear_token_kl(
         reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
         logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
-        workspace_mb: MiB for tiles of both models' logits; None: 64 on a CPU, 1/32 of the memory of an accelerator.
+        workspace_mb: MiB for tiles of both models' logits; None: see ``linear_logprob``.
         precision: see ``linear_logprob``.
         engine: "auto", "one_pass" or "two_pass"; "auto" takes two passes for fp16.
 

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 MIB = 1 << 20
 # The budget of a call that is being compiled: the default, found when it runs.
@@ -18,15 +19,19 @@ MAX_CPU_BACKWARD_ROWS = 1024
 _CACHED_BYTES = 4 * MIB
 
 
-def default_workspace_mb(device: torch.device) -> int:
-    """64 MiB on a CPU; 1/32 of the device's memory on an accelerator, at least 128 MiB."""
+def default_workspace_mb(device: torch.device, weight_bytes: int) -> int:
+    """On a CPU half of the head's weight, at least 64 MiB: with less, dW is added up from chunks so short that memory
+    and not arithmetic sets the time. On an accelerator 1/32 of its memory, at least 128 MiB.
+    """
     if device.type != "cuda":
-        return 64
+        return max(64, weight_bytes // 2 // MIB)
     return max(128, _cuda_memory(device.index or 0) // 32 // MIB)
 
 
-def budget_bytes(workspace_mb: float | None, device: torch.device) -> int:
-    return int((default_workspace_mb(device) if workspace_mb is None else workspace_mb) * MIB)
+def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
+    if workspace_mb is None:
+        workspace_mb = default_workspace_mb(lm_head_weight.device, lm_head_weight.numel() * lm_head_weight.itemsize)
+    return int(workspace_mb * MIB)
 
 
 @functools.cache

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.cpu_losses [--shape N,D,V] [--dtype bfloat16]
 
 Writes OUT/loss-NxDxV-DTYPE.csv for every shape, leaving out those that are there (--again: none), and draws
-OUT/loss-DTYPE.png with matplotlib; OUT is benchmarks/results/cpu- and the instructions of this machine's GEMM.
+OUT/loss-DTYPE.png and OUT/time-memory.png with matplotlib; OUT is benchmarks/results/cpu- and the instructions of this
+machine's GEMM.
 Medians (p20, p80) of interleaved runs; peak: exact, above the operands, with the gradients that are returned.
 Operands: random, logits of standard deviation 3.
 
@@ -16,7 +17,6 @@ Operands: random, logits of standard deviation 3.
 
 import argparse
 import csv
-import importlib.util
 import os
 import statistics
 import subprocess
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cpu_machine import header, results_folder
+from benchmarks.cpu_plots import draw_plots
 from var_kernels import linear_weighted_nll
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops.backend import use_backend
@@ -162,68 +163,6 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
     print(f"wrote {path}", flush=True)
 
 
-COLOURS = {"var_kernels": "#2a6fbb", "alternatives": "#c9b27c", "the matrix products alone": "#888888"}
-
-
-def bars(rows: list[dict]) -> list[tuple[str, str, dict]]:
-    """Label, colour and row of each way to loss and gradients."""
-    found = []
-    for row in rows:
-        provider, mode = row["provider"], row["mode"]
-        if mode not in ("one pass", "two passes") or (provider == "bare GEMMs" and mode == "two passes"):
-            continue
-        if provider == "bare GEMMs":
-            found.append(("3 bare GEMMs", COLOURS["the matrix products alone"], row))
-        elif "logits" in provider:
-            name = provider.removeprefix("var_kernels, ")
-            called = name.endswith("default")
-            found.append((name if called else f"{name}, {mode}", COLOURS["var_kernels"], row))
-        elif provider == "var_kernels in plain torch":
-            found.append(("in plain torch, default", COLOURS["var_kernels"], row))
-        else:
-            found.append((provider, COLOURS["alternatives"], row))
-    return found
-
-
-def plot(folder: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no matplotlib, no plot", file=sys.stderr)
-        return
-    for dtype in DTYPES:
-        tables = {}
-        for path in sorted(folder.glob(f"loss-*-{dtype}.csv")):
-            with path.open() as lines:
-                shape = path.stem.split("-")[1].replace("x", " x ")
-                tables[shape] = bars(list(csv.DictReader(line for line in lines if line[0] != "#")))
-        if tables:
-            draw(tables, dtype).savefig(folder / f"loss-{dtype}.png", dpi=110)
-
-
-def draw(tables: dict[str, list], dtype: str):
-    """A figure: a row for each shape, time and memory."""
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    heights = [len(table) for table in tables.values()]
-    size = {"figsize": (12, 0.24 * sum(heights) + 0.7 * len(tables) + 1), "gridspec_kw": {"height_ratios": heights}}
-    figure, axes = plt.subplots(len(tables), 2, squeeze=False, layout="constrained", **size)
-    for pair, (shape, table) in zip(axes, tables.items(), strict=True):
-        names, colours, rows = zip(*table, strict=True)
-        for axis, column, what in zip(pair, ("ms", "peak_mib"), ("processor time, ms", "peak, MiB"), strict=True):
-            drawn = axis.barh(names, [float(row[column]) for row in rows], color=colours)
-            axis.invert_yaxis()
-            axis.margins(x=0.12, y=0.02)
-            axis.tick_params(labelsize=8)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_title(f"{shape}, {dtype}: {what}", fontsize=9, loc="left")
-            axis.bar_label(drawn, fmt="%.0f", fontsize=7, padding=2)
-        pair[1].set_yticklabels([])
-    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
-    title = "Loss and both gradients on one CPU thread at N x D x V; memory above the operands"
-    figure.legend(handles=handles, title=title, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
-    return figure
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=results_folder(), help="default: %(default)s")
@@ -235,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.plot:
-        plot(args.out)
+        draw_plots(args.out)
         return
     shapes = [tuple(map(int, args.shape.split(",")))] if args.shape else SHAPES
     dtypes = [args.dtype] if args.dtype else DTYPES
@@ -252,7 +191,7 @@ def main() -> None:
         done = subprocess.run(command, check=False, env=os.environ)
         if done.returncode:
             print(f"{shape} {dtype}: failed with {done.returncode}", file=sys.stderr)
-    plot(args.out)
+    draw_plots(args.out)
 
 
 if __name__ == "__main__":

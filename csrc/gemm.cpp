@@ -1,19 +1,16 @@
 // torch ops over the bf16 GEMM: checks, choice of the instruction set, blocks in parallel. Stable ABI only.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
+#include "cpu.h"
 #include "gemm.h"
 #include "torch_ops.h"
 
-#if defined(VK_X86_TARGETS) && defined(__linux__)
-#define VK_BF16_TARGETS 1
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#ifdef VK_BF16_TARGETS
 #include "gemm_x86.h"
 #endif
 
@@ -29,43 +26,22 @@ namespace {
 
 enum Level : int64_t { kTorch, kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-#ifdef VK_BF16_TARGETS
-// The kernel gives a process the tiles' registers on request (arch_prctl ARCH_REQ_XCOMP_PERM, state 18).
-bool has_amx_bf16() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
-#endif
-
 bool has_level(int64_t level) {
   if (level == kBaseline) return true;
   if (level == kAvx2) return runs_avx2();
   if (level == kAvx512) return runs_avx512();
-#ifdef VK_BF16_TARGETS
-  if (level == kAvx512Bf16) return runs_avx512() && __builtin_cpu_supports("avx512bf16");
-  static const bool amx = has_amx_bf16();
-  if (level == kAmx) return has_level(kAvx512Bf16) && amx;
-#endif
-  return false;
-}
-
-// VDPBF16PS does twice the work of a multiply-add: AMD's run as many of both, Intel's (measured: model 207) a third.
-bool prefers_bf16() {
-#ifdef VK_BF16_TARGETS
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
+  if (level == kAvx512Bf16) return runs_avx512_bf16();
+  if (level != kAmx) return false;
+  static const bool amx = runs_amx();
+  return amx;
 }
 
 int64_t best_gemm_level() {
-  static const int64_t best = has_level(kAmx)                             ? kAmx
-                              : has_level(kAvx512Bf16) && prefers_bf16() ? kAvx512Bf16
-                              : has_level(kAvx512)                        ? kAvx512
-                              : has_level(kAvx2)                          ? kAvx2
-                                                                          : kBaseline;
+  static const int64_t best = has_level(kAmx)      ? kAmx
+                              : prefers_bf16()     ? kAvx512Bf16
+                              : has_level(kAvx512) ? kAvx512
+                              : has_level(kAvx2)   ? kAvx2
+                                                   : kBaseline;
   return best;
 }
 
@@ -117,13 +93,14 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
   const bool by_columns = columns >= rows;
   const int64_t total = by_columns ? columns : rows, threads = torch::stable::get_num_threads();
   const int64_t step = gemm::ceil_div(gemm::ceil_div(total, threads), 32) * 32;
+  std::atomic<bool> done{true};
   torch::stable::parallel_for(0, gemm::ceil_div(total, step), 1, [&](int64_t first, int64_t last) {
     const int64_t begin = first * step, end = std::min(total, last * step);
-    if (by_columns)
-      gemm::multiply_block(p, kernels, 0, rows, begin, end);
-    else
-      gemm::multiply_block(p, kernels, begin, end, 0, columns);
+    if (!(by_columns ? gemm::multiply_block(p, kernels, 0, rows, begin, end)
+                     : gemm::multiply_block(p, kernels, begin, end, 0, columns)))
+      done = false;
   });
+  STD_TORCH_CHECK(done, "out of memory: operands are packed into ", gemm::Scratch::kBytes >> 10, " KiB a thread");
 }
 
 }  // namespace

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace var_kernels {
 namespace gemm {
@@ -68,18 +67,22 @@ struct Free {
 
 // Kept by each thread: fresh pages cost more than their contents here.
 struct Scratch {
-  std::unique_ptr<char, Free> memory{static_cast<char*>(std::aligned_alloc(4096, kBytes))};
+  std::unique_ptr<char, Free> memory;
   static constexpr int64_t kBytes = kRightBytes + kLeftBytes + 4 * kSumElements;
+  bool allocate() {
+    if (!memory) memory.reset(static_cast<char*>(std::aligned_alloc(4096, kBytes)));
+    return memory != nullptr;
+  }
   char* right() const { return memory.get(); }
   char* left() const { return right() + kRightBytes; }
   float* sums() const { return reinterpret_cast<float*>(left() + kLeftBytes); }
 };
 
-// Rows [row_begin, row_end) by columns [column_begin, column_end), by one thread.
-inline void multiply_block(const Product& p, const Kernels& kernels, int64_t row_begin, int64_t row_end,
-                           int64_t column_begin, int64_t column_end) {
-  thread_local const Scratch scratch;
-  if (!scratch.memory) throw std::bad_alloc();
+// Rows [row_begin, row_end) by columns [column_begin, column_end), by one thread. False: there is no memory for Scratch.
+[[nodiscard]] inline bool multiply_block(const Product& p, const Kernels& kernels, int64_t row_begin, int64_t row_end,
+                                         int64_t column_begin, int64_t column_end) {
+  thread_local Scratch scratch;
+  if (!scratch.allocate()) return false;
   kernels.begin();
   const int64_t depth = p.left.depth, block_depth = p.narrow ? std::max(depth, kDeep) : kBlockDepth;
   const int64_t tile_bytes = kTile * kernels.element_bytes, left_tiles = kLeftBytes / tile_bytes / (kHigh / kLane);
@@ -114,6 +117,7 @@ inline void multiply_block(const Product& p, const Kernels& kernels, int64_t row
     }
   }
   kernels.end();
+  return true;
 }
 
 }  // namespace gemm

@@ -7,6 +7,7 @@
 #include <limits>
 #include <optional>
 
+#include "cpu.h"
 #include "rows.h"
 #include "torch_ops.h"
 

@@ -1,8 +1,10 @@
 // The kernels of csrc/ without torch, against sums in double: for processors that torch does not run on here (NEON under an
-// emulator), and for the thread sanitizer, which cannot see into torch's thread pool. Several threads share every tile and
-// every product. Prints "N passed, M failed".
+// emulator, AMX emulated), and for the thread sanitizer, which cannot see into torch's thread pool. Several threads share
+// every tile and every product. Prints "N passed, M failed".
 //     g++ -std=c++17 -O2 -pthread -I csrc tests/selftest.cpp -o selftest && ./selftest
+// -DEMULATE_AMX: the products by csrc/gemm_x86.h's AMX kernels over amx_emulation.h, nothing else.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,8 +15,13 @@
 #include <utility>
 #include <vector>
 
+#include "cpu.h"
 #include "gemm.h"
 #include "rows.h"
+#ifdef EMULATE_AMX
+#include "amx_emulation.h"
+#include "gemm_x86.h"
+#endif
 
 namespace var_kernels {
 namespace baseline {
@@ -126,47 +133,128 @@ void rows(int64_t n, int64_t columns, bool narrow, bool capped) {
   check(error < (narrow ? 4e-3 : 1e-5), "gradient", n, columns, capped, error);
 }
 
-void product(int64_t m, int64_t depth, int64_t n, bool left_by_depth, bool right_by_depth, bool narrow) {
+#ifdef EMULATE_AMX
+constexpr const gemm::Kernels& kProduct = gemm::kAmx;
+
+// What another library may have left behind on this thread.
+void configure_otherwise() {
+  uint8_t config[64] = {1};
+  config[16] = 32;
+  config[48] = 8;
+  amx_emulation::loadconfig(config);
+}
+bool released() { return !amx_emulation::state.configured; }
+
+// One sum of TDPBF16PS onto `before`: low and high halves of pairs by 1.
+float dot(float before, const std::vector<std::pair<float, float>>& pairs) {
+  uint16_t left[16][32] = {}, ones[16][32];
+  float sums[16][16] = {{before}};
+  for (size_t k = 0; k < pairs.size(); ++k) {
+    left[0][2 * k] = bf16_of(pairs[k].first);
+    left[0][2 * k + 1] = bf16_of(pairs[k].second);
+  }
+  for (auto& row : ones) std::fill(row, row + 32, bf16_of(1.0f));
+  gemm::kAmx.begin();
+  amx_emulation::loadd(0, sums, 64);
+  amx_emulation::loadd(4, left, 64);
+  amx_emulation::loadd(6, ones, 64);
+  amx_emulation::dpbf16ps(0, 4, 6);
+  amx_emulation::stored(0, sums, 64);
+  gemm::kAmx.end();
+  return sums[0][0];
+}
+
+// Halves are summed apart, from 0, and added to what was there; denormals are 0.
+void sums() {
+  const auto is = [](float got, float expected, const char* what) { check(got == expected, what, 1, 1, 1, got - expected); };
+  is(dot(0, {{0x1p24f, 1}, {-0x1p24f, 1}}), 2, "halves are summed apart");
+  is(dot(0, {{1, -0x1p24f}, {1, 0x1p24f}}), 2, "halves are summed apart");
+  is(dot(0x1p24f, {{1, 1}}), 0x1p24f + 2, "a tile's sum is added at once");
+  is(dot(0, {{0x1p-127f, 0x1p-133f}}), 0, "denormal operands are 0");
+  is(dot(0x1p-130f, {}), 0, "a denormal sum is 0");
+  is(dot(-0x1p-125f, {{0x1.8p-126f, 0}}), 0, "a denormal result is 0");
+}
+#else
+constexpr const gemm::Kernels& kProduct = gemm::baseline::kKernels;
+void configure_otherwise() {}
+bool released() { return true; }
+#endif
+
+// Whole numbers, whose products and sums are exact in any order, or any.
+uint16_t operand(bool whole) {
+  return bf16_of(whole ? static_cast<float>(std::uniform_int_distribution<int>(-15, 15)(generator)) : random_float());
+}
+
+// The result begins as `before` and ends 3 columns before its next row.
+void product(int64_t m, int64_t depth, int64_t n, bool left_by_depth, bool right_by_depth, bool narrow, bool add,
+             bool whole) {
   std::vector<uint16_t> a(m * depth), b(depth * n);
-  for (uint16_t& x : a) x = bf16_of(random_float());
-  for (uint16_t& x : b) x = bf16_of(random_float());
+  for (uint16_t& x : a) x = operand(whole);
+  for (uint16_t& x : b) x = operand(whole);
   const gemm::Operand left{a.data(), m, depth, left_by_depth ? depth : 1, left_by_depth ? 1 : m};
   const gemm::Operand right{b.data(), n, depth, right_by_depth ? depth : 1, right_by_depth ? 1 : n};
-  std::vector<char> out(m * n * 4);
-  const gemm::Product p{left, right, out.data(), n, narrow, false};
+  const int64_t stride = n + 3;
+  constexpr float kBefore = 7.0f;
+  std::vector<float> wide(m * stride, kBefore);
+  std::vector<uint16_t> rounded(m * stride, bf16_of(kBefore));
+  char* out = narrow ? reinterpret_cast<char*>(rounded.data()) : reinterpret_cast<char*>(wide.data());
+  const gemm::Product p{left, right, out, stride, narrow, add};
+  std::atomic<bool> all_released{true};
   by_threads(gemm::ceil_div(n, 64), [&](int64_t i) {
-    gemm::multiply_block(p, gemm::baseline::kKernels, 0, m, 64 * i, std::min(n, 64 * i + 64));
+    configure_otherwise();
+    const bool done = gemm::multiply_block(p, kProduct, 0, m, 64 * i, std::min(n, 64 * i + 64));
+    if (!done || !released()) all_released = false;
   });
   double error = 0, largest = 0;
+  bool beside = false;
   for (int64_t r = 0; r < m; ++r) {
-    for (int64_t c = 0; c < n; ++c) {
-      double truth = 0;
+    for (int64_t c = 0; c < stride; ++c) {
+      const double got = narrow ? of_bf16(rounded[r * stride + c]) : wide[r * stride + c];
+      if (c >= n) {
+        beside = beside || got != kBefore;
+        continue;
+      }
+      double truth = add ? kBefore : 0.0;
       for (int64_t k = 0; k < depth; ++k)
         truth += static_cast<double>(of_bf16(a[r * left.lane_stride + k * left.depth_stride])) *
                  of_bf16(b[c * right.lane_stride + k * right.depth_stride]);
-      const double got = narrow ? of_bf16(reinterpret_cast<const uint16_t*>(out.data())[r * n + c])
-                                : reinterpret_cast<const float*>(out.data())[r * n + c];
-      error = std::max(error, std::abs(got - truth));
+      if (whole && narrow) truth = of_bf16(bf16_of(static_cast<float>(truth)));
+      error = std::max(error, std::isfinite(got) ? std::abs(got - truth) : INFINITY);
       largest = std::max(largest, std::abs(truth));
     }
   }
-  check(error <= largest * (narrow ? 0x1p-8 : 0x1p-20), "product", m, depth, n, error);
+  check(error <= (whole ? 0 : largest * (narrow ? 0x1p-8 : 0x1p-20)), "product", m, depth, n, error);
+  check(!beside && all_released, beside ? "written beside the result" : "tiles are released", m, depth, n, 0);
+}
+
+void products() {
+  for (bool left : {false, true})
+    for (bool right : {false, true})
+      for (int out = 0; out < 3; ++out) {
+        const bool narrow = out == 1, add = out == 2, whole = left == right;
+        product(1, 1, 1, left, right, narrow, add, whole);
+        product(13, 71, 207, left, right, narrow, add, whole);
+        product(140, 33, 130, left, right, narrow, add, whole);
+        product(20, 2101, 70, left, right, narrow, add, whole);
+      }
 }
 
 }  // namespace
 
 int main() {
+#ifdef EMULATE_AMX
+  // Operands are packed by AVX-512.
+  if (!runs_avx512()) {
+    std::puts("skipped: this processor has no AVX-512, which packs for AMX");
+    return 0;
+  }
+  sums();
+#else
   for (int64_t columns : {1, 3, 17, 507, 1025, 2600})
     for (bool narrow : {false, true})
       for (bool capped : {false, true}) rows(5, columns, narrow, capped);
-  for (bool left : {false, true})
-    for (bool right : {false, true})
-      for (bool narrow : {false, true}) {
-        product(1, 1, 1, left, right, narrow);
-        product(13, 71, 207, left, right, narrow);
-        product(140, 33, 130, left, right, narrow);
-        product(5, 2101, 70, left, right, narrow);
-      }
+#endif
+  products();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

@@ -1,6 +1,8 @@
 """The C++ GEMM: bf16 operands of any layout, fp32 sums, each set of instructions that this machine runs."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,6 +124,32 @@ def test_shapes_that_do_not_fit_are_refused(level):
         gemm_native.product_into(torch.empty(4, 2), matrix(4, 6), matrix(6, 3))
     with pytest.raises(RuntimeError, match="left: expected rows or columns of adjacent elements"):
         gemm_native.product_into(torch.empty(4, 3), torch.zeros(8, 12, dtype=BF16)[::2, ::2], matrix(6, 3))
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from var_kernels.kernels import gemm_native
+torch.set_num_threads(1)
+gemm_native.levels()
+left, right, out = torch.ones(40, 30).bfloat16(), torch.ones(30, 50).bfloat16(), torch.empty(40, 50)
+pages, limits = int(open("/proc/self/statm").read().split()[0]), resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), limits[1]))
+try:
+    gemm_native.product_into(out, left, right)
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+resource.setrlimit(resource.RLIMIT_AS, limits)
+gemm_native.product_into(out, left, right)
+print(out.eq(30).all().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of the address space is Linux's")
+def test_a_thread_without_memory_says_so_and_goes_on_when_there_is_some():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert "out of memory: operands are packed into 4608 KiB a thread" in first
+    assert second == "True"
 
 
 def test_the_head_takes_it_for_all_three_products(level, monkeypatch):

@@ -1,4 +1,6 @@
-"""The kernels of csrc/ without torch (selftest.cpp): threads under the thread sanitizer, NEON under an emulator."""
+"""The kernels of csrc/ without torch (selftest.cpp): threads under the thread sanitizer, NEON under an emulator, AMX
+over an emulation of its instructions (amx_emulation.h).
+"""
 
 import os
 import shutil
@@ -9,11 +11,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
+# What csrc/gemm_x86.h could say instead; each must be noticed.
+MISTAKES = {
+    "operands swapped": ("_tile_dpbf16ps(2, 5, 6)", "_tile_dpbf16ps(2, 6, 5)"),
+    "the other operand's panel": ("b + right_panel", "b + left_panel"),
+    "a tile that keeps old sums": ("ColumnTiles > 1) _tile_zero(3)", "ColumnTiles > 1) _tile_zero(2)"),
+    "tiles not configured": ("{ _tile_loadconfig(kTileConfig); }", "{}"),
+    "tiles not released": ("{ _tile_release(); }", "{}"),
+    "B packed as A": (
+        "kAmx = {pack<uint16_t, false>, pack<uint16_t, true>",
+        "kAmx = {pack<uint16_t, false>, pack<uint16_t, false>",
+    ),
+}
 
 
 def build(folder: Path, compiler: str, *flags: str) -> Path:
     program = folder / "selftest"
-    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=fast", "-pthread", "-I", "csrc", *flags]
+    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=fast", "-pthread", *flags, "-I", "csrc"]
     subprocess.run([*command, "tests/selftest.cpp", "-o", str(program)], cwd=ROOT, check=True, capture_output=True)
     return program
 
@@ -38,7 +52,7 @@ def thread_sanitizer(folder: Path, *flags: str) -> Path:
 def test_threads_share_nothing_that_they_write(tmp_path):
     done = run(thread_sanitizer(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "80 passed, 0 failed" in done.stdout
+    assert "144 passed, 0 failed" in done.stdout
 
 
 def test_the_thread_sanitizer_notices_shared_rows(tmp_path):
@@ -54,4 +68,33 @@ def test_neon(tmp_path):
             pytest.skip(f"no {program} here")
     done = run(emulator, build(tmp_path, compiler, "-static"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "80 passed, 0 failed" in done.stdout
+    assert "144 passed, 0 failed" in done.stdout
+
+
+def amx(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no C++ compiler ({COMPILER})")
+    probe = subprocess.run([COMPILER, "-dM", "-E", "-x", "c++", "csrc/cpu.h"], cwd=ROOT, capture_output=True, text=True)
+    if "VK_BF16_TARGETS" not in probe.stdout:
+        pytest.skip(f"{COMPILER} compiles no AMX for this processor")
+    done = run(build(folder, COMPILER, *flags, "-DEMULATE_AMX"))
+    if "skipped" in done.stdout:
+        pytest.skip(done.stdout.strip())
+    return done
+
+
+def test_amx_over_its_emulation(tmp_path):
+    done = amx(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "102 passed, 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_amx_kernels_is_noticed(mistake, tmp_path):
+    right, wrong = MISTAKES[mistake]
+    text = (ROOT / "csrc/gemm_x86.h").read_text()
+    assert text.count(right) == 1
+    (tmp_path / "gemm_x86.h").write_text(text.replace(right, wrong))
+    done = amx(tmp_path, "-O1", "-I", str(tmp_path))
+    assert done.returncode != 0
+    assert "FAILED" in done.stdout or "AMX: " in done.stderr

@@ -164,6 +164,7 @@ def call(name="ipo", labels=None, inputs=None, item_weight=None, **options):
             "takes no inputs 'wage'; it reads 'ref_logp'",
         ),
         ({"item_weight": torch.ones(B)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8,\)"),
+        ({"item_weight": torch.ones(B, 1)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8, 1\)"),
         ({"labels": torch.zeros(B * T, dtype=torch.int64)}, r"labels must be padded \(B, T\)"),
         ({"tau": -1.0}, "tau must be"),
     ],
@@ -236,3 +237,25 @@ def test_policy_labels_swap_whole_pairs():
             assert min(distances) < 1e-4
             seen.add((pair, distances.index(min(distances))))
     assert len({order for _, order in seen}) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_item_of_weight_zero_has_no_part_whatever_its_log_prob(name):
+    """The head forbids a label of that item (-inf): the loss and gradients of the others are what they are without it."""
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    bias, rows = torch.zeros(V), slice(2, 4) if LOSSES[name].item == "pair" else slice(2, 3)
+    item_weight[1 if LOSSES[name].item == "pair" else 2] = 0.0
+    labels[labels == 3] = 4
+    bias[3] = -torch.inf
+    kept = labels.clone()
+    labels[rows.start, 3] = 3
+
+    def run(labels):
+        loss = linear_loss(name, hidden, weight, labels, inputs, bias, item_weight=item_weight, **options)
+        return [loss, *gradients(loss, (hidden, weight))]
+
+    if LOSSES[name].item == "group":  # the row stays among its prompt's: finite is what it must be
+        assert all(values.isfinite().all() for values in run(labels))
+        return
+    for got, want in zip(run(labels), run(kept), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

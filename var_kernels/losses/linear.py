@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.losses.checks import times
 from var_kernels.losses.pair import implicit_reward
 from var_kernels.losses.registry import Loss, find_loss, single_name
 from var_kernels.losses.sail import draw_preference
@@ -52,7 +53,8 @@ def linear_loss(
         inputs: what the loss reads besides the policy's log-probs, one value per row (B,) under its name for a single
             sequence ("reward", "ref_logp", "value", "group_ids"; a pair's are split into chosen and rejected here), or
             one per token in the shape of labels ("old_token_logp", "advantage"). Lengths are counted here.
-        item_weight: (B,), for pairs (P,); None: 1. Divide by the number of items of the global batch for a mean.
+        item_weight: (B,), for pairs (P,); constants; None: 1. Divide by the number of items of the global batch for a
+            mean. An item of weight 0 has no part, whatever its log-probs are; a row of a group stays among the others.
         cu_seqlens: (B + 1,), packed rows.
         engine: "auto"; "one_pass" and "two_pass" force classes A and B.
         process_group: class D gathers its baseline over these ranks.
@@ -81,18 +83,18 @@ def linear_loss(
             f"engine='one_pass' cannot serve {name!r}, a loss of class {loss.pass_class}: its gradient needs whole "
             "sequences before any token's is known; pass engine='auto'"
         )
-    rows = _Rows(loss, dict(inputs or {}), labels, cu_seqlens, ignore_index)
+    rows = _Rows(loss, dict(inputs or {}), item_weight, labels, cu_seqlens, ignore_index)
     head = {"ignore_index": ignore_index, **(head_options or {})}
     asked = {"return_logp": return_logp, "return_argmax": return_argmax}
     if loss.pass_class == "A":
-        token_weight, constant = rows.token_weight(item_weight, options, hidden.dtype)
+        token_weight, constant = rows.token_weight(options, hidden.dtype)
         outputs = linear_weighted_nll(
             hidden, lm_head_weight, labels, token_weight, bias, engine=engine, **asked, **head
         )
         total, *others = outputs if isinstance(outputs, tuple) else (outputs,)
         outputs = (total + constant.to(total.dtype), *others)
     elif loss.pass_class == "B":
-        token_loss, token_inputs = rows.token_objective(item_weight, options)
+        token_loss, token_inputs = rows.token_objective(options)
         entropy = "entropy" in loss.tensors
         given = (token_loss, token_inputs, bias)
         outputs = linear_token_loss(
@@ -102,7 +104,7 @@ def linear_loss(
     else:
         outputs = linear_logprob(hidden, lm_head_weight, labels, bias, return_argmax=return_argmax, **head)
         logp, *others = outputs if isinstance(outputs, tuple) else (outputs,)
-        total = rows.total(logp, item_weight, options, process_group, label_generator)
+        total = rows.total(logp, options, process_group, label_generator)
         outputs = (total, *([logp.detach()] if return_logp else []), *others)
     return outputs[0] if len(outputs) == 1 else outputs
 
@@ -110,8 +112,9 @@ def linear_loss(
 class _Rows:
     """A loss's arguments by their names, from one value per row or token."""
 
-    def __init__(self, loss: Loss, inputs: dict[str, Tensor], labels: Tensor, cu_seqlens, ignore_index: int):
+    def __init__(self, loss: Loss, inputs: dict[str, Tensor], item_weight, labels: Tensor, cu_seqlens, ignore_index):
         self.loss, self.inputs, self.labels = loss, inputs, labels
+        self.item_weight = None if item_weight is None else item_weight.detach()
         self.layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
         if cu_seqlens is None and labels.dim() != 2:
             raise ValueError(
@@ -129,45 +132,53 @@ class _Rows:
         self.num_rows = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if loss.item == "pair" and self.num_rows % 2:
             raise ValueError(f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows")
+        num_items = self.num_rows // 2 if loss.item == "pair" else self.num_rows
+        if item_weight is not None and item_weight.shape != (num_items,):
+            raise ValueError(
+                f"item_weight must be ({num_items},), one per {loss.item if loss.item == 'pair' else 'row'} of "
+                f"{loss.name!r}, got {tuple(item_weight.shape)}"
+            )
 
-    def token_weight(self, item_weight: Tensor | None, options, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+    def token_weight(self, options, operand: torch.dtype) -> tuple[Tensor, Tensor]:
         """Class A is linear in the log-probs: minus its slope over the tokens, and its value at 0."""
         with torch.enable_grad():
-            given = [operand, *(t.dtype for t in (*self.inputs.values(), item_weight) if t is not None)]
+            given = [operand, *(t.dtype for t in (*self.inputs.values(), self.item_weight) if t is not None)]
             wide = torch.float64 if torch.float64 in given else torch.float32
             zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device, requires_grad=True)
-            total = self._weighted(
-                self.loss.function(**self._arguments({"policy_logp": zero_B}), **options), item_weight
-            )
+            total = self._weighted(self.loss.function(**self._arguments({"policy_logp": zero_B}), **options))
             (slope_B,) = torch.autograd.grad(total, zero_B)
         return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), total.detach()
 
-    def token_objective(self, item_weight: Tensor | None, options):
+    def token_objective(self, options):
         """Class B: the function of a chunk's tokens, and what it reads per token."""
         names = [name for name in self.loss.tensors if name not in _FROM_THE_HEAD and name in self.inputs]
         token_inputs = [self._over_tokens(self.inputs[name]) for name in names]
-        if item_weight is not None:
-            token_inputs.append(self._over_tokens(item_weight))
+        if self.item_weight is not None:
+            token_inputs.append(self._over_tokens(self.item_weight))
         first = ("token_logp", "entropy") if "entropy" in self.loss.tensors else ("token_logp",)
 
         def token_loss(*values):
-            *values, weight = values if item_weight is not None else (*values, 1.0)
-            return self.loss.function(**dict(zip((*first, *names), values, strict=True)), **options) * weight
+            *values, weight = values if self.item_weight is not None else (*values, 1.0)
+            return times(weight, self.loss.function(**dict(zip((*first, *names), values, strict=True)), **options))
 
         return token_loss, tuple(token_inputs)
 
-    def total(self, logp: Tensor, item_weight: Tensor | None, options, process_group, label_generator) -> Tensor:
+    def total(self, logp: Tensor, options, process_group, label_generator) -> Tensor:
         """Classes C and D, from every log-prob."""
+        if self.item_weight is not None and self.loss.item != "group":
+            counts = self.item_weight != 0
+            counts_B = counts.repeat_interleave(2) if self.loss.item == "pair" else counts
+            logp = logp.where(self._over_tokens(counts_B), 0.0)  # -inf times a weight of 0 would be NaN
         policy = {"token_logp": logp}
         if not self.loss.reads_tokens:
             policy["policy_logp"] = sequence_sum(logp, self.labels, **self.layout)
         if "kl_baseline" in self.loss.tensors and "kl_baseline" not in self.inputs:
-            given = (policy["policy_logp"], self.inputs["ref_logp"], item_weight)
+            given = (policy["policy_logp"], self.inputs["ref_logp"], self.item_weight)
             policy["kl_baseline"] = _global_baseline(*given, process_group)
         arguments = self._arguments(policy)
         if label_generator is not None:
             arguments = _relabelled(arguments, options["beta"], label_generator)
-        return self._weighted(self.loss.function(**arguments, **options), item_weight)
+        return self._weighted(self.loss.function(**arguments, **options))
 
     def _arguments(self, policy: dict[str, Tensor]) -> dict[str, Tensor]:
         known = {**self.inputs, **policy}
@@ -187,15 +198,8 @@ class _Rows:
             return values
         return expand_to_tokens(values, self.labels, self.layout["cu_seqlens"])
 
-    def _weighted(self, items: Tensor, item_weight: Tensor | None) -> Tensor:
-        if item_weight is None:
-            return items.sum()
-        if item_weight.shape != items.shape:
-            raise ValueError(
-                f"item_weight must be {tuple(items.shape)}, one per {self.loss.item} of {self.loss.name!r}, got "
-                f"{tuple(item_weight.shape)}"
-            )
-        return (items * item_weight.detach().to(items.dtype)).sum()
+    def _weighted(self, items: Tensor) -> Tensor:
+        return (items if self.item_weight is None else times(self.item_weight.to(items.dtype), items)).sum()
 
 
 def _relabelled(arguments: dict[str, Tensor], beta: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ They are built against the installed torch, and only when asked for:
 
     VAR_KERNELS_BUILD_EXT=1 pip install --no-build-isolation --no-deps -e .
 
-VAR_KERNELS_SANITIZE=address,undefined builds them with gcc's sanitizers (csrc/sanitize.sh).
+VAR_KERNELS_SANITIZE=address,undefined builds them with gcc's sanitizers and AMX emulated (csrc/sanitize.sh).
 """
 
 import os
@@ -25,11 +25,12 @@ def extension() -> dict:
     csrc = Path("csrc")
     sanitizers = os.environ.get("VAR_KERNELS_SANITIZE")
     checked = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
+    emulated = ["-include", "tests/amx_emulation.h"] if sanitizers else []
     native = CppExtension(
         "var_kernels.kernels._native",
         [str(path) for path in sorted(csrc.glob("*.cpp"))],
         depends=[str(path) for path in sorted(csrc.glob("*.h")) + sorted(csrc.glob("*.inc"))],
-        extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI, *checked],
+        extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI, *checked, *emulated],
         extra_link_args=checked,
         py_limited_api=True,
     )

@@ -42,7 +42,9 @@ inline bool runs_avx512_bf16() {
 // Linux gives a process the tiles' registers on request (arch_prctl ARCH_REQ_XCOMP_PERM, state 18): for all of its threads
 // and their children's. It refuses where an alternate signal stack is too small for them.
 inline bool runs_amx() {
-#ifdef VK_BF16_TARGETS
+#if defined(VK_EMULATE_AMX)  // tests/amx_emulation.h
+  return runs_avx512();
+#elif defined(VK_BF16_TARGETS)
   unsigned a, b, c, d;
   if (!runs_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;

@@ -1,7 +1,9 @@
 // AMX in plain C++, for processors without it: stands in for the intrinsics that csrc/gemm_x86.h uses, when it is included
-// before that file. What the instructions do, and when they fault, is the Intel SDM's, volume 2 (LDTILECFG, TILELOADD,
+// before every other file (gcc's -include). What the instructions do, and when they fault, is the Intel SDM's, volume 2 (LDTILECFG, TILELOADD,
 // TDPBF16PS ...): what would fault ends the program. VCVTNEPS2BF16 too, which AVX-512 has only beside BF16.
 #pragma once
+#ifdef __x86_64__
+#define VK_EMULATE_AMX 1
 
 #include <immintrin.h>
 
@@ -81,39 +83,44 @@ inline void stored(int from, void* base, int64_t stride) {
 
 inline float flushed(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x; }
 
-inline float word(const Tile& t, int row, int column) {
-  float x;
-  std::memcpy(&x, t.data[row] + 4 * column, sizeof x);
-  return x;
-}
-
-// The low (0) or high (1) bf16 of a word; denormals are 0.
-inline float half(const Tile& t, int row, int column, int high) {
-  uint16_t bits;
-  std::memcpy(&bits, t.data[row] + 4 * column + 2 * high, sizeof bits);
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return flushed(x);
-}
+// The low (0) or high (1) halves of a tile's words; denormals are 0.
+struct Halves {
+  float of[kMaxRows][kMaxBytes / 4];
+  Halves(const Tile& t, int high) {
+    for (int row = 0; row < kMaxRows; ++row) {
+      for (int column = 0; column < kMaxBytes / 4; ++column) {
+        uint32_t bits;
+        std::memcpy(&bits, t.data[row] + 4 * column, sizeof bits);
+        bits = high ? bits & 0xffff0000u : bits << 16;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        of[row][column] = flushed(x);
+      }
+    }
+  }
+};
 
 // The low and the high products are summed apart, from 0, one fused multiply-add after the other, then together, then onto
-// the result; each rounding flushes denormals.
+// the result; each rounding flushes denormals. What is not configured of a tile is 0.
 inline __attribute__((target("fma"))) void dpbf16ps(int to, int left, int right) {
   const char* name = "TDPBF16PS";
   require(to != left && to != right && left != right, name, "one tile in two places");
   Tile& c = tile(to, name);
   const Tile &a = tile(left, name), &b = tile(right, name);
   require(c.rows == a.rows && c.bytes == b.bytes && a.bytes / 4 == b.rows, name, "tiles that do not fit");
+  constexpr int kColumns = kMaxBytes / 4;
+  const Halves lows[2] = {{a, 0}, {b, 0}}, highs[2] = {{a, 1}, {b, 1}};
   for (int m = 0; m < c.rows; ++m) {
-    for (int n = 0; n < c.bytes / 4; ++n) {
-      float sums[2] = {0.0f, 0.0f};
-      for (int k = 0; k < b.rows; ++k)
-        for (int high = 0; high < 2; ++high)
-          sums[high] = flushed(std::fma(half(a, m, k, high), half(b, k, n, high), sums[high]));
-      const float result = flushed(flushed(word(c, m, n)) + flushed(sums[0] + sums[1]));
-      std::memcpy(c.data[m] + 4 * n, &result, sizeof result);
+    float low[kColumns] = {}, high[kColumns] = {}, result[kColumns];
+    for (int k = 0; k < b.rows; ++k) {
+      for (int n = 0; n < kColumns; ++n) {
+        low[n] = flushed(std::fma(lows[0].of[m][k], lows[1].of[k][n], low[n]));
+        high[n] = flushed(std::fma(highs[0].of[m][k], highs[1].of[k][n], high[n]));
+      }
     }
+    std::memcpy(result, c.data[m], sizeof result);
+    for (int n = 0; n < kColumns; ++n) result[n] = flushed(flushed(result[n]) + flushed(low[n] + high[n]));
+    std::memcpy(c.data[m], result, c.bytes);
   }
 }
 
@@ -146,3 +153,4 @@ inline __attribute__((target("avx512f,avx512vl,avx512bf16"))) __m256bh cvtneps_p
 #define _tile_stored amx_emulation::stored
 #define _tile_dpbf16ps amx_emulation::dpbf16ps
 #define _mm512_cvtneps_pbh amx_emulation::cvtneps_pbh
+#endif

@@ -2,7 +2,7 @@
 // emulator, AMX emulated), and for the thread sanitizer, which cannot see into torch's thread pool. Several threads share
 // every tile and every product. Prints "N passed, M failed".
 //     g++ -std=c++17 -O2 -pthread -I csrc tests/selftest.cpp -o selftest && ./selftest
-// -DEMULATE_AMX: the products by csrc/gemm_x86.h's AMX kernels over amx_emulation.h, nothing else.
+// -include tests/amx_emulation.h: the products by csrc/gemm_x86.h's AMX kernels, nothing else.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -18,8 +18,7 @@
 #include "cpu.h"
 #include "gemm.h"
 #include "rows.h"
-#ifdef EMULATE_AMX
-#include "amx_emulation.h"
+#ifdef VK_EMULATE_AMX
 #include "gemm_x86.h"
 #endif
 
@@ -133,7 +132,7 @@ void rows(int64_t n, int64_t columns, bool narrow, bool capped) {
   check(error < (narrow ? 4e-3 : 1e-5), "gradient", n, columns, capped, error);
 }
 
-#ifdef EMULATE_AMX
+#ifdef VK_EMULATE_AMX
 constexpr const gemm::Kernels& kProduct = gemm::kAmx;
 
 // What another library may have left behind on this thread.
@@ -242,7 +241,7 @@ void products() {
 }  // namespace
 
 int main() {
-#ifdef EMULATE_AMX
+#ifdef VK_EMULATE_AMX
   // Operands are packed by AVX-512.
   if (!runs_avx512()) {
     std::puts("skipped: this processor has no AVX-512, which packs for AMX");

@@ -77,7 +77,7 @@ def amx(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     probe = subprocess.run([COMPILER, "-dM", "-E", "-x", "c++", "csrc/cpu.h"], cwd=ROOT, capture_output=True, text=True)
     if "VK_BF16_TARGETS" not in probe.stdout:
         pytest.skip(f"{COMPILER} compiles no AMX for this processor")
-    done = run(build(folder, COMPILER, *flags, "-DEMULATE_AMX"))
+    done = run(build(folder, COMPILER, *flags, "-include", "tests/amx_emulation.h"))
     if "skipped" in done.stdout:
         pytest.skip(done.stdout.strip())
     return done

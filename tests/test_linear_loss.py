@@ -241,7 +241,7 @@ def test_policy_labels_swap_whole_pairs():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_item_of_weight_zero_has_no_part_whatever_its_log_prob(name):
-    """The head forbids a label of that item (-inf): the loss and gradients of the others are what they are without it."""
+    """The head forbids a label of that item (-inf): the others' loss and gradients are what they are without it."""
     hidden, weight, labels, inputs, item_weight, options = problem(name)
     bias, rows = torch.zeros(V), slice(2, 4) if LOSSES[name].item == "pair" else slice(2, 3)
     item_weight[1 if LOSSES[name].item == "pair" else 2] = 0.0

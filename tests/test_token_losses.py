@@ -17,6 +17,7 @@ from var_kernels.losses.token import (
     kl_k2,
     kl_k3,
     length_weights,
+    ppo_clipped,
     ppo_loss,
     token_objective,
 )
@@ -280,3 +281,16 @@ def test_refusals(case):
     error, message, call = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_ppo_clipped_is_where_the_gradient_stops():
+    old = torch.zeros(8, dtype=torch.float64)
+    logp = torch.tensor([1.3, 1.3, 0.7, 0.7, 1.1, 0.9, 1.3, 0.7], dtype=torch.float64).log().requires_grad_()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 0.0], dtype=torch.float64)
+    clipped = ppo_clipped(logp, old, advantage, clip_low=0.2, clip_high=0.25)
+    assert clipped.tolist() == [True, False, False, True, False, False, False, False]
+    (gradient,) = torch.autograd.grad(ppo_loss(logp, old, advantage, clip_low=0.2, clip_high=0.25).sum(), logp)
+    assert torch.equal(gradient[:6] == 0, clipped[:6])
+    assert not ppo_clipped(logp, old, advantage, clip_low=0.2, clip_high=0.31)[0]
+    with pytest.raises(ValueError, match="clip_low must be"):
+        ppo_clipped(logp, old, advantage, clip_low=1.0)

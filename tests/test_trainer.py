@@ -150,6 +150,48 @@ def test_logged_metrics_are_what_they_say(tmp_path):
     assert 0 <= first["token_accuracy"] <= 1
 
 
+@pytest.mark.parametrize(("method", "per_token"), [("dpo", False), ("simpo", True)])
+def test_logged_metrics_of_pairs(method, per_token, tmp_path):
+    trainer = tiny_trainer(tmp_path, method=method, max_steps=2, learning_rate=1.0)
+    first = oracle_rows(trainer.model, ROWS)
+    trainer.train()
+    one_step = tiny_trainer(tmp_path / "one", method=method, max_steps=1, learning_rate=1.0)
+    one_step.train()
+    table, s = oracle_rows(one_step.model, ROWS), {}
+    for pick, name in ((max, "chosen"), (min, "rejected")):
+        rows = [[row for row in range(len(table)) if table[row][3] == prompt] for prompt in range(len(ROWS))]
+        s[name] = [pick(own, key=lambda row: table[row][0]) for own in rows]
+    score = {
+        name: torch.tensor([
+            (table[row][1] - (first[row][1] if method == "dpo" else 0.0)).item() / (table[row][2] if per_token else 1)
+            for row in rows
+        ])
+        for name, rows in s.items()
+    }  # fmt: skip
+    margin = score["chosen"] - score["rejected"]
+    expected = {
+        "pair_accuracy": (margin > 0).double().mean().item(),
+        "pair_margin": margin.mean().item(),
+        "logp_chosen": sum(table[row][1].item() for row in s["chosen"]) / len(ROWS),
+        "logp_rejected": sum(table[row][1].item() for row in s["rejected"]) / len(ROWS),
+    }
+    for key, value in expected.items():
+        assert trainer.state.log_history[1][key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_logged_metrics_of_clipped_losses(tmp_path):
+    rows = [{**row, "rewards": [1.0, 1.0, 1.0] if number == 0 else row["rewards"]} for number, row in enumerate(ROWS)]
+    trainer = tiny_trainer(tmp_path, rows, method="grpo", max_steps=2, learning_rate=20.0)
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert first["tied_share"] == pytest.approx(1 / 8)
+    assert first["clip_share"] == 0  # the policy is the reference, up to fp32
+    assert first["kl_k3"] == pytest.approx(0, abs=1e-9)
+    assert 0 < second["clip_share"] < 1
+    # k3 is not below KL's other estimate, mean of lp - lpr, by Jensen: exp(x) - 1 >= x
+    assert second["kl_k3"] > 0.01
+
+
 def test_collapsed_weights_are_warned_about(tmp_path):
     rows = [{**row, "rewards": [1000.0 * i, 0.0, 0.0]} for i, row in enumerate(ROWS)]
     trainer = tiny_trainer(tmp_path, rows, per_device_train_batch_size=24)

@@ -32,6 +32,7 @@ from var_kernels.losses.token import (
     kl_k2,
     kl_k3,
     length_weights,
+    ppo_clipped,
     ppo_loss,
     token_objective,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "literal_q",
     "orpo_loss",
     "pair_accuracy",
+    "ppo_clipped",
     "ppo_loss",
     "qrpo_loss",
     "quantile_reward",

@@ -89,6 +89,21 @@ def ppo_loss(
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
+def ppo_clipped(
+    token_logp: Tensor, old_token_logp: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Tensor:
+    """(...) bool: the tokens at which the clip of ``ppo_loss`` stops the gradient; its mean is the clip fraction.
+
+    ratio > 1 + clip_high where the advantage is positive, ratio < 1 - clip_low where it is negative.
+
+    Args: as ``ppo_loss``, nothing differentiated.
+    """
+    _check_clip(clip_low, clip_high)
+    check_tokens({"token_logp": token_logp, "old_token_logp": old_token_logp, "advantage": advantage})
+    ratio = _bounded_exp(wide(token_logp.detach()) - wide(old_token_logp.detach()))
+    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+
+
 @register(
     "grpo",
     pass_class="B",

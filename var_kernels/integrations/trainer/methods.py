@@ -35,7 +35,7 @@ from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 
 Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
-Prepared = tuple[Rows, dict[str, Tensor]]  # what to add to the step's rows, metrics of the global batch
+Prepared = tuple[Rows, dict[str, Tensor]]  # what to add to the step's rows, metrics: () of the global batch, or (B,)
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,9 @@ def _prepare_awr(step: Rows, config, group) -> Prepared:
     return {"weight": _equal_weights(step, group), "advantage": advantage}, {}
 
 
-def _prepare_alol_seq(step: Rows, config, group) -> Prepared:
-    advantage = alol_advantage(step["reward"], step["value"])
-    return {"weight": _equal_weights(step, group), "advantage": advantage}, {
-        "kept_share": (advantage > 0).double().mean()
-    }
+def _prepare_alol(step: Rows, config, group) -> Prepared:
+    advantage = alol_advantage(step["reward"], step["value"], squash=getattr(config, "squash", True))
+    return {"weight": _equal_weights(step, group), "advantage": advantage}, {"kept_share": advantage > 0}
 
 
 def _prepare_rgold(step: Rows, config, group) -> Prepared:
@@ -186,6 +184,8 @@ def _prepare_rgold(step: Rows, config, group) -> Prepared:
 
 def _prepare_group_relative(step: Rows, config, group) -> Prepared:
     """Advantages within a prompt, (r - mean) / std, and the weights of GRPO, DAPO or Dr. GRPO."""
+    groups = group_rows(step["group"])
+    tied = groups.max(step["reward"]) == -groups.max(-step["reward"])
     advantage = group_advantage(step["reward"], step["group"], divide_by_std=config.advantage_std)
     length = step["length"].clamp(min=1)
     if config.length_normalization == "sequence":
@@ -195,7 +195,7 @@ def _prepare_group_relative(step: Rows, config, group) -> Prepared:
     else:
         longest = config.max_new_tokens if config.online else config.max_length
         weight = _equal_weights(step, group) / longest
-    return {"weight": weight, "advantage": advantage}, {}
+    return {"weight": weight, "advantage": advantage}, {"tied_share": tied}
 
 
 # ---- columns that are known of the whole data set --------------------------------------------------------------------
@@ -229,11 +229,13 @@ def _standardised(rows, config, train) -> Rows:
 
 
 class HeadResult(NamedTuple):
-    """loss: the micro-batch's share of it, (). logp: of the sequences, (B,). hits: the label is the most likely token,
-    (B, T). computed: where the head was computed at all, (B, T): one pass leaves out what has no weight. score: what
-    the policy or its reward head makes of each sequence, (B,); pairs are judged by it."""
+    """loss: the micro-batch's share of it, (). token_logp: of the labels, (B, T), and logp, of the sequences, (B,); 0
+    where not computed. hits: the label is the most likely token, (B, T). computed: where the head was computed at all,
+    (B, T): one pass leaves out what has no weight. score: what the policy or its reward head makes of each sequence,
+    (B,); pairs are judged by it."""
 
     loss: Tensor
+    token_logp: Tensor
     logp: Tensor
     hits: Tensor
     computed: Tensor
@@ -260,8 +262,8 @@ def loss_in_head(
     if not method.reads_policy:
         score_B = last_value(extra_head(hidden)[0], kept)
         items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
-        loss, nothing = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept)
-        return HeadResult(loss, torch.zeros_like(score_B.detach()), nothing, nothing, score_B.detach())
+        loss, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
+        return HeadResult(loss, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
     if method.head == "reward":
         inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
     elif method.head == "value":
@@ -286,7 +288,7 @@ def loss_in_head(
         given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
         total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
     score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
-    return HeadResult(total, logp_B, argmax == labels, argmax >= 0, score_B.detach())
+    return HeadResult(total, logp, logp_B, argmax == labels, argmax >= 0, score_B.detach())
 
 
 _SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}
@@ -305,6 +307,7 @@ _VAR = {
 }
 _PAIR = {"items": items.pairs, "need_rewards": "unless_pair", "prepare": _prepare_pairs}
 _RATED = {"items": items.single_rows, "need_rewards": "required", "prepare": _prepare_rows}
+_ALOL = {**_RATED, "head": "fitted", "prepare": _prepare_alol}
 _RANKED = {"items": items.whole_prompts, "need_rewards": "required", "prepare": _prepare_groups}
 
 
@@ -372,10 +375,10 @@ METHODS = _methods(
             **_HEAD_RATE,
         },
     },
-    alol={**_RATED, "head": "fitted"},
-    alol_seq={**_RATED, "head": "fitted", "prepare": _prepare_alol_seq},
-    alol_ref_free={**_RATED, "head": "fitted"},
-    alol_kl={**_RATED, "head": "fitted", "defaults": {"beta": 0.1}},
+    alol=_ALOL,
+    alol_seq=_ALOL,
+    alol_ref_free=_ALOL,
+    alol_kl={**_ALOL, "defaults": {"beta": 0.1}},
     rlol=_RATED,
     rgold={**_RATED, "prepare": _prepare_rgold},
     ava_d={

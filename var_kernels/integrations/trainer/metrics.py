@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.integrations.trainer.memory import peak_memory_mb
+from var_kernels.losses import kl_k3, ppo_clipped
 from var_kernels.losses.weights import warn_if_collapsed
 
 
@@ -25,6 +26,46 @@ class StepMetrics:
         entry = self._sums[key]
         entry[0] = entry[0] + (numerator.detach().double() if isinstance(numerator, Tensor) else numerator)
         entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
+
+    def add_batch(self, method, config, rows: dict[str, Tensor], result) -> None:
+        """What a micro-batch's log-probs and scores tell: rows as its loss reads them, result of ``loss_in_head``."""
+        if method.reads_policy:
+            # a row that the loss gives no weight costs nothing, and has no log-prob
+            tokens = result.computed.sum()
+            self.add("token_accuracy", result.hits.sum(), tokens)
+            self.add("nll_per_token", -result.logp.sum(), tokens)
+            if "old_token_logp" in rows:
+                given = (
+                    result.token_logp,
+                    rows["old_token_logp"],
+                    rows["advantage"].unsqueeze(1).expand_as(result.hits),
+                )
+                clipped = ppo_clipped(*given, clip_low=config.clip_low, clip_high=config.clip_high)
+                self.add("clip_share", (clipped & result.computed).sum(), tokens)
+            if "ref_token_logp" in rows:
+                kl = kl_k3(result.token_logp, rows["ref_token_logp"]).where(result.computed, 0.0)
+                self.add("kl_k3", kl.sum(), tokens)
+        if "ref_logp" in rows:
+            computed = result.computed.any(-1)
+            change = (result.logp - rows["ref_logp"]).where(computed, 0.0)
+            self.add("logp_minus_ref", change.sum(), computed.sum())
+            if method.loss.name == "var":
+                self.add("kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
+        if method.loss.item == "pair":
+            self._add_pairs(method, config, rows, result)
+
+    def _add_pairs(self, method, config, rows: dict[str, Tensor], result) -> None:
+        score = result.score - (rows["ref_logp"] if method.reference else 0.0)
+        if "chosen_lengths" in method.loss.tensors and getattr(config, "token_reduction", "mean") == "mean":
+            score = score / rows["length"].clamp(min=1)
+        counted = rows["weight"][0::2] != 0
+        margin = (score[0::2] - score[1::2]).where(counted, 0.0)
+        pairs = counted.sum()
+        self.add("pair_accuracy", (margin > 0).sum(), pairs)
+        self.add("pair_margin", margin.sum(), pairs)
+        if method.reads_policy:
+            for name, logp in (("logp_chosen", result.logp[0::2]), ("logp_rejected", result.logp[1::2])):
+                self.add(name, logp.where(counted, 0.0).sum(), pairs)
 
     def merge(self, other: "StepMetrics", scale: float) -> None:
         """Adds what another has gathered; all ranks need the same names, so that 0 adds the names alone."""

@@ -59,7 +59,7 @@ class GlobalBatch:
         for number, batch in enumerate(batches):
             batch["micro_batches"], batch["micro_batch"] = torch.tensor(len(batches)), torch.tensor(number)
         for key, value in metrics.items():
-            self.step_metrics[mode].add(key, value, 1.0)
+            self.step_metrics[mode].add(key, value.sum(), value.numel())
         if "reward" in step:
             self.step_metrics[mode].add("reward_mean", step["reward"].nansum(), (~step["reward"].isnan()).sum())
             if self.args.method == "var":

@@ -60,10 +60,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         prompts      mean over prompts of the sum over their completions: exo, lire, ppo, grpo, ...
         others       mean over completions: alol, dro, kto, ...
 
-    Logged besides Trainer's own: ess, ess_share, log_z, weight_entropy (nats), reward_mean, weighted_reward,
-    token_accuracy, nll_per_token (nats), logp_minus_ref (mean of s - s_ref, nats per sequence of the data), kl_to_ref
-    (VAR: the same mean under the weights, an estimate of KL(pi || ref) once the policy has reached the weighted data;
-    not a sample estimate from the policy), tokens_per_second, peak_memory_mb.
+    Logged besides Trainer's own: the table of docs/training.md, "What is logged".
 
     Args:
         model: a causal LM, or its name or path (loaded in fp32, whatever the checkpoint's dtype is).
@@ -228,11 +225,8 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         result, outputs = capture(model, in_head, given, low_rank=True)
         world_size = self.args.world_size if mode == "train" else 1
         result = HeadResult(result[0], *(values.to(rows["weight"].device) for values in result[1:]))
-        self._add_batch_metrics(mode, inputs, rows, result)
-        if self.method.loss.item == "pair":
-            margin = result.score - (rows["ref_logp"] if self.method.reference else 0.0)
-            counted = rows["weight"][0::2] != 0
-            self.step_metrics[mode].add("pair_accuracy", (counted & (margin[0::2] > margin[1::2])).sum(), counted.sum())
+        self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
+        self.step_metrics[mode].add_batch(self.method, self.args, rows, result)
         shares = inputs["micro_batches"].to(result.loss.device)
         loss = result.loss * world_size + self._auxiliary_loss(outputs) / shares
         if mode == "train":
@@ -266,21 +260,6 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         return optimizer
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
-
-    def _add_batch_metrics(self, mode: str, inputs, rows, result: HeadResult) -> None:
-        if not self.method.reads_policy:
-            self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
-            return
-        # a row that the loss gives no weight costs nothing, and has no log-prob
-        self.step_metrics[mode].add("token_accuracy", result.hits.sum(), result.computed.sum())
-        self.step_metrics[mode].add("nll_per_token", -result.logp.sum(), result.computed.sum())
-        self.step_metrics[mode].add("tokens", inputs["attention_mask"].sum(), 0.0)
-        if "ref_logp" in rows:
-            computed = result.computed.any(-1)
-            change = (result.logp - rows["ref_logp"]).where(computed, 0.0)
-            self.step_metrics[mode].add("logp_minus_ref", change.sum(), computed.sum())
-            if self.args.method == "var":
-                self.step_metrics[mode].add("kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs if self._evaluating else {**logs, **self.step_metrics["train"].take()}, start_time)

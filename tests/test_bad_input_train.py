@@ -46,6 +46,10 @@ def chat_rows(path):
     path.write_text(json.dumps({"prompt": message, "completion": message, "reward": 1}))
 
 
+def latin_1(path):
+    path.write_bytes("reward: gewürze:punkte".encode("latin-1"))
+
+
 # name: (options over BASE, None taking one away; files to write first; what the message must say)
 COMMAND_LINES = {
     "no data set": ({"dataset": None}, {}, "--dataset is missing: .json, .jsonl (also .gz) or .parquet file"),
@@ -56,10 +60,13 @@ COMMAND_LINES = {
     "no whole number": ({"seed": "1.5"}, {}, "train: --seed: expected int, got '1.5'"),
     "no value": ({"lam": True}, {}, "lam: expected float, got True (a flag without a value)"),
     "unknown option": ({"lerning-rate": "1"}, {}, "unknown option --lerning-rate, did you mean --learning-rate?"),
+    "an option like no other": ({"packing": True}, {}, "unknown option --packing\n"),
+    "a tracker that is not installed": ({"report-to": "azure_ml"}, {}, "report-to: AzureMLCallback requires"),
     "unknown key in YAML": ({"config": "c.yaml"}, {"c.yaml": "lamb: 3"}, "unknown option --lamb, did you mean --lam?"),
     "YAML that is none": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "c.yaml is not YAML"),
     "YAML of a list": ({"config": "c.yaml"}, {"c.yaml": "- 1"}, "c.yaml must hold 'name: value' lines, got a list"),
     "wrong type in YAML": ({"config": "c.yaml"}, {"c.yaml": "lam: much"}, "lam: expected float, got 'much'"),
+    "YAML of another encoding": ({"config": "c.yaml"}, {"c.yaml": latin_1}, "config: c.yaml is not UTF-8: "),
     "no such YAML": ({"config": "none.yaml"}, {}, "config: no such file: none.yaml"),
     "stray word": ({"bf16": "false stray"}, {}, "'stray' belongs to no option"),
     "bad field value": ({"weight-decay": "heavy"}, {}, "weight_decay: expected float, got 'heavy'"),
@@ -300,6 +307,11 @@ TRAINERS = {
         ValueError,
         "remove_unused_columns: expected False",
     ),
+    "a frozen model": (
+        lambda f: tiny_trainer(f, model=tiny_model().requires_grad_(False)),
+        ValueError,
+        "model: expected parameters that require a gradient, got a LlamaForCausalLM with all of them frozen",
+    ),
     "a moving reference of an adapter": (
         lambda f: tiny_trainer(
             f, precompute_ref_log_probs=False, sync_ref_model=True, trainer_options={"peft_config": object()}
@@ -382,16 +394,3 @@ def test_a_reference_that_overflows_names_its_rows_and_caches_nothing(folder):
     with pytest.raises(DataError, match=r"train_dataset row 1: the reference model's log-prob is"):
         tiny_trainer(folder, model=model)
     assert tree(folder) == before
-
-
-def test_a_failed_write_of_the_cache_leaves_no_part_of_a_file(folder, monkeypatch):
-    from var_kernels.integrations.trainer import reference
-
-    def full_disk(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(reference, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        tiny_trainer(folder)
-    assert [path for path in (folder / "cache").rglob("*") if path.is_file()] == []

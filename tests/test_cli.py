@@ -99,6 +99,19 @@ def test_a_file_is_trained_as_it_is(tmp_path, dataset, capsys):
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
+def test_a_log_file_has_no_progress_bars_unless_asked_for(tmp_path, dataset, capsys, monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    options = words(tmp_path, dataset, max_steps=1)
+    assert main([word for word in options if word != "--disable-tqdm"]) == 0
+    printed = capsys.readouterr()
+    assert "\r" not in printed.out + printed.err
+    assert "'loss'" in printed.out
+    assert main([*words(tmp_path, dataset, output="second", max_steps=1), "--disable-tqdm=false"]) == 0
+    assert "1/1" in capsys.readouterr().err
+
+
 def test_no_reference_term_is_none_and_not_the_default(tmp_path, dataset):
     log_z = [math.log(sum(math.exp(reward / 2.0) for reward in row["rewards"])) for row in ROWS]
     options = {"reference": "none", "normalizer": "group", "lam": 2.0, "per_device_train_batch_size": 8, "max_steps": 1}

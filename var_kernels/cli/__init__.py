@@ -76,8 +76,9 @@ def option_names(parser: argparse.ArgumentParser) -> list[str]:
 
 def nearest(word: str, names) -> str:
     """ ", did you mean X?" for the closest of the names, or nothing."""
-    close = difflib.get_close_matches(word.split("=")[0], list(names), n=1, cutoff=0.6)
-    return f", did you mean {close[0]}?" if close else ""
+    bare = {name.lstrip("-"): name for name in names}  # dashes alone make no likeness
+    close = difflib.get_close_matches(word.split("=")[0].lstrip("-"), bare, n=1, cutoff=0.6)
+    return f", did you mean {bare[close[0]]}?" if close else ""
 
 
 def _usage() -> str:

@@ -12,9 +12,11 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"config: no such file: {path}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"config: {path} is not YAML: {error}") from error
     if content is None:

@@ -18,7 +18,7 @@ _RUN = {
         "var",
         "the loss: var, sft, dpo, ipo, sail_pp, ...; `var-kernels methods` lists them",
     ),
-    "model": (str, None, "name or path of a causal LM"),
+    "model": (str, None, "name or path of a causal LM, or of an adapter, which is merged into its base"),
     "from_scratch": (str, None, "instead of --model: a new one, e.g. hidden=128,layers=2,heads=4,vocab=4096"),
     "dataset": (str, None, ".json, .jsonl (also .gz) or .parquet file, or a name on the hub (docs/data.md)"),
     "split": (str, None, "split of a hub data set (default train)"),
@@ -100,11 +100,16 @@ def run(args: argparse.Namespace) -> int:
     _check_model_options(settings)
 
     from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
 
     from var_kernels.integrations.data import is_local, load_examples
     from var_kernels.integrations.trainer import VARTrainer, method_config
     from var_kernels.integrations.trainer.methods import METHODS
 
+    if not sys.stderr.isatty():  # a log file: no progress bars, unless asked for
+        config_values.setdefault("disable_tqdm", True)
+    if config_values.get("disable_tqdm"):
+        disable_progress_bar()
     config = method_config(settings["method"])(**config_values)
     output_dir = Path(config.output_dir)
     _check_evaluation(settings, config)
@@ -131,6 +136,10 @@ def run(args: argparse.Namespace) -> int:
     options = {"reward_func": reward_func, "peft_config": peft_config}
     try:
         trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, **options)
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise ImportError(f"report-to: {error}") from error  # a tracker's callback of transformers
     except Exception as error:  # the hub's client lets its transport's own errors through
         if not (config.push_to_hub and type(error).__module__.startswith(("httpx", "huggingface_hub", "requests"))):
             raise
@@ -320,7 +329,7 @@ def last_complete_checkpoint(output_dir: Path) -> str | None:
     for folder in output_dir.glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if number.isdigit():
@@ -329,7 +338,9 @@ def last_complete_checkpoint(output_dir: Path) -> str | None:
 
 
 def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str | None):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from var_kernels.integrations.trainer.loading import load_causal_lm
 
     if settings["from_scratch"]:
         from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
@@ -344,7 +355,7 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
     if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: no such directory: {name}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=settings["dtype"])
+        model = load_causal_lm(name, settings["dtype"])
         return model, AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise no_such_model("model", name, error) from error

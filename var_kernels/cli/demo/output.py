@@ -73,7 +73,7 @@ def _is_alive(pid: int) -> bool:
 
 def _is_ours(target: Path) -> bool:
     try:
-        return json.loads((target / METRICS).read_text())["made_by"] == _MARK
+        return json.loads((target / METRICS).read_text(encoding="utf-8"))["made_by"] == _MARK
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -26,6 +26,17 @@ def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) ->
             "sync_ref_model: with peft_config the reference is the model without its adapter, which does not move; "
             "drop one"
         )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"the launcher started {launched} processes, but transformers finds no accelerator and would have each "
+            "train alone on all of the data, into one folder; pass use_cpu=True (--use-cpu) to train on CPUs together"
+        )
+    if args.device.type == "mps":
+        raise ValueError(
+            "Apple's mps has no float64, in which the weights of a batch and the metrics are summed; pass use_cpu=True "
+            "(--use-cpu)"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would run torch.nn.DataParallel, which splits a batch's normaliser: "

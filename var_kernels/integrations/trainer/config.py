@@ -109,7 +109,15 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             self.num_train_epochs = float(self.iterations)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # torch warns about it at every start
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16" not in str(error) or "use_cpu" not in str(error):
+                raise
+            raise ValueError(
+                "bf16: transformers finds no accelerator that computes in it (see `var-kernels doctor`); "
+                "to train in bf16 on the CPU pass use_cpu=True (--use-cpu)"
+            ) from error
 
     def _check_method(self) -> None:
         """The method's own settings, by the loss's own checks: it is called on no rows at all."""

@@ -1,5 +1,6 @@
 """Peak memory of this process, for the logs."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ def peak_memory_mb(device: torch.device) -> float:
         high = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if high is not None:
             return int(high.split()[1]) / 2**10
-    import resource
-    import sys
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # accelerate needs it, too
 
+        return psutil.Process().memory_info().peak_wset / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

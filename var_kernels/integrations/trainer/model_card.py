@@ -30,21 +30,25 @@ def write_model_card(trainer) -> None:
     settings = {"method": args.method}
     settings |= {name: getattr(args, name) for name in (*trainer.method.own_settings, *_SHOWN)}
     settings["world_size"] = args.world_size
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations
     last = next((entry for entry in reversed(history) if "loss" in entry), {})
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     metrics = {**last, **{key: summary[key] for key in ("train_loss", "train_runtime") if key in summary}}
     items = len(trainer.train_dataset)
     rows = len(trainer.train_dataset.rows)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    only = "" if trained == count else f", {trained:,} of them"
     text = "\n".join(
         [
             "---",
-            "library_name: transformers",
+            f"library_name: {'peft' if hasattr(model, 'peft_config') else 'transformers'}",
             "tags: [var-kernels, " + args.method + "]",
             "---",
             "",
             f"# {Path(args.output_dir).resolve().name}",
             "",
-            f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters, trained from "
+            f"{type(model).__name__} with {count:,} parameters{only}, trained from "
             f"{base} by "
             f"{args.method.upper()} on {rows:,} completions ({items:,} items), {trainer.state.global_step} steps.",
             "",
@@ -65,7 +69,7 @@ def write_model_card(trainer) -> None:
     )
     path = Path(args.output_dir) / "README.md"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -20,6 +20,15 @@ def check_vocabulary(model, tokenizer) -> None:
         )
 
 
+def check_learns(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"model: expected parameters that require a gradient, got a {type(model).__name__} with all of them "
+            "frozen. An adapter that was loaded is: load it with is_trainable=True, merge it (merge_and_unload()), or "
+            "pass its path in place of the model"
+        )
+
+
 def check_positions(model: nn.Module, rows: EncodedRows) -> None:
     """A table of learned positions ends; rows beyond it would stop the run with an index error in its middle."""
     inner = inner_model(model)

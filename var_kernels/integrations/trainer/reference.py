@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,14 +71,24 @@ def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> T
         remedy = "-inf: its head forbids a label of the row, drop it; nan: it overflows, load it in a wider dtype"
         raise DataError(problems, remedy=remedy)
     if trainer.args.should_save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file({"ref_token_logp": logp}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            _save(path, logp)
+        except (OSError, SafetensorError) as error:  # a home that is read-only: the scores are right all the same
+            logger.warning(
+                "reference log-probs are not kept, a further run scores the data again: %s (%s); cache_dir "
+                "(--cache-dir), or $VAR_KERNELS_CACHE, names another place", path.parent, error,
+            )  # fmt: skip
     return logp
+
+
+def _save(path: Path, logp: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file({"ref_token_logp": logp}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path, num_tokens: int) -> Tensor | None:

@@ -92,7 +92,7 @@ class RewardModel:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             head = load_head(path)
             if not isinstance(head, RewardHead):
-                kind = json.loads((Path(path) / _HEAD_FILE).read_text())["class"]
+                kind = json.loads((Path(path) / _HEAD_FILE).read_text(encoding="utf-8"))["class"]
                 raise ValueError(f"reward model: {path} holds a {kind}; expected a RewardHead (ava_p, bradley_terry)")
         else:
             model, report = AutoModelForSequenceClassification.from_pretrained(

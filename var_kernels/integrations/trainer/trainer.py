@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from var_kernels.integrations.data import (
     EncodedRows,
@@ -26,9 +26,11 @@ from var_kernels.integrations.trainer.checkpoints import Checkpoints
 from var_kernels.integrations.trainer.collator import Items, RowCollator, tables_of
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.evaluation import Evaluation
+from var_kernels.integrations.trainer.loading import load_causal_lm
 from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_checks import (
+    check_learns,
     check_positions,
     check_vocabulary,
     disable_dropout,
@@ -63,7 +65,8 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
     Logged besides Trainer's own: the table of docs/training.md, "What is logged".
 
     Args:
-        model: a causal LM, or its name or path (loaded in fp32, whatever the checkpoint's dtype is).
+        model: a causal LM, or its name or path (loaded in fp32, whatever the checkpoint's dtype is; an adapter that
+            was saved there is merged into its base).
         args: a ``VARConfig``, or another method's settings (``method_config("ipo")``). A batch size counts items:
             completions, or pairs, or prompts with all their completions where the method compares those.
         train_dataset, eval_dataset: rows in a form of docs/data.md (dicts, a datasets.Dataset), or what
@@ -103,9 +106,9 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         check_online(args, reward_func, sampler, ref_model)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = load_causal_lm(model)
         if isinstance(ref_model, str):
-            ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype=torch.float32)
+            ref_model = load_causal_lm(ref_model)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.method = METHODS[args.method]
@@ -153,6 +156,8 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self.extra_head = attach_head(model, new_head(model, self.method.head))
         if not self.method.reads_policy:
             freeze_head(model)
+        if train_dataset is not None:
+            check_learns(model)
         existed = os.path.exists(args.output_dir)
         super().__init__(
             model=model,

@@ -66,8 +66,8 @@ def run(loss, options, name, value, dtype=torch.float64):
 CASES = [
     (name, argument, edge) for name, loss in LOSSES.items() for argument in policy_names(loss) for edge in (False, True)
 ]
-# Infinities of both signs: a TD error between them, and SAIL's score of a winner that cannot have been drawn. The loss is
-# not finite then, which is what stops a training (tests/test_not_finite.py).
+# Infinities of both signs: a TD error between them, and SAIL's score of a winner that cannot have been drawn. The loss
+# is not finite then, which is what stops a training (tests/test_not_finite.py).
 NO_LIMIT = {("ava_d", "token_logp"), ("ava_p", "rejected_token_logp"), ("ava_p", "chosen_token_logp"),
             ("sail_pr", "policy_chosen_logp"), ("sail_pp", "policy_chosen_logp")}  # fmt: skip
 

@@ -20,7 +20,7 @@ from var_kernels.losses.kto import kto_baseline, kto_loss
 from var_kernels.losses.linear import linear_loss
 from var_kernels.losses.margin import orpo_loss, simpo_loss, slic_loss
 from var_kernels.losses.pair import dpo_loss, hinge_loss, implicit_reward, ipo_loss, robust_dpo_loss
-from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, single_name
+from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
 from var_kernels.losses.regression import dro_loss, dro_value_loss, qrpo_loss, quantile_reward, rebel_loss
 from var_kernels.losses.sail import draw_preference, sail_dp_loss, sail_pp_loss, sail_pr_loss
 from var_kernels.losses.sequences import sequence_lengths, sequence_sum
@@ -96,6 +96,7 @@ __all__ = [
     "quantile_reward",
     "raft_loss",
     "rebel_loss",
+    "register",
     "reweighted_loss",
     "rgold_loss",
     "rlol_loss",

@@ -116,14 +116,28 @@ def find_loss(name: str) -> Loss:
     return LOSSES[name]
 
 
-def register(name: str, *, pass_class: str, item: str, formula: str, source: str, evidence: str) -> Callable:
-    """Decorator: enter the function into ``LOSSES`` under ``name``; the function itself is returned as it is.
+def register(
+    name: str, *, pass_class: str, item: str, formula: str, source: str = "", evidence: str = "unverified"
+) -> Callable:
+    """Decorator: enter the function into ``LOSSES`` under ``name``, for ``linear_loss`` and, by ``method_config``, for
+    ``VARTrainer``; the function itself is returned as it is. Its signature is the declaration, see ``Loss``.
 
-    evidence: "paper", "summary" (of the paper), "code" (the authors'), "third-party code", "derived" or "unverified".
+    Args:
+        pass_class: a key of ``PASS_CLASSES``: what its gradient in a token's log-prob depends on. The weaker, the fewer
+            passes over the head; one that promises too much trains on wrong gradients.
+        item: "sequence", "pair", "group" or "token".
+        formula, source: for the table. evidence: where the formula was read: "paper", "summary" (of the paper), "code"
+            (the authors'), "third-party code", "derived" or "unverified".
+
+    Raises:
+        ValueError: a name that is taken, a class or an item that does not exist.
     """
-    assert pass_class in PASS_CLASSES, pass_class
-    assert item in ITEMS, item
-    assert name not in LOSSES, name
+    if name in LOSSES or pass_class not in PASS_CLASSES or item not in ITEMS:
+        taken = f"; {name!r} is {LOSSES[name].function.__qualname__} already" if name in LOSSES else ""
+        raise ValueError(
+            f"loss {name!r}: expected a new name, a pass_class of {', '.join(PASS_CLASSES)} and an item of "
+            f"{', '.join(ITEMS)}, got pass_class={pass_class!r}, item={item!r}{taken}"
+        )
 
     def enter(function: Callable) -> Callable:
         LOSSES[name] = Loss(name, function, pass_class, item, formula, source, evidence)

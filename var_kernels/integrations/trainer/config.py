@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from transformers import TrainingArguments
 
-from var_kernels.integrations.trainer.methods import METHODS, Method
+from var_kernels.integrations.trainer.methods import METHODS, Method, find_method
 from var_kernels.integrations.trainer.online.settings import OnlineSettings, resolve
 from var_kernels.losses import VARIANTS
 from var_kernels.losses.weights import check_options
@@ -176,15 +176,16 @@ class VARConfig(AlignConfig):
 def method_config(method: str) -> type[AlignConfig]:
     """The class of a method's settings: ``method_config("ipo")(output_dir="runs/ipo", tau=0.1)``.
 
-    Its fields beside ``AlignConfig``'s are the options of the loss (``LOSSES["ipo"].options``) and of the method.
+    Its fields beside ``AlignConfig``'s are the options of the loss (``LOSSES["ipo"].options``) and of the method. A
+    loss of your own is a method once it is registered (docs/losses.md).
 
     Raises:
         ValueError: an unknown method.
     """
     if method in VARIANTS:
         raise ValueError(f"method: {method!r} is a variant, got by {VARIANTS[method].use}; give its settings by name")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
+    if method not in METHOD_CONFIGS:
+        METHOD_CONFIGS[method] = _make_config(method, find_method(method))
     return METHOD_CONFIGS[method]
 
 

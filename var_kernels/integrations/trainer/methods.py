@@ -14,28 +14,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX
-from var_kernels.integrations.trainer import items
+from var_kernels.integrations.trainer import items, shares
+from var_kernels.integrations.trainer.shares import Prepared, Rows
 from var_kernels.integrations.trainer.values import prompt_end
 from var_kernels.losses import (
     LOSSES,
     Loss,
-    alol_advantage,
     bradley_terry_loss,
     dro_value_loss,
-    group_advantage,
     linear_loss,
     quantile_reward,
     single_name,
-    standardised_advantage,
-    var_weights,
 )
 from var_kernels.losses.ava import last_value
-from var_kernels.losses.segments import group_rows
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
-
-Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
-Prepared = tuple[Rows, dict[str, Tensor]]  # what to add to the step's rows, metrics: () of the global batch, or (B,)
 
 
 @dataclass(frozen=True)
@@ -104,98 +97,6 @@ class Method:
 
     def loss_options(self, config) -> dict[str, object]:
         return {name: getattr(config, name) for name in self.loss.options}
-
-
-# ---- what is known before the forward pass ---------------------------------------------------------------------------
-
-
-def _total(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None:
-        dist.all_reduce(value, group=group)
-    return value
-
-
-def _equal_weights(step: Rows, group, number_of_items: Tensor | None = None) -> Tensor:
-    """(B,) fp64: 1 / number of items of the global batch; rows unless told otherwise."""
-    length = step["length"]
-    count = torch.tensor(len(length), device=length.device) if number_of_items is None else number_of_items
-    return (1.0 / _total(count.double(), group).clamp(min=1)).expand(len(length))
-
-
-def _prepare_var(step: Rows, config, group) -> Prepared:
-    grouped = config.normalizer in ("group", "self_normalised")
-    weights = var_weights(
-        step["reward"],
-        step["ref_logp"] if config.reference != "none" else None,
-        lam=config.lam,
-        normalizer=config.normalizer,
-        reference=config.reference,
-        lengths=step["length"],
-        group_ids=step["group"] if grouped else None,
-        process_group=group,
-    )
-    weight, log_z = weights.weight.double(), weights.log_z.double()
-    log_z_sum = log_z.sum() if log_z.dim() else log_z * len(weight)
-    size, total, log_z_total = _total(torch.stack([weight.new_tensor(len(weight)), weight.sum(), log_z_sum]), group)
-    # The estimators differ in sum w (1, B, the number of prompts); divided by it, lam alone decides and not the batch
-    # size.
-    share = weight / total
-    entropy = _total(torch.special.entr(share).sum(), group)
-    metrics = {
-        "ess": weights.ess,
-        "ess_share": weights.ess / size,
-        "log_z": log_z_total / size,
-        "weight_entropy": entropy,
-    }
-    return {"weight": share, "sample_weight": torch.ones_like(share)}, metrics
-
-
-def _prepare_tokens(step: Rows, config, group) -> Prepared:
-    """Mean over the tokens of the global batch."""
-    return {"weight": _equal_weights(step, group, step["length"].sum())}, {}
-
-
-def _prepare_rows(step: Rows, config, group) -> Prepared:
-    return {"weight": _equal_weights(step, group)}, {}
-
-
-def _prepare_pairs(step: Rows, config, group) -> Prepared:
-    return {"weight": 2.0 * _equal_weights(step, group)}, {}
-
-
-def _prepare_groups(step: Rows, config, group) -> Prepared:
-    """A row's term is its part of the prompt's loss: mean over the prompts of the global batch."""
-    return {"weight": _equal_weights(step, group, group_rows(step["group"]).count())}, {}
-
-
-def _prepare_awr(step: Rows, config, group) -> Prepared:
-    advantage = standardised_advantage(step["reward"], process_group=group)
-    return {"weight": _equal_weights(step, group), "advantage": advantage}, {}
-
-
-def _prepare_alol(step: Rows, config, group) -> Prepared:
-    advantage = alol_advantage(step["reward"], step["value"], squash=getattr(config, "squash", True))
-    return {"weight": _equal_weights(step, group), "advantage": advantage}, {"kept_share": advantage > 0}
-
-
-def _prepare_rgold(step: Rows, config, group) -> Prepared:
-    return {"weight": _equal_weights(step, group), "advantage": step["reward"].sigmoid()}, {}
-
-
-def _prepare_group_relative(step: Rows, config, group) -> Prepared:
-    """Advantages within a prompt, (r - mean) / std, and the weights of GRPO, DAPO or Dr. GRPO."""
-    groups = group_rows(step["group"])
-    tied = groups.max(step["reward"]) == -groups.max(-step["reward"])
-    advantage = group_advantage(step["reward"], step["group"], divide_by_std=config.advantage_std)
-    length = step["length"].clamp(min=1)
-    if config.length_normalization == "sequence":
-        weight = _equal_weights(step, group) / length
-    elif config.length_normalization == "token":
-        weight = _equal_weights(step, group, step["length"].sum())
-    else:
-        longest = config.max_new_tokens if config.online else config.max_length
-        weight = _equal_weights(step, group) / longest
-    return {"weight": weight, "advantage": advantage}, {"tied_share": tied}
 
 
 # ---- columns that are known of the whole data set --------------------------------------------------------------------
@@ -305,14 +206,29 @@ _VAR = {
     "normalizer": (str, "batch", "VAR's Z: batch, batch_mean, group or self_normalised"),
     "reference": (str, "mean", "reference term in VAR's weights: mean, sum or none"),
 }
-_PAIR = {"items": items.pairs, "need_rewards": "unless_pair", "prepare": _prepare_pairs}
-_RATED = {"items": items.single_rows, "need_rewards": "required", "prepare": _prepare_rows}
-_ALOL = {**_RATED, "head": "fitted", "prepare": _prepare_alol}
-_RANKED = {"items": items.whole_prompts, "need_rewards": "required", "prepare": _prepare_groups}
+_ALOL = {"head": "fitted", "prepare": shares.alol}
+_SFT = {"items": items.sft_items, "need_rewards": "optional"}
+_CLIPPED = {
+    "items": items.whole_prompts,
+    "need_rewards": "required",
+    "prepare": shares.group_relative,
+    "settings": _GROUP_RELATIVE,
+}
 
 
-def _methods(**entries: dict) -> dict[str, Method]:
-    return {name: Method(**{"loss": LOSSES.get(name), **entry}) for name, entry in entries.items()}
+def _of_loss(loss: Loss) -> dict:
+    """What follows from a loss's signature: a Method's items, need_rewards and prepare."""
+    rated = "required" if {"reward", "advantage"} & set(loss.inputs) else "optional"
+    return {
+        "sequence": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.rows},
+        "token": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.tokens},
+        "group": {"items": items.whole_prompts, "need_rewards": "required", "prepare": shares.groups},
+        "pair": {
+            "items": items.pairs,
+            "need_rewards": "required" if rated == "required" else "unless_pair",
+            "prepare": shares.pairs,
+        },
+    }[loss.item]
 
 
 def _bradley_terry(chosen_mu: Tensor, rejected_mu: Tensor) -> Tensor:
@@ -336,37 +252,41 @@ BRADLEY_TERRY = Loss(
 )
 
 
-METHODS = _methods(
-    var={"items": items.var_items, "need_rewards": "required", "prepare": _prepare_var, "settings": _VAR},
-    sft={"items": items.sft_items, "need_rewards": "optional", "prepare": _prepare_tokens, "settings": _SFT_ON},
-    dft={"items": items.sft_items, "need_rewards": "optional", "prepare": _prepare_tokens, "settings": _SFT_ON},
-    raft=_RANKED,
-    awr={**_RATED, "prepare": _prepare_awr, "defaults": {"beta": 1.0}},
-    weighted_bc=_RATED,
-    dpo={**_PAIR, "defaults": {"beta": 0.1}},
-    robust_dpo={**_PAIR, "defaults": {"beta": 0.1, "label_smoothing": 0.1}},
-    ipo={**_PAIR, "defaults": {"tau": 0.1}},
-    hinge={**_PAIR, "defaults": {"beta": 0.1}},
-    slic={**_PAIR, "defaults": {"delta": 1.0, "target_weight": 0.1}},
-    simpo={**_PAIR, "defaults": {"beta": 2.0, "gamma": 1.0}},
-    orpo={**_PAIR, "defaults": {"odds_weight": 0.1}},
-    rebel={**_PAIR, "need_rewards": "required", "defaults": {"eta": 1.0}},
-    sail_dp={**_PAIR, "defaults": {"beta": 0.1}, "policy_labels": True},
-    sail_pp={**_PAIR, "defaults": {"beta": 0.1}, "policy_labels": True},
-    sail_pr={**_PAIR, "defaults": {"beta": 0.1}, "settings": _LABEL_BY},
-    exo={**_RANKED, "defaults": {"beta": 0.1, "reward_temperature": 1.0}},
-    lire={**_RANKED, "defaults": {"temperature": 1.0}},
-    kto={
+def _method(name: str, entry: dict) -> Method:
+    loss = entry.get("loss") or LOSSES[name]
+    return Method(**{"loss": loss, **_of_loss(loss), **entry})
+
+
+# What does not follow from the loss's signature.
+_ENTRIES = {
+    "var": {"items": items.var_items, "need_rewards": "required", "prepare": shares.var, "settings": _VAR},
+    "sft": {**_SFT, "prepare": shares.tokens, "settings": _SFT_ON},
+    "dft": {**_SFT, "settings": _SFT_ON},
+    "raft": {},
+    "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}},
+    "weighted_bc": {},
+    "dpo": {"defaults": {"beta": 0.1}},
+    "robust_dpo": {"defaults": {"beta": 0.1, "label_smoothing": 0.1}},
+    "ipo": {"defaults": {"tau": 0.1}},
+    "hinge": {"defaults": {"beta": 0.1}},
+    "slic": {"defaults": {"delta": 1.0, "target_weight": 0.1}},
+    "simpo": {"defaults": {"beta": 2.0, "gamma": 1.0}},
+    "orpo": {"defaults": {"odds_weight": 0.1}},
+    "rebel": {"defaults": {"eta": 1.0}},
+    "sail_dp": {"defaults": {"beta": 0.1}, "policy_labels": True},
+    "sail_pp": {"defaults": {"beta": 0.1}, "policy_labels": True},
+    "sail_pr": {"defaults": {"beta": 0.1}, "settings": _LABEL_BY},
+    "exo": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
+    "lire": {"defaults": {"temperature": 1.0}},
+    "kto": {
         "items": items.judged_rows,
         "need_rewards": "unless_pair",
-        "prepare": _prepare_rows,
         "columns": _desirable,
         "defaults": {"beta": 0.1},
         "settings": {"desirable_above": (float, 0.0, "completions with a reward above this are desirable")},
     },
-    qrpo={**_RATED, "columns": _quantiles, "defaults": {"beta": 0.1}},
-    dro={
-        **_RATED,
+    "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}},
+    "dro": {
         "columns": _standardised,
         "head": "value",
         "defaults": {"tau": 1.0},
@@ -375,21 +295,37 @@ METHODS = _methods(
             **_HEAD_RATE,
         },
     },
-    alol=_ALOL,
-    alol_seq=_ALOL,
-    alol_ref_free=_ALOL,
-    alol_kl={**_ALOL, "defaults": {"beta": 0.1}},
-    rlol=_RATED,
-    rgold={**_RATED, "prepare": _prepare_rgold},
-    ava_d={
-        "items": items.sft_items,
-        "need_rewards": "optional",
-        "prepare": _prepare_rows,
-        "head": "reward",
-        "settings": {**_SFT_ON, **_HEAD_RATE},
-    },
-    ava_p={**_PAIR, "head": "reward", "settings": _HEAD_RATE},
-    bradley_terry={**_PAIR, "loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
-    ppo={**_RANKED, "prepare": _prepare_group_relative, "settings": _GROUP_RELATIVE},
-    grpo={**_RANKED, "prepare": _prepare_group_relative, "defaults": {"beta": 0.04}, "settings": _GROUP_RELATIVE},
-)
+    "alol": _ALOL,
+    "alol_seq": _ALOL,
+    "alol_ref_free": _ALOL,
+    "alol_kl": {**_ALOL, "defaults": {"beta": 0.1}},
+    "rlol": {},
+    "rgold": {"prepare": shares.rgold},
+    "ava_d": {**_SFT, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
+    "ava_p": {"head": "reward", "settings": _HEAD_RATE},
+    "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
+    "ppo": _CLIPPED,
+    "grpo": {**_CLIPPED, "defaults": {"beta": 0.04}},
+}
+METHODS = {name: _method(name, entry) for name, entry in _ENTRIES.items()}
+# what a row of data has without a method's help
+_IN_THE_DATA = frozenset(["reward", "ref_logp", "ref_token_logp", "old_token_logp", "group_ids"])
+
+
+def find_method(name: str) -> Method:
+    """The method of that name, or what a loss that was registered since (``register``) makes by its signature alone.
+
+    Raises:
+        ValueError: neither is there, or the loss reads what the data do not have.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name not in LOSSES:
+        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {name!r}")
+    if missing := sorted(set(LOSSES[name].inputs) - _IN_THE_DATA):
+        raise ValueError(
+            f"method: {name!r} reads {', '.join(missing)}, and the trainer has {', '.join(sorted(_IN_THE_DATA))}; make "
+            "it of these, or call linear_loss in a loop of your own"
+        )
+    METHODS[name] = _method(name, {})
+    return METHODS[name]

@@ -34,7 +34,7 @@ class StepMetrics:
             tokens = result.computed.sum()
             self.add("token_accuracy", result.hits.sum(), tokens)
             self.add("nll_per_token", -result.logp.sum(), tokens)
-            if "old_token_logp" in rows:
+            if "clip_low" in method.loss.options:
                 given = (
                     result.token_logp,
                     rows["old_token_logp"],

@@ -1,0 +1,124 @@
+"""A loss of your own by the recipe of docs/losses.md, whose blocks run as they stand; TRL's formulas by our names."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid, relu
+
+pytest.importorskip("transformers")
+
+from tests.tiny_training import tiny_model, tokenizer
+from var_kernels import linear_logprob
+from var_kernels.integrations.trainer import config, method_config, methods
+from var_kernels.losses import LOSSES, dpo_loss, exo_loss, hinge_loss, ipo_loss, register, robust_dpo_loss, simpo_loss
+
+PAGE = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+BLOCKS = dict(re.findall(r"## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL))
+PAIR = ("policy_chosen_logp", "policy_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+
+
+@pytest.fixture
+def registries():
+    tables = (LOSSES, methods.METHODS, config.METHOD_CONFIGS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def names():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 5, 8, generator=generator, requires_grad=True)
+    return {
+        "hidden": hidden,
+        "lm_head_weight": torch.randn(50, 8, generator=generator),
+        "labels": torch.randint(50, (4, 5), generator=generator),
+        "ref_logp": -20 + torch.randn(4, generator=generator),
+    }
+
+
+def test_the_recipe(registries, tmp_path, monkeypatch):
+    """The block registers a loss, takes it from hidden states and trains a model by it, with the trainer's metrics."""
+    monkeypatch.setenv("VAR_KERNELS_CACHE", str(tmp_path / "cache"))
+    given = names()
+    pairs = [{"prompt": f"{n} + 1 = ", "chosen": f"{n + 1}", "rejected": "xx"} for n in range(4)]
+    model, start = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    given |= {"pairs": pairs, "model": model, "folder": str(tmp_path / "run"), "tokenizer": tokenizer()}
+    own = method_config
+    small = {"max_steps": 2, "max_length": 32, "use_cpu": True, "report_to": "none", "save_strategy": "no",
+             "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-2}  # fmt: skip
+    monkeypatch.setattr(
+        "var_kernels.integrations.trainer.method_config", lambda name: lambda *a, **k: own(name)(*a, **k, **small)
+    )
+    exec(compile(BLOCKS["A loss of your own"], "docs/losses.md", "exec"), given)
+    s = linear_logprob(given["hidden"].detach(), given["lm_head_weight"], given["labels"]).sum(1) - given["ref_logp"]
+    want = 0.2 * 2 * (0.2 * (s[0::2] - s[1::2]) - 1)  # dloss / ds of the chosen
+    leaf = given["hidden"].detach().requires_grad_()
+    logp = linear_logprob(leaf, given["lm_head_weight"], given["labels"]).sum(1)
+    ((logp[0::2] - logp[1::2]) * want).sum().backward()
+    torch.testing.assert_close(given["hidden"].grad, leaf.grad)
+    assert any(not p.equal(q) for p, q in zip(model.parameters(), start.parameters(), strict=True))
+    assert own("squared_margin")("unused", use_cpu=True).beta == 0.1
+
+
+def test_what_a_registration_refuses(registries):
+    with pytest.raises(ValueError, match=r"loss 'dpo': expected a new name.*'dpo' is dpo_loss already"):
+        register("dpo", pass_class="C", item="pair", formula="")
+    with pytest.raises(ValueError, match="got pass_class='E', item='pair'"):
+        register("mine", pass_class="E", item="pair", formula="")
+    with pytest.raises(ValueError, match=r"method: expected one of .*, got 'mine'"):
+        method_config("mine")
+
+    @register("mine", pass_class="B", item="token", formula="-A lp")
+    def mine_loss(token_logp, wage):
+        return -wage * token_logp
+
+    with pytest.raises(ValueError, match=r"'mine' reads wage, and the trainer has group_ids, .*loop of your own"):
+        method_config("mine")
+
+
+def test_several_losses_of_one_pass_over_the_head():
+    given = names()
+    exec(compile(BLOCKS["TRL's names"], "docs/losses.md", "exec"), given)
+    given["loss"].backward()
+    s = linear_logprob(given["hidden"].detach(), given["lm_head_weight"], given["labels"]).sum(1)
+    margin = 0.1 * ((s - given["ref_logp"])[0::2] - (s - given["ref_logp"])[1::2])
+    torch.testing.assert_close(given["loss"].detach(), (-logsigmoid(margin) - 0.2 * s[0::2]).mean())
+    assert given["hidden"].grad.any()
+
+
+def test_the_page_has_its_blocks():
+    assert len(BLOCKS) == PAGE.count("```python") == 2
+
+
+def test_trls_formulas_under_our_names():
+    """Written out as TRL 1.16 has them."""
+    generator = torch.Generator().manual_seed(1)
+    policy_w, policy_l, ref_w, ref_l = (-20 + 3 * torch.randn(4, 6, dtype=torch.float64, generator=generator)).unbind(0)
+    logps, lengths = (policy_w, policy_l, ref_w, ref_l), (torch.arange(1, 7), torch.arange(7, 1, -1))
+    beta, e = 0.3, 0.1
+    ratio_w, ratio_l = policy_w - ref_w, policy_l - ref_l
+    delta = ratio_w - ratio_l
+    clean, flipped = logsigmoid(beta * delta), logsigmoid(-beta * delta)
+    per_token = ratio_w / lengths[0] - ratio_l / lengths[1]
+    qw, ql = (beta * delta).sigmoid(), (-beta * delta).sigmoid()
+    interleaved = [torch.stack(pair, 1).flatten() for pair in ((policy_w, policy_l), (ref_w, ref_l))]
+    rewards = torch.tensor([math.log(1 - e), math.log(e)], dtype=torch.float64).repeat(6)
+    exo = exo_loss(*interleaved, rewards, torch.arange(12) // 2, beta=beta, reward_temperature=1.0)
+    cases = {
+        "sigmoid": (dpo_loss(*logps, beta=beta), -clean),
+        "hinge": (hinge_loss(*logps, beta=beta), relu(1 - beta * delta)),
+        "robust": (
+            robust_dpo_loss(*logps, beta=beta, label_smoothing=e),
+            (-(1 - e) * clean + e * flipped) / (1 - 2 * e),
+        ),
+        "ipo": (ipo_loss(*logps, *lengths, tau=beta), (per_token - 1 / (2 * beta)) ** 2),
+        "exo_pair": (exo.view(6, 2).sum(1), qw * (clean - math.log(1 - e)) + ql * (flipped - math.log(e))),
+        "sigmoid_norm": (simpo_loss(ratio_w, ratio_l, *lengths, beta=beta, gamma=0.0), -logsigmoid(beta * per_token)),
+    }
+    for name, (ours, theirs) in cases.items():
+        torch.testing.assert_close(ours, theirs, msg=name)

@@ -1,0 +1,102 @@
+"""What is known of a step before its first forward pass: each row's share of the loss of the global batch ("weight"),
+advantages, and metrics of them. One function for each way of sharing: (step, config, group) -> Prepared.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from var_kernels.losses import alol_advantage, group_advantage, standardised_advantage, var_weights
+from var_kernels.losses.segments import group_rows
+
+Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
+Prepared = tuple[Rows, dict[str, Tensor]]  # what to add to the step's rows, metrics: () of the global batch, or (B,)
+
+
+def _total(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is not None:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def _equal_weights(step: Rows, group, number_of_items: Tensor | None = None) -> Tensor:
+    """(B,) fp64: 1 / number of items of the global batch; rows unless told otherwise."""
+    length = step["length"]
+    count = torch.tensor(len(length), device=length.device) if number_of_items is None else number_of_items
+    return (1.0 / _total(count.double(), group).clamp(min=1)).expand(len(length))
+
+
+def var(step: Rows, config, group) -> Prepared:
+    grouped = config.normalizer in ("group", "self_normalised")
+    weights = var_weights(
+        step["reward"],
+        step["ref_logp"] if config.reference != "none" else None,
+        lam=config.lam,
+        normalizer=config.normalizer,
+        reference=config.reference,
+        lengths=step["length"],
+        group_ids=step["group"] if grouped else None,
+        process_group=group,
+    )
+    weight, log_z = weights.weight.double(), weights.log_z.double()
+    log_z_sum = log_z.sum() if log_z.dim() else log_z * len(weight)
+    size, total, log_z_total = _total(torch.stack([weight.new_tensor(len(weight)), weight.sum(), log_z_sum]), group)
+    # The estimators differ in sum w (1, B, the number of prompts); divided by it, lam alone decides and not the batch
+    # size.
+    share = weight / total
+    entropy = _total(torch.special.entr(share).sum(), group)
+    metrics = {
+        "ess": weights.ess,
+        "ess_share": weights.ess / size,
+        "log_z": log_z_total / size,
+        "weight_entropy": entropy,
+    }
+    return {"weight": share, "sample_weight": torch.ones_like(share)}, metrics
+
+
+def tokens(step: Rows, config, group) -> Prepared:
+    """Mean over the tokens of the global batch."""
+    return {"weight": _equal_weights(step, group, step["length"].sum())}, {}
+
+
+def rows(step: Rows, config, group) -> Prepared:
+    return {"weight": _equal_weights(step, group)}, {}
+
+
+def pairs(step: Rows, config, group) -> Prepared:
+    return {"weight": 2.0 * _equal_weights(step, group)}, {}
+
+
+def groups(step: Rows, config, group) -> Prepared:
+    """A row's term is its part of the prompt's loss: mean over the prompts of the global batch."""
+    return {"weight": _equal_weights(step, group, group_rows(step["group"]).count())}, {}
+
+
+def awr(step: Rows, config, group) -> Prepared:
+    advantage = standardised_advantage(step["reward"], process_group=group)
+    return {"weight": _equal_weights(step, group), "advantage": advantage}, {}
+
+
+def alol(step: Rows, config, group) -> Prepared:
+    advantage = alol_advantage(step["reward"], step["value"], squash=getattr(config, "squash", True))
+    return {"weight": _equal_weights(step, group), "advantage": advantage}, {"kept_share": advantage > 0}
+
+
+def rgold(step: Rows, config, group) -> Prepared:
+    return {"weight": _equal_weights(step, group), "advantage": step["reward"].sigmoid()}, {}
+
+
+def group_relative(step: Rows, config, group) -> Prepared:
+    """Advantages within a prompt, (r - mean) / std, and the weights of GRPO, DAPO or Dr. GRPO."""
+    prompts = group_rows(step["group"])
+    tied = prompts.max(step["reward"]) == -prompts.max(-step["reward"])
+    advantage = group_advantage(step["reward"], step["group"], divide_by_std=config.advantage_std)
+    length = step["length"].clamp(min=1)
+    if config.length_normalization == "sequence":
+        weight = _equal_weights(step, group) / length
+    elif config.length_normalization == "token":
+        weight = _equal_weights(step, group, step["length"].sum())
+    else:
+        longest = config.max_new_tokens if config.online else config.max_length
+        weight = _equal_weights(step, group) / longest
+    return {"weight": weight, "advantage": advantage}, {"tied_share": tied}

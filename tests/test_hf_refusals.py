@@ -50,11 +50,25 @@ def after_head(change):
 def test_not_a_language_model():
     with pytest.raises(TypeError, match="get_output_embeddings"):
         token_logprobs(nn.Linear(3, 3), batch())
+    with pytest.raises(TypeError, match=r"model: expected a model, got str; load it first"):
+        fused_lm_head("gpt2")
+
+
+def test_a_fused_head_that_is_never_applied_is_warned_about(recwarn):
+    model = build(LLAMA)
+    fused_lm_head(model)
+    assert "neither entered nor applied" in str(recwarn.pop(UserWarning).message)
+    with fused_lm_head(model):
+        pass
+    fused_lm_head(model).apply().restore()
+    assert not [warning for warning in recwarn if "fused_lm_head" in str(warning.message)]
 
 
 def test_model_without_a_head():
     config = transformers.LlamaConfig(**LLAMA.config)
-    assert_refused(transformers.LlamaModel(config), "LlamaModel", "no output embedding")
+    assert_refused(
+        transformers.LlamaModel(config), "LlamaModel", "no output embedding", "load it by AutoModelForCausalLM"
+    )
 
 
 @pytest.mark.parametrize(

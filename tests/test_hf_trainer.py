@@ -161,6 +161,42 @@ def test_evaluation_has_logits_where_it_wants_them_and_training_none(bf16, tmp_p
     assert made.model(**batch).logits is None  # fused again
 
 
+def test_every_model_of_model_init_is_fused(tmp_path):
+    """Trainer's constructor makes a model, and train() another one."""
+    models = []
+
+    def model_init():
+        models.append(tiny_model(dtype=torch.float32))
+        return models[-1]
+
+    arguments = trainer(tmp_path, max_steps=2).args
+    data = {"train_dataset": rows(), "eval_dataset": rows(6)}
+    expected = curve(Trainer(model_init=model_init, args=arguments, **data))
+    made = FusedTrainer(model_init=model_init, args=arguments, **data)
+    assert curve(made) == [pytest.approx(step, rel=1e-4) for step in expected]
+    assert made.model is models[3]
+    assert made.model(**made.data_collator(rows(2))).logits is None
+    assert made.predict(rows(4)).predictions.shape == (4, 12, made.model.config.vocab_size)
+
+
+def test_a_mixin_behind_its_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"stands behind Trainer, .* write class Late\(FusedLossMixin, Trainer\)"):
+
+        class Late(Trainer, FusedLossMixin):
+            pass
+
+    class Step:
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs)
+
+    class Early(Step, FusedLossMixin, Trainer):
+        pass
+
+    class Further(Early):
+        def train(self, *args, **kwargs):
+            return super().train(*args, **kwargs)
+
+
 def test_evaluation_of_the_loss_makes_no_logits(tmp_path):
     expected = trainer(tmp_path / "plain").evaluate()["eval_loss"]
     made = trainer(tmp_path / "fused", trainer_class=FusedTrainer)

@@ -37,6 +37,7 @@ from var_kernels.integrations.hf.head import (
 )
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
 from var_kernels.integrations.hf.probe import TrialFailedError
+from var_kernels.integrations.hf_trainer import refuse_behind_trainer
 from var_kernels.ops import linear_logprob, linear_token_loss
 
 _SEAM = "add_fused_lm_head"  # the name under which TRL's trainers look up what patches their models
@@ -61,10 +62,14 @@ class FusedHeadMixin:
     which TRL's own head refuses, is added inside the tiles; switched off or as it was, it makes TRL's reference.
 
     Raises:
-        TypeError: the class behind the mixin has no such head, or this TRL is too old.
+        TypeError: the class behind the mixin has no such head, or this TRL is too old; the mixin stands behind it.
         ValueError: an option needs logits in every step (SFT's label_smoothing_factor and compute_loss_func), or the
             model's head is not understood. The models are as before then.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        refuse_behind_trainer(cls, FusedHeadMixin)
 
     def __init__(self, *args, **kwargs):
         added: list[_FusedForward] = []

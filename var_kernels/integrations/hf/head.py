@@ -61,6 +61,11 @@ class HeadParams:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The HF model under torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers: the module that owns the lm_head."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a model, got {type(model).__name__}; load it first: "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
     # Looked up among the children: several wrappers answer for any attribute of what they wrap.
     while wrapped := next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None):
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
@@ -90,7 +95,10 @@ def find_head(inner: nn.Module) -> nn.Linear:
     head = unwrapped(head)
     head = getattr(head, "_fsdp_wrapped_module", head)
     if head is None:
-        raise ValueError(f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM")
+        raise ValueError(
+            f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM, but a base "
+            "model or a classifier; load it by AutoModelForCausalLM, or the class with a language-model head"
+        )
     if is_adapter(head):
         check_adapter(head, name)
         _check_linear(head.base_layer, name)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,15 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self.model = model
         self.inner = inner_model(model)
         self._options = {"precision": precision, "workspace_mb": workspace_mb}
-        self._applied = False
+        self._applied = self._used = False
+
+    def __del__(self):
+        if not vars(self).get("_used", True):
+            warnings.warn(
+                "fused_lm_head(model) was neither entered nor applied, so the model is a plain one: write "
+                "`with fused_lm_head(model):`, or fused_lm_head(model).apply()",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> "fused_lm_head":
         return self.apply()
@@ -65,6 +74,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self.restore()
 
     def apply(self) -> "fused_lm_head":
+        self._used = True
         if getattr(getattr(self.inner, "_var_kernels_fused", None), "_applied", False):
             raise RuntimeError(
                 f"{type(self.inner).__name__}: fused_lm_head is applied already; leave that block or call restore()"
@@ -88,6 +98,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self._calibrated_at = fingerprint(self.inner)
 
     def restore(self) -> None:
+        self._used = True
         if not self._applied:
             return
         self._applied = False

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
-    """As ``AutoModelForCausalLM.from_pretrained``; where ``name`` holds a PEFT adapter, its base with the adapter merged.
+    """As ``AutoModelForCausalLM.from_pretrained``; where ``name`` holds an adapter, its base with the adapter merged.
 
     transformers would hand out the base with the adapter hung into it and everything frozen: nothing of it learns, and
     the reference without an adapter is not the model that was asked for.

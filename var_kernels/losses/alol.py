@@ -4,9 +4,8 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, times, wide
+from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, times, wide
 from var_kernels.losses.registry import register
-from var_kernels.losses.token import check_tokens
 
 _SOURCE = "A-LoL, arXiv 2305.14718, and its authors' code"
 
@@ -106,7 +105,7 @@ def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor,
 
     Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
-    check_tokens({"token_logp": token_logp, "ref_token_logp": ref_token_logp, "advantage": advantage})
+    check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp, advantage=advantage)
     ratio = _clipped_ratio(token_logp, ref_token_logp, clip_range)
     return times(-wide(advantage.detach()) * ratio, wide(token_logp))
 
@@ -223,7 +222,7 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
     """
     if not 0 <= min_prob <= 1:
         raise ValueError(f"min_prob must be in [0, 1], got {min_prob}; it bounds a probability from below")
-    check_tokens({"token_logp": token_logp, "advantage": advantage})
+    check_tokens(token_logp=token_logp, advantage=advantage)
     logp = wide(token_logp)
     return times(-wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob), logp)
 

@@ -25,19 +25,25 @@ def times(weight: float | Tensor, values: Tensor) -> Tensor:
 
 def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
     """Floating-point vectors of one shape and device, one entry per ``item``: named after the arguments."""
-    first, *others = tensors
     size = "P" if item == "pair" else "B"
-    for name, values in tensors.items():
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"{name} must be a floating-point tensor ({size},), got {got}; pass one value per {item}")
+    _check_floating(tensors, f"({size},)", f"pass one value per {item}")
+    first, *others = tensors
     shape = tensors[first].shape
     if len(shape) != 1:
         raise ValueError(
             f"{first} must be ({size},), one per {item}, got {tuple(shape)}; sum tokens with sequence_sum first"
         )
     for name in others:
-        _check_like(name, tensors[name], first, tensors[first])
+        check_like(name, tensors[name], first, tensors[first])
+
+
+def check_tokens(**tensors: Tensor) -> None:
+    """Floating-point tensors of one shape, any, and one device, one value a token."""
+    _check_floating(tensors, "(...)", "pass one value a token")
+    first, *others = tensors
+    for name in others:
+        remedy = "give one value a token (expand_to_tokens repeats a sequence's over its tokens)"
+        check_like(name, tensors[name], first, tensors[first], remedy)
 
 
 def check_constants(**tensors: Tensor) -> None:
@@ -56,7 +62,7 @@ def check_integers(like: str, values: Tensor, **tensors: Tensor) -> None:
         if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"{name} must be an integer tensor {tuple(values.shape)}, got {got}; use .long()")
-        _check_like(name, ids, like, values)
+        check_like(name, ids, like, values)
 
 
 def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str, *, name: str, like: str) -> Tensor:
@@ -104,10 +110,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_like(name: str, values: Tensor, like: str, first: Tensor) -> None:
+def check_like(name: str, values: Tensor, like: str, first: Tensor, remedy: str = "one entry for each row") -> None:
+    """The shape and device of ``first``, the argument named ``like``."""
     if values.shape != first.shape:
-        raise ValueError(
-            f"{name} must be {tuple(first.shape)} like {like}, got {tuple(values.shape)}; one entry for each row"
-        )
+        raise ValueError(f"{name} must be {tuple(first.shape)} like {like}, got {tuple(values.shape)}; {remedy}")
     if values.device != first.device:
         raise ValueError(f"{name} must be on {first.device} like {like}, got {values.device}; move it there")
+
+
+def _check_floating(tensors: dict[str, Tensor], shape: str, remedy: str) -> None:
+    for name, values in tensors.items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"{name} must be a floating-point tensor {shape}, got {got}; {remedy}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_like, check_number, check_rows, wide
 from var_kernels.losses.registry import register
 
 
@@ -90,11 +90,7 @@ def _check_desirable(desirable: Tensor, policy_logp: Tensor) -> None:
     if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
         got = desirable.dtype if isinstance(desirable, Tensor) else type(desirable).__name__
         raise TypeError(f"desirable must be a bool tensor (B,), got {got}; use reward > threshold, or .bool()")
-    if desirable.shape != policy_logp.shape:
-        raise ValueError(
-            f"desirable must be {tuple(policy_logp.shape)} like policy_logp, got {tuple(desirable.shape)}; "
-            "one flag per sequence"
-        )
+    check_like("desirable", desirable, "policy_logp", policy_logp, "one flag per sequence")
 
 
 def _check_baseline(kl_baseline: Tensor) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_number, times, wide
+from var_kernels.losses.checks import check_choice, check_number, check_tokens, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
 
@@ -44,7 +44,7 @@ def dft_loss(token_logp: Tensor) -> Tensor:
 
     Source: DFT, arXiv 2508.05629 (its abstract was read; the detached factor is not verified there).
     """
-    check_tokens({"token_logp": token_logp})
+    check_tokens(token_logp=token_logp)
     logp = wide(token_logp)
     return times(-logp.detach().exp(), logp)
 
@@ -83,7 +83,7 @@ def ppo_loss(
     Source: arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476; both as other trainers implement them.
     """
     _check_clip(clip_low, clip_high)
-    check_tokens({"token_logp": token_logp, "old_token_logp": old_token_logp, "advantage": advantage})
+    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
     ratio = _bounded_exp(wide(token_logp) - wide(old_token_logp.detach()))
     advantage = wide(advantage.detach())
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -99,7 +99,7 @@ def ppo_clipped(
     Args: as ``ppo_loss``, nothing differentiated.
     """
     _check_clip(clip_low, clip_high)
-    check_tokens({"token_logp": token_logp, "old_token_logp": old_token_logp, "advantage": advantage})
+    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
     ratio = _bounded_exp(wide(token_logp.detach()) - wide(old_token_logp.detach()))
     return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
 
@@ -248,7 +248,7 @@ def kl_k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
 
 
 def _log_ratio(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
-    check_tokens({"token_logp": token_logp, "ref_token_logp": ref_token_logp})
+    check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp)
     return wide(ref_token_logp.detach()) - wide(token_logp)
 
 
@@ -266,17 +266,3 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 def _check_clip(clip_low: float, clip_high: float) -> None:
     check_number("clip_low", clip_low, high=1.0, closed=True, remedy="the ratio is kept above 1 - clip_low")
     check_number("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
-
-
-def check_tokens(tensors: dict[str, Tensor]) -> None:
-    """Floating-point tensors of one shape, one value a token."""
-    first = next(iter(tensors))
-    for name, values in tensors.items():
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, one value a token, got {got}")
-        if values.shape != tensors[first].shape:
-            raise ValueError(
-                f"{name} must be {tuple(tensors[first].shape)} like {first}, got {tuple(values.shape)}; give one value "
-                "a token (expand_to_tokens repeats a sequence's over its tokens)"
-            )

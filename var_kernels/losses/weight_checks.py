@@ -1,7 +1,8 @@
 """What ``var_weights`` refuses, by name and with the remedy. Metadata everywhere; values on the CPU only."""
 
-import torch
 from torch import Tensor
+
+from var_kernels.losses.checks import INTEGERS, check_choice
 
 NORMALIZERS = ("batch", "batch_mean", "cross", "group", "self_normalised")
 REFERENCES = ("sum", "mean", "none")
@@ -13,10 +14,9 @@ def check_options(lam: float, normalizer: str, reference: str | None) -> str:
         raise TypeError(f"lam must be a Python number > 0, got {type(lam).__name__}; pass lam=float(...)")
     if not lam > 0:
         raise ValueError(f"lam must be > 0 (reward units), got {lam}; negate the rewards to minimise them")
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer must be one of {', '.join(map(repr, NORMALIZERS))}, got {normalizer!r}")
-    if reference is not None and reference not in REFERENCES:
-        raise ValueError(f"reference must be one of {', '.join(map(repr, REFERENCES))}, got {reference!r}")
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    if reference is not None:
+        check_choice("reference", reference, REFERENCES)
     if normalizer != "self_normalised":
         return reference or "sum"
     if reference in ("sum", "mean"):
@@ -57,7 +57,7 @@ def check_tensors(rewards, ref_logp, normalizer: str, reference: str, lengths, g
     for name, values in (("lengths", lengths), ("group_ids", group_ids)):
         if values is None:
             continue
-        if not isinstance(values, Tensor) or values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        if not isinstance(values, Tensor) or values.dtype not in INTEGERS:
             got = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise TypeError(f"{name} must be an integer tensor (B,), got {got}; use .long()")
         _check_like(name, values, (rows,), rewards)

@@ -1,6 +1,7 @@
 """The fused forward kernel (no workspace): statistics and public results, every tile, hazards, mistakes it refuses."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,3 +296,27 @@ def unchanged_passes(name: str) -> bool:
 
 def test_cases_are_odd():
     assert all(size % tile for size, tile in zip(SMALL, (TINY.rows, TINY.depth, TINY.columns), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("capability", "wide", "name"),
+    [
+        ((7, 5), True, "small"),
+        ((8, 0), True, "pointers"),
+        ((8, 9), True, "pointers"),
+        ((9, 0), True, "descriptors"),
+        ((10, 0), False, "descriptors, small"),
+        ((12, 0), True, "pointers"),
+    ],
+    ids=str,
+)
+def test_the_tile_of_each_gpu(capability, wide, name, monkeypatch):
+    """By compute capability; what is not aligned, and fp32, takes the small one everywhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    fits = {"stride": lambda i: (4096, 1)[i], "data_ptr": lambda: 256, "device": torch.device("cuda", 0)}
+    hidden = SimpleNamespace(shape=(512, 4096 if wide else 896), dtype=BF16, **fits)
+    assert forward_triton.choose_tile(hidden, hidden) == TILES[name]
+    hidden.shape = (512, 4095)
+    assert forward_triton.choose_tile(hidden, hidden) == TILES["small"]
+    hidden.shape, hidden.dtype = (512, 4096), torch.float32
+    assert forward_triton.choose_tile(hidden, hidden) == TILES["small"]

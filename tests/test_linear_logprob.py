@@ -256,3 +256,17 @@ def test_strided_bias(target):
     hidden, weight, labels, _ = Case("").inputs(target.device)
     bias = torch.randn(2 * SMALL[2], device=target.device)[::2]
     assert_result(linear_logprob(hidden, weight, labels, bias), linear_logprob_ref(hidden, weight, labels, bias))
+
+
+def test_strided_labels_and_upstream_gradient(target):
+    """Several targets a row, both laid out by target: the row kernels read them row by row."""
+    hidden, weight, labels, _ = Case("", targets=3, ignored=0.0).inputs(target.device)
+    labels = labels.t().contiguous().t()
+    upstream = torch.randn(labels.shape[::-1], device=target.device).t()
+    truth = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logp, expected = linear_logprob(hidden, weight, labels), linear_logprob_ref(*truth, labels)
+    assert_result(logp, expected)
+    logp.backward(upstream)
+    expected.backward(upstream.double())
+    for name, got, leaf in zip(("dhidden", "dweight"), (hidden, weight), truth, strict=True):
+        assert_gradient(got.grad, leaf.grad, leaf.grad, name)

@@ -282,7 +282,8 @@ def choose_tile(hidden_ND: Tensor, lm_head_weight_VD: Tensor) -> Tile:
     major, _ = torch.cuda.get_device_capability(hidden_ND.device)
     if major in (9, 10):
         return TILES["descriptors, small" if n <= 128 or d < 2048 else "descriptors"]
-    return TILES["pointers"]
+    # Before Ampere registers hold what is loaded ahead, and the large tile spills.
+    return TILES["pointers" if major >= 8 else "small"]
 
 
 def _aligned(matrix: Tensor) -> bool:

@@ -232,8 +232,8 @@ def row_stats(
     with on_device_of(logits_nv):
         _row_stats_kernel[(n,)](
             logits_nv,
-            logits_nv if bias_v is None else bias_v,
-            labels_nk,
+            logits_nv if bias_v is None else bias_v.contiguous(),
+            labels_nk.contiguous(),
             stats.max_N,
             stats.sumexp_N,
             stats.label_logit_NK,
@@ -272,16 +272,20 @@ def row_grad(
     if n == 0:
         return out_nv
     softcap = transform.softcap
+
+    def vector(t: Tensor | None) -> Tensor:
+        return lse_n if t is None else t.contiguous()
+
     with on_device_of(logits_nv):
         _row_grad_kernel[(n,)](
             logits_nv,
-            logits_nv if bias_v is None else bias_v,
-            labels_nk,
-            lse_n,
-            coefficients.prob_N,
-            lse_n if coefficients.logp_slope_N is None else coefficients.logp_slope_N,
-            lse_n if coefficients.constant_N is None else coefficients.constant_N,
-            coefficients.label_NK,
+            vector(bias_v),
+            vector(labels_nk),
+            vector(lse_n),
+            vector(coefficients.prob_N),
+            vector(coefficients.logp_slope_N),
+            vector(coefficients.constant_N),
+            vector(coefficients.label_NK),
             logits_nv.stride(0),
             logits_nv.stride(0) * ratio,
             columns,

@@ -1,9 +1,11 @@
 """The three GEMMs of the head, with accumulation in the tile's dtype whatever the operands' dtype is.
 
-CUDA: cuBLAS takes 16-bit operands to an fp32 result. CPU: torch has no such GEMM. The C++ kernels have one for bf16,
-given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and gradient
-GEMMs run in 16 bit and round each partial result once.
+CUDA: cuBLAS takes 16-bit operands to an fp32 result (``widens``). CPU: torch has no such GEMM. The C++ kernels have one
+for bf16, given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and
+gradient GEMMs run in 16 bit and round each partial result once.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,9 +16,25 @@ from var_kernels.ops.workspace import spans
 _ROUNDED_ROWS = 1024
 
 
+def widens(operand: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's GEMM takes 16-bit operands to an fp32 result: on CUDA, but for bf16 before Ampere and for fp16
+    where sums in fp16 are allowed.
+    """
+    if device.type != "cuda":
+        return False
+    if operand == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return torch.version.hip is not None or _cuda_major(device.index or 0) >= 8
+
+
+@functools.cache
+def _cuda_major(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
 def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, backend: str) -> bool:
     """Whether the forward GEMM needs fp32 copies of its operands."""
-    if hidden_nd.dtype == tile or hidden_nd.device.type == "cuda":
+    if hidden_nd.dtype == tile or widens(hidden_nd.dtype, hidden_nd.device):
         return False
     return not _in_cpp(backend, tile, hidden_nd, lm_head_weight_vd.t())
 
@@ -39,7 +57,7 @@ def rounding_bytes(operand: torch.dtype, n: int, d: int, v: int, backend: str) -
 def partial_bytes(operand: torch.dtype, device: torch.device, backend: str) -> int:
     """Bytes an element of a partial result in 16 bit, and of the fp32 copy that torch makes to add it."""
     adds_in_place = backend == "native" and operand == torch.bfloat16 and gemm_native.runs()
-    return 2 + 4 if operand.itemsize == 2 and device.type != "cuda" and not adds_in_place else 0
+    return 2 + 4 if operand.itemsize == 2 and not widens(operand, device) and not adds_in_place else 0
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> None:
@@ -71,7 +89,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None
             out[start:stop] = total
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
-    elif out.device.type == "cuda":
+    elif widens(left.dtype, left.device):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(left, right))
@@ -83,7 +101,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, backend: str) -> Non
         gemm_native.product_into(total, left, right, add=True)
     elif total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.device.type == "cuda":
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif widens(left.dtype, left.device):
+        if total.shape[0] == 1:
+            # To torch one row is a bias: it goes to cuBLASLt, which is told that every address is aligned.
+            total += torch.mm(left, right, out_dtype=total.dtype)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(left, right))

@@ -1,0 +1,125 @@
+"""The products as CUDA makes them, on a CPU: 16-bit operands to fp32 results, straight out of the tiles that the row
+kernels leave. torch's op exists on CUDA only; here a stand-in computes it, and refuses what that op refuses.
+"""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.kl_cases import KLCase, run_case
+from tests.op_cases import BF16, Case, check_logprob, check_weighted_nll
+from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.ops import gemm
+from var_kernels.ops.backend import use_backend
+
+FP16, CUDA = torch.float16, torch.device("cuda", 0)
+CASES = [
+    Case("bf16", dtype=BF16, bias=True),
+    Case("ragged chunks", dtype=BF16, tight=True, outputs=("lse", "entropy")),
+    Case("softcap and smoothing", dtype=BF16, tight=True, options={"softcap": 5.0, "label_smoothing": 0.1}),
+    Case("frozen head", dtype=BF16, frozen=("weight",), tight=True),
+    Case("one row", dtype=BF16, shape=(1, 72, 507), ignored=0.0),
+    Case("several targets", dtype=BF16, targets=2),
+    Case("fp16", dtype=FP16, bias=True, tight=True),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def _check(left, right, out_dtype, out=None):
+    """torch's own conditions, and layouts that cuBLAS reads or writes without a copy."""
+    assert left.dtype == right.dtype
+    assert left.dtype in (BF16, FP16)
+    assert out_dtype == torch.float32
+    for t in [left, right] + ([] if out is None else [out]):
+        assert 1 in t.stride() or 1 in t.shape, f"a copy of {tuple(t.shape)} with strides {t.stride()}"
+    if out is not None:
+        assert out.dtype == out_dtype
+        assert out.shape == (left.shape[0], right.shape[1])
+
+
+@pytest.fixture(params=["torch", "triton"])
+def as_on_cuda(request, monkeypatch, small_tiles):
+    """Yields how many products went to fp32."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("Triton runs on the GPU of this machine")
+        from tests import triton_interpreter
+
+        triton_interpreter.mend()
+    plain_mm, count = torch.mm, SimpleNamespace(products=0)
+
+    def wide_product(left, right):
+        count.products += 1
+        return plain_mm(left.float(), right.float())
+
+    def mm(left, right, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return plain_mm(left, right, out=out)
+        _check(left, right, out_dtype, out)
+        result = wide_product(left, right)
+        return result if out is None else out.copy_(result)
+
+    def addmm(total, left, right, *, out_dtype, out):
+        _check(left, right, out_dtype, out)
+        assert out is total, "another tensor: torch would copy it first"
+        assert total.shape[0] > 1, "one row is taken for a bias"
+        return out.add_(wide_product(left, right))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(gemm, "widens", lambda operand, device: operand.itemsize == 2)
+    with use_backend(request.param):
+        yield count
+
+
+@cases
+def test_logprob(case, as_on_cuda):
+    check_logprob(case)
+    assert as_on_cuda.products
+
+
+@cases
+def test_one_pass(case, as_on_cuda):
+    budget = {"workspace_mb": 0.3} if case.tight else {}  # chunks of rows, and an fp32 dW
+    check_weighted_nll(replace(case, tight=False), "one_pass", z_loss=0.01, op=partial(linear_weighted_nll, **budget))
+    assert as_on_cuda.products
+
+
+@pytest.mark.parametrize("factors", [torch.float32, BF16], ids=str)
+def test_low_rank(factors, as_on_cuda):
+    """A gradient of every factor; fp32 ones are rounded for the products of the gradients alone."""
+    case = Case("", dtype=BF16)
+    hidden, weight, labels, _ = case.inputs()
+    left, right = (t.requires_grad_() for t in case.low_rank(factors))
+    linear_logprob(hidden, weight, labels, low_rank=(left, right), workspace_mb=0.1).sum().backward()
+    truth = [t.detach().double().requires_grad_() for t in (hidden, weight, left, right)]
+    logits = truth[0] @ truth[1].T + truth[2] @ truth[3].T
+    kept = labels != -100
+    logits.log_softmax(-1)[kept, labels[kept]].sum().backward()
+    for got, expected in zip((hidden, weight, left, right), truth, strict=True):
+        assert (got.grad.double() - expected.grad).norm() <= 2**-7 * expected.grad.norm()
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_token_kl(direction, engine, as_on_cuda):
+    case = KLCase("bf16", Case("", dtype=BF16, tight=True), ref_dtype=BF16, ref_bias=True)
+    run_case(case, direction, engine, "cpu")
+    assert as_on_cuda.products
+
+
+@pytest.mark.parametrize("major", [7, 8, 9, 12])
+def test_what_torch_widens(major, monkeypatch):
+    """As torch 2.11 and 2.13 refuse it: bf16 before compute capability 8.0, fp16 where sums in fp16 are allowed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
+    gemm._cuda_major.cache_clear()
+    assert gemm.widens(BF16, CUDA) == (major >= 8)
+    assert gemm.widens(FP16, CUDA)
+    assert not gemm.widens(FP16, torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
+    assert not gemm.widens(FP16, CUDA)
+    gemm._cuda_major.cache_clear()

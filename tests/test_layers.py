@@ -1,6 +1,8 @@
 """The layers go one way, and importing the package stays light."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +111,14 @@ def test_import_is_light():
 def test_unknown_public_name_lists_the_known_ones():
     with pytest.raises(AttributeError, match=r"no attribute 'linear_logprobs'.*linear_logprob"):
         _ = var_kernels.linear_logprobs
+
+
+@pytest.mark.parametrize("module", ["var_kernels", "var_kernels.ops", "var_kernels.losses"])
+def test_every_public_function_says_what_it_returns(module):
+    """For type checkers: without an annotation one takes `linear_logprob(...).sum()` for an error."""
+    public = importlib.import_module(module)
+    for name in public.__all__:
+        found = getattr(public, name)
+        calls = [found] if inspect.isfunction(found) else [getattr(found, "forward", None)]
+        for call in filter(inspect.isfunction, calls):
+            assert inspect.signature(call).return_annotation is not inspect.Signature.empty, name

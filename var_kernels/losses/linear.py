@@ -1,6 +1,7 @@
 """``linear_loss``: any loss of the registry from hidden states, by the passes over the head that its class allows."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def linear_loss(
     return_logp: bool = False,
     return_argmax: bool = False,
     **options,
-):
+) -> Any:
     """A loss by its name (``var_kernels.LOSSES``), from hidden states and the lm_head, without the [N, V] logits.
 
         loss = sum over items i of item_weight_i * loss_i        an item: a sequence, a pair of rows, a row of a group

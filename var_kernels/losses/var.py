@@ -1,6 +1,6 @@
 """VAR: SFT weighted by rewards and a frozen reference (arXiv 2502.11026). The weights are constants: one pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def weighted_sequence_nll(
     ignore_index: int = -100,
     return_logp: bool = False,
     **head_options,
-):
+) -> Any:
     """L = -sum_i w_i s_i ("sum"), or -sum_i w_i s_i / len_i ("mean"), for weights that are known beforehand.
 
     The second half of ``var_loss``. Call it by itself under gradient accumulation: ``var_weights`` once over the whole
@@ -125,7 +125,7 @@ def var_loss(
     ignore_index: int = -100,
     return_stats: bool = False,
     **head_options,
-):
+) -> Any:
     """Variational alignment by re-weighting: SFT on each response with the weight that the aligned policy gives it.
 
         pi*(y|x) = pi_ref(y|x) exp(r(x,y) / lam) / Z(x)
@@ -253,7 +253,7 @@ class VARLoss(nn.Module):
         lengths: Tensor | None = None,
         group_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ):
+    ) -> Any:
         """See ``var_loss``: the same arguments, shapes and result."""
         return var_loss(
             hidden,

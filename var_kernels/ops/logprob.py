@@ -2,6 +2,8 @@
 upstream gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def linear_logprob(
     num_active: int | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
-):
+) -> Any:
     """Log-probability of each label under the lm_head, without the [N, V] logits.
 
         x = W h [+ right left] + b;   z = c(x): times logit_scale, softcap * tanh(. / softcap), divided by temperature

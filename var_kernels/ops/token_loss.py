@@ -1,6 +1,7 @@
 """``linear_token_loss``: any loss of each token's own log-prob and entropy, in one pass over the head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def linear_token_loss(
     workspace_mb: float | None = None,
     precision: str = "fp32",
     engine: str = "auto",
-):
+) -> Any:
     """Sum over tokens of a loss that depends on each token's own log-prob (and entropy), without the [N, V] logits.
 
         loss = sum_n f(logp_n[, entropy_n], inputs_n)

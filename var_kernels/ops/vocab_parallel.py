@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def vocab_parallel_logprob(
     num_active: int | None = None,
     workspace_mb: float | None = None,
     precision: str = "fp32",
-):
+) -> Any:
     """``linear_logprob`` where each rank holds some rows of the lm_head: slices of the vocabulary in rank order.
 
     Every rank computes statistics over its slice and the ranks merge (max, sum of exponentials, label logit, entropy

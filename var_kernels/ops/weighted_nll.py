@@ -1,5 +1,7 @@
 """``linear_weighted_nll``: token-weighted cross-entropy of the lm_head, gradients made in the forward pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def linear_weighted_nll(
     workspace_mb: float | None = None,
     precision: str = "fp32",
     engine: str = "auto",
-):
+) -> Any:
     """Weighted negative log-likelihood of the labels, without the [N, V] logits.
 
         loss = sum_n w_n (-logp_n + z_loss * lse_n^2)

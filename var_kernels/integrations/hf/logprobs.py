@@ -23,7 +23,7 @@ def token_logprobs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     workspace_mb: float | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Log-probability of every label given all tokens before it, computed inside the model's lm_head.
 
         logp[b, t] = log softmax(logits[b, t - 1] / temperature)[labels[b, t]]

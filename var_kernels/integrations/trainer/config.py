@@ -173,7 +173,7 @@ class VARConfig(AlignConfig):
             )
 
 
-def method_config(method: str) -> type[AlignConfig]:
+def method_config(method: str) -> type[typing.Any]:
     """The class of a method's settings: ``method_config("ipo")(output_dir="runs/ipo", tau=0.1)``.
 
     Its fields beside ``AlignConfig``'s are the options of the loss (``LOSSES["ipo"].options``) and of the method. A

@@ -1,7 +1,7 @@
 // out = or += A B for bf16 operands of any layout: blocks of both are packed into panels of 16 lanes, multiplied by an
 // instruction set's own kernels (gemm_fma.inc, gemm_x86.h) and summed in fp32. Products are exact; an element's sum runs
-// over its depth in an order that depends on the depth alone, so its bits depend neither on the block that it is
-// computed in nor on threads.
+// over its depth in an order that depends on the depth, the result's dtype and the instructions alone, so its bits depend
+// neither on the block that it is computed in nor on threads.
 #pragma once
 
 #include <algorithm>

@@ -45,28 +45,54 @@ inline __attribute__((always_inline)) void transpose(__m512i* r) {
 
 inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : (1u << std::max<int64_t>(count, 0)) - 1; }
 
-// One tile, zeros beyond the operand. PairMajor: B's order.
+// PairMajor: B's order.
 template <bool PairMajor>
-inline __attribute__((always_inline)) void pack_tile(const Operand& from, int64_t lane, int64_t depth, uint16_t* to) {
+inline __attribute__((always_inline)) void pack_by_depth(const Operand& from, int64_t lane, int64_t depth, uint16_t* to) {
   __m512i r[16];
-  const int64_t lanes = from.lanes - lane, deep = from.depth - depth;
-  const uint16_t* data = from.data + lane * from.lane_stride + depth * from.depth_stride;
-  if (from.depth_stride == 1) {
-    const __mmask32 mask = first(deep);
-    for (int64_t i = 0; i < 16; ++i)
-      r[i] = i < lanes ? _mm512_maskz_loadu_epi16(mask, data + i * from.lane_stride) : _mm512_setzero_si512();
+  const int64_t lanes = from.lanes - lane;
+  const __mmask32 mask = first(from.depth - depth);
+  const uint16_t* data = from.data + lane * from.lane_stride + depth;
+  for (int64_t i = 0; i < 16; ++i)
+    r[i] = i < lanes ? _mm512_maskz_loadu_epi16(mask, data + i * from.lane_stride) : _mm512_setzero_si512();
+  if (PairMajor) transpose(r);
+  for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + 32 * i, r[i]);
+}
+
+template <bool PairMajor>
+inline __attribute__((always_inline)) void pack_by_lanes(const Operand& from, int64_t lane, int64_t depth, uint16_t* to,
+                                                         uint16_t* next) {
+  // Pairs of lanes 0 to 3, 8 to 11, 16 to 19 and 24 to 27, and of the others.
+  __m512i low[16], high[16];
+  const int64_t deep = from.depth - depth;
+  const __mmask32 mask = first(from.lanes - lane);
+  const uint16_t* data = from.data + lane + depth * from.depth_stride;
+  const auto row = [&](int64_t k) {
+    return k < deep ? _mm512_maskz_loadu_epi16(mask, data + k * from.depth_stride) : _mm512_setzero_si512();
+  };
+  for (int64_t pair = 0; pair < 16; ++pair) {
+    const __m512i even = row(2 * pair), odd = row(2 * pair + 1);
+    low[pair] = _mm512_unpacklo_epi16(even, odd);
+    high[pair] = _mm512_unpackhi_epi16(even, odd);
+  }
+  if (PairMajor) {
+    const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int64_t i = 0; i < 16; ++i) {
+      _mm512_store_si512(to + 32 * i, _mm512_permutex2var_epi64(low[i], front, high[i]));
+      if (next) _mm512_store_si512(next + 32 * i, _mm512_permutex2var_epi64(low[i], back, high[i]));
+    }
   } else {
-    const __mmask16 mask = static_cast<__mmask16>(first(lanes));
-    for (int64_t pair = 0; pair < 16; ++pair) {
-      const uint16_t* even = data + 2 * pair * from.depth_stride;
-      const __m256i zero = _mm256_setzero_si256();
-      const __m256i low = 2 * pair < deep ? _mm256_maskz_loadu_epi16(mask, even) : zero;
-      const __m256i high = 2 * pair + 1 < deep ? _mm256_maskz_loadu_epi16(mask, even + from.depth_stride) : zero;
-      r[pair] = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    transpose(low);
+    transpose(high);
+    for (int64_t i = 0; i < 8; ++i) {
+      const int64_t at = 32 * (i / 4 * 8 + i % 4);
+      _mm512_store_si512(to + at, low[i]);
+      _mm512_store_si512(to + at + 4 * 32, high[i]);
+      if (!next) continue;
+      _mm512_store_si512(next + at, low[8 + i]);
+      _mm512_store_si512(next + at + 4 * 32, high[8 + i]);
     }
   }
-  if ((from.depth_stride != 1) != PairMajor) transpose(r);
-  for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + 32 * i, r[i]);
 }
 
 #include "gemm_pack.inc"

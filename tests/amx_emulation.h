@@ -1,6 +1,7 @@
 // AMX in plain C++, for processors without it: stands in for the intrinsics that csrc/gemm_x86.h uses, when it is included
-// before every other file (gcc's -include). What the instructions do, and when they fault, is the Intel SDM's, volume 2 (LDTILECFG, TILELOADD,
-// TDPBF16PS ...): what would fault ends the program. VCVTNEPS2BF16 too, which AVX-512 has only beside BF16.
+// before every other file (gcc's -include). What the instructions do, and when they fault, is the Intel SDM's, volume 2
+// (LDTILECFG, TILELOADD, TDPBF16PS ...): what would fault ends the program. VCVTNEPS2BF16 too, which AVX-512 has only
+// beside BF16.
 #pragma once
 #ifdef __x86_64__
 #define VK_EMULATE_AMX 1

@@ -69,7 +69,7 @@ def exo_loss(
     item="group",
     formula="-softmax_k(s / temperature) softmax_k(r), summed over a prompt's completions",
     source="arXiv 2405.13516",
-    evidence="unverified",
+    evidence="code",
 )
 def lire_loss(
     policy_logp: Tensor,
@@ -92,8 +92,9 @@ def lire_loss(
         reward: (B,), divided by its own temperature where one is wanted; constants.
         group_ids: (B,) integers, equal for the same prompt. A group of one row has the constant loss -1.
         lengths: (B,) integers, tokens that carry loss; for "mean".
-        temperature: > 0, nats. At 1 and with sums, tens of nats apart, f is one-hot and the gradient vanishes.
-        token_reduction: "sum" | "mean": whether s is a sum over tokens or their mean. Which one is the paper's: open.
+        temperature: > 0, nats. 2 in the authors' code; sums are tens of nats apart there too, where f is one-hot and
+            the gradient vanishes.
+        token_reduction: "sum", as the authors' code has it, or "mean" over the tokens.
 
     Returns:
         (B,) the rows' terms, each in [-1, 0], fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
@@ -102,7 +103,7 @@ def lire_loss(
         TypeError, ValueError: options out of range, "mean" without lengths, shapes and dtypes; on the CPU also rewards
             that are not finite.
 
-    Source: arXiv 2405.13516; the formula is not verified against the paper's text.
+    Source: arXiv 2405.13516; the authors' code.
     """
     check_number("temperature", temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, reward=reward)

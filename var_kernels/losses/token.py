@@ -23,9 +23,7 @@ LENGTH_NORMALIZATIONS = ("sequence", "token", "constant")
 _LARGEST_LOG_RATIO = 20.0
 
 
-@register(
-    "dft", pass_class="B", item="token", formula="-sg(p) lp", source="DFT, arXiv 2508.05629", evidence="unverified"
-)
+@register("dft", pass_class="B", item="token", formula="-sg(p) lp", source="DFT, arXiv 2508.05629", evidence="code")
 def dft_loss(token_logp: Tensor) -> Tensor:
     """Dynamic fine-tuning: each token's negative log-likelihood times its own probability, which is a constant.
 
@@ -42,7 +40,7 @@ def dft_loss(token_logp: Tensor) -> Tensor:
     Raises:
         TypeError: token_logp of integers.
 
-    Source: DFT, arXiv 2508.05629 (its abstract was read; the detached factor is not verified there).
+    Source: DFT, arXiv 2508.05629; the detached factor as in the authors' code.
     """
     check_tokens(token_logp=token_logp)
     logp = wide(token_logp)

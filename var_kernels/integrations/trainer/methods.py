@@ -277,7 +277,7 @@ _ENTRIES = {
     "sail_pp": {"defaults": {"beta": 0.1}, "policy_labels": True},
     "sail_pr": {"defaults": {"beta": 0.1}, "settings": _LABEL_BY},
     "exo": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
-    "lire": {"defaults": {"temperature": 1.0}},
+    "lire": {"defaults": {"temperature": 2.0}},
     "kto": {
         "items": items.judged_rows,
         "need_rewards": "unless_pair",

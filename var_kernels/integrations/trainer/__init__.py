@@ -7,7 +7,8 @@ VARTrainer("my/model", VARConfig(output_dir="runs/var", lam=0.5), train_dataset=
 """
 
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig, method_config
+from var_kernels.integrations.trainer.reward_model import RewardModel
 from var_kernels.integrations.trainer.step import NonFiniteLossError
 from var_kernels.integrations.trainer.trainer import VARTrainer
 
-__all__ = ["AlignConfig", "NonFiniteLossError", "VARConfig", "VARTrainer", "method_config"]
+__all__ = ["AlignConfig", "NonFiniteLossError", "RewardModel", "VARConfig", "VARTrainer", "method_config"]

@@ -17,7 +17,6 @@ from var_kernels.losses import LOSSES, dpo_loss, exo_loss, hinge_loss, ipo_loss,
 
 PAGE = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
 BLOCKS = dict(re.findall(r"## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL))
-PAIR = ("policy_chosen_logp", "policy_rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
 
 
 @pytest.fixture
@@ -54,15 +53,20 @@ def test_the_recipe(registries, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "var_kernels.integrations.trainer.method_config", lambda name: lambda *a, **k: own(name)(*a, **k, **small)
     )
-    exec(compile(BLOCKS["A loss of your own"], "docs/losses.md", "exec"), given)
-    s = linear_logprob(given["hidden"].detach(), given["lm_head_weight"], given["labels"]).sum(1) - given["ref_logp"]
-    want = 0.2 * 2 * (0.2 * (s[0::2] - s[1::2]) - 1)  # dloss / ds of the chosen
+    block = (
+        BLOCKS["A loss of your own"].replace("VARTrainer(model", "trained = VARTrainer(model").replace(".train()", "")
+    )
+    exec(compile(block + "\ntrained.train()", "docs/losses.md", "exec"), given)
+    s = linear_logprob(given["hidden"].detach(), given["lm_head_weight"], given["labels"]).sum(1)
+    margin = 0.1 * (s - given["ref_logp"]).unflatten(0, (2, 2)).diff(dim=1).squeeze(1).neg()
+    slope = 0.1 * (-margin).sigmoid()  # of -log sigmoid(margin), in the rejected half
     leaf = given["hidden"].detach().requires_grad_()
     logp = linear_logprob(leaf, given["lm_head_weight"], given["labels"]).sum(1)
-    ((logp[0::2] - logp[1::2]) * want).sum().backward()
+    (slope * (logp[1::2] - logp[0::2]) - 0.5 * logp[0::2] / 5).sum().backward()
     torch.testing.assert_close(given["hidden"].grad, leaf.grad)
     assert any(not p.equal(q) for p, q in zip(model.parameters(), start.parameters(), strict=True))
-    assert own("squared_margin")("unused", use_cpu=True).beta == 0.1
+    assert own("rpo")("unused", use_cpu=True).alpha == 1.0
+    assert {"pair_margin", "logp_chosen"} <= set(given["trained"].state.log_history[0])
 
 
 def test_what_a_registration_refuses(registries):
@@ -79,6 +83,14 @@ def test_what_a_registration_refuses(registries):
 
     with pytest.raises(ValueError, match=r"'mine' reads wage, and the trainer has group_ids, .*loop of your own"):
         method_config("mine")
+
+    @register("mine too", pass_class="C", item="pair", formula="-tilt s_w + drop s_l")
+    def tilted_loss(policy_chosen_logp, policy_rejected_logp, *, tilt, drop=0.5):
+        return drop * policy_rejected_logp - tilt * policy_chosen_logp
+
+    with pytest.raises(ValueError, match="'mine too' needs a default for tilt"):
+        method_config("mine too")
+    assert LOSSES["mine too"].option_types == {"tilt": float, "drop": float}
 
 
 def test_several_losses_of_one_pass_over_the_head():

@@ -68,8 +68,13 @@ class Loss:
 
     @property
     def option_types(self) -> dict[str, object]:
-        """Annotations of the options."""
-        return {p.name: p.annotation for p in self._parameters() if p.kind is p.KEYWORD_ONLY}
+        """Annotations of the options; else their defaults' types, or float."""
+        kinds = {
+            name: float if default is inspect.Parameter.empty else type(default)
+            for name, default in self.options.items()
+        }
+        annotated = (p for p in self._parameters() if p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty)
+        return kinds | {p.name: p.annotation for p in annotated}
 
     def no_rows(self) -> dict[str, Tensor]:
         """Arguments of an empty batch, on which the function only checks its options."""

@@ -5,6 +5,7 @@ A step is prepared once for all of its micro-batches on this rank (``prepare``),
 batch. The micro-batch losses of a step, summed over accumulation steps and ranks, are the loss of the global batch.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -326,6 +327,10 @@ def find_method(name: str) -> Method:
         raise ValueError(
             f"method: {name!r} reads {', '.join(missing)}, and the trainer has {', '.join(sorted(_IN_THE_DATA))}; make "
             "it of these, or call linear_loss in a loop of your own"
+        )
+    if open_ones := [option for option, default in LOSSES[name].options.items() if default is inspect.Parameter.empty]:
+        raise ValueError(
+            f"method: {name!r} needs a default for {', '.join(open_ones)}; give it in the loss's signature"
         )
     METHODS[name] = _method(name, {})
     return METHODS[name]

@@ -3,7 +3,7 @@
     python benchmarks/gpu_bench.py --out DIR [--minutes 6] [--sections roofs compare ...] [--retry] [--plan] [--dry-run]
 
 Items run in a worker process. One that crashes, or takes longer than its limit, gets a row that says so, and a new
-worker goes on after it. What is in the CSVs is not measured again: the next call continues. ``--dry-run`` runs tiny
+worker goes on after it; so it does after a kernel that left the device unusable for its process. What is in the CSVs is not measured again: the next call continues. ``--dry-run`` runs tiny
 shapes on a CPU. Exit status 1 where something failed that is not another library.
 """
 
@@ -149,10 +149,25 @@ def work(args) -> None:
             rows, failed = [{"note": message(error)}], True
         Table(args.out / f"{item.section}.csv").add(head, item.key, rows)
         report(event="end", **about, failed=failed, note=rows[-1].get("note", ""))
+        if failed and not device_answers(bench):
+            report(event="broken")
+            return
         gc.collect()
         if not bench.dry_run:
             torch.cuda.empty_cache()
     report(event="finished")
+
+
+def device_answers(bench) -> bool:
+    """False after an illegal address or a device-side assertion: this process gets nothing more from the device."""
+    import torch
+
+    try:
+        if not bench.dry_run:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Watch:
@@ -195,6 +210,9 @@ class Watch:
                 event = json.loads(line)
                 if event["event"] == "finished":
                     return True
+                if event["event"] == "broken":
+                    print("    the device is lost to this process: a new one goes on", flush=True)
+                    return False
                 if event["event"] == "begin":
                     current, limit = event, event["limit"]
                     print(f"  {event['left']:4.0f} s left: {event['section']} {event['key']}", flush=True)

@@ -202,9 +202,9 @@ def main() -> int:
         problems = gate(args.folder, args.gate, args.tolerance)
         print("\n".join(problems) or "no ratio to the bare GEMMs rose")
         return 1 if problems else 0
-    from benchmarks.gpu_plots import draw
-
     (args.folder / "summary.md").write_text(summary(args.folder))
+    from benchmarks.gpu_plots import draw  # matplotlib may be missing
+
     drawn = draw(args.folder)
     print(f"{args.folder / 'summary.md'}, {', '.join(path.name for path in drawn)}")
     return 0

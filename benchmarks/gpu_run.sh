@@ -31,6 +31,17 @@ if [ -n "${PACK:-}" ]; then
   (while sleep 10; do pack; done) >/dev/null 2>&1 &
   trap "kill $!; pack" EXIT
 fi
+# What fails in the first call fails in every other: no driver, no C compiler for Triton's launchers, the wrong wheel.
+if [ -z "$dry" ] && ! "$PYTHON" -c '
+import torch
+from var_kernels import linear_logprob
+hidden, weight = (torch.randn(n, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for n in (8, 512))
+linear_logprob(hidden, weight, torch.arange(8, device="cuda")).sum().backward()
+torch.cuda.synchronize()
+'; then
+  echo "the first call on the GPU failed: nothing was measured" >&2
+  exit 1
+fi
 if [ -z "$dry" ] && [ ! -e "$out/tests.finished" ]; then
   cat "$out/tests.csv" > "$out/tests.done" 2>/dev/null
   # Others may import what is not there.

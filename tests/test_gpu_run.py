@@ -115,6 +115,40 @@ def test_failures_are_reported_and_the_rest_still_runs(tmp_path):
     assert "4 to do" in retried.stdout
 
 
+POISONED = """
+    import sys
+    from benchmarks import gpu_bench
+    from benchmarks.gpu_bench import Item
+
+    lost = []
+
+    def breaks(bench):
+        lost.append(True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def fine(bench):
+        assert not lost, "the same process"
+        return [{"ms": 1.5}]
+
+    gpu_bench.device_answers = lambda bench: not lost
+    gpu_bench.all_sections = lambda: {
+        "roofs": lambda dry_run: [Item("roofs", "breaks", breaks, 0.0), Item("roofs", "fine", fine, 0.0)]
+    }
+    sys.exit(gpu_bench.main())
+"""
+
+
+def test_a_lost_device_costs_one_measurement(tmp_path):
+    """A kernel that wrote where it must not leaves a process without a device; a new one measures what is left."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(textwrap.dedent(POISONED))
+    result = run(sys.executable, script, "--dry-run", "--out", tmp_path / "out")
+    rows = {row["key"]: row for row in table(tmp_path / "out" / "roofs.csv")}
+    assert rows["breaks"]["note"] == "failed: RuntimeError: an illegal memory access was encountered"
+    assert rows["fine"]["ms"] == "1.5"
+    assert result.returncode == 1
+
+
 def test_the_plan_of_one_call(tmp_path):
     """What a first call wants most fits into its minutes."""
     result = run(sys.executable, ROOT / "benchmarks" / "gpu_bench.py", "--out", tmp_path, "--plan")
@@ -133,6 +167,15 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert result.returncode == 2
     assert "no CUDA device; --dry-run" in result.stderr
     assert not out.exists()
+
+
+def test_a_first_call_that_fails_ends_the_run(tmp_path):
+    """Before the minutes go into tests and measurements that fail for the same reason."""
+    result = run("bash", ROOT / "benchmarks" / "gpu_run.sh", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert "the first call on the GPU failed" in result.stderr
+    assert "CUDA" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["ours, one pass", "ours, any gradient", "ours, frozen head"])

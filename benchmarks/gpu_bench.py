@@ -3,8 +3,9 @@
     python benchmarks/gpu_bench.py --out DIR [--minutes 6] [--sections roofs compare ...] [--retry] [--plan] [--dry-run]
 
 Items run in a worker process. One that crashes, or takes longer than its limit, gets a row that says so, and a new
-worker goes on after it; so it does after a kernel that left the device unusable for its process. What is in the CSVs is not measured again: the next call continues. ``--dry-run`` runs tiny
-shapes on a CPU. Exit status 1 where something failed that is not another library.
+worker goes on after it; so it does after a kernel that left the device unusable for its process. What is in the CSVs is
+not measured again: the next call continues. ``--dry-run`` runs tiny shapes on a CPU. Exit status 1 where something
+failed that is not another library.
 """
 
 import argparse

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, per_token, wide
 from var_kernels.losses.registry import register
-from var_kernels.losses.segments import group_rows
+from var_kernels.losses.segments import Groups, group_rows
 
 ADVANTAGE_EPS = 1e-4  # as other trainers have it
 
@@ -57,8 +57,9 @@ def exo_loss(
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     check_constants(ref_logp=ref_logp, reward=reward)
-    log_f_B = group_log_softmax(beta * (wide(policy_logp) - wide(ref_logp.detach())), group_ids)
-    log_p_B = group_log_softmax(wide(reward.detach()) / reward_temperature, group_ids)
+    groups = group_rows(group_ids)
+    log_f_B = group_log_softmax(beta * (wide(policy_logp) - wide(ref_logp.detach())), groups)
+    log_p_B = group_log_softmax(wide(reward.detach()) / reward_temperature, groups)
     f_B = log_f_B.exp()
     return f_B * (log_f_B - log_p_B).where(f_B > 0, 0.0)
 
@@ -110,8 +111,9 @@ def lire_loss(
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     check_constants(reward=reward)
     s_B = per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
-    log_f_B = group_log_softmax(s_B / temperature, group_ids)
-    log_r_B = group_log_softmax(wide(reward.detach()), group_ids)
+    groups = group_rows(group_ids)
+    log_f_B = group_log_softmax(s_B / temperature, groups)
+    log_r_B = group_log_softmax(wide(reward.detach()), groups)
     return -(log_f_B + log_r_B).exp()
 
 
@@ -198,9 +200,8 @@ def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = 
     return advantage_B.to(wide(reward).dtype)
 
 
-def group_log_softmax(score_B: Tensor, group_ids: Tensor) -> Tensor:
+def group_log_softmax(score_B: Tensor, groups: Groups) -> Tensor:
     """score - LSE of the scores of the row's group: (B,), differentiable; 0 for a group of one."""
-    groups = group_rows(group_ids)
     top_B = groups.max(score_B)
     # the difference to the maximum is formed first: fp32 sums of a thousand nats would lose four digits in an LSE
     below_top_B = (score_B - top_B).where(top_B > -torch.inf, 0.0)  # rows that are all -inf count alike

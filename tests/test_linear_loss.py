@@ -163,6 +163,8 @@ def call(name="ipo", labels=None, inputs=None, item_weight=None, **options):
             {"inputs": {"ref_logp": torch.zeros(B), "wage": torch.zeros(B)}},
             "takes no inputs 'wage'; it reads 'ref_logp'",
         ),
+        ({"inputs": [0.0] * B}, "inputs must be a mapping from names to tensors, got list"),
+        ({"inputs": {"ref_logp": [0.0] * B}}, r"inputs\['ref_logp'\] must be a tensor, got list"),
         ({"item_weight": torch.ones(B)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8,\)"),
         ({"item_weight": torch.ones(B, 1)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8, 1\)"),
         ({"labels": torch.zeros(B * T, dtype=torch.int64)}, r"labels must be padded \(B, T\)"),

@@ -225,6 +225,14 @@ def test_sequence_sum_gradcheck(packed):
     assert total(values).shape == (3 if packed else 2,)
 
 
+def test_lists_in_place_of_tensors_are_refused_by_name():
+    batch = Batch(torch.float32)
+    with pytest.raises(TypeError, match=r"cu_seqlens must be a tensor \(B \+ 1,\), got list"):
+        sequence_sum(torch.zeros(6), cu_seqlens=[0, 2, 6])
+    with pytest.raises(TypeError, match=r"ref_logp must be a torch.Tensor, got list"):
+        var_loss(batch.hidden, batch.lm_head_weight, batch.labels, batch.rewards, batch.ref_logp.tolist(), lam=1.0)
+
+
 def test_sequence_sum_keeps_its_digits():
     values = torch.full((100_000,), -0.1)  # fp32 alone, added one by one, is off by more than a nat
     cu_seqlens = torch.tensor([0, 100_000], dtype=torch.int32)

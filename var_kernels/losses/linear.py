@@ -84,6 +84,8 @@ def linear_loss(
             f"engine='one_pass' cannot serve {name!r}, a loss of class {loss.pass_class}: its gradient needs whole "
             "sequences before any token's is known; pass engine='auto'"
         )
+    if not isinstance(inputs, Mapping | None):
+        raise TypeError(f"inputs must be a mapping from names to tensors, got {type(inputs).__name__}")
     rows = _Rows(loss, dict(inputs or {}), item_weight, labels, cu_seqlens, ignore_index)
     head = {"ignore_index": ignore_index, **(head_options or {})}
     asked = {"return_logp": return_logp, "return_argmax": return_argmax}
@@ -115,6 +117,9 @@ class _Rows:
 
     def __init__(self, loss: Loss, inputs: dict[str, Tensor], item_weight, labels: Tensor, cu_seqlens, ignore_index):
         self.loss, self.inputs, self.labels = loss, inputs, labels
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"inputs[{name!r}] must be a tensor, got {type(value).__name__}; use torch.tensor(...)")
         self.item_weight = None if item_weight is None else item_weight.detach()
         self.layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
         if cu_seqlens is None and labels.dim() != 2:

@@ -103,6 +103,8 @@ def expand_to_tokens(per_sequence_B: Tensor, labels: Tensor, cu_seqlens: Tensor 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
     """Refuse a cu_seqlens of the wrong form; its values are read on the CPU only."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor (B + 1,), got {type(cu_seqlens).__name__}; use torch.tensor(...)")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             f"cu_seqlens must be (B + 1,) int32 or int64, got shape {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "

@@ -184,7 +184,8 @@ def var_loss(
             head, labels, token_weight, weights.weight, cu_seqlens, ignore_index, return_stats, head_options
         )
     else:
-        if ref_logp is not None and normalizer != "cross" and ref_logp.shape == labels.shape != rewards.shape:
+        of_tokens = isinstance(ref_logp, Tensor) and ref_logp.shape == labels.shape != rewards.shape
+        if of_tokens and normalizer != "cross":
             ref_logp = sequence_sum(ref_logp, labels, **layout)
         if lengths is None:
             lengths = sequence_lengths(labels, **layout)

@@ -6,7 +6,7 @@ import torch
 from tests.mutation import mutant_of
 from tests.op_cases import Case, check_logprob, check_weighted_nll
 from tests.tolerance import rms
-from var_kernels.ops import engines, frozen, linear_logprob, linear_weighted_nll, logprob
+from var_kernels.ops import checks, engines, frozen, linear_logprob, linear_weighted_nll, logprob
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
 
@@ -169,3 +169,17 @@ def test_a_mistake_is_refused(mistake, target, small_tiles, monkeypatch, tmp_pat
         check, case = check_rising, "rising"
     with pytest.raises(AssertionError):
         check(case, target.device)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_label_that_nobody_looked_at(target, frozen, monkeypatch):
+    """Beyond the vocabulary, on an accelerator, whose values are not read: NaN in its own row, no other harm."""
+    monkeypatch.setattr(checks, "values_readable", lambda t: False)
+    hidden, weight, labels, _ = Case("", ignored=0.0).inputs(target.device)
+    labels[3] = weight.shape[0]
+    logp = linear_logprob(hidden, weight.detach() if frozen else weight, labels)
+    logp.sum().backward()
+    right = torch.arange(len(labels), device=logp.device) != 3
+    assert logp[3].isnan()
+    assert logp[right].isfinite().all()
+    assert hidden.grad[right].isfinite().all()

@@ -103,7 +103,8 @@ def _divide(
     sum_nd.mul_((prob_n * (pivot_n - stats.max_N - log_sum_n).exp()).unsqueeze(1))
     label_n = prob_n + label_n + prob_n * (label_logit_n - stats.max_N - log_sum_n).expm1()
     label_n = label_n * head.options.transform.derivative(label_logit_n)
-    labels_n = head.labels_NK[rows].squeeze(1)
+    # A label beyond the vocabulary, not looked for on a GPU, has a logit of NaN: there is no vector of it to read.
+    labels_n = head.labels_NK[rows].squeeze(1).clamp(0, head.v - 1)
     for start, stop in spans(0, labels_n.shape[0], _GATHERED_ROWS):
         vectors_nd = head.lm_head_weight_VD[labels_n[start:stop]].to(sum_nd.dtype)
         sum_nd[start:stop].addcmul_(vectors_nd, label_n[start:stop].unsqueeze(1))

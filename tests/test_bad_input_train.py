@@ -292,6 +292,16 @@ TRAINERS = {
         ValueError,
         "the tokenizer has 270 tokens but the model embeds 100",
     ),
+    "a small reference": (
+        lambda f: tiny_trainer(f, trainer_options={"ref_model": _shrunk_model()}),
+        ValueError,
+        "the tokenizer has 270 tokens but the ref_model embeds 100",
+    ),
+    "a model from nowhere without a tokenizer": (
+        lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS),
+        ValueError,
+        "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere",
+    ),
     "no end of sequence": (
         lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS, processing_class=without_eos()),
         ValueError,

@@ -43,7 +43,7 @@ def test_an_adapters_path_is_the_model_that_it_makes_and_learns(adapter, tmp_pat
         processing_class=tokenizer(),
         ref_model=str(path),
     )
-    own = VARTrainer(str(path), tiny_config(tmp_path), ROWS)
+    own = VARTrainer(str(path), tiny_config(tmp_path), ROWS, processing_class=str(path))
     assert torch.equal(reference.train_dataset.rows.columns["ref_logp"], own.train_dataset.rows.columns["ref_logp"])
 
 

@@ -1,7 +1,7 @@
-"""A causal LM by its name or path."""
+"""A causal LM, and a tokenizer, by name or path."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
@@ -17,3 +17,15 @@ def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTr
         model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype).merge_and_unload().requires_grad_(True)
         model.config._name_or_path = name
     return model
+
+
+def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """What was given, what has that name, or what lies where the model came from."""
+    if given is not None and not isinstance(given, str):
+        return given
+    name = given or model.config._name_or_path
+    if not name:
+        raise ValueError(
+            "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere; pass the tokenizer"
+        )
+    return AutoTokenizer.from_pretrained(name)

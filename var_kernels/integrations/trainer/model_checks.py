@@ -11,11 +11,11 @@ from var_kernels.integrations.trainer.sharding import rows_of
 logger = logging.getLogger(__name__)
 
 
-def check_vocabulary(model, tokenizer) -> None:
+def check_vocabulary(model, tokenizer, role: str = "model") -> None:
     size = rows_of(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {size}: use the model's own "
+            f"the tokenizer has {len(tokenizer)} tokens but the {role} embeds {size}: use the model's own "
             "tokenizer, or resize_token_embeddings"
         )
 

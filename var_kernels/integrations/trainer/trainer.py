@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from var_kernels.integrations.data import (
     EncodedRows,
@@ -26,7 +26,7 @@ from var_kernels.integrations.trainer.checkpoints import Checkpoints
 from var_kernels.integrations.trainer.collator import Items, RowCollator, tables_of
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.evaluation import Evaluation
-from var_kernels.integrations.trainer.loading import load_causal_lm
+from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
 from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_checks import (
@@ -71,7 +71,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             completions, or pairs, or prompts with all their completions where the method compares those.
         train_dataset, eval_dataset: rows in a form of docs/data.md (dicts, a datasets.Dataset), or what
             ``load_examples`` returns. eval_dataset may be several by name, ``{"short": rows, "long": rows}``.
-        processing_class: the tokenizer; by default the model's own.
+        processing_class: the tokenizer, or its name or path; by default the model's own.
         ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
             adapter.
         reward_func: ``f(prompts, completions) -> floats``, replaces the rewards in the data. A ``RewardModel`` is one.
@@ -109,13 +109,14 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             model = load_causal_lm(model)
         if isinstance(ref_model, str):
             ref_model = load_causal_lm(ref_model)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        processing_class = load_tokenizer(processing_class, model)
         self.method = METHODS[args.method]
         self.pad_token_id = next(
             i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None
         )
         check_vocabulary(model, processing_class)
+        if ref_model is not None:
+            check_vocabulary(ref_model, processing_class, "ref_model")
         calibrate_first_rank(model, args.device, args.process_index)  # a head that is not understood is refused here
         self.online = None
         if args.online:

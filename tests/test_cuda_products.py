@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.kl_cases import KLCase, run_case
 from tests.op_cases import BF16, Case, check_logprob, check_weighted_nll
 from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients
 from var_kernels.ops import gemm
 from var_kernels.ops.backend import use_backend
 
@@ -123,3 +125,21 @@ def test_what_torch_widens(major, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
     assert not gemm.widens(FP16, CUDA)
     gemm._cuda_major.cache_clear()
+
+
+def test_a_launch_takes_plain_floats(monkeypatch):
+    """A softcap from numpy works in the interpreter, but not in a launch on a GPU."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from var_kernels.kernels import rows_triton
+
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **named: given.update(named)
+
+    monkeypatch.setattr(rows_triton, "_row_grad_kernel", Kernel())
+    tile, labels, ones = torch.zeros(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)
+    transform = LogitTransform(softcap=np.float32(5))
+    rows_triton.row_grad(tile, labels, ones, RowCoefficients(ones, ones[:, None]), 0, None, transform, torch.float32)
+    assert {type(given[name]) for name in ("scale", "cap", "inner", "cap_slope")} == {float}

@@ -194,7 +194,7 @@ _TRITON_DTYPE = {
 
 def _scalars(transform: LogitTransform) -> dict[str, float]:
     """scale: dz/dx without the cap's derivative. cap, inner, cap_slope: z = cap tanh(inner x), tanh = cap_slope z."""
-    softcap = transform.softcap or 1.0
+    softcap = float(transform.softcap or 1.0)  # a launch takes no numpy.float32
     return {
         "scale": transform.slope,
         "cap": softcap / transform.temperature,
@@ -292,7 +292,7 @@ def row_grad(
             labels_nk.shape[1],
             v_start,
             **_scalars(transform),
-            cap_slope=0.0 if softcap is None else transform.temperature / softcap,
+            cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
             BLOCK=_block(columns),
             OUT=_TRITON_DTYPE[out_dtype],
             HAS_BIAS=bias_v is not None,

@@ -333,7 +333,7 @@ def var_weights(
     if tokens:
         # Rows behind the last packed sequence belong to none: they stay 0.
         token_weight = (torch.zeros if packed else torch.empty)(labels.shape, dtype=dtype, device=device)
-    layout = {"B": b, "T": labels.shape[1] if tokens and not packed else 0, "ignore_index": ignore_index}
+    layout = {"B": b, "T": labels.shape[1] if tokens and not packed else 0, "ignore_index": int(ignore_index)}
     layout |= {"PACKED": packed}
     labels = unused if labels is None else labels.contiguous()
     cu_seqlens = unused if cu_seqlens is None else cu_seqlens.contiguous()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import rows_native
+from .compile_time import compile_time
 
 # Instructions of the GEMM: None for the fastest of this machine, else an index of LEVEL_NAMES; 0: torch's GEMMs. Those
 # up to AVX-512 multiply widened operands, the last two pairs of bf16.
@@ -34,6 +35,7 @@ def _level() -> int:
     return best_level() if LEVEL is None else LEVEL
 
 
+@compile_time
 def runs() -> bool:
     """Whether the extension is there, and wanted."""
     return _level() > 0

@@ -1,16 +1,15 @@
 """``linear_prob_lse``: log sum_v exp(alpha p_v) over the vocabulary's probabilities, for AVA's Q read literally."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from var_kernels.ops import checks
 from var_kernels.ops.call import prepare
+from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
 from var_kernels.ops.engines import forward_pass
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Head, Needs
+from var_kernels.ops.head import Head, Needs, accumulation_dtype
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
 from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
 
@@ -44,8 +43,7 @@ def linear_prob_lse(
         alpha: > 0.
 
     Returns:
-        The shape of labels, nats, between log V and log V + alpha, 0 where ignored; fp32 (fp64 for fp64). Under
-        torch.compile the graph breaks here.
+        The shape of labels, nats, between log V and log V + alpha, 0 where ignored; fp32 (fp64 for fp64).
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
@@ -61,17 +59,11 @@ def linear_prob_lse(
         )
     options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "precision": precision}
     options |= {"low_rank": low_rank, "ignore_index": ignore_index, "workspace_mb": workspace_mb}
-    run = _eager_prob_lse if torch.compiler.is_compiling() else _prob_lse
-    return run(hidden, lm_head_weight, labels, bias, float(alpha), options)
-
-
-def _prob_lse(hidden, lm_head_weight, labels, bias, alpha: float, options) -> Tensor:
     call = prepare(hidden, lm_head_weight, labels, bias, label_smoothing=0.0, **options)
-    checks.check_eager("linear_prob_lse", call.traced)
-    return call.restore(LinearProbLseFunction.apply(*call.tensors, call.labels_NK, alpha, call.options, call.needs))
-
-
-_eager_prob_lse = _disable_dynamo(_prob_lse)
+    tensors, alpha = [*call.tensors, call.labels_NK], float(alpha)
+    if call.traced:
+        return call.restore(_prob_lse_op(OpCall(tensors, call.options, call.needs, [alpha]))[0])
+    return call.restore(LinearProbLseFunction.apply(*tensors, alpha, call.options, call.needs))
 
 
 @dataclass
@@ -142,6 +134,17 @@ class _Tiles:
         return gradients_by_slices(head, needs, plan, tile_gradient)
 
 
+def _forward(head: Head, alpha: float) -> tuple[Tensor, ...]:
+    """log sum_v exp(alpha p_v), and what the backward begins with, each (N,)."""
+    stats = forward_pass(head)
+    total_N, mean_N = _Tiles(head, alpha, stats.max_N, stats.sumexp_N).sums()
+    return alpha / stats.sumexp_N + total_N.log(), stats.max_N, stats.sumexp_N, total_N, mean_N
+
+
+def _backward(head: Head, needs: Needs, alpha: float, max_N, sumexp_N, total_N, mean_N, upstream_N):
+    return _Tiles(head, alpha, max_N, sumexp_N).gradients(needs, total_N, mean_N, upstream_N).tensors
+
+
 class LinearProbLseFunction(torch.autograd.Function):
     """(the five of ``HeadCall.tensors``, labels_NK, alpha, options, needs) -> log sum_v exp(alpha p_v), (N,)."""
 
@@ -149,16 +152,41 @@ class LinearProbLseFunction(torch.autograd.Function):
     def forward(ctx, *args):
         *tensors, labels_NK, alpha, options, needs = args
         ctx.alpha, ctx.options, ctx.needs = alpha, options, needs
-        head = Head.of(tensors, labels_NK, options)
-        stats = forward_pass(head)
-        total_N, mean_N = _Tiles(head, alpha, stats.max_N, stats.sumexp_N).sums()
+        prob_lse_N, *begun = _forward(Head.of(tensors, labels_NK, options), alpha)
         if needs:
-            ctx.save_for_backward(*tensors, labels_NK, stats.max_N, stats.sumexp_N, total_N, mean_N)
-        return alpha / stats.sumexp_N + total_N.log()
+            ctx.save_for_backward(*tensors, labels_NK, *begun)
+        return prob_lse_N
 
     @staticmethod
     @first_order
     def backward(ctx, upstream_N):
         *tensors, labels_NK, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
-        tiles = _Tiles(Head.of(tensors, labels_NK, ctx.options), ctx.alpha, max_N, sumexp_N)
-        return (*tiles.gradients(ctx.needs, total_N, mean_N, upstream_N).tensors, *(None,) * 4)
+        head = Head.of(tensors, labels_NK, ctx.options)
+        begun = max_N, sumexp_N, total_N, mean_N
+        return (*_backward(head, ctx.needs, ctx.alpha, *begun, upstream_N), *(None,) * 4)
+
+
+# ---- under torch.compile ---------------------------------------------------------------------------------------------
+
+
+def _run(call: OpCall) -> list[Tensor | None]:
+    return list(_forward(call.head(call.tensors[5]), call.numbers[0]))
+
+
+def _shapes(call: OpCall) -> list[Tensor | None]:
+    hidden_ND = call.tensors[0]
+    dtype = accumulation_dtype(hidden_ND.dtype)
+    return [hidden_ND.new_empty(hidden_ND.shape[0], dtype=dtype) for _ in range(5)]
+
+
+def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
+    return _prob_lse_backward_op(replace(call, tensors=[*call.tensors, *outputs[1:], upstream[0]]))
+
+
+def _run_backward(call: OpCall) -> list[Tensor | None]:
+    labels_NK, *begun_and_upstream = call.tensors[5:]
+    return list(_backward(call.head(labels_NK), call.needs, call.numbers[0], *begun_and_upstream))
+
+
+_prob_lse_op = registered("prob_lse", _run, _shapes, _gradients)
+_prob_lse_backward_op = registered("prob_lse_backward", _run_backward, gradient_shapes)

@@ -1,6 +1,5 @@
 """Which implementation of the row kernels runs: chosen by device and dtype, or forced."""
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from types import ModuleType
 import torch
 
 from var_kernels.kernels import gemm_native, rows_native
+from var_kernels.kernels.compile_time import compile_time
 
 BACKENDS = ("torch", "native", "triton")
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
@@ -33,8 +33,13 @@ def _known(name: str, source: str) -> None:
         raise ValueError(f"{source}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
+@compile_time
 def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
-    """(name, reason). A forced backend that cannot run is refused; nothing falls back in silence."""
+    """(name, reason). A forced backend that cannot run is refused; nothing falls back in silence. Under
+    torch.compile it is a constant of the graph.
+    """
+    if device.type == "meta":
+        return "torch", "a meta tensor holds no values"
     forced = _forced or os.environ.get(_ENVIRONMENT)
     if forced:
         _known(forced, _ENVIRONMENT if _forced is None else "use_backend")
@@ -81,4 +86,11 @@ _OBSTACLES = {
 
 def row_kernels(name: str) -> ModuleType:
     """The module of a backend: row_stats, row_grad, temporary_bytes, COPIES_GRADIENT."""
-    return importlib.import_module(f"var_kernels.kernels.rows_{name}")
+    # Statements, not importlib: torch.compile traces them.
+    if name == "torch":
+        from var_kernels.kernels import rows_torch as kernels
+    elif name == "native":
+        from var_kernels.kernels import rows_native as kernels
+    else:
+        from var_kernels.kernels import rows_triton as kernels
+    return kernels

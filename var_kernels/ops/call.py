@@ -8,8 +8,8 @@ from torch import Tensor
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.head import HeadOptions, Needs, tile_dtype
-from var_kernels.ops.workspace import UNKNOWN, budget_bytes
+from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
+from var_kernels.ops.workspace import budget_bytes
 
 
 @dataclass
@@ -40,6 +40,10 @@ class HeadCall:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What may have a gradient, in the order in which autograd functions and registered ops take it."""
         return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
+
+    @property
+    def head(self) -> Head:
+        return Head.of(self.tensors, self.labels_NK, self.options)
 
     def restore(self, values: Tensor, fill: float = 0) -> Tensor:
         """(n,) or (n, K) of the kept rows -> the call's leading shape, ``fill`` in the other rows."""
@@ -177,10 +181,8 @@ def prepare(
         left=grad and left is not None and left.requires_grad,
         right=grad and right is not None and right.requires_grad,
     )
-    budget = UNKNOWN if traced and workspace_mb is None else budget_bytes(workspace_mb, lm_head_weight)
-    # spelled out: torch 2.11 does not trace bool(needs)
-    asked = needs.hidden or needs.lm_head_weight or needs.bias or needs.left or needs.right
-    checks.check_budget(budget, asked)
+    budget = budget_bytes(workspace_mb, lm_head_weight)
+    checks.check_budget(budget, needs.some)
     return HeadCall(
         hidden_ND=hidden_ND,
         lm_head_weight_VD=lm_head_weight,
@@ -197,7 +199,7 @@ def prepare(
             label_smoothing=label_smoothing,
             precision=precision,
             budget=budget,
-            backend="" if traced else choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
+            backend=choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
             lse=lse,
             entropy=entropy,
             argmax=argmax,

@@ -92,18 +92,10 @@ def check_whole(name: str, value: Tensor) -> None:
         )
 
 
-def check_eager(op: str, traced: bool) -> None:
-    if traced:
-        raise TypeError(
-            f"hidden must hold values for {op}, got a tensor of shapes alone (torch.export, a fake or a meta tensor); "
-            "the op is not registered: leave it outside of what is exported"
-        )
-
-
 def check_no_transform() -> None:
     """torch.func would refuse the autograd.Functions below it in words about their insides."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and not torch.compiler.is_compiling() and active():
+    if active is not None and active():
         raise TypeError(
             "hidden must be no tensor of a torch.func transform (grad, vmap, jvp, vjp), got a call inside of one; call "
             "the op on the whole batch and use torch.autograd.grad"

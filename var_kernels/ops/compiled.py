@@ -1,280 +1,124 @@
 """The primitives as ``torch.library`` ops, for torch.compile: opaque to the compiler, shapes and gradients registered.
 
 Under the compiler an autograd.Function is traced through, so the public functions take this way when they are being
-compiled. Rows that do not count are masked, not left out: their number would have to be read from the device.
+compiled. Engines, backend, budget and what is kept are chosen where the call is prepared, as ever, and become arguments
+of the op: what it returns follows from them and from shapes. Rows that do not count are masked, not left out: their
+number would have to be read from the device. Each op is declared beside its autograd.Function.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits, vocabulary_pass
-from var_kernels.ops.head import Gradients, Head, HeadOptions, Needs, tile_dtype
-from var_kernels.ops.workspace import UNKNOWN, budget_bytes
+from var_kernels.ops.head import Head, HeadOptions, Needs
+
+# One for all ops: lists, which ``_packed`` and ``_unpacked`` write and read.
+_SCHEMA = "(Tensor[] tensors, bool[] given, float[] numbers, SymInt[] sizes, bool[] flags, str[] words) -> Tensor[]"
 
 
-def _head(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    labels: Tensor,
-    scales: list[float],
-    precision: str,
-    budget: int,
-    entropy: bool = False,
-    argmax: bool = False,
-) -> Head:
-    """scales: logit_scale, softcap (0: none), temperature, label_smoothing."""
-    logit_scale, softcap, temperature, label_smoothing = scales
-    backend, _ = choose_backend(hidden.device, tile_dtype(hidden.dtype, precision))
-    transform = LogitTransform(logit_scale, softcap or None, temperature)
-    budget = budget_bytes(None, lm_head_weight) if budget == UNKNOWN else budget
-    options = HeadOptions(transform, label_smoothing, precision, budget, backend, entropy=entropy, argmax=argmax)
-    return Head(hidden, lm_head_weight, bias, labels, options, left, right)
+@dataclass
+class OpCall:
+    """What a registered op is called with: the five of ``HeadCall.tensors`` and others of the op's own; the head's
+    options; numbers (z_loss, alpha, ...), sizes, flags and words of the op's own.
+    """
+
+    tensors: list[Tensor | None]
+    options: HeadOptions
+    needs: Needs
+    numbers: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    flags: list[bool] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+    def head(self, labels_NK: Tensor) -> Head:
+        return Head.of(self.tensors[:5], labels_NK, self.options)
 
 
-def flat_options(options: HeadOptions) -> tuple[list[float], str, int]:
-    """(scales, precision, budget), as the ops take them."""
-    transform = options.transform
-    scales = [transform.logit_scale, transform.softcap or 0.0, transform.temperature, options.label_smoothing]
-    return scales, options.precision, options.budget
+def packed_transform(transform: LogitTransform) -> list[float]:
+    return [transform.logit_scale, transform.softcap or 0.0, transform.temperature]
 
 
-def underflows(operand: torch.dtype) -> bool:
-    """fp16 loses gradients that are made before a GradScaler's factor is known: p_v / num_items is below 6e-8."""
-    return operand == torch.float16
+def unpacked_transform(numbers: list[float]) -> LogitTransform:
+    logit_scale, softcap, temperature = numbers
+    return LogitTransform(logit_scale, softcap or None, temperature)
 
 
-def _wide(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _none(like: Tensor) -> Tensor:
-    """An op returns tensors; an empty one stands for None."""
-    return like.new_empty(0)
-
-
-# ---- log-probs -------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("var_kernels::logprob", mutates_args=())
-def logprob(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    labels: Tensor,
-    scales: list[float],
-    precision: str,
-    budget: int,
-    entropy: bool,
-    argmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp (N, K), lse (N,), entropy (N,) or (0,), argmax (N,) or (0,)."""
-    head = _head(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget, entropy, argmax)
-    stats = forward_pass(head)
-    lse = stats.lse_N
+def _packed(call: OpCall):
+    options = call.options
     return (
-        stats.logp_NK(head.options.label_smoothing, head.v),
-        lse,
-        stats.entropy_N if entropy else _none(lse),
-        stats.argmax_N if argmax else _none(labels),
+        [t for t in call.tensors if t is not None],
+        [t is not None for t in call.tensors],
+        [*packed_transform(options.transform), options.label_smoothing, *call.numbers],
+        [options.budget, *call.sizes],
+        [*call.needs.flags, options.lse, options.entropy, options.argmax, *call.flags],
+        [options.precision, options.backend, *call.words],
     )
 
 
-@logprob.register_fake
-def _(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget, entropy, argmax):
-    n, wide = hidden.shape[0], _wide(hidden)
-    return (
-        hidden.new_empty(labels.shape, dtype=wide),
-        hidden.new_empty(n, dtype=wide),
-        hidden.new_empty(n if entropy else 0, dtype=wide),
-        labels.new_empty(n if argmax else 0),
-    )
+def _unpacked(tensors, given, numbers, sizes, flags, words) -> OpCall:
+    present = iter(tensors)
+    precision, backend, *words = words
+    budget, *sizes = sizes
+    transform = unpacked_transform(numbers[:3])
+    options = HeadOptions(transform, numbers[3], precision, budget, backend, *flags[5:8])
+    tensors = [next(present) if there else None for there in given]
+    return OpCall(tensors, options, Needs(*flags[:5]), list(numbers[4:]), sizes, list(flags[8:]), words)
 
 
-@torch.library.custom_op("var_kernels::logprob_backward", mutates_args=())
-def logprob_backward(
-    dlogp: Tensor,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    labels: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    scales: list[float],
-    precision: str,
-    budget: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dhidden, dlm_head_weight, dbias, dleft, dright; an empty tensor where not needed."""
-    head = _head(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget)
-    coefficients = head.coefficients(dlogp.contiguous(), dlse, dentropy, entropy if dentropy is not None else None)
-    return _outputs(vocabulary_pass(head, Needs(*needs), lse, coefficients).cast(head.operand, head.factor), hidden)
+def registered(
+    name: str,
+    run: Callable[[OpCall], list[Tensor | None]],
+    shapes: Callable[[OpCall], list[Tensor | None]],
+    gradients: Callable[[OpCall, tuple[Tensor, ...], list[Tensor | None]], list[Tensor]] | None = None,
+) -> Callable[[OpCall], list[Tensor]]:
+    """The op ``var_kernels::name``, whose outputs are ``run(call)``, contiguous, an empty tensor for None.
+
+    shapes(call): tensors like the outputs, for a call without values. gradients(call, outputs, upstream): of
+    call.tensors, as many as may have one, by operations that can be traced (another op of this kind, for one); those of
+    the five that are not needed are dropped.
+    """
+
+    def outputs_of(function):
+        def outputs(*arguments) -> list[Tensor]:
+            like = arguments[0][0]
+            return [like.new_empty(0) if t is None else t for t in function(_unpacked(*arguments))]
+
+        return outputs
+
+    op = torch.library.custom_op(f"var_kernels::{name}", outputs_of(run), mutates_args=(), schema=_SCHEMA)
+    op.register_fake(outputs_of(shapes))
+
+    def keep(ctx, inputs, output):
+        tensors, *ctx.others = inputs
+        ctx.set_materialize_grads(False)
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *output)
+
+    def backward(ctx, upstream):
+        saved, found = ctx.saved_tensors, []
+        call = _unpacked(saved[: ctx.count], *ctx.others)
+        if any(g is not None for g in upstream):
+            found = gradients(call, saved[ctx.count :], upstream)
+        found = [*found, *[None] * (len(call.tensors) - len(found))]
+        wanted = [*call.needs.flags, *[True] * (len(found) - 5)]
+        found = [g if want else None for g, want in zip(found, wanted, strict=True)]
+        return [g for g, t in zip(found, call.tensors, strict=True) if t is not None], *(None,) * 5
+
+    if gradients is not None:
+        op.register_autograd(backward, setup_context=keep)
+    return lambda call: op(*_packed(call))
 
 
-def _outputs(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_none(like) if g is None else g for g in gradients.tensors)
+def gradient_shapes(call: OpCall) -> list[Tensor | None]:
+    """Of what ``Gradients.tensors`` holds, in the operands' dtypes."""
+    return [
+        t.new_empty(t.shape) if needed else None for t, needed in zip(call.tensors[:5], call.needs.flags, strict=True)
+    ]
 
 
-def _fake_gradients(hidden, lm_head_weight, left, right, needs):
-    shapes = [hidden.shape, lm_head_weight.shape, lm_head_weight.shape[:1]]
-    shapes += [() if factor is None else factor.shape for factor in (left, right)]
-    dtypes = [hidden.dtype] * 3 + [hidden.dtype if factor is None else factor.dtype for factor in (left, right)]
-    return tuple(
-        hidden.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
-        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
-    )
-
-
-@logprob_backward.register_fake
-def _(
-    dlogp,
-    dlse,
-    dentropy,
-    hidden,
-    lm_head_weight,
-    bias,
-    left,
-    right,
-    labels,
-    lse,
-    entropy,
-    scales,
-    precision,
-    budget,
-    needs,
-):
-    return _fake_gradients(hidden, lm_head_weight, left, right, needs)
-
-
-def _logprob_context(ctx, inputs, output):
-    *tensors, ctx.scales, ctx.precision, ctx.budget, _, _ = inputs
-    _, lse, entropy, _ = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, lse, entropy)
-
-
-def _logprob_backward(ctx, dlogp, dlse, dentropy, _):
-    if dlogp is None and dlse is None and dentropy is None:
-        return (None,) * 11
-    *tensors, labels, lse, entropy = ctx.saved_tensors
-    if dlogp is None:
-        dlogp = torch.zeros(labels.shape, dtype=lse.dtype, device=lse.device)
-    needs = list(ctx.needs_input_grad[:5])
-    gradients = logprob_backward(
-        dlogp,
-        dlse,
-        dentropy,
-        *tensors,
-        labels,
-        lse,
-        entropy,
-        ctx.scales,
-        ctx.precision,
-        ctx.budget,
-        needs,
-    )
-    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * 6)
-
-
-logprob.register_autograd(_logprob_backward, setup_context=_logprob_context)
-
-
-# ---- the weighted loss -----------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("var_kernels::weighted_nll", mutates_args=())
-def weighted_nll(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    bias: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    token_weight: Tensor,
-    labels: Tensor,
-    kept: Tensor,
-    scales: list[float],
-    z_loss: float,
-    precision: str,
-    budget: int,
-    engine: str,
-    needs: list[bool],
-    argmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logp (N, K), argmax (N,) or (0,), nll (N, K), dhidden, dlm_head_weight, dbias, dleft, dright."""
-    head = _head(hidden, lm_head_weight, bias, left, right, labels, scales, precision, budget, argmax=argmax)
-    wanted = Needs(*needs)
-
-    def coefficients_of(rows, stats):
-        weight = token_weight[rows]
-        return head.coefficients(-weight, 2 * z_loss * weight.sum(1) * stats.lse_N if z_loss else None)
-
-    fits = not underflows(head.operand) and one_pass_fits(head, wanted)
-    if wanted and (engine == "one_pass" or (engine == "auto" and fits)):
-        stats, gradients = one_pass(head, wanted, coefficients_of)
-    else:
-        stats, gradients = forward_pass(head), Gradients()
-        if wanted:
-            every = slice(0, head.n)
-            gradients = vocabulary_pass(head, wanted, stats.lse_N, coefficients_of(every, stats))
-    logp = stats.logp_NK(head.options.label_smoothing, head.v)
-    nll = z_loss * stats.lse_N.square().unsqueeze(1) - logp if z_loss else -logp
-    nll = nll.where(kept, 0.0)
-    return (
-        (token_weight * nll).sum(),
-        logp,
-        stats.argmax_N if argmax else _none(labels),
-        nll,
-        *_outputs(gradients.cast(head.operand, head.factor), hidden),
-    )
-
-
-@weighted_nll.register_fake
-def _(
-    hidden,
-    lm_head_weight,
-    bias,
-    left,
-    right,
-    token_weight,
-    labels,
-    kept,
-    scales,
-    z_loss,
-    precision,
-    budget,
-    engine,
-    needs,
-    argmax,
-):
-    wide = _wide(hidden)
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(labels.shape, dtype=wide),
-        labels.new_empty(hidden.shape[0] if argmax else 0),
-        hidden.new_empty(labels.shape, dtype=wide),
-        *_fake_gradients(hidden, lm_head_weight, left, right, needs),
-    )
-
-
-def _weighted_nll_context(ctx, inputs, output):
-    ctx.needs = inputs[13]
-    ctx.save_for_backward(*output[3:])
-
-
-def _weighted_nll_backward(ctx, dloss, *_):
-    nll, *gradients = ctx.saved_tensors
-    scaled = [(g * dloss).to(g.dtype) if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)]
-    return (*scaled, dloss * nll, *(None,) * 9)
-
-
-weighted_nll.register_autograd(_weighted_nll_backward, setup_context=_weighted_nll_context)
+def of_finished(gradients: list[Tensor], dloss: Tensor) -> list[Tensor]:
+    """Gradients that the forward made, times the scalar upstream gradient."""
+    return [(g * dloss).to(g.dtype) for g in gradients]

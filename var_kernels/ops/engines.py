@@ -83,21 +83,31 @@ def add_factor_gradients(
             add_product(gradients.dright_VR[columns], slice_nv.t(), head.left_NR[rows].to(head.operand), backend)
 
 
-def kept_columns(head: Head) -> int:
+def kept_columns(head: Head, *, in_place: bool = True) -> int:
     """Leading vocabulary columns whose logits the budget holds from the forward to the backward, beside a tile for the
-    others: that part of the GEMM is not repeated. 0 where it would save too little.
+    others: that part of the GEMM is not repeated. 0 where it would save too little. in_place: the backward may
+    overwrite them, so that all of them need no tile.
     """
-    if head.n == 0:
+    if _holds(head.n == 0):
         return 0
     cost, budget = head.tile_cost(gradient=True), head.options.budget
-    if cost.columns_within(budget, head.n) >= head.v:
+    if in_place and cost.columns_within(budget, head.n) >= head.v:
         return head.v
     if head.hidden_ND.device.type == "cpu" and head.d < _MIN_KEPT_DEPTH:
         return 0
     native = head.options.backend == "native"
     tile = head.tile_budget(min(head.n, MAX_CPU_BACKWARD_ROWS), cost) if native else budget // 4
-    columns = cost.columns_within(budget - tile, head.n) // 64 * 64
-    return columns if columns * _FEWEST_KEPT >= head.v else 0
+    columns = min(head.v, cost.columns_within(budget - tile, head.n) // 64 * 64)
+    return columns if _holds(columns * _FEWEST_KEPT >= head.v) else 0
+
+
+def _holds(condition: bool) -> bool:
+    """A comparison of sizes; False where torch.compile cannot know (the number of rows that a mask selected)."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
 
 
 def _beside(head: Head, kept: int) -> Head:
@@ -219,19 +229,26 @@ def token_chunk_pass(
 
 
 def vocabulary_pass(
-    head: Head, needs: Needs, lse_N: Tensor, coefficients: RowCoefficients, kept_NC: Tensor | None = None
+    head: Head,
+    needs: Needs,
+    lse_N: Tensor,
+    coefficients: RowCoefficients,
+    kept_NC: Tensor | None = None,
+    *,
+    in_place: bool = True,
 ) -> Gradients:
     """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, but for those that
-    ``forward_pass`` kept, which are overwritten.
+    ``forward_pass`` kept, which are overwritten, or copied slice by slice.
     """
     accumulation, backend = accumulation_dtype(head.operand), head.options.backend
     kept = 0 if kept_NC is None else kept_NC.shape[1]
     # (first column, end, rows at a time)
-    slices = [(0, kept, head.n)] if kept else []
-    if kept < head.v:
+    slices = [(0, kept, head.n)] if kept and in_place else []
+    if kept < head.v or not in_place:
         plan = slice_plan(_beside(head, kept))
         storage = head.new_tile(plan.rows, plan.columns)
-        slices += [(*span, plan.rows) for span in spans(kept, head.v, plan.columns)]
+        copied = [] if in_place else spans(0, kept, plan.columns)
+        slices += [(*span, plan.rows) for span in (*copied, *spans(kept, head.v, plan.columns))]
     gradients = Gradients()
     if needs.hidden:
         gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=head.hidden_ND.device)
@@ -253,10 +270,14 @@ def vocabulary_pass(
                 dweight_vd = create(weight_vd.shape, dtype=accumulation, device=head.hidden_ND.device)
         for start, stop in row_spans:
             rows = slice(start, stop)
-            logits_nv = kept_NC
+            columns = slice(v_start, v_stop)
             if v_stop > kept:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
-                fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, slice(v_start, v_stop))
+                fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, columns)
+            elif in_place:
+                logits_nv = kept_NC
+            else:
+                logits_nv = storage.view(stop - start, v_stop - v_start).copy_(kept_NC[rows, columns])
             chunk = coefficients.rows(start, stop)
             dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
             if needs.hidden:

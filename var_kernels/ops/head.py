@@ -153,6 +153,12 @@ class Head:
     def new_tile(self, rows: int, columns: int) -> "TileStorage":
         return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
 
+    def new_kept(self, columns: int) -> Tensor:
+        """For the logits of all rows and ``columns`` columns; rows end in zeros."""
+        kept_NC = torch.empty(self.n, _aligned(columns), dtype=self.tile, device=self.hidden_ND.device)
+        kept_NC[:, columns:] = 0.0
+        return kept_NC
+
     def upcast_rows(self, start: int, stop: int) -> Tensor:
         rows_nd = self.hidden_ND[start:stop]
         return rows_nd.to(self.tile) if self.upcast else rows_nd
@@ -202,8 +208,18 @@ class Needs:
     left: bool = False
     right: bool = False
 
-    def __bool__(self):
+    @property
+    def flags(self) -> list[bool]:
+        """In the order of ``HeadCall.tensors``."""
+        return [self.hidden, self.lm_head_weight, self.bias, self.left, self.right]
+
+    @property
+    def some(self) -> bool:
+        """bool(needs), which torch 2.11 does not trace."""
         return self.hidden or self.lm_head_weight or self.bias or self.left or self.right
+
+    def __bool__(self):
+        return self.some
 
 
 @dataclass

@@ -4,12 +4,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops import checks, compiled
+from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.compiled import (
+    OpCall,
+    gradient_shapes,
+    of_finished,
+    packed_transform,
+    registered,
+    unpacked_transform,
+)
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.kl_engine import (
@@ -19,7 +26,7 @@ from var_kernels.ops.kl_engine import (
     kl_one_pass_fits,
     kl_vocabulary_pass,
 )
-from var_kernels.ops.weighted_nll import scaled_gradients
+from var_kernels.ops.weighted_nll import scaled_gradients, underflows
 
 DIRECTIONS = ("reverse", "forward")
 _IGNORED = -100
@@ -83,7 +90,7 @@ def linear_token_kl(
     Returns:
         "none": the shape of labels, nats per token, >= 0 before the weight, 0 where a row does not count. "sum": a
         scalar. fp32 (fp64 if either model is fp64). Where q forbids (-inf) what p allows, KL(p||q) is inf. An
-        all-ignored batch gives a differentiable 0. Under torch.compile the graph breaks here: the op runs eagerly.
+        all-ignored batch gives a differentiable 0.
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
@@ -97,8 +104,7 @@ def linear_token_kl(
     _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_low_rank, workspace_mb)
     checks.check_head_options(ref_logit_scale, ref_softcap, ref_temperature, 0.0, precision, workspace_mb)
     policy = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "low_rank": low_rank}
-    run = _eager_token_kl if torch.compiler.is_compiling() else _token_kl
-    return run(
+    return _token_kl(
         (hidden, lm_head_weight, labels, bias, token_weight),
         (ref_hidden, ref_lm_head_weight, ref_bias, *(ref_low_rank or (None, None))),
         {**policy, "ignore_index": ignore_index, "precision": precision, "workspace_mb": workspace_mb},
@@ -112,7 +118,6 @@ def linear_token_kl(
 def _token_kl(policy, reference, options: dict, transform: LogitTransform, reverse: bool, reduction: str, engine: str):
     token_weight = policy[4]
     call = prepare(*policy, label_smoothing=0.0, **options)
-    checks.check_eager("linear_token_kl", call.traced)
     pair_options = (call.options, _reference_options(call, reference, transform), reverse)
     tensors = (*call.tensors, *_reference_rows(call, reference))
     pair = _pair(tensors, pair_options)
@@ -120,20 +125,24 @@ def _token_kl(policy, reference, options: dict, transform: LogitTransform, rever
     weight_N = kept_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(kept_N, 0.0)
-    one_pass = call.needs and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair, call.needs))
+    needs = call.needs
+    one_pass = needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair, needs))
     if reduction == "sum" and one_pass:
-        return LinearWeightedKLFunction.apply(*tensors, weight_N, kept_N, pair_options, call.needs)
-    frozen_head = one_pass and call.needs == Needs(True, False, False)
-    kl_N = LinearTokenKLFunction.apply(*tensors, pair_options, call.needs, frozen_head).where(kept_N, 0.0)
+        if call.traced:
+            return _weighted_kl_op(_op_call([*tensors, weight_N, kept_N], pair_options, needs))[0]
+        return LinearWeightedKLFunction.apply(*tensors, weight_N, kept_N, pair_options, needs)
+    frozen_head = one_pass and needs.flags == [True, False, False, False, False]
+    if call.traced:
+        kl_N = _token_kl_op(_op_call(tensors, pair_options, needs, frozen_head))[0]
+    else:
+        kl_N = LinearTokenKLFunction.apply(*tensors, pair_options, needs, frozen_head)
+    kl_N = kl_N.where(kept_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
 
 
-_eager_token_kl = _disable_dynamo(_token_kl)
-
-
 def _one_pass_serves(pair: HeadPair, needs: Needs) -> bool:
-    return not compiled.underflows(pair.policy.operand) and kl_one_pass_fits(pair, needs)
+    return not underflows(pair.policy.operand) and kl_one_pass_fits(pair, needs)
 
 
 def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
@@ -183,7 +192,7 @@ def _check_reference(
     if ref_bias is not None and ref_bias.shape != (v,):
         raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
     checks.check_low_rank(ref_low_rank, ref_hidden, ref_lm_head_weight, workspace_mb, "ref_")
-    if hidden.device.type == "meta" or not torch.is_autocast_enabled(hidden.device.type):
+    if not _autocasts(hidden):
         for name, value in given.items():
             if value.dtype != ref_hidden.dtype:
                 raise TypeError(
@@ -194,16 +203,19 @@ def _check_reference(
             checks.check_low_rank_dtypes(*ref_low_rank, ref_hidden, "ref_")
 
 
+def _autocasts(hidden: Tensor) -> bool:
+    return hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+
+
 def _reference_dtype(ref_hidden: Tensor) -> torch.dtype:
-    device = ref_hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and ref_hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else ref_hidden.dtype
+    autocast = _autocasts(ref_hidden) and ref_hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(ref_hidden.device.type) if autocast else ref_hidden.dtype
 
 
 def _reference_rows(call: HeadCall, reference) -> tuple[Tensor | None, ...]:
     """The reference's five of ``HeadCall.tensors``: constants, of the kept rows, in autocast's dtype under autocast."""
     hidden, lm_head_weight, bias, left, right = (None if t is None else t.detach() for t in reference)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if _autocasts(hidden):
         dtype = _reference_dtype(hidden)
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias, left, right = (None if t is None else t.to(dtype) for t in (bias, left, right))
@@ -232,6 +244,18 @@ def _pair(tensors, pair_options) -> HeadPair:
     return HeadPair(policy, Head.of(tensors[5:], no_labels_NK, ref_options), reverse)
 
 
+def _forward(pair: HeadPair, needs: Needs, frozen_head: bool) -> tuple[Tensor, Tensor]:
+    """KL (N,), and what the backward begins with: dKL/dhidden of a frozen head, else both normalisers (4, N)."""
+    if frozen_head:
+        kl_N, gradients = kl_chunk_pass(pair, needs, pair.zeros(pair.n).fill_(1.0))
+        return kl_N, gradients.dhidden_ND
+    return kl_forward_pass(pair)
+
+
+def _of_frozen_head(dkl_N: Tensor, dkl_dhidden_ND: Tensor) -> Tensor:
+    return (dkl_N.unsqueeze(1) * dkl_dhidden_ND).to(dkl_dhidden_ND.dtype)
+
+
 class LinearTokenKLFunction(torch.autograd.Function):
     """(the five of ``HeadCall.tensors``, the reference's five, options, needs, frozen_head) -> kl_N.
 
@@ -241,22 +265,18 @@ class LinearTokenKLFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *tensors, ctx.pair_options, ctx.needs, ctx.frozen_head = args
-        pair = _pair(tensors, ctx.pair_options)
+        kl_N, begun = _forward(_pair(tensors, ctx.pair_options), ctx.needs, ctx.frozen_head)
         if ctx.frozen_head:
-            kl_N, gradients = kl_chunk_pass(pair, ctx.needs, pair.zeros(pair.n).fill_(1.0))
-            ctx.save_for_backward(gradients.dhidden_ND)
-        else:
-            kl_N, norms_4N = kl_forward_pass(pair)
-            if ctx.needs:
-                ctx.save_for_backward(*tensors, norms_4N, kl_N)
+            ctx.save_for_backward(begun)
+        elif ctx.needs:
+            ctx.save_for_backward(*tensors, begun, kl_N)
         return kl_N
 
     @staticmethod
     @first_order
     def backward(ctx, dkl_N):
         if ctx.frozen_head:
-            (dkl_dhidden_ND,) = ctx.saved_tensors
-            return (dkl_N.unsqueeze(1) * dkl_dhidden_ND).to(dkl_dhidden_ND.dtype), *(None,) * 12
+            return _of_frozen_head(dkl_N, ctx.saved_tensors[0]), *(None,) * 12
         *tensors, norms_4N, kl_N = ctx.saved_tensors
         pair = _pair(tensors, ctx.pair_options)
         gradients = kl_vocabulary_pass(pair, ctx.needs, norms_4N, kl_N, dkl_N)
@@ -280,3 +300,63 @@ class LinearWeightedKLFunction(torch.autograd.Function):
         *gradients, kl_N = ctx.saved_tensors
         weight_grad = dloss * kl_N if ctx.needs_input_grad[10] else None
         return (*scaled_gradients(gradients, dloss), *(None,) * 5, weight_grad, *(None,) * 3)
+
+
+# ---- under torch.compile ---------------------------------------------------------------------------------------------
+
+
+def _op_call(tensors, pair_options, needs: Needs, frozen_head: bool = False) -> OpCall:
+    options, ref_options, reverse = pair_options
+    numbers, words = packed_transform(ref_options.transform), [ref_options.backend]
+    return OpCall(list(tensors), options, needs, numbers, flags=[reverse, frozen_head], words=words)
+
+
+def _pair_of(call: OpCall) -> HeadPair:
+    transform = unpacked_transform(call.numbers)
+    ref_options = replace(call.options, transform=transform, backend=call.words[0])
+    return _pair(call.tensors[:10], (call.options, ref_options, call.flags[0]))
+
+
+def _run(call: OpCall) -> list[Tensor | None]:
+    """KL (N,), what the backward begins with."""
+    return list(_forward(_pair_of(call), call.needs, call.flags[1]))
+
+
+def _shapes(call: OpCall) -> list[Tensor | None]:
+    pair, hidden_ND = _pair_of(call), call.tensors[0]
+    begun = hidden_ND.new_empty(hidden_ND.shape) if call.flags[1] else pair.zeros(4, pair.n)
+    return [pair.zeros(pair.n), begun]
+
+
+def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
+    (kl_N, begun), dkl_N = outputs, upstream[0]
+    if call.flags[1]:
+        return [_of_frozen_head(dkl_N, begun)]
+    return _token_kl_backward_op(replace(call, tensors=[*call.tensors, begun, kl_N, dkl_N]))
+
+
+def _run_backward(call: OpCall) -> list[Tensor | None]:
+    return list(kl_vocabulary_pass(_pair_of(call), call.needs, *call.tensors[10:]).tensors)
+
+
+def _run_weighted(call: OpCall) -> list[Tensor | None]:
+    """The weighted sum (), KL (N,), gradients of the policy's five."""
+    *_, weight_N, kept_N = call.tensors
+    kl_N, gradients = kl_chunk_pass(_pair_of(call), call.needs, weight_N)
+    kl_N = kl_N.where(kept_N, 0.0)
+    return [(weight_N * kl_N).sum(), kl_N, *gradients.tensors]
+
+
+def _shapes_weighted(call: OpCall) -> list[Tensor | None]:
+    pair = _pair_of(call)
+    return [pair.zeros(), pair.zeros(pair.n), *gradient_shapes(call)]
+
+
+def _gradients_weighted(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
+    dloss, (kl_N, *gradients) = upstream[0], outputs[1:]
+    return [*of_finished(gradients, dloss), *[None] * 5, dloss * kl_N]
+
+
+_token_kl_op = registered("token_kl", _run, _shapes, _gradients)
+_token_kl_backward_op = registered("token_kl_backward", _run_backward, gradient_shapes)
+_weighted_kl_op = registered("weighted_kl", _run_weighted, _shapes_weighted, _gradients_weighted)

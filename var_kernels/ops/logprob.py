@@ -2,16 +2,19 @@
 upstream gradient.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from var_kernels.ops import compiled, frozen
+from var_kernels.kernels.rows import RowStats
+from var_kernels.ops import frozen
 from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
 from var_kernels.ops.engines import forward_pass, kept_columns, vocabulary_pass
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Head, Needs
+from var_kernels.ops.head import Head, Needs, accumulation_dtype
 
 
 def linear_logprob(
@@ -98,43 +101,82 @@ def linear_logprob(
 
 def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
-    head = (*call.tensors, call.labels_NK)
-    options = call.options
+    head, needs, options = call.head, call.needs, call.options
+    frozen_head = _is_frozen_head(head, needs)
+    kept = kept_columns(head, in_place=not call.traced) if needs.some and not frozen_head else 0
     if call.traced:
-        others = (options.entropy, options.argmax)
-        logp_NK, lse_N, entropy_N, argmax_N = compiled.logprob(*head, *compiled.flat_options(options), *others)
+        op_call = OpCall([*call.tensors, call.labels_NK], options, needs, sizes=[kept], flags=[frozen_head])
+        logp_NK, lse_N, entropy_N, argmax_N, _ = _logprob_op(op_call)
         lse_N = lse_N if options.lse else None
         entropy_N = entropy_N if options.entropy else None
         argmax_N = argmax_N if options.argmax else None
     else:
-        logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(*head, options, call.needs)
+        logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(
+            *call.tensors, call.labels_NK, options, needs, frozen_head, kept
+        )
     return logp_NK.where(call.kept_NK, 0.0), lse_N, entropy_N, argmax_N
 
 
-class LinearLogprobFunction(torch.autograd.Function):
-    """(the five of ``HeadCall.tensors``, labels_NK, options, needs) -> logp_NK, lse_N, entropy_N, argmax_N.
+def _is_frozen_head(head: Head, needs: Needs) -> bool:
+    """Only hidden needs a gradient, and only through logp of one target: one [N, D] product serves every upstream
+    gradient.
+    """
+    return frozen.serves(head, needs) and not head.options.lse
 
-    Saves lse and entropy and recomputes logits in the backward, but for those that the budget holds: the first
-    backward uses them up. With a frozen head it saves dlogp/dhidden instead.
+
+def _forward(head: Head, frozen_head: bool, kept: int) -> tuple[RowStats, Tensor | None]:
+    """Statistics, and what the backward begins with: dlogp/dhidden of a frozen head, else the logits that are kept."""
+    if frozen_head:
+        stats, gradients = frozen.frozen_head_pass(head, lambda rows, _: head.coefficients(_ones(head, rows)))
+        return stats, gradients.dhidden_ND
+    kept_NC = head.new_kept(kept) if kept else None
+    return forward_pass(head, None if kept_NC is None else kept_NC[:, :kept]), kept_NC
+
+
+def _ones(head: Head, rows: slice) -> Tensor:
+    dtype = torch.float64 if head.operand == torch.float64 else torch.float32
+    return torch.ones(rows.stop - rows.start, 1, dtype=dtype, device=head.hidden_ND.device)
+
+
+def _backward(
+    head: Head,
+    needs: Needs,
+    lse_N: Tensor,
+    entropy_N: Tensor | None,
+    upstream: tuple[Tensor | None, ...],
+    kept_NC: Tensor | None,
+    *,
+    in_place: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``HeadCall.tensors`` under the upstream gradients of logp, lse and entropy."""
+    dlogp_NK, dlse_N, dentropy_N = upstream
+    if dlogp_NK is None:
+        dlogp_NK = torch.zeros(head.labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
+    coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
+    gradients = vocabulary_pass(head, needs, lse_N, coefficients, kept_NC, in_place=in_place)
+    return gradients.cast(head.operand, head.factor).tensors
+
+
+class LinearLogprobFunction(torch.autograd.Function):
+    """(the five of ``HeadCall.tensors``, labels_NK, options, needs, frozen_head, kept) -> logp_NK, lse_N, entropy_N,
+    argmax_N.
+
+    Saves lse and entropy and recomputes logits in the backward, but for ``kept`` columns: the first backward uses them
+    up. With a frozen head it saves dlogp/dhidden instead.
     """
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, labels_NK, options, needs = args
+        *tensors, labels_NK, options, needs, frozen_head, kept = args
         ctx.set_materialize_grads(False)
+        ctx.needs, ctx.options, ctx.frozen_head, ctx.kept_NC = needs, options, frozen_head, None
         head = Head.of(tensors, labels_NK, options)
-        ctx.needs, ctx.options = needs, options
-        ctx.frozen_head = _is_frozen_head(head, needs)
-        ctx.kept_NC = None
-        if ctx.frozen_head:
-            stats, gradients = frozen.frozen_head_pass(head, lambda rows, _: head.coefficients(_ones(head, rows)))
-            ctx.save_for_backward(gradients.dhidden_ND)
-        else:
-            kept = kept_columns(head) if needs else 0
-            ctx.kept_NC = head.new_tile(head.n, kept).view(head.n, kept) if kept else None
-            stats = forward_pass(head, ctx.kept_NC)
+        stats, begun = _forward(head, frozen_head, kept)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
-        if needs and not ctx.frozen_head:
+        if frozen_head:
+            ctx.save_for_backward(begun)
+        elif needs:
+            ctx.kept_NC = None if begun is None else begun[:, :kept]
             ctx.save_for_backward(*tensors, labels_NK, lse_N, entropy_N)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
@@ -143,29 +185,69 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
-        no_others = (None,) * 3
-        if dlogp_NK is None and dlse_N is None and dentropy_N is None:
+        no_others = (None,) * 5
+        upstream = dlogp_NK, dlse_N, dentropy_N
+        if all(g is None for g in upstream):
             return (*(None,) * 5, *no_others)
         if ctx.frozen_head:
-            (dlogp_dhidden_ND,) = ctx.saved_tensors
-            return ((dlogp_NK * dlogp_dhidden_ND).to(dlogp_dhidden_ND.dtype), *(None,) * 4, *no_others)
+            return _of_frozen_head(dlogp_NK, ctx.saved_tensors[0]), *(None,) * 4, *no_others
         *tensors, labels_NK, lse_N, entropy_N = ctx.saved_tensors
         head = Head.of(tensors, labels_NK, ctx.options)
-        if dlogp_NK is None:
-            dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
-        coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
         kept_NC, ctx.kept_NC = ctx.kept_NC, None
-        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients, kept_NC).cast(head.operand, head.factor)
-        return (*gradients.tensors, *no_others)
+        return (*_backward(head, ctx.needs, lse_N, entropy_N, upstream, kept_NC, in_place=True), *no_others)
 
 
-def _ones(head: Head, rows: slice) -> Tensor:
-    dtype = torch.float64 if head.operand == torch.float64 else torch.float32
-    return torch.ones(rows.stop - rows.start, 1, dtype=dtype, device=head.hidden_ND.device)
+def _of_frozen_head(dlogp_NK: Tensor, dlogp_dhidden_ND: Tensor) -> Tensor:
+    return (dlogp_NK * dlogp_dhidden_ND).to(dlogp_dhidden_ND.dtype)
 
 
-def _is_frozen_head(head: Head, needs: Needs) -> bool:
-    """Only hidden needs a gradient, and only through logp of one target: one [N, D] product serves every upstream
-    gradient.
-    """
-    return frozen.serves(head, needs) and not head.options.lse
+# ---- under torch.compile ---------------------------------------------------------------------------------------------
+
+
+def _run(call: OpCall) -> list[Tensor | None]:
+    """logp (N, K), lse (N,), entropy, argmax (N,) or None, what the backward begins with."""
+    head, options = call.head(call.tensors[5]), call.options
+    stats, begun = _forward(head, call.flags[0], call.sizes[0])
+    entropy_N = stats.entropy_N if options.entropy else None
+    return [stats.logp_NK(options.label_smoothing, head.v), stats.lse_N, entropy_N, stats.argmax_N, begun]
+
+
+def _shapes(call: OpCall) -> list[Tensor | None]:
+    labels_NK, options = call.tensors[5], call.options
+    head = call.head(labels_NK)
+    wide, begun = accumulation_dtype(head.operand), None
+    if call.flags[0]:
+        begun = head.hidden_ND.new_empty(head.hidden_ND.shape)
+    elif call.sizes[0]:
+        begun = head.new_kept(call.sizes[0])
+    row_N = head.hidden_ND.new_empty(head.n, dtype=wide)
+    return [
+        row_N.new_empty(labels_NK.shape),
+        row_N,
+        torch.empty_like(row_N) if options.entropy else None,
+        labels_NK.new_empty(head.n) if options.argmax else None,
+        begun,
+    ]
+
+
+def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
+    _, lse_N, entropy_N, _, begun = outputs
+    dlogp_NK, dlse_N, dentropy_N, *_ = upstream
+    if not call.options.entropy:
+        entropy_N = dentropy_N = None
+    if call.flags[0]:
+        return [_of_frozen_head(dlogp_NK, begun)]
+    begun = begun if call.sizes[0] else None
+    tensors = [*call.tensors, lse_N, entropy_N, begun, dlogp_NK, dlse_N, dentropy_N]
+    return _logprob_backward_op(replace(call, tensors=tensors))
+
+
+def _run_backward(call: OpCall) -> list[Tensor | None]:
+    labels_NK, lse_N, entropy_N, begun, dlogp_NK, *upstream = call.tensors[5:]
+    kept_NC = None if begun is None else begun[:, : call.sizes[0]]
+    upstream = (dlogp_NK, *upstream)
+    return list(_backward(call.head(labels_NK), call.needs, lse_N, entropy_N, upstream, kept_NC, in_place=False))
+
+
+_logprob_op = registered("logprob", _run, _shapes, _gradients)
+_logprob_backward_op = registered("logprob_backward", _run_backward, gradient_shapes)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
-from var_kernels.ops import checks, compiled
+from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.compiled import OpCall, gradient_shapes, of_finished, registered
 from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Gradients, Head
+from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
 from var_kernels.ops.logprob import apply_logprob
 
 
@@ -96,9 +97,7 @@ def linear_weighted_nll(
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
 
-    if reduction != "none" and call.traced:
-        loss, logp_NK, argmax_N = _compiled_weighted_nll(call, weight_NK, z_loss, engine)
-    elif reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
+    if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
     else:
         logp_NK, lse_N, _, argmax_N = apply_logprob(call)
@@ -121,47 +120,48 @@ def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float
     return (counted.any(-1) if call.several else counted).sum().clamp(min=1)
 
 
-def _head(call: HeadCall) -> Head:
-    return Head.of(call.tensors, call.labels_NK, call.options)
+def underflows(operand: torch.dtype) -> bool:
+    """fp16 loses gradients that are made before a GradScaler's factor is known: p_v / num_items is below 6e-8."""
+    return operand == torch.float16
 
 
 def one_pass_serves(call: HeadCall) -> bool:
     """Whether the budget holds one pass (see ``one_pass_fits``), and the dtype the gradients that it makes."""
-    return not compiled.underflows(call.hidden_ND.dtype) and one_pass_fits(_head(call), call.needs)
-
-
-def _compiled_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float, engine: str):
-    """``apply_weighted_nll`` under torch.compile; the op itself chooses between one pass and two."""
-    scales, precision, budget = compiled.flat_options(call.options)
-    needs, argmax = call.needs, call.options.argmax
-    loss, logp_NK, argmax_N, *_ = compiled.weighted_nll(
-        *call.tensors,
-        weight_NK,
-        call.labels_NK,
-        call.kept_NK,
-        scales,
-        z_loss,
-        precision,
-        budget,
-        engine,
-        [needs.hidden, needs.lm_head_weight, needs.bias, needs.left, needs.right],
-        argmax,
-    )
-    return loss, logp_NK.detach().where(call.kept_NK, 0.0), argmax_N if argmax else None
+    return not underflows(call.hidden_ND.dtype) and one_pass_fits(call.head, call.needs)
 
 
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
-    loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
-        *call.tensors,
-        weight_NK,
-        call.labels_NK,
-        call.kept_NK,
-        z_loss,
-        call.options,
-        call.needs,
-    )
+    if call.traced:
+        tensors = [*call.tensors, weight_NK, call.labels_NK, call.kept_NK]
+        loss, logp_NK, argmax_N, *_ = _weighted_nll_op(OpCall(tensors, call.options, call.needs, [z_loss]))
+        logp_NK, argmax_N = logp_NK.detach(), argmax_N if call.options.argmax else None
+    else:
+        loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
+            *call.tensors, weight_NK, call.labels_NK, call.kept_NK, z_loss, call.options, call.needs
+        )
     return loss, logp_NK.where(call.kept_NK, 0.0), argmax_N
+
+
+def _forward(
+    head: Head, needs: Needs, weight_NK: Tensor, kept_NK: Tensor, z_loss: float
+) -> tuple[RowStats, Gradients, Tensor, Tensor]:
+    """Statistics, finished gradients of the loss, logp_NK and nll_NK."""
+
+    def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
+        weight_nk = weight_NK[rows]
+        dlse_n = 2 * z_loss * weight_nk.sum(1) * stats.lse_N if z_loss else None
+        return head.coefficients(-weight_nk, dlse_n)
+
+    if needs:
+        stats, gradients = one_pass(head, needs, coefficients_of)
+        gradients = gradients.cast(head.operand, head.factor)
+    else:
+        stats, gradients = forward_pass(head), Gradients()
+    logp_NK = stats.logp_NK(head.options.label_smoothing, head.v)
+    nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
+    # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
+    return stats, gradients, logp_NK, nll_NK.where(kept_NK, 0.0)
 
 
 class LinearWeightedNLLFunction(torch.autograd.Function):
@@ -175,21 +175,7 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
         *tensors, weight_NK, labels_NK, kept_NK, z_loss, options, needs = args
         ctx.set_materialize_grads(False)
         head = Head.of(tensors, labels_NK, options)
-        if needs:
-
-            def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
-                weight_nk = weight_NK[rows]
-                dlse_n = 2 * z_loss * weight_nk.sum(1) * stats.lse_N if z_loss else None
-                return head.coefficients(-weight_nk, dlse_n)
-
-            stats, gradients = one_pass(head, needs, coefficients_of)
-            gradients = gradients.cast(head.operand, head.factor)
-        else:
-            stats, gradients = forward_pass(head), Gradients()
-        logp_NK = stats.logp_NK(options.label_smoothing, head.v)
-        nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
-        # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
-        nll_NK = nll_NK.where(kept_NK, 0.0)
+        stats, gradients, logp_NK, nll_NK = _forward(head, needs, weight_NK, kept_NK, z_loss)
         ctx.save_for_backward(*gradients.tensors, nll_NK)
         ctx.mark_non_differentiable(logp_NK)
         if stats.argmax_N is not None:
@@ -212,3 +198,28 @@ def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
     if dloss.device.type == "cpu" and dloss.item() == 1:
         return list(gradients)
     return [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
+
+
+# ---- under torch.compile ---------------------------------------------------------------------------------------------
+
+
+def _run(call: OpCall) -> list[Tensor | None]:
+    """loss (), logp (N, K), argmax (N,) or None, nll (N, K), gradients of the five."""
+    weight_NK, labels_NK, kept_NK = call.tensors[5:]
+    stats, gradients, logp_NK, nll_NK = _forward(call.head(labels_NK), call.needs, weight_NK, kept_NK, call.numbers[0])
+    return [(weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N, nll_NK, *gradients.tensors]
+
+
+def _shapes(call: OpCall) -> list[Tensor | None]:
+    hidden_ND, labels_NK = call.tensors[0], call.tensors[6]
+    logp_NK = hidden_ND.new_empty(labels_NK.shape, dtype=accumulation_dtype(hidden_ND.dtype))
+    argmax_N = labels_NK.new_empty(labels_NK.shape[0]) if call.options.argmax else None
+    return [logp_NK.new_empty(()), logp_NK, argmax_N, torch.empty_like(logp_NK), *gradient_shapes(call)]
+
+
+def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
+    dloss, (nll_NK, *gradients) = upstream[0], outputs[3:]
+    return [*of_finished(gradients, dloss), dloss * nll_NK]
+
+
+_weighted_nll_op = registered("weighted_nll", _run, _shapes, _gradients)

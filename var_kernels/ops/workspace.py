@@ -1,14 +1,13 @@
 """From a memory budget to tile shapes. The number of chunks follows from ``workspace_mb``, never from V / D."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from var_kernels.kernels.compile_time import compile_time
+
 MIB = 1 << 20
-# The budget of a call that is being compiled: the default, found when it runs.
-UNKNOWN = -1
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
 _MIN_ROWS = 64
@@ -34,8 +33,10 @@ def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
     return int(workspace_mb * MIB)
 
 
-@functools.cache
+@compile_time
 def _cuda_memory(index: int) -> int:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return 0
     return torch.cuda.get_device_properties(index).total_memory
 
 

@@ -26,6 +26,6 @@ def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTraine
     name = given or model.config._name_or_path
     if not name:
         raise ValueError(
-            "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere; pass the tokenizer"
+            "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere; pass one"
         )
     return AutoTokenizer.from_pretrained(name)

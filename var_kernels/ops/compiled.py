@@ -6,11 +6,13 @@ of the op: what it returns follows from them and from shapes. Rows that do not c
 number would have to be read from the device. Each op is declared beside its autograd.Function.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.head import Head, HeadOptions, Needs
@@ -122,3 +124,21 @@ def gradient_shapes(call: OpCall) -> list[Tensor | None]:
 def of_finished(gradients: list[Tensor], dloss: Tensor) -> list[Tensor]:
     """Gradients that the forward made, times the scalar upstream gradient."""
     return [(g * dloss).to(g.dtype) for g in gradients]
+
+
+def outside_of_graphs(reason: str) -> Callable:
+    """A function that runs eagerly in a compiled one, after a graph break; fullgraph=True is refused by it."""
+
+    def decorated(fn):
+        eager = _disable_dynamo(fn)
+
+        @functools.wraps(fn)
+        def call(*args, **kwargs):
+            if not torch.compiler.is_compiling():
+                return fn(*args, **kwargs)
+            torch._dynamo.graph_break(msg=reason)
+            return eager(*args, **kwargs)
+
+        return call
+
+    return decorated

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import prepare
+from var_kernels.ops.compiled import outside_of_graphs
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head
 
 
+@outside_of_graphs(
+    "vocab_parallel_logprob exchanges statistics between ranks and is no registered op: compile without "
+    "fullgraph=True, or only what comes before and after it"
+)
 def vocab_parallel_logprob(
     hidden: Tensor,
     lm_head_weight: Tensor,

@@ -99,6 +99,16 @@ def test_a_file_is_trained_as_it_is(tmp_path, dataset, capsys):
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
+def test_resuming_a_finished_run_leaves_its_numbers(tmp_path, dataset):
+    """As a job that is started again would: no third step, no summary of a training of no steps."""
+    options = words(tmp_path, dataset, max_steps=2, save_steps=1, lr_scheduler_type="constant")
+    assert main(options) == 0
+    files = [tmp_path / "run" / name for name in ("metrics.jsonl", "README.md", "model.safetensors")]
+    before = [path.read_bytes() for path in files]
+    assert main([*options, "--resume"]) == 0
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_a_log_file_has_no_progress_bars_unless_asked_for(tmp_path, dataset, capsys, monkeypatch):
     from transformers.utils import logging
 

@@ -15,10 +15,11 @@ class MetricsFile(TrainerCallback):
     the file from its checkpoint's step, so that every step is in it once."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._begun = state.global_step
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
-        kept = [line for line in _complete_lines(path) if json.loads(line).get("step", 0) <= state.global_step > 0]
+        kept = [line for line in complete_lines(path) if json.loads(line).get("step", 0) <= state.global_step > 0]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -27,13 +28,15 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
+        if "train_runtime" in logs and state.global_step == self._begun:
+            return  # of a finished run that was resumed: no time, and a loss of 0
         with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _complete_lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
     """The lines that are whole JSON: a killed process may leave half of one at the end."""
     if not path.exists():
         return []

@@ -1,5 +1,6 @@
 """README.md of a trained model."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 import transformers
 
 import var_kernels
+from var_kernels.integrations.trainer.callbacks import METRICS_FILE, complete_lines
 
 _SHOWN = (
     *("max_length", "learning_rate", "lr_scheduler_type"),
@@ -24,7 +26,8 @@ _SHOWN = (
 
 def write_model_card(trainer) -> None:
     """Write output_dir/README.md, whole or not at all."""
-    args, history = trainer.args, trainer.state.log_history
+    args = trainer.args
+    history = [json.loads(line) for line in complete_lines(Path(args.output_dir) / METRICS_FILE)]
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = getattr(model.config, "_name_or_path", "") or "a model trained from scratch"
     settings = {"method": args.method}

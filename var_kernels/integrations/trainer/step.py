@@ -23,6 +23,9 @@ class GlobalBatch:
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimiser step, each row with its share of the loss of the global batch."""
+        if self.state.global_step >= self.state.max_steps > 0:  # a finished run that is resumed: Trainer looks too late
+            self.control.should_training_stop = True
+            return [], torch.tensor(0)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         group = dist.group.WORLD if self.args.world_size > 1 else None
         last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last

@@ -11,6 +11,7 @@ from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
 from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
 from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
+from var_kernels.losses import sequence_sum
 from var_kernels.ops import linear_logprob, vocab_parallel_logprob
 
 IGNORE_INDEX = -100
@@ -111,9 +112,9 @@ def sequence_logprobs(
             "packed: expected position_ids (B, T), 0 where a sequence begins, or cu_seq_lens_q in batch, got "
             f"{', '.join(batch)}; DataCollatorWithFlattening makes them"
         )
-    index = starts.flatten().cumsum(0) - 1  # (B T,) which sequence
-    sums = logp.new_zeros(int(index[-1]) + 1)
-    return sums.index_add(0, index.to(logp.device), logp.flatten())
+    begins = starts.flatten().nonzero().squeeze(1)
+    cu_seqlens = F.pad(begins, (0, 1), value=starts.numel())
+    return sequence_sum(logp.flatten(), cu_seqlens=cu_seqlens.to(logp.device))
 
 
 def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:

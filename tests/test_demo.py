@@ -26,7 +26,7 @@ from var_kernels.cli.demo import experiment, measure, output, world
 from var_kernels.cli.demo.experiment import QUICK, Run
 from var_kernels.cli.demo.story import tell
 from var_kernels.integrations.scratch import ScratchSpec
-from var_kernels.integrations.trainer import methods
+from var_kernels.integrations.trainer import shares
 
 torch.set_num_threads(1)
 
@@ -176,7 +176,7 @@ def test_broken_weights_miss_the_margin(finished, tmp_path, monkeypatch, mutant)
     results, folder = finished
     reference, tokenizer = load(folder, "reference")
     rows = [json.loads(line) for line in (folder / "data" / "completions.jsonl").read_text().splitlines()]
-    monkeypatch.setattr(methods, "var_weights", MUTANTS[mutant](methods.var_weights))
+    monkeypatch.setattr(shares, "var_weights", MUTANTS[mutant](shares.var_weights))
     policy = copy.deepcopy(reference)
     experiment.align("VAR", policy, tokenizer, rows, Run(QUICK, 0, tmp_path, torch.device("cpu")), lambda: None)
     _, held_out = world.split_tasks(0)

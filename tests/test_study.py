@@ -24,7 +24,7 @@ from benchmarks.study.tables import number, spread
 from tests.tiny_training import ROWS, tiny_config, tiny_model, tokenizer
 from var_kernels.cli.demo import world
 from var_kernels.cli.demo.measure import Drawn
-from var_kernels.integrations.trainer import VARTrainer, method_config, methods
+from var_kernels.integrations.trainer import VARTrainer, method_config, shares
 
 torch.set_num_threads(1)
 
@@ -313,7 +313,7 @@ def test_estimators_that_are_one_in_the_trainer(tmp_path):
 
     def share(normalizer, reference):
         config = tiny_config(tmp_path, normalizer=normalizer, reference=reference)
-        return methods._prepare_var(dict(step), config, None)[0]["weight"]
+        return shares.var(dict(step), config, None)[0]["weight"]
 
     torch.testing.assert_close(share("batch", "sum"), share("batch_mean", "sum"))
     torch.testing.assert_close(share("group", "none"), share("self_normalised", "none"))

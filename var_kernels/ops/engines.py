@@ -24,6 +24,7 @@ from var_kernels.ops.workspace import (
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
+    shortest_chunk,
     spans,
 )
 
@@ -159,7 +160,8 @@ def one_pass_fits(head: Head, needs: Needs) -> bool:
     if frozen.serves(head, needs):
         return True
     budget = head.options.budget - dweight_bytes(head, needs)
-    return holds_token_chunks(head.n, head.v, budget, head.chunk_cost(budget))
+    shortest = shortest_chunk(head.hidden_ND.device)
+    return holds_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), shortest)
 
 
 def _in_one_chunk(head: Head) -> bool:

@@ -23,6 +23,7 @@ from var_kernels.ops.workspace import (
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
+    shortest_chunk,
     spans,
     within_cache,
 )
@@ -215,9 +216,12 @@ def _kl_and_grad(pair: HeadPair, z_nv, w_nv, upstream_n, norms_4n=None, kl_n=Non
 
 
 def kl_one_pass_fits(pair: HeadPair, needs: Needs) -> bool:
-    """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length."""
+    """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length: two
+    passes would compute the logits of both heads again.
+    """
     budget = pair.budget - dweight_bytes(pair.policy, needs)
-    return holds_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget))
+    shortest = shortest_chunk(pair.policy.hidden_ND.device, gemms_saved=2)
+    return holds_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), shortest)
 
 
 def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Tensor, Gradients]:

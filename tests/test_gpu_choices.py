@@ -1,0 +1,120 @@
+"""Which engine the default budgets of several GPUs choose, on machines without one: fake tensors, memory made up."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from var_kernels.kernels.rows import LogitTransform
+from var_kernels.ops import engines, gemm, kl_engine, workspace
+from var_kernels.ops.head import Head, HeadOptions, Needs
+
+pytest.importorskip("triton", reason="the backend of CUDA tensors")
+
+# MiB, FLOP/s of a large bf16 GEMM and B/s of a copy, as measured by others.
+GPUS = {
+    "A100-40GB": (40536, 280e12, 1.35e12),
+    "A100-80GB": (81251, 280e12, 1.75e12),
+    "H100-80GB": (81559, 650e12, 3.0e12),
+    "H200": (143771, 780e12, 4.0e12),
+    "RTX 4090": (24564, 150e12, 0.9e12),
+}
+HEADS = ((2304, 256000), (896, 151936), (4096, 128256), (3584, 152064), (2048, 128256), (1152, 262144), (4096, 151936))
+N = 8192
+EVERYTHING = Needs(hidden=True, lm_head_weight=True, bias=False)
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request, monkeypatch):
+    mib, rate, bandwidth = GPUS[request.param]
+    monkeypatch.setattr(workspace, "_cuda_memory", lambda index: mib << 20)
+    monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
+    return request.param, rate, bandwidth
+
+
+def head_of(n, d, v) -> Head:
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(size, d, dtype=torch.bfloat16, device="cuda") for size in (n, v))
+        labels = torch.empty(n, 1, dtype=torch.int64, device="cuda")
+    return Head(
+        hidden,
+        weight,
+        None,
+        labels,
+        HeadOptions(LogitTransform(), 0.0, "fp32", workspace.budget_bytes(None, weight), "triton"),
+    )
+
+
+def one_pass_rows(cost, budget, v) -> int:
+    """Rows of a chunk, whatever the choice; 0: none fits."""
+    return max(0, cost.rows_within(budget, v))
+
+
+@pytest.mark.parametrize(("d", "v"), HEADS)
+def test_the_choice_costs_little_under_either_guess(gpu, d, v):
+    """The fp32 dW of a chunk is read and written under its GEMM, or after it: nobody knows without a GPU. What is
+    chosen takes at most 1.2 times as long as the other, in the one case and in the other.
+    """
+    _, rate, bandwidth = gpu
+    head = head_of(N, d, v)
+    budget = head.options.budget - engines.dweight_bytes(head, EVERYTHING)
+    rows = one_pass_rows(head.chunk_cost(budget), budget, v)
+    one = engines.one_pass_fits(head, EVERYTHING)
+    if rows == 0 or rows >= N:
+        assert one == (rows >= N)
+        return
+    gemm_s, row_kernels_s = 2 * N * d * v / rate, 10 * N * v / bandwidth
+    chunks = [min(rows, N - start) for start in range(0, N, rows)]
+    moved_s = 8 * v * d / bandwidth
+    under = 2 * gemm_s + sum(max(2 * chunk * d * v / rate, moved_s) for chunk in chunks)
+    after = 3 * gemm_s + len(chunks) * moved_s
+    two = gemm_s * (4 - engines.kept_columns(head) / v)
+    for guess in (under, after):
+        chosen, other = (guess, two) if one else (two, guess)
+        assert chosen + row_kernels_s <= 1.2 * (other + row_kernels_s), f"{'one' if one else 'two'}: {rows} rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "v", "one"),
+    [
+        ("A100-40GB", 1152, 262144, False),  # chunks of 114 rows
+        ("H100-80GB", 2304, 256000, False),  # 305
+        ("A100-40GB", 2048, 128256, False),  # 539
+        ("RTX 4090", 896, 151936, False),  # 427
+        ("A100-40GB", 896, 151936, True),  # 1288
+        ("H100-80GB", 896, 151936, True),  # 3500
+        ("H200", 2304, 256000, True),  # 2295
+        ("H200", 4096, 128256, True),  # all
+    ],
+)
+def test_one_pass_or_two(name, d, v, one, monkeypatch):
+    monkeypatch.setattr(workspace, "_cuda_memory", lambda index: GPUS[name][0] << 20)
+    monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
+    assert engines.one_pass_fits(head_of(N, d, v), EVERYTHING) == one
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "v", "one"),
+    [
+        ("H200", 2304, 256000, True),  # chunks of 706 rows, which two passes' two more GEMMs a token do not reach
+        ("H200", 4096, 128256, True),  # 2825
+        ("H100-80GB", 2048, 128256, True),  # 972
+        ("H100-80GB", 2304, 256000, False),  # 93
+        ("A100-40GB", 2048, 128256, False),  # 166
+        ("RTX 4090", 896, 151936, False),  # 131
+    ],
+)
+def test_kl_in_one_pass_or_two(name, d, v, one, monkeypatch):
+    """Two passes of KL compute the logits of both heads again: chunks half as long pay."""
+    monkeypatch.setattr(workspace, "_cuda_memory", lambda index: GPUS[name][0] << 20)
+    monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
+    pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), True)
+    assert kl_engine.kl_one_pass_fits(pair, EVERYTHING) == one
+
+
+def test_few_rows_and_a_cpu():
+    """A batch of fewer rows than the shortest chunk is one chunk; on a CPU 64 rows are enough."""
+    cost = workspace.TileCost(4)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert workspace.holds_token_chunks(100, 1000, 4 * 1000 * 100, cost, workspace.shortest_chunk(cuda))
+    assert not workspace.holds_token_chunks(1025, 1000, 4 * 1000 * 1023, cost, workspace.shortest_chunk(cuda))
+    assert workspace.holds_token_chunks(1025, 1000, 4 * 1000 * 64, cost, workspace.shortest_chunk(cpu))

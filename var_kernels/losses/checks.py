@@ -1,13 +1,15 @@
 """What the losses refuse, by name and with the remedy. Metadata everywhere; values on the CPU only."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from var_kernels.ops.checks import values_readable
 
-TOKEN_REDUCTIONS = ("sum", "mean")
+TokenReduction = Literal["sum", "mean"]
+TOKEN_REDUCTIONS: tuple[str, ...] = get_args(TokenReduction)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 

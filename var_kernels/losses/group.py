@@ -4,7 +4,15 @@ returns one term per row; a group's loss is the sum of its rows' terms."""
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, per_token, wide
+from var_kernels.losses.checks import (
+    TokenReduction,
+    check_constants,
+    check_integers,
+    check_number,
+    check_rows,
+    per_token,
+    wide,
+)
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
 
@@ -79,7 +87,7 @@ def lire_loss(
     lengths: Tensor | None = None,
     *,
     temperature: float,
-    token_reduction: str = "sum",
+    token_reduction: TokenReduction = "sum",
 ) -> Tensor:
     """Listwise reward enhancement: the expected (normalised) reward under the policy restricted to the completions.
 
@@ -131,7 +139,7 @@ def raft_loss(
     group_ids: Tensor,
     lengths: Tensor | None = None,
     *,
-    token_reduction: str = "sum",
+    token_reduction: TokenReduction = "sum",
 ) -> Tensor:
     """Best-of-n SFT (RAFT): maximum likelihood of each prompt's best completion.
 

@@ -1,7 +1,7 @@
 """``linear_loss``: any loss of the registry from hidden states, by the passes over the head that its class allows."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,53 @@ from var_kernels.losses.sail import draw_preference
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
 from var_kernels.losses.var import HEAD_OPTIONS
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
+from var_kernels.ops.signatures import Engine
 
 _FROM_THE_HEAD = ("token_logp", "entropy")
+
+
+@overload
+def linear_loss(
+    name: str,
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    inputs: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+    *,
+    item_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    engine: Engine = "auto",
+    process_group: dist.ProcessGroup | None = None,
+    label_generator: torch.Generator | None = None,
+    head_options: Mapping[str, object] | None = None,
+    return_logp: Literal[False] = False,
+    return_argmax: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def linear_loss(
+    name: str,
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    inputs: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+    *,
+    item_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    engine: Engine = "auto",
+    process_group: dist.ProcessGroup | None = None,
+    label_generator: torch.Generator | None = None,
+    head_options: Mapping[str, object] | None = None,
+    return_logp: bool = False,
+    return_argmax: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def linear_loss(
@@ -29,14 +74,14 @@ def linear_loss(
     item_weight: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
-    engine: str = "auto",
+    engine: Engine = "auto",
     process_group: dist.ProcessGroup | None = None,
     label_generator: torch.Generator | None = None,
     head_options: Mapping[str, object] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
-    **options,
-) -> Any:
+    **options: Any,
+) -> Tensor | tuple[Tensor, ...]:
     """A loss by its name (``var_kernels.LOSSES``), from hidden states and the lm_head, without the [N, V] logits.
 
         loss = sum over items i of item_weight_i * loss_i        an item: a sequence, a pair of rows, a row of a group

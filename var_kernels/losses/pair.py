@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 _SWAP = "swap chosen and rejected to reverse the preference"
@@ -118,7 +118,7 @@ def ipo_loss(
     rejected_lengths: Tensor | None = None,
     *,
     tau: float,
-    token_reduction: str = "mean",
+    token_reduction: TokenReduction = "mean",
 ) -> Tensor:
     """Identity preference optimisation: regress D onto 1 / (2 tau), instead of driving it to infinity.
 

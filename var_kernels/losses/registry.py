@@ -3,9 +3,12 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PASS_CLASSES = {
     "A": "the gradient per token is known before the forward pass: one pass",
@@ -123,7 +126,7 @@ def find_loss(name: str) -> Loss:
 
 def register(
     name: str, *, pass_class: str, item: str, formula: str, source: str = "", evidence: str = "unverified"
-) -> Callable:
+) -> Callable[[Function], Function]:
     """Decorator: enter the function into ``LOSSES`` under ``name``, for ``linear_loss`` and, by ``method_config``, for
     ``VARTrainer``; the function itself is returned as it is. Its signature is the declaration, see ``Loss``.
 
@@ -144,7 +147,7 @@ def register(
             f"{', '.join(ITEMS)}, got pass_class={pass_class!r}, item={item!r}{taken}"
         )
 
-    def enter(function: Callable) -> Callable:
+    def enter(function: Function) -> Function:
         LOSSES[name] = Loss(name, function, pass_class, item, formula, source, evidence)
         return function
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 ADVANTAGE_EPS = 1e-5  # the authors' code
@@ -20,7 +20,7 @@ ADVANTAGE_EPS = 1e-5  # the authors' code
     source="maximum likelihood",
     evidence="derived",
 )
-def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduction: str = "sum") -> Tensor:
+def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduction: TokenReduction = "sum") -> Tensor:
     """Negative log-likelihood of each sequence: -s ("sum") or -s / len ("mean"). VAR with all weights 1.
 
     From log-probs that are there already. To train by SFT alone, ``linear_weighted_nll(hidden, lm_head_weight, labels,

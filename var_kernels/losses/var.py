@@ -1,31 +1,20 @@
 """VAR: SFT weighted by rewards and a frozen reference (arXiv 2502.11026). The weights are constants: one pass."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Required, Unpack
 
+from var_kernels.losses.checks import TOKEN_REDUCTIONS, TokenReduction, check_choice
 from var_kernels.losses.sequences import check_cu_seqlens, expand_to_tokens, sequence_lengths, sequence_sum
-from var_kernels.losses.weight_checks import check_options
+from var_kernels.losses.weight_checks import Normalizer, Reference, check_options
 from var_kernels.losses.weights import VARWeights, token_weights, var_weights
 from var_kernels.ops import linear_weighted_nll
+from var_kernels.ops.signatures import VARHeadKeywords
 
-TOKEN_REDUCTIONS = ("sum", "mean")
 # what linear_weighted_nll takes from here as it is
-HEAD_OPTIONS = frozenset(
-    [
-        "logit_scale",
-        "softcap",
-        "temperature",
-        "label_smoothing",
-        "z_loss",
-        "low_rank",
-        "num_active",
-        "workspace_mb",
-        "precision",
-        "engine",
-    ]
-)
+HEAD_OPTIONS = VARHeadKeywords.__optional_keys__
 
 
 class VARStats(NamedTuple):
@@ -39,6 +28,21 @@ class VARStats(NamedTuple):
     logp: Tensor
 
 
+Result = TypeVar("Result", Tensor, VARStats)
+
+
+class VARKeywords(VARHeadKeywords, total=False):
+    """Options that describe the loss; a batch has others."""
+
+    lam: Required[float]
+    normalizer: Normalizer
+    reference: Reference | None
+    token_reduction: TokenReduction
+    process_group: dist.ProcessGroup | None
+    ignore_index: int
+
+
+@overload
 def weighted_sequence_nll(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -47,11 +51,42 @@ def weighted_sequence_nll(
     bias: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
-    token_reduction: str = "sum",
+    token_reduction: TokenReduction = "sum",
+    ignore_index: int = -100,
+    return_logp: Literal[False] = False,
+    **head_options: Unpack[VARHeadKeywords],
+) -> Tensor: ...
+
+
+@overload
+def weighted_sequence_nll(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    token_reduction: TokenReduction = "sum",
+    ignore_index: int = -100,
+    return_logp: Literal[True],
+    **head_options: Unpack[VARHeadKeywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def weighted_sequence_nll(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    token_reduction: TokenReduction = "sum",
     ignore_index: int = -100,
     return_logp: bool = False,
-    **head_options,
-) -> Any:
+    **head_options: Unpack[VARHeadKeywords],
+) -> Tensor | tuple[Tensor, Tensor]:
     """L = -sum_i w_i s_i ("sum"), or -sum_i w_i s_i / len_i ("mean"), for weights that are known beforehand.
 
     The second half of ``var_loss``. Call it by itself under gradient accumulation: ``var_weights`` once over the whole
@@ -106,6 +141,40 @@ def _token_weighted_nll(
     return loss, logp_B.masked_fill(weight_B == 0, float("nan"))
 
 
+@overload
+def var_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[VARKeywords],
+) -> Tensor: ...
+
+
+@overload
+def var_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_stats: Literal[True],
+    **options: Unpack[VARKeywords],
+) -> VARStats: ...
+
+
 def var_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -115,17 +184,17 @@ def var_loss(
     bias: Tensor | None = None,
     *,
     lam: float,
-    normalizer: str = "batch",
-    reference: str | None = None,
+    normalizer: Normalizer = "batch",
+    reference: Reference | None = None,
     lengths: Tensor | None = None,
     group_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    token_reduction: str = "sum",
+    token_reduction: TokenReduction = "sum",
     process_group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
     return_stats: bool = False,
-    **head_options,
-) -> Any:
+    **head_options: Unpack[VARHeadKeywords],
+) -> Tensor | VARStats:
     """Variational alignment by re-weighting: SFT on each response with the weight that the aligned policy gives it.
 
         pi*(y|x) = pi_ref(y|x) exp(r(x,y) / lam) / Z(x)
@@ -208,7 +277,7 @@ def var_loss(
     return result * ranks
 
 
-class VARLoss(nn.Module):
+class VARLoss(nn.Module, Generic[Result]):
     """``var_loss`` with its options fixed at construction, where they are checked.
 
         loss_fn = VARLoss(lam=0.5, normalizer="group", reference="sum")
@@ -219,18 +288,26 @@ class VARLoss(nn.Module):
     (lengths, group_ids, cu_seqlens) is given to the call.
     """
 
+    @overload
+    def __init__(
+        self: "VARLoss[Tensor]", *, return_stats: Literal[False] = False, **options: Unpack[VARKeywords]
+    ) -> None: ...
+
+    @overload
+    def __init__(self: "VARLoss[VARStats]", *, return_stats: Literal[True], **options: Unpack[VARKeywords]) -> None: ...
+
     def __init__(
         self,
         *,
         lam: float,
-        normalizer: str = "batch",
-        reference: str | None = None,
-        token_reduction: str = "sum",
+        normalizer: Normalizer = "batch",
+        reference: Reference | None = None,
+        token_reduction: TokenReduction = "sum",
         process_group: dist.ProcessGroup | None = None,
         ignore_index: int = -100,
         return_stats: bool = False,
-        **head_options,
-    ):
+        **head_options: Unpack[VARHeadKeywords],
+    ) -> None:
         super().__init__()
         _check_loss_options(token_reduction, head_options)
         self.lam = lam
@@ -254,7 +331,7 @@ class VARLoss(nn.Module):
         lengths: Tensor | None = None,
         group_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Any:
+    ) -> Result:
         """See ``var_loss``: the same arguments, shapes and result."""
         return var_loss(
             hidden,
@@ -276,14 +353,29 @@ class VARLoss(nn.Module):
             **self.head_options,
         )
 
+    if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
+
+        def __call__(
+            self,
+            hidden: Tensor,
+            lm_head_weight: Tensor,
+            labels: Tensor,
+            rewards: Tensor,
+            ref_logp: Tensor | None = None,
+            bias: Tensor | None = None,
+            *,
+            lengths: Tensor | None = None,
+            group_ids: Tensor | None = None,
+            cu_seqlens: Tensor | None = None,
+        ) -> Result: ...
+
     def extra_repr(self) -> str:
         options = {"lam": self.lam, "normalizer": self.normalizer, "reference": self.reference, **self.head_options}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _check_loss_options(token_reduction: str, head_options: dict) -> None:
-    if token_reduction not in TOKEN_REDUCTIONS:
-        raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
+    check_choice("token_reduction", token_reduction, TOKEN_REDUCTIONS)
     unknown = sorted(set(head_options) - HEAD_OPTIONS)
     if unknown:
         raise TypeError(

@@ -1,11 +1,15 @@
 """What ``var_weights`` refuses, by name and with the remedy. Metadata everywhere; values on the CPU only."""
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
 from var_kernels.losses.checks import INTEGERS, check_choice
 
-NORMALIZERS = ("batch", "batch_mean", "cross", "group", "self_normalised")
-REFERENCES = ("sum", "mean", "none")
+Normalizer = Literal["batch", "batch_mean", "cross", "group", "self_normalised"]
+Reference = Literal["sum", "mean", "none"]
+NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
+REFERENCES: tuple[str, ...] = get_args(Reference)
 
 
 def check_options(lam: float, normalizer: str, reference: str | None) -> str:

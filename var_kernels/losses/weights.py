@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from var_kernels.losses.segments import Groups, group_rows
-from var_kernels.losses.weight_checks import bad_values, check_options, check_tensors
+from var_kernels.losses.weight_checks import Normalizer, Reference, bad_values, check_options, check_tensors
 from var_kernels.ops.weights import takes_weights_kernel, weights_by_kernel
 
 MIN_ESS_SHARE = 0.1  # of the way from one-hot (one sequence of each group has all the weight) to uniform
@@ -33,8 +33,8 @@ def var_weights(
     ref_logp: Tensor | None = None,
     *,
     lam: float,
-    normalizer: str = "batch",
-    reference: str | None = None,
+    normalizer: Normalizer = "batch",
+    reference: Reference | None = None,
     lengths: Tensor | None = None,
     group_ids: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,

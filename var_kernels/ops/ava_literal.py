@@ -11,6 +11,7 @@ from var_kernels.ops.engines import forward_pass
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, Needs, accumulation_dtype
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
+from var_kernels.ops.signatures import Precision
 from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
 
 
@@ -27,7 +28,7 @@ def linear_prob_lse(
     temperature: float = 1.0,
     low_rank: tuple[Tensor, Tensor] | None = None,
     workspace_mb: float | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Tensor:
     """The log-normaliser of a softmax over probabilities, without the [N, V] logits.
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-PRECISIONS = ("fp32", "fast")
-REDUCTIONS = ("sum", "mean", "none")
-ENGINES = ("auto", "one_pass", "two_pass")
+from var_kernels.ops.signatures import PRECISIONS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

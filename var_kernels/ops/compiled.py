@@ -9,6 +9,7 @@ number would have to be read from the device. Each op is declared beside its aut
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from var_kernels.ops.head import Head, HeadOptions, Needs
 
 # One for all ops: lists, which ``_packed`` and ``_unpacked`` write and read.
 _SCHEMA = "(Tensor[] tensors, bool[] given, float[] numbers, SymInt[] sizes, bool[] flags, str[] words) -> Tensor[]"
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass
@@ -126,7 +130,7 @@ def of_finished(gradients: list[Tensor], dloss: Tensor) -> list[Tensor]:
     return [(g * dloss).to(g.dtype) for g in gradients]
 
 
-def outside_of_graphs(reason: str) -> Callable:
+def outside_of_graphs(reason: str) -> Callable[[Function], Function]:
     """A function that runs eagerly in a compiled one, after a graph break; fullgraph=True is refused by it."""
 
     def decorated(fn):

@@ -1,6 +1,7 @@
 """``linear_token_kl``: the KL divergence between two models' next-token distributions, over the whole vocabulary."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ from var_kernels.ops.kl_engine import (
     kl_one_pass_fits,
     kl_vocabulary_pass,
 )
+from var_kernels.ops.signatures import DIRECTIONS, ENGINES, Direction, Engine, Precision
 from var_kernels.ops.weighted_nll import scaled_gradients, underflows
 
-DIRECTIONS = ("reverse", "forward")
 _IGNORED = -100
 
 
@@ -41,9 +42,9 @@ def linear_token_kl(
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     *,
-    direction: str = "reverse",
+    direction: Direction = "reverse",
     token_weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Literal["none", "sum"] = "none",
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -54,8 +55,8 @@ def linear_token_kl(
     ref_temperature: float = 1.0,
     ref_low_rank: tuple[Tensor, Tensor] | None = None,
     workspace_mb: float | None = None,
-    precision: str = "fp32",
-    engine: str = "auto",
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
 ) -> Tensor:
     """KL divergence of each token's distribution over the whole vocabulary, without either model's [N, V] logits.
 
@@ -97,7 +98,7 @@ def linear_token_kl(
     """
     checks.check_choice("direction", direction, DIRECTIONS)
     checks.check_choice("reduction", reduction, ("none", "sum"))
-    checks.check_choice("engine", engine, checks.ENGINES)
+    checks.check_choice("engine", engine, ENGINES)
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
     labels, ignore_index = _row_labels(hidden, labels, ignore_index)

@@ -3,10 +3,11 @@ upstream gradient.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops import frozen
@@ -15,6 +16,35 @@ from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
 from var_kernels.ops.engines import forward_pass, kept_columns, vocabulary_pass
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, Needs, accumulation_dtype
+from var_kernels.ops.signatures import LogprobKeywords, Precision
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    return_entropy: Literal[False] = False,
+    return_argmax: Literal[False] = False,
+    **options: Unpack[LogprobKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    **options: Unpack[LogprobKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def linear_logprob(
@@ -34,8 +64,8 @@ def linear_logprob(
     return_argmax: bool = False,
     num_active: int | None = None,
     workspace_mb: float | None = None,
-    precision: str = "fp32",
-) -> Any:
+    precision: Precision = "fp32",
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each label under the lm_head, without the [N, V] logits.
 
         x = W h [+ right left] + b;   z = c(x): times logit_scale, softcap * tanh(. / softcap), divided by temperature

@@ -1,10 +1,11 @@
 """``linear_token_loss``: any loss of each token's own log-prob and entropy, in one pass over the head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
@@ -13,9 +14,42 @@ from var_kernels.ops.engines import forward_pass, one_pass
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
+from var_kernels.ops.signatures import ENGINES, Engine, Precision, TokenLossKeywords
 from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
 
 TokenLoss = Callable[..., Tensor]
+
+
+@overload
+def linear_token_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    token_inputs: tuple[Tensor, ...] = (),
+    bias: Tensor | None = None,
+    *,
+    return_logp: Literal[False] = False,
+    return_entropy: Literal[False] = False,
+    return_argmax: Literal[False] = False,
+    **options: Unpack[TokenLossKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_token_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    token_inputs: tuple[Tensor, ...] = (),
+    bias: Tensor | None = None,
+    *,
+    return_logp: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    **options: Unpack[TokenLossKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def linear_token_loss(
@@ -37,9 +71,9 @@ def linear_token_loss(
     return_argmax: bool = False,
     num_active: int | None = None,
     workspace_mb: float | None = None,
-    precision: str = "fp32",
-    engine: str = "auto",
-) -> Any:
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
+) -> Tensor | tuple[Tensor, ...]:
     """Sum over tokens of a loss that depends on each token's own log-prob (and entropy), without the [N, V] logits.
 
         loss = sum_n f(logp_n[, entropy_n], inputs_n)
@@ -65,7 +99,7 @@ def linear_token_loss(
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
     """
-    checks.check_choice("engine", engine, checks.ENGINES)
+    checks.check_choice("engine", engine, ENGINES)
     checks.check_token_inputs(token_loss, token_inputs, labels, hidden)
     call = prepare(
         hidden,

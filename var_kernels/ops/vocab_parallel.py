@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from var_kernels.ops.compiled import outside_of_graphs
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head
+from var_kernels.ops.signatures import Precision
 
 
 @outside_of_graphs(
@@ -37,8 +37,8 @@ def vocab_parallel_logprob(
     return_argmax: bool = False,
     num_active: int | None = None,
     workspace_mb: float | None = None,
-    precision: str = "fp32",
-) -> Any:
+    precision: Precision = "fp32",
+) -> Tensor | tuple[Tensor, ...]:
     """``linear_logprob`` where each rank holds some rows of the lm_head: slices of the vocabulary in rank order.
 
     Every rank computes statistics over its slice and the ranks merge (max, sum of exponentials, label logit, entropy

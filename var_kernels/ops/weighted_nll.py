@@ -1,9 +1,10 @@
 """``linear_weighted_nll``: token-weighted cross-entropy of the lm_head, gradients made in the forward pass."""
 
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
@@ -13,6 +14,35 @@ from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
 from var_kernels.ops.logprob import apply_logprob
+from var_kernels.ops.signatures import ENGINES, REDUCTIONS, Engine, Precision, Reduction, WeightedNLLKeywords
+
+
+@overload
+def linear_weighted_nll(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    return_logp: Literal[False] = False,
+    return_argmax: Literal[False] = False,
+    **options: Unpack[WeightedNLLKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_weighted_nll(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    return_logp: bool = False,
+    return_argmax: bool = False,
+    **options: Unpack[WeightedNLLKeywords],
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def linear_weighted_nll(
@@ -22,7 +52,7 @@ def linear_weighted_nll(
     token_weight: Tensor | None,
     bias: Tensor | None = None,
     *,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
     num_items: float | Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -35,9 +65,9 @@ def linear_weighted_nll(
     return_argmax: bool = False,
     num_active: int | None = None,
     workspace_mb: float | None = None,
-    precision: str = "fp32",
-    engine: str = "auto",
-) -> Any:
+    precision: Precision = "fp32",
+    engine: Engine = "auto",
+) -> Tensor | tuple[Tensor, ...]:
     """Weighted negative log-likelihood of the labels, without the [N, V] logits.
 
         loss = sum_n w_n (-logp_n + z_loss * lse_n^2)
@@ -64,8 +94,8 @@ def linear_weighted_nll(
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
     """
-    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_choice("engine", engine, checks.ENGINES)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("engine", engine, ENGINES)
     checks.check_num_items(num_items)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items divides reduction='mean' only, got reduction={reduction!r}; drop one of them")

@@ -1,0 +1,81 @@
+"""What a type checker reads of the public functions is what runs: the overloads name every argument with its default,
+and the values that they allow are those that are checked."""
+
+import inspect
+import sys
+import typing
+
+import pytest
+import torch
+import typing_extensions
+
+import var_kernels
+from var_kernels.losses import var, weight_checks, weighted_sequence_nll
+from var_kernels.losses.checks import TOKEN_REDUCTIONS
+from var_kernels.ops import signatures
+
+needs_overloads = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no list of overloads")
+OVERLOADED = [
+    var_kernels.linear_logprob,
+    var_kernels.linear_weighted_nll,
+    var_kernels.linear_token_loss,
+    var_kernels.linear_loss,
+    var_kernels.var_loss,
+    weighted_sequence_nll,
+    var_kernels.VARLoss.__init__,
+]
+
+
+def parameters(function) -> dict:
+    """Name -> parameter, with the keywords of an ``Unpack[TypedDict]`` in their places."""
+    found = dict(inspect.signature(function).parameters)
+    for parameter in list(found.values()):
+        if parameter.kind is parameter.VAR_KEYWORD and typing_extensions.get_origin(parameter.annotation):
+            (keywords,) = typing_extensions.get_args(parameter.annotation)
+            del found[parameter.name]
+            found |= typing_extensions.get_type_hints(keywords)
+    return found
+
+
+@needs_overloads
+@pytest.mark.parametrize("function", OVERLOADED, ids=lambda function: function.__qualname__)
+def test_overloads_are_the_signature(function):
+    implementation = parameters(function)
+    overloads = typing.get_overloads(function)
+    assert len(overloads) == 2
+    for overload in overloads:
+        declared = parameters(overload)
+        assert set(declared) == set(implementation)
+        for name, parameter in declared.items():
+            ours = implementation[name]
+            if not isinstance(parameter, inspect.Parameter):  # a keyword of a TypedDict, which has no default
+                assert parameter == getattr(ours, "annotation", ours), name
+            elif name != "self" and not name.startswith("return_"):
+                assert (parameter.annotation, parameter.default) == (ours.annotation, ours.default), name
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "call"),
+    [
+        ("precision", signatures.PRECISIONS, lambda x: var_kernels.linear_logprob(H, W, Y, precision=x)),
+        ("engine", signatures.ENGINES, lambda x: var_kernels.linear_weighted_nll(H, W, Y, None, engine=x)),
+        ("reduction", signatures.REDUCTIONS, lambda x: var_kernels.linear_weighted_nll(H, W, Y, None, reduction=x)),
+        ("direction", signatures.DIRECTIONS, lambda x: var_kernels.linear_token_kl(H, W, H, W, direction=x)),
+        ("normalizer", weight_checks.NORMALIZERS, lambda x: var_kernels.VARLoss(lam=1.0, normalizer=x)),
+        ("token_reduction", TOKEN_REDUCTIONS, lambda x: var_kernels.VARLoss(lam=1.0, token_reduction=x)),
+        ("reference", weight_checks.REFERENCES, lambda x: var_kernels.VARLoss(lam=1.0, reference=x)),
+    ],
+)
+def test_each_declared_value_is_taken_and_no_other(name, choices, call):
+    for choice in choices:
+        call(choice)
+    with pytest.raises(ValueError, match=f"{name} must be one of {', '.join(map(repr, choices))}, got 'other'"):
+        call("other")
+
+
+H, W, Y = torch.ones(3, 4), torch.ones(5, 4), torch.arange(3)
+
+
+def test_the_options_that_var_loss_hands_on_are_those_of_the_op():
+    assert set(inspect.signature(var_kernels.linear_weighted_nll).parameters) >= var.HEAD_OPTIONS
+    assert len(var.HEAD_OPTIONS) == 10

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from tests.ranks import run_ranks
 from tests.tiny_training import tiny_model
 from tests.zoo.build import build
 from tests.zoo.inputs import batch
@@ -204,3 +205,95 @@ def test_evaluation_of_the_loss_makes_no_logits(tmp_path):
     made.model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[-1]))
     assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert set(seen) == {1}
+
+
+# ---- no label left ---------------------------------------------------------------------------------------------------
+
+
+def unlabelled(data, which):
+    return [{**row, "labels": torch.full_like(row["labels"], -100)} if i in which else row for i, row in enumerate(data)]
+
+
+STEPS_WITHOUT_LABELS = {
+    "every step": (range(40), {}),
+    "a micro batch of an accumulated step": (
+        range(0, 40, 4),
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "average_tokens_across_devices": False},
+    ),
+    "counts not averaged": (range(0, 40, 2), {"average_tokens_across_devices": False, "per_device_train_batch_size": 1}),
+    "label smoothing": (range(40), {"label_smoothing_factor": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", STEPS_WITHOUT_LABELS)
+def test_a_step_without_labels_is_plain_trainers(case, tmp_path):
+    which, options = STEPS_WITHOUT_LABELS[case]
+    curves, weights = [], []
+    for trainer_class in (Trainer, FusedTrainer):
+        made = trainer(
+            tmp_path / trainer_class.__name__,
+            trainer_class=trainer_class,
+            data=unlabelled(rows(), which),
+            max_steps=4,
+            **options,
+        )
+        curves.append(curve(made))
+        weights.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+    assert curves[1] == [pytest.approx(step, rel=2e-5, nan_ok=True) for step in curves[0]]
+    assert weights[1].isfinite().all()
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [(), (0, 1), (0,), range(6)], ids=["none", "a batch", "a row", "all"])
+def test_evaluation_batches_without_labels_are_left_out_of_the_mean(which, tmp_path):
+    losses = []
+    for trainer_class in (Trainer, FusedTrainer):
+        made = trainer(tmp_path / trainer_class.__name__, trainer_class=trainer_class, per_device_eval_batch_size=2)
+        losses.append(made.evaluate(unlabelled(rows(6), which))["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, nan_ok=True)
+    assert (losses[0] != losses[0]) == (len(which) == 6)
+
+
+@pytest.mark.parametrize("num_items", [0, 0.0, torch.tensor(0), torch.tensor(0.0), None], ids=str)
+@pytest.mark.parametrize("kind", ["no label", "one token"])
+def test_no_label_left_is_a_differentiable_zero(kind, num_items):
+    model, data = tiny_model(dtype=torch.float32), rows(2)
+    ids = torch.stack([row["input_ids"] for row in data])
+    ids = ids if kind == "no label" else ids[:, :1]
+    labels = torch.full_like(ids, -100) if kind == "no label" else ids
+    with fused_lm_head(model):
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=num_items).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_count_of_zero_beside_labels_is_not_hidden():
+    model, data = tiny_model(dtype=torch.float32), rows(2)
+    ids = torch.stack([row["input_ids"] for row in data])
+    with fused_lm_head(model), pytest.raises(ValueError, match="num_items must be positive"):
+        model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(0))
+
+
+def _loop_with_a_rank_without_labels(rank, world, folder):
+    model = torch.nn.parallel.DistributedDataParallel(tiny_model(dtype=torch.float32))
+    data = unlabelled(rows(4), (2, 3))[2 * rank : 2 * rank + 2]
+    inputs = {name: torch.stack([row[name] for row in data]) for name in ("input_ids", "labels")}
+    count = inputs["labels"][:, 1:].ne(-100).sum()  # of this rank alone
+    with fused_lm_head(model):
+        loss = model(**inputs, num_items_in_batch=count).loss
+    loss.backward()
+    torch.save((loss.detach(), model.module.lm_head.weight.grad), folder / f"rank-{rank}.pt")
+
+
+def test_one_rank_without_labels(tmp_path):
+    run_ranks(_loop_with_a_rank_without_labels, 2, tmp_path)
+    (loss, grad), (empty, same) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    model, data = tiny_model(dtype=torch.float32), rows(2)
+    inputs = {name: torch.stack([row[name] for row in data]) for name in ("input_ids", "labels")}
+    own = model(**inputs).loss
+    own.backward()
+    assert loss.item() == pytest.approx(own.item(), rel=2**-17)
+    assert empty.item() == 0.0
+    assert grad.equal(same)
+    torch.testing.assert_close(grad, model.lm_head.weight.grad / 2, rtol=1e-5, atol=1e-8)

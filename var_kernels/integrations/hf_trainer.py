@@ -38,7 +38,12 @@ class FusedLossMixin:
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args: Any, **kwargs: Any):
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         if loss_only:
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+            # As plain Trainer: a batch without labels is NaN, which its mean over the batches leaves out.
+            self._fused_head.loss_without_labels = float("nan")
+            try:
+                return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+            finally:
+                self._fused_head.loss_without_labels = 0.0
         self._fused_head.restore()
         try:
             return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)

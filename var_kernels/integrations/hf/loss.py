@@ -37,7 +37,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     where the model takes it, with the model's own label shift (none in an encoder-decoder), logit scale, softcap and
     vocabulary bias, without the labels that attention_mask hides where its loss leaves these out, plus its MoE
     auxiliary loss.
-    With no label left it is a differentiable 0 (transformers gives NaN). out.logits is None: they do not exist. Forward
+    With no label left it is a differentiable 0, also where num_items_in_batch is 0 (transformers gives NaN, with the
+    same gradients of 0). out.logits is None: they do not exist. Forward
     passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
 
     ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller
@@ -58,6 +59,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         self.inner = inner_model(model)
         self._options = {"precision": precision, "workspace_mb": workspace_mb}
         self._applied = self._used = False
+        self.loss_without_labels = 0.0  # Trainer's mean over evaluation batches leaves out NaN
 
     def __del__(self):
         if not vars(self).get("_used", True):
@@ -144,7 +146,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 params.bias,
                 # Divided inside the op: gradients of the sum may overflow fp16, and scaling them later copies dW.
                 reduction="mean",
-                num_items=num_items,
+                num_items=_divisor(num_items, rows[0]),
                 **params.logit_options,
                 **self._options,
             )
@@ -236,11 +238,14 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 f"{name} scores other positions than its lm_head computed, which fused_lm_head does not understand"
             )
         (loss,) = tied(results, logits)
+        if self.loss_without_labels != 0.0:
+            loss = loss.masked_fill((rows[0] == IGNORE_INDEX).all(), self.loss_without_labels)
         if (num_items is None) == (num_items_in_batch is None):
             return loss
         # The model does not pass on the count that it was given, or makes its own.
         count = (rows[0] != IGNORE_INDEX).sum().clamp(min=1)
-        return loss * num_items / count if num_items_in_batch is None else loss * count / num_items_in_batch
+        given, wanted = (_divisor(n, rows[0]) for n in (num_items, num_items_in_batch))
+        return loss * given / count if wanted is None else loss * count / wanted
 
 
 def _shown(labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -269,8 +274,18 @@ def _spread_nll_mean(
     logp = vocab_parallel_logprob(
         hidden, head.lm_head_weight, labels, head.bias, process_group=head.group, **head.logit_options, **options
     )
-    count = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items
+    count = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else _divisor(num_items, labels)
     return -logp.sum() / count
+
+
+def _divisor(num_items: Tensor | float | None, labels: Tensor) -> Tensor | float | None:
+    """``num_items``, or 1 where it is 0 and no label of this rank is left: the loss is 0 then, and not 0 / 0."""
+    if isinstance(num_items, Tensor):
+        empty = (num_items == 0) & (labels == IGNORE_INDEX).all().to(num_items.device)
+        return num_items.masked_fill(empty, 1)  # on the device: no value is read back
+    if num_items == 0 and not bool((labels != IGNORE_INDEX).any()):
+        return 1
+    return num_items
 
 
 class _PatchedForward:

@@ -211,7 +211,8 @@ def test_evaluation_of_the_loss_makes_no_logits(tmp_path):
 
 
 def unlabelled(data, which):
-    return [{**row, "labels": torch.full_like(row["labels"], -100)} if i in which else row for i, row in enumerate(data)]
+    ignored = {"labels": torch.full_like(data[0]["labels"], -100)}
+    return [{**row, **ignored} if i in which else row for i, row in enumerate(data)]
 
 
 STEPS_WITHOUT_LABELS = {
@@ -220,7 +221,10 @@ STEPS_WITHOUT_LABELS = {
         range(0, 40, 4),
         {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "average_tokens_across_devices": False},
     ),
-    "counts not averaged": (range(0, 40, 2), {"average_tokens_across_devices": False, "per_device_train_batch_size": 1}),
+    "counts not averaged": (
+        range(0, 40, 2),
+        {"average_tokens_across_devices": False, "per_device_train_batch_size": 1},
+    ),
     "label smoothing": (range(40), {"label_smoothing_factor": 0.1}),
 }
 

@@ -1,6 +1,7 @@
 """PEFT adapters beside an lm_head that they leave alone, save whole, or share with the embeddings."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from var_kernels import VARLoss
 from var_kernels.integrations.hf import capture, fused_lm_head, sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.head import find_head, inner_model
 from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.kernels import rows_torch
 from var_kernels.losses import dpo_loss
 
 pytest.importorskip("transformers")
@@ -185,8 +187,8 @@ def test_dpo_against_the_model_without_its_adapter():
 WORKSPACE_MB = 0.004  # less than the logits of a batch: two passes would compute them twice
 
 
-def loss_of_the_model(model, inputs):
-    with fused_lm_head(model, workspace_mb=WORKSPACE_MB):
+def loss_of_the_model(model, inputs, workspace_mb=WORKSPACE_MB):
+    with fused_lm_head(model, workspace_mb=workspace_mb):
         return model(**inputs).loss
 
 
@@ -208,8 +210,9 @@ def var(model, inputs):
 def work(monkeypatch, model, loss_of):
     """Multiplications of the head's products in a step, in units of N D V; of N rows whose label is not ignored."""
     inputs = batch()
-    loss_of(model, inputs)  # calibrated
     with monkeypatch.context() as patch:
+        patch.setattr(rows_torch, "BLOCK_ELEMENTS", 64)  # without the C++ kernels a block's temporaries need a budget
+        loss_of(model, inputs)  # calibrated
         sizes = products(patch, lambda: loss_of(model, inputs).backward())
     rows = (inputs["labels"][:, 1:] != -100).sum().item()
     return sum(math.prod(size) for size in sizes) / (rows * VOCAB * LLAMA.config["hidden_size"])
@@ -224,8 +227,9 @@ def test_a_frozen_head_costs_two_products(loss_of, made, monkeypatch):
 
 
 def test_two_products_under_autocast(monkeypatch):
+    loss_of = functools.partial(loss_of_the_model, workspace_mb=1)  # holds fp32 copies of the operands
     with torch.autocast("cpu", torch.bfloat16):
-        assert work(monkeypatch, lora(), loss_of_the_model) == 2
+        assert work(monkeypatch, lora(), loss_of) == 2
 
 
 # ---- files, copies, refusals -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ torch.manual_seed(0)
 vocabulary, hidden_size, length = 1000, 32, 12
 body = torch.nn.Embedding(vocabulary, hidden_size)  # stands for everything below the lm_head
 lm_head = torch.nn.Linear(hidden_size, vocabulary, bias=False)
-loss_fn = VARLoss(lam=0.5, normalizer="self_normalised")  # the completions were drawn from the reference
+loss_fn = VARLoss(lam=0.5)  # weights within a prompt, for completions drawn from the reference
 optimizer = torch.optim.AdamW([*body.parameters(), *lm_head.parameters()], lr=1e-2)
 
 tokens = torch.randint(vocabulary, (3, length + 1))

@@ -1,6 +1,10 @@
 """Losses and settings from plain dicts, as YAML and hydra give them."""
 
+import dataclasses
 import importlib
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +14,13 @@ pytest.importorskip("yaml", reason="pyyaml is not installed")
 
 import yaml
 
-from var_kernels import VARLoss
+from var_kernels import VARLoss, var_weights
+from var_kernels.cli.demo import experiment
 from var_kernels.integrations.trainer import VARConfig, method_config
+from var_kernels.integrations.trainer.methods import METHODS
+from var_kernels.losses import var_loss
+from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
+from var_kernels.reference import var_weights_ref
 
 
 def by_import(settings):
@@ -67,3 +76,52 @@ def test_what_is_no_number_is_named(method, settings, message, tmp_path):
 def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(TypeError, match="lamda"):
         VARConfig(output_dir=str(tmp_path), lamda=1.0)
+
+
+# ---- one default pair of normalizer and reference --------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+PAIR = {"normalizer": DEFAULT_NORMALIZER, "reference": DEFAULT_REFERENCE}
+
+
+def declared_defaults():
+    """(place, normalizer, reference), None where the place says nothing of its own."""
+    for function in (var_weights, var_loss, var_weights_ref, VARLoss.__init__):
+        parameters = inspect.signature(function).parameters
+        yield function.__qualname__, parameters["normalizer"].default, parameters["reference"].default
+    fields = {field.name: field.default for field in dataclasses.fields(VARConfig)}
+    yield "VARConfig", fields["normalizer"], fields["reference"]
+    options = METHODS["var"].own_settings
+    yield "var-kernels methods var", options["normalizer"][1], options["reference"][1]
+    method, settings = experiment.METHODS["VAR"]
+    yield "the demo", settings.get("normalizer"), settings.get("reference")
+    assert method == "var"
+    for path in sorted((ROOT / "examples").glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text())
+        yield path.name, settings.get("normalizer"), settings.get("reference")
+    text = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "losses", "var")}
+    rows = dict(re.findall(r"^\| `(normalizer|reference)` \| `(\w+)` \|", text["training"], re.M))
+    yield "docs/training.md", rows["normalizer"], rows["reference"]
+    found = re.search(r"`normalizer` (\w+), `reference` (\w+)", text["losses"])
+    yield "docs/losses.md", *found.groups()
+    found = re.search(r'## The default\n\n`normalizer="(\w+)"`, `reference="(\w+)"`', text["var"])
+    yield "docs/var.md", *found.groups()
+
+
+def test_every_place_has_the_same_default_pair():
+    places = list(declared_defaults())
+    assert len(places) >= 12
+    for place, normalizer, reference in places:
+        assert normalizer in (None, PAIR["normalizer"]), place
+        assert reference in (None, PAIR["reference"]), place
+    assert VARConfig("unused", use_cpu=True, report_to=[]).normalizer == PAIR["normalizer"]
+    assert f"normalizer={PAIR['normalizer']!r}, reference={PAIR['reference']!r}" in repr(VARLoss(lam=1.0))
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/loss_module.py", "docs/embedding.md"])
+def test_examples_call_the_default_pair(name):
+    calls = re.findall(r"VARLoss\(([^)]*)\)", (ROOT / name).read_text())
+    assert calls
+    assert all("normalizer" not in call and "reference" not in call for call in calls)
+    commands = [line for line in (ROOT / name).read_text().splitlines() if "var-kernels train" in line]
+    assert all("--normalizer" not in line and "--reference" not in line for line in commands)

@@ -37,7 +37,9 @@ def dpo(hidden, weight, labels, batch, group):
 def var(hidden, weight, labels, batch, group):
     """Its weights are known before; the loss is a sum over tokens, so each rank has a part of it."""
     lengths = sequence_lengths(labels, process_group=group)
-    weights = var_weights(batch["reward"], batch["ref"], lam=0.7, reference="mean", lengths=lengths).weight
+    weights = var_weights(
+        batch["reward"], batch["ref"], lam=0.7, normalizer="batch", reference="mean", lengths=lengths
+    ).weight
     return linear_weighted_nll(hidden, weight, labels, weights.unsqueeze(1).expand(labels.shape), reduction="sum")
 
 

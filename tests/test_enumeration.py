@@ -102,8 +102,7 @@ def loss_on(lm_head_weight, prompt, response, ref_logp, hidden=HIDDEN, **options
         LABELS[response],
         REWARDS[prompt, response],
         ref_logp[prompt, response],
-        lam=LAM,
-        **options,
+        **{"lam": LAM, "reference": "none" if options.get("normalizer") == "self_normalised" else "sum", **options},
     )
 
 

@@ -43,11 +43,12 @@ def weights_of(case, batch, rows, process_group):
     if case == "cross":
         return var_weights(part["cross_rewards"], part["cross_logp"], normalizer="cross", reference="mean", **options)
     if case == "cross (B,)":
-        return var_weights(part["rewards"], part["cross_logp"], normalizer="cross", **options)
+        return var_weights(part["rewards"], part["cross_logp"], normalizer="cross", reference="sum", **options)
     if case.startswith("self_normalised"):
         group_ids = part["group_ids"] if "groups" in case else None
         return var_weights(part["rewards"], normalizer="self_normalised", group_ids=group_ids, **options)
-    return var_weights(part["rewards"], part["ref_logp"], normalizer=case, group_ids=part["group_ids"], **options)
+    options |= {"normalizer": case, "reference": "sum"}
+    return var_weights(part["rewards"], part["ref_logp"], group_ids=part["group_ids"], **options)
 
 
 class Model(nn.Module):
@@ -96,7 +97,7 @@ def run_rank(rank, world, folder):
     hidden = part["hidden"].clone().requires_grad_()
     stats = var_loss(
         hidden, model.module.lm_head_weight.detach(), part["labels"], part["rewards"], part["ref_logp"], lam=LAM,
-        process_group=group, return_stats=True,
+        normalizer="batch", reference="sum", process_group=group, return_stats=True,
     )  # fmt: skip
     stats.loss.backward()
     out["hidden"] = stats.loss.detach(), hidden.grad, stats.logp
@@ -154,7 +155,8 @@ def test_gradient_of_the_rows_is_that_of_one_process_times_the_ranks(ranks):
     batch, head = make_batch(), Model().lm_head_weight.detach()
     hidden = batch["hidden"].clone().requires_grad_()
     stats = var_loss(
-        hidden, head, batch["labels"], batch["rewards"], batch["ref_logp"], lam=LAM, return_stats=True
+        hidden, head, batch["labels"], batch["rewards"], batch["ref_logp"], lam=LAM, normalizer="batch",
+        reference="sum", return_stats=True,
     )  # fmt: skip
     stats.loss.backward()
     got = torch.cat([out["hidden"][1] for out in ranks])

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::var_kernels.losses.CollapsedWei
 FP32 = 2**-17  # the house's tiers: fp32 results, and gradients of fp32 inputs
 BF16 = 2**-8
 B, T, D, V = 7, 9, 72, 507
+SETTINGS = {"lam": 0.4, "normalizer": "batch_mean", "reference": "sum"}
 
 
 class Batch:
@@ -45,14 +46,14 @@ class Batch:
     def loss(self, **options):
         return var_loss(
             self.hidden, self.lm_head_weight, self.labels, self.rewards, self.ref_logp, self.bias,
-            **{"lam": 0.4, "normalizer": "batch_mean", **options},
+            **{**SETTINGS, **options},
         )  # fmt: skip
 
     def twin(self, token_reduction="sum", head=None, **weight_options):
         return var_loss_ref(
             self.hidden, self.lm_head_weight, self.labels, self.rewards, self.ref_logp, self.bias,
             token_reduction=token_reduction,
-            weight_options={"lam": 0.4, "normalizer": "batch_mean", **weight_options},
+            weight_options={**SETTINGS, **weight_options},
             **(head or {}),
         )  # fmt: skip
 
@@ -94,7 +95,8 @@ def test_equal_to_the_naive_twin(case, dtype):
 def test_groups_equal_to_the_naive_twin():
     batch = Batch()
     for normalizer in ("group", "self_normalised"):
-        options = dict(normalizer=normalizer, group_ids=batch.group_ids)
+        reference = "sum" if normalizer == "group" else "none"
+        options = dict(normalizer=normalizer, reference=reference, group_ids=batch.group_ids)
         assert_matches(batch, batch.loss(**options), batch.twin(**options), FP32)
 
 
@@ -147,7 +149,7 @@ def test_gradcheck():
     batch = Batch(torch.float64, b=3, t=4, d=5, v=11)
 
     def loss(hidden, lm_head_weight, bias):
-        return var_loss(hidden, lm_head_weight, batch.labels, batch.rewards, batch.ref_logp, bias, lam=0.4)
+        return var_loss(hidden, lm_head_weight, batch.labels, batch.rewards, batch.ref_logp, bias, **SETTINGS)
 
     assert torch.autograd.gradcheck(loss, batch.inputs)
 
@@ -230,7 +232,7 @@ def test_lists_in_place_of_tensors_are_refused_by_name():
     with pytest.raises(TypeError, match=r"cu_seqlens must be a tensor \(B \+ 1,\), got list"):
         sequence_sum(torch.zeros(6), cu_seqlens=[0, 2, 6])
     with pytest.raises(TypeError, match=r"ref_logp must be a torch.Tensor, got list"):
-        var_loss(batch.hidden, batch.lm_head_weight, batch.labels, batch.rewards, batch.ref_logp.tolist(), lam=1.0)
+        var_loss(batch.hidden, batch.lm_head_weight, batch.labels, batch.rewards, batch.ref_logp.tolist(), **SETTINGS)
 
 
 def test_sequence_sum_keeps_its_digits():
@@ -245,7 +247,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch():
     batch = Batch(torch.float64)
     want = torch.autograd.grad(batch.loss(), batch.inputs)
     lengths = sequence_lengths(batch.labels)
-    weights = var_weights(batch.rewards, batch.ref_logp, lam=0.4, normalizer="batch_mean", lengths=lengths)
+    weights = var_weights(batch.rewards, batch.ref_logp, lengths=lengths, **SETTINGS)
     for rows in (slice(0, 2), slice(2, 3), slice(3, B)):
         weighted_sequence_nll(
             batch.hidden[rows], batch.lm_head_weight, batch.labels[rows], weights.weight[rows], batch.bias
@@ -260,7 +262,7 @@ def test_a_normaliser_per_micro_batch_is_another_objective():
     parts = sum(
         var_loss(
             batch.hidden[rows], batch.lm_head_weight, batch.labels[rows], batch.rewards[rows], batch.ref_logp[rows],
-            batch.bias, lam=0.4,
+            batch.bias, lam=0.4, normalizer="batch", reference="sum",
         )
         for rows in (slice(0, 3), slice(3, B))
     )  # fmt: skip

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from var_kernels import var_weights
-from var_kernels.losses import CollapsedWeightsWarning, effective_sample_size, warn_if_collapsed
+from var_kernels.losses import (
+    CollapsedWeightsWarning,
+    IgnoredRewardsWarning,
+    effective_sample_size,
+    warn_if_collapsed,
+)
 from var_kernels.losses.weight_checks import NORMALIZERS, REFERENCES
 from var_kernels.reference import var_weights_ref
 
@@ -15,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::var_kernels.losses.CollapsedWei
 
 FP32 = 2**-17  # the house's tier for fp32 results, times max(1, max|ref|)
 LOG2, LOG3 = math.log(2), math.log(3)
+NAN, INF = math.nan, math.inf
 
 
 def tensor(*values, dtype=torch.float64):
@@ -39,7 +45,7 @@ def test_weights_by_hand(normalizer):
     options, weight, log_z, ess = HAND[normalizer]
     # a = log pi_ref + r / lam with lam = 1/2: 0 + 0, log 3 - 2 log 2 + 2 log 2, 0 + 2 log 2
     rewards, ref_logp = tensor(0.0, LOG2, LOG2), tensor(0.0, LOG3 - 2 * LOG2, 0.0)
-    got = var_weights(rewards, ref_logp, lam=0.5, normalizer=normalizer, **options)
+    got = var_weights(rewards, ref_logp, lam=0.5, normalizer=normalizer, reference="sum", **options)
     assert_close(got.weight, weight)
     assert_close(got.log_z, log_z)
     assert_close(got.ess, ess)
@@ -48,12 +54,12 @@ def test_weights_by_hand(normalizer):
 def test_cross_by_hand():
     # exp(a_ij) = [[1, 3], [2, 2]]
     scores = tensor(1.0, 3.0, 2.0, 2.0).log().view(2, 2)
-    got = var_weights(torch.zeros(2, 2, dtype=torch.float64), scores, lam=1.0, normalizer="cross")
+    got = var_weights(torch.zeros(2, 2, dtype=torch.float64), scores, lam=1.0, normalizer="cross", reference="sum")
     assert_close(got.weight, [1 / 4, 1 / 2])
     assert_close(got.log_z, [math.log(4), math.log(4)])
     # the same from rewards (B,): those of the columns, whatever the prompt
     rewards = tensor(LOG2, 0.0)
-    got = var_weights(rewards, scores - rewards, lam=1.0, normalizer="cross")
+    got = var_weights(rewards, scores - rewards, lam=1.0, normalizer="cross", reference="sum")
     assert_close(got.weight, [1 / 4, 1 / 2])
 
 
@@ -76,6 +82,7 @@ def test_pair_is_the_sigmoid_of_the_margin():
         ref_logp.flatten(),
         lam=lam,
         normalizer="group",
+        reference="sum",
         group_ids=torch.arange(8).repeat_interleave(2),
     )
     chosen = torch.sigmoid((rewards[:, 0] - rewards[:, 1]) / lam + ref_logp[:, 0] - ref_logp[:, 1])
@@ -145,14 +152,16 @@ def test_estimators_agree_where_they_must():
     batch = random_batch(dtype=torch.float64)
     rewards, ref_logp = batch["rewards"], batch["ref_logp"]
     one_group = torch.full((13,), 5)
-    plain = var_weights(rewards, ref_logp, lam=0.8)
-    assert_close(var_weights(rewards, ref_logp, lam=0.8, normalizer="group", group_ids=one_group).weight, plain.weight)
-    assert_close(var_weights(rewards, ref_logp, lam=0.8, normalizer="batch_mean").weight, 13 * plain.weight)
+    summed = {"lam": 0.8, "reference": "sum"}
+    plain = var_weights(rewards, ref_logp, normalizer="batch", **summed)
+    assert_close(var_weights(rewards, ref_logp, normalizer="group", group_ids=one_group, **summed).weight, plain.weight)
+    assert_close(var_weights(rewards, ref_logp, normalizer="batch_mean", **summed).weight, 13 * plain.weight)
     same_prompt = ref_logp.expand(13, 13)  # a_ij does not depend on i
-    assert_close(var_weights(rewards, same_prompt, lam=0.8, normalizer="cross").weight, plain.weight)
+    assert_close(var_weights(rewards, same_prompt, normalizer="cross", **summed).weight, plain.weight)
     free = var_weights(rewards, lam=0.8, normalizer="batch_mean", reference="none")
     assert_close(var_weights(rewards, lam=0.8, normalizer="self_normalised").weight, free.weight)
-    each_its_own = var_weights(rewards, ref_logp, lam=0.8, normalizer="group", group_ids=torch.arange(13))
+    with pytest.warns(IgnoredRewardsWarning):
+        each_its_own = var_weights(rewards, ref_logp, normalizer="group", group_ids=torch.arange(13), **summed)
     assert_close(each_its_own.weight, torch.ones(13))  # nothing to compare with: plain SFT
 
 
@@ -172,10 +181,14 @@ def test_limits_of_lam():
     batch = random_batch(dtype=torch.float64)
     rewards, ref_logp, ids = batch["rewards"], batch["ref_logp"] / 100, batch["group_ids"]
     # lam -> infinity: the reward no longer counts, pi* -> pi_ref
-    assert_close(var_weights(rewards, ref_logp, lam=1e12).weight, ref_logp.softmax(0), 1e-9)
-    assert_close(var_weights(rewards, lam=math.inf, normalizer="self_normalised").weight, torch.ones(13))
+    with pytest.warns(IgnoredRewardsWarning):
+        far = var_weights(rewards, ref_logp, lam=1e12, normalizer="batch", reference="sum")
+    assert_close(far.weight, ref_logp.softmax(0), 1e-9)
+    with pytest.warns(IgnoredRewardsWarning):
+        far = var_weights(rewards, lam=math.inf)
+    assert_close(far.weight, torch.ones(13))
     # lam -> 0: all weight on the best response of each group
-    got = var_weights(rewards, ref_logp, lam=1e-9, normalizer="group", group_ids=ids).weight
+    got = var_weights(rewards, ref_logp, lam=1e-9, normalizer="group", reference="sum", group_ids=ids).weight
     best = torch.stack([(rewards == rewards[ids == i].max()).double() for i in ids.unique()]).sum(0)
     assert_close(got, best)
 
@@ -183,14 +196,16 @@ def test_limits_of_lam():
 def test_cross_turns_into_sft_when_each_response_fits_its_own_prompt_only():
     # what responses to unrelated prompts look like: a_ii is far above a_ij
     scores = torch.full((6, 6), -400.0).fill_diagonal_(-200.0)
-    assert_close(var_weights(torch.randn(6), scores, lam=0.5, normalizer="cross").weight, torch.ones(6))
+    got = var_weights(torch.randn(6), scores, lam=0.5, normalizer="cross", reference="sum")
+    assert_close(got.weight, torch.ones(6))
 
 
 @pytest.mark.parametrize("normalizer", ["batch", "group", "self_normalised"])
 def test_huge_numbers_do_not_overflow(normalizer):
     rewards = torch.tensor([1e30, -1e30, 1e30])
     got = var_weights(
-        rewards, torch.tensor([-1e6, 0.0, -1e6]), lam=1e-6, normalizer=normalizer, reference=None,
+        rewards, torch.tensor([-1e6, 0.0, -1e6]), lam=1e-6, normalizer=normalizer,
+        reference="none" if normalizer == "self_normalised" else "sum",
         group_ids=torch.zeros(3, dtype=torch.int64),
     )  # fmt: skip
     assert_close(got.weight, torch.tensor([0.5, 0.0, 0.5]) * (3 if normalizer == "self_normalised" else 1))
@@ -199,9 +214,10 @@ def test_huge_numbers_do_not_overflow(normalizer):
 
 def test_rows_of_length_zero_have_no_part():
     rewards, ref_logp = tensor(0.3, 9.0, -0.2), tensor(-1.0, 0.0, -2.0)
-    got = var_weights(rewards, ref_logp, lam=0.5, normalizer="batch_mean", lengths=torch.tensor([4, 0, 6]))
+    options = {"lam": 0.5, "normalizer": "batch_mean", "reference": "sum"}
+    got = var_weights(rewards, ref_logp, lengths=torch.tensor([4, 0, 6]), **options)
     kept = torch.tensor([0, 2])
-    want = var_weights(rewards[kept], ref_logp[kept], lam=0.5, normalizer="batch_mean")
+    want = var_weights(rewards[kept], ref_logp[kept], **options)
     assert_close(got.weight[kept], want.weight)
     assert got.weight[1] == 0
     assert_close(got.log_z, want.log_z)
@@ -224,9 +240,10 @@ def test_detached_and_strided():
     batch = random_batch()
     rewards = batch["rewards"].repeat_interleave(2).requires_grad_()[::2]
     ref_logp = batch["ref_logp"].clone().requires_grad_()
-    got = var_weights(rewards, ref_logp, lam=0.8)
+    options = {"lam": 0.8, "normalizer": "batch", "reference": "sum"}
+    got = var_weights(rewards, ref_logp, **options)
     assert not any(t.requires_grad for t in got)
-    assert_close(got.weight, var_weights(batch["rewards"], batch["ref_logp"], lam=0.8).weight)
+    assert_close(got.weight, var_weights(batch["rewards"], batch["ref_logp"], **options).weight)
 
 
 def test_ess_by_hand():
@@ -269,15 +286,15 @@ def test_collapse_is_warned_about_on_the_cpu(case):
 
 
 def test_summed_reference_of_real_size_collapses_for_every_lam():
-    batch = random_batch(b=32)
+    batch, options = random_batch(b=32), {"normalizer": "batch", "reference": "sum"}
     for lam in (0.1, 1.0, 10.0, 100.0):
         with pytest.warns(CollapsedWeightsWarning, match=r"reference='sum'.*Take reference='mean' or 'none'"):
-            assert var_weights(batch["rewards"], batch["ref_logp"], lam=lam).ess < 3
+            assert var_weights(batch["rewards"], batch["ref_logp"], lam=lam, **options).ess < 3
 
 
 def test_nothing_to_collapse_is_not_warned_about():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", CollapsedWeightsWarning)
         var_weights(torch.ones(1), lam=1.0, reference="none")
         var_weights(torch.arange(4.0), lam=0.01, normalizer="group", reference="none", group_ids=torch.arange(4))
 
@@ -293,9 +310,81 @@ def test_warning_threshold_and_repetition():
     assert len(caught) == 2  # fifty equal ones are shown once
 
 
+# -- rewards without effect ----------------------------------------------------------------------------------------
+
+ALONE, EQUAL, FAR = "has one sequence", "they are equal within", "differ by less than 0.001 lam"
+IGNORED = {  # rewards, options, what the warning says
+    "a batch of one": ([0.3], {}, f"the batch {ALONE}"),
+    "a batch of one, with the reference": (
+        [0.3], {"normalizer": "batch", "reference": "mean", "lengths": torch.tensor([3])}, f"the batch {ALONE}",
+    ),
+    "one row that carries loss": ([0.3, 9.0], {"lengths": torch.tensor([4, 0])}, f"the batch {ALONE}"),
+    "a completion a prompt": ([1.0, 2.0, 3.0], {"group_ids": torch.arange(3)}, f"every group {ALONE}"),
+    "a completion a prompt, group": (
+        [1.0, 2.0, 3.0], {"normalizer": "group", "reference": "none", "group_ids": torch.arange(3)},
+        f"every group {ALONE}",
+    ),
+    "all but one masked in each prompt": (
+        [1.0, 2.0, 3.0, 4.0], {"group_ids": torch.tensor([0, 0, 1, 1]), "lengths": torch.tensor([0, 3, 3, 0])},
+        f"every group {ALONE}",
+    ),
+    "equal in every prompt": ([1.0, 1.0, 5.0, 5.0], {"group_ids": torch.tensor([0, 0, 1, 1])}, f"{EQUAL} every group"),
+    "one alone, the others equal": ([1.0, 1.0, 5.0], {"group_ids": torch.tensor([0, 0, 1])}, f"{EQUAL} every group"),
+    "equal in the batch": ([2.0, 2.0, 2.0], {"normalizer": "batch_mean", "reference": "none"}, f"{EQUAL} the batch"),
+    "a huge lam": ([0.0, 1.0], {"lam": 1e6}, f"{FAR}, lam=1e.06"),
+    "an infinite lam": ([0.0, 1.0], {"lam": INF}, FAR),
+    "cross": ([2.0, 2.0], {"normalizer": "cross", "reference": "none"}, f"{EQUAL} the batch"),
+    "cross, differing between prompts alone": (
+        [[1.0, 1.0], [5.0, 5.0]], {"normalizer": "cross", "reference": "none"}, f"{EQUAL} the batch",
+    ),
+}  # fmt: skip
+HEARD = {  # id: rewards and options that do move a weight
+    "one group that differs": ([1.0, 1.0, 5.0, 5.1], {"group_ids": torch.tensor([0, 0, 1, 1])}),
+    "a lam that is large": ([0.0, 1.0], {"lam": 100.0}),
+    "cross": ([[1.0, 1.0], [5.0, 6.0]], {"normalizer": "cross", "reference": "none"}),
+    "ids that batch does not read": ([1.0, 2.0], {"normalizer": "batch", "group_ids": torch.arange(2)}),
+    "fillers alone": ([1.0, 2.0], {"lengths": torch.zeros(2, dtype=torch.int64)}),
+}
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_rewards_without_effect_are_warned_about(case):
+    """And have none: other rewards of the same kind give the same weights."""
+    rewards, options, message = IGNORED[case]
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    weighed = options.get("reference") == "mean"
+    ref_logp = torch.full((1,), -3.0, dtype=torch.float64) if weighed else None
+    with pytest.warns(IgnoredRewardsWarning, match=message):
+        got = var_weights(rewards, ref_logp, **{"lam": 1.0, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zero = var_weights(rewards * 0, ref_logp, **{"lam": 1.0, **options})
+    assert_close(got.weight, zero.weight, 1e-3)
+
+
+@pytest.mark.parametrize("case", HEARD)
+def test_rewards_with_an_effect_are_not(case):
+    rewards, options = HEARD[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IgnoredRewardsWarning)
+        var_weights(torch.tensor(rewards), **{"lam": 1.0, **options})
+
+
+def test_the_warning_stands_at_the_caller_and_does_not_repeat():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            var_weights(torch.ones(2), lam=1.0)
+    assert [entry.filename for entry in caught] == [__file__]
+
+
+def test_metadata_tells_of_one_row_where_values_are_not_read():
+    with pytest.warns(IgnoredRewardsWarning, match="the batch has one sequence"):
+        var_weights(torch.ones(1, device="meta"), lam=1.0)
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
-NAN, INF = float("nan"), float("inf")
 REFUSED = {  # id: (error, words of the message, rewards, ref_logp, options)
     "lam 0": (ValueError, "lam must be > 0", [1.0, 2.0], None, {"lam": 0}),
     "lam negative": (ValueError, "negate the rewards", [1.0, 2.0], None, {"lam": -1.0}),
@@ -304,7 +393,10 @@ REFUSED = {  # id: (error, words of the message, rewards, ref_logp, options)
     "unknown normalizer": (ValueError, "normalizer must be one of", [1.0, 2.0], None, {"normalizer": "softmax"}),
     "unknown reference": (ValueError, "reference must be one of", [1.0, 2.0], None, {"reference": "median"}),
     "sum without ref_logp": (ValueError, "ref_logp must be given", [1.0, 2.0], None, {"reference": "sum"}),
-    "default is sum": (ValueError, "ref_logp must be given", [1.0, 2.0], None, {"reference": None}),
+    "a reference that nothing reads": (
+        ValueError, "reference must be given with ref_logp, got None.*normalizer='group' or 'batch' with",
+        [1.0, 2.0], [-1.0, -2.0], {"reference": None},
+    ),
     "mean without lengths": (ValueError, "lengths must be given", [1.0, 2.0], [-1.0, -2.0], {"reference": "mean"}),
     "group without ids": (ValueError, "group_ids must be given", [1.0, 2.0], None, {"normalizer": "group"}),
     "self_normalised with sum": (
@@ -345,5 +437,6 @@ def test_refusals_name_the_argument_and_the_remedy(case):
         rewards = torch.tensor(rewards, dtype=torch.float64)
     if ref_logp is not None:
         ref_logp = torch.zeros(1, device="meta") if ref_logp == "meta" else torch.tensor(ref_logp)
+    normalizer = "batch" if options.get("reference") else "self_normalised"
     with pytest.raises(error, match=message):
-        var_weights(rewards, ref_logp, **{"lam": 1.0, "reference": "none", **options})
+        var_weights(rewards, ref_logp, **{"lam": 1.0, "normalizer": normalizer, "reference": "none", **options})

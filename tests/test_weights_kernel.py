@@ -279,11 +279,11 @@ def test_refusals_stay_where_they_were(target):
     batch, device = Batch(), target.device
     tensors = [t.to(device) for t in (batch.hidden, batch.lm_head_weight, batch.labels, batch.rewards)]
     with pytest.raises(ValueError, match="ref_logp must be given"):
-        var_loss(*tensors, lam=1.0, reference="sum")
+        var_loss(*tensors, lam=1.0, normalizer="batch", reference="sum")
     with pytest.raises(ValueError, match=r"ref_logp must be \(7\)"):
-        var_loss(*tensors, torch.ones(5, device=device), lam=1.0)
+        var_loss(*tensors, torch.ones(5, device=device), lam=1.0, normalizer="batch", reference="sum")
     with pytest.raises(ValueError, match="group_ids must be given"):
-        var_loss(*tensors, torch.ones(7, device=device), lam=1.0, normalizer="group")
+        var_loss(*tensors, torch.ones(7, device=device), lam=1.0, normalizer="group", reference="sum")
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ def tiny_config(folder, **options) -> AlignConfig:
     }
     method = options.pop("method", "var")
     if method == "var":
-        settings["lam"] = 0.5
+        settings |= {"lam": 0.5, "normalizer": "batch"}
+        settings["reference"] = "none" if options.get("normalizer") == "self_normalised" else "mean"
     else:
         options.pop("normalizer", None)
     return method_config(method)(**{**settings, **options})

@@ -146,7 +146,7 @@ def var_weights_ref(
     ref_logp: Tensor | None = None,
     *,
     lam: float,
-    normalizer: str = "batch",
+    normalizer: str = "self_normalised",
     reference: str | None = None,
     lengths: Tensor | None = None,
     group_ids: Tensor | None = None,
@@ -154,13 +154,11 @@ def var_weights_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of ``var_weights``: weight (B,), log Z (B,) of each row, ess (); a loop over rows, one process."""
     b = rewards.shape[0]
-    if normalizer == "self_normalised":
-        reference = "none"
 
     def score(i: int, j: int) -> Tensor:  # of response j under prompt i
         pair = (i, j) if normalizer == "cross" else j
         value = (rewards[i, j] if rewards.dim() == 2 else rewards[j]).to(dtype) / lam
-        if reference in (None, "sum"):
+        if reference == "sum":
             value = value + ref_logp[pair].to(dtype)
         elif reference == "mean":
             value = value + ref_logp[pair].to(dtype) / lengths[j]

@@ -38,6 +38,7 @@ from var_kernels.losses.token import (
 )
 from var_kernels.losses.var import VARLoss, VARStats, var_loss, weighted_sequence_nll
 from var_kernels.losses.variants import VARIANTS, Variant
+from var_kernels.losses.weight_checks import IgnoredRewardsWarning, warn_if_rewards_ignored
 from var_kernels.losses.weights import (
     CollapsedWeightsWarning,
     VARWeights,
@@ -51,6 +52,7 @@ __all__ = [
     "PASS_CLASSES",
     "VARIANTS",
     "CollapsedWeightsWarning",
+    "IgnoredRewardsWarning",
     "Loss",
     "VARLoss",
     "VARStats",
@@ -115,6 +117,7 @@ __all__ = [
     "var_loss",
     "var_weights",
     "warn_if_collapsed",
+    "warn_if_rewards_ignored",
     "weighted_bc_loss",
     "weighted_sequence_nll",
 ]

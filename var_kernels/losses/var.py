@@ -8,7 +8,13 @@ from typing_extensions import Required, Unpack
 
 from var_kernels.losses.checks import TOKEN_REDUCTIONS, TokenReduction, check_choice
 from var_kernels.losses.sequences import check_cu_seqlens, expand_to_tokens, sequence_lengths, sequence_sum
-from var_kernels.losses.weight_checks import Normalizer, Reference, check_options
+from var_kernels.losses.weight_checks import (
+    DEFAULT_NORMALIZER,
+    DEFAULT_REFERENCE,
+    Normalizer,
+    Reference,
+    check_options,
+)
 from var_kernels.losses.weights import VARWeights, token_weights, var_weights
 from var_kernels.ops import linear_weighted_nll
 from var_kernels.ops.signatures import VARHeadKeywords
@@ -184,7 +190,7 @@ def var_loss(
     bias: Tensor | None = None,
     *,
     lam: float,
-    normalizer: Normalizer = "batch",
+    normalizer: Normalizer = DEFAULT_NORMALIZER,
     reference: Reference | None = None,
     lengths: Tensor | None = None,
     group_ids: Tensor | None = None,
@@ -280,8 +286,8 @@ def var_loss(
 class VARLoss(nn.Module, Generic[Result]):
     """``var_loss`` with its options fixed at construction, where they are checked.
 
-        loss_fn = VARLoss(lam=0.5, normalizer="group", reference="sum")
-        loss = loss_fn(hidden, lm_head.weight, labels, rewards, ref_logp, group_ids=group_ids)
+        loss_fn = VARLoss(lam=0.5)
+        loss = loss_fn(hidden, lm_head.weight, labels, rewards, group_ids=group_ids)
 
     Args: the keyword options of ``var_loss``, of which it keeps those that describe the loss (lam, normalizer,
     reference, token_reduction, process_group, ignore_index, return_stats and the head's). What belongs to a batch
@@ -300,7 +306,7 @@ class VARLoss(nn.Module, Generic[Result]):
         self,
         *,
         lam: float,
-        normalizer: Normalizer = "batch",
+        normalizer: Normalizer = DEFAULT_NORMALIZER,
         reference: Reference | None = None,
         token_reduction: TokenReduction = "sum",
         process_group: dist.ProcessGroup | None = None,
@@ -312,7 +318,8 @@ class VARLoss(nn.Module, Generic[Result]):
         _check_loss_options(token_reduction, head_options)
         self.lam = lam
         self.normalizer = normalizer
-        self.reference = check_options(lam, normalizer, reference)
+        check_options(lam, normalizer, reference)
+        self.reference = reference
         self.token_reduction = token_reduction
         self.process_group = process_group
         self.ignore_index = ignore_index
@@ -370,7 +377,8 @@ class VARLoss(nn.Module, Generic[Result]):
         ) -> Result: ...
 
     def extra_repr(self) -> str:
-        options = {"lam": self.lam, "normalizer": self.normalizer, "reference": self.reference, **self.head_options}
+        reference = self.reference or DEFAULT_REFERENCE
+        options = {"lam": self.lam, "normalizer": self.normalizer, "reference": reference, **self.head_options}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 

@@ -61,6 +61,7 @@ def _enter(
 
 _VAR, _SAIL, _DERIVED = "arXiv 2502.11026", "arXiv 2406.15567", "derived"
 _RELEASED = "as in the first author's code, on a share of the pairs there"
+_enter("var_batch", "log Z = LSE_j a_j over the batch", _VAR, _DERIVED, "var", normalizer="batch")
 _enter("var_batch_mean", "log Z = LSE_j a_j - log B", _VAR, _DERIVED, "var", normalizer="batch_mean")
 _enter("var_group", "log Z = LSE of a over the prompt's completions", _VAR, _DERIVED, "var", normalizer="group")
 _enter(

@@ -1,18 +1,29 @@
-"""What ``var_weights`` refuses, by name and with the remedy. Metadata everywhere; values on the CPU only."""
+"""What ``var_weights`` refuses, by name and with the remedy, and rewards that move no weight, of which it warns.
+Metadata everywhere; values on the CPU only."""
 
+import warnings
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import INTEGERS, check_choice
+from var_kernels.losses.checks import INTEGERS, check_choice, values_readable
+from var_kernels.losses.segments import group_rows
 
 Normalizer = Literal["batch", "batch_mean", "cross", "group", "self_normalised"]
 Reference = Literal["sum", "mean", "none"]
 NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
 REFERENCES: tuple[str, ...] = get_args(Reference)
+DEFAULT_NORMALIZER: Normalizer = "self_normalised"
+DEFAULT_REFERENCE: Reference = "none"  # here, in VARLoss and in VARConfig: docs/var.md
+MIN_REWARD_SPREAD = 1e-3  # of r / lam, largest less smallest: below it weights differ by a thousandth at most
 
 
-def check_options(lam: float, normalizer: str, reference: str | None) -> str:
+class IgnoredRewardsWarning(UserWarning):
+    """The rewards of a batch have no effect on its weights, or advantages."""
+
+
+def check_options(lam: float, normalizer: str, reference: str | None, ref_logp: Tensor | None = None) -> str:
     """Refuse options that are wrong by themselves; returns the reference term with None resolved."""
     if isinstance(lam, bool) or not isinstance(lam, (int, float)):
         raise TypeError(f"lam must be a Python number > 0, got {type(lam).__name__}; pass lam=float(...)")
@@ -21,14 +32,18 @@ def check_options(lam: float, normalizer: str, reference: str | None) -> str:
     check_choice("normalizer", normalizer, NORMALIZERS)
     if reference is not None:
         check_choice("reference", reference, REFERENCES)
-    if normalizer != "self_normalised":
-        return reference or "sum"
-    if reference in ("sum", "mean"):
+    elif ref_logp is not None:
+        remedy = "normalizer='group' or 'batch' with " if normalizer == "self_normalised" else ""
+        raise ValueError(
+            f"reference must be given with ref_logp, got None, which is {DEFAULT_REFERENCE!r} and reads none; "
+            f"leave ref_logp out, or weigh by it: {remedy}reference='mean' or 'sum'"
+        )
+    if normalizer == "self_normalised" and reference in ("sum", "mean"):
         raise ValueError(
             f"reference must be 'none' for normalizer='self_normalised', got {reference!r}; drop it, or take "
-            "normalizer='group' to weigh by the reference as well"
+            "normalizer='group' or 'batch' to weigh by the reference as well"
         )
-    return "none"
+    return reference or DEFAULT_REFERENCE
 
 
 def check_tensors(rewards, ref_logp, normalizer: str, reference: str, lengths, group_ids, process_group) -> None:
@@ -78,6 +93,65 @@ def bad_values(rewards: Tensor, ref_logp: Tensor | None, lengths: Tensor | None)
     if lengths is not None and (lengths < 0).any():
         return f"lengths must be >= 0, got {int(lengths.min())}; count the labels that carry loss (sequence_lengths)"
     return None
+
+
+def warn_if_rewards_ignored(
+    rewards: Tensor, *, lam: float = 1.0, lengths: Tensor | None = None, group_ids: Tensor | None = None
+) -> bool:
+    """Warn (IgnoredRewardsWarning) where no reward of the batch can move a weight, plain SFT; True if it did.
+
+    Z is taken over the batch, or over each group: a sequence that is alone there has the weight 1 whatever its reward,
+    and so have sequences of equal rewards, or of rewards that differ by less than a thousandth of lam. Not warned about
+    where that is so in some of the groups only. Reads values on the host: for CUDA tensors, where ``var_weights`` sees
+    no more than the number of rows, call it where metrics are logged.
+
+    Args:
+        rewards: (B,), or (B, B) for "cross"; lam: as given to ``var_weights``; lengths, group_ids: (B,), likewise.
+    """
+    reward = rewards.detach().double()
+    kept = torch.ones_like(reward, dtype=torch.bool) if lengths is None else (lengths > 0).expand_as(reward)
+    high, low = reward.masked_fill(~kept, -torch.inf), (-reward).masked_fill(~kept, -torch.inf)
+    if group_ids is None:
+        size, spread = kept.sum(-1), high.amax(-1) + low.amax(-1)
+    else:
+        groups = group_rows(group_ids)
+        size, spread = groups.sum(kept.double()), groups.max(high) + groups.max(low)
+    if not kept.any() or (spread >= MIN_REWARD_SPREAD * lam).any():
+        return False
+    place = "the batch" if group_ids is None else "every group"
+    alone = bool((size <= 1).all())
+    if alone:
+        reason = f"{place} has one sequence, whose weight does not depend on its reward"
+    elif (spread <= 0).all():
+        reason = f"they are equal within {place}"
+    else:
+        reason = f"within {place} they differ by less than {MIN_REWARD_SPREAD:g} lam, lam={lam:g}"
+    if not alone:
+        remedy = "give rewards that tell the sequences apart" + ("" if lam == 1.0 else ", or lower lam")
+    elif group_ids is None:
+        remedy = "weigh the sequences of the whole optimiser step together"
+    else:
+        remedy = "give several completions a prompt, or compare sequences of different prompts: no group_ids"
+    _warn_ignored(reason, remedy)
+    return True
+
+
+def warn_if_alone(rewards: Tensor) -> None:
+    """What metadata tells of a batch whose values are not read."""
+    if not values_readable(rewards) and rewards.shape[0] == 1:
+        _warn_ignored(
+            "the batch has one sequence, whose weight does not depend on its reward",
+            "weigh the sequences of the whole optimiser step together",
+        )
+
+
+def _warn_ignored(reason: str, remedy: str) -> None:
+    warnings.warn(
+        f"rewards have no effect on this batch: {reason}. Its loss is that of equal rewards, which without a reference "
+        f"term is plain SFT; {remedy} (docs/var.md).",
+        IgnoredRewardsWarning,
+        stacklevel=4,
+    )
 
 
 def _check_floating(name: str, values) -> None:

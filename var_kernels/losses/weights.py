@@ -8,7 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from var_kernels.losses.segments import Groups, group_rows
-from var_kernels.losses.weight_checks import Normalizer, Reference, bad_values, check_options, check_tensors
+from var_kernels.losses.weight_checks import (
+    DEFAULT_NORMALIZER,
+    Normalizer,
+    Reference,
+    bad_values,
+    check_options,
+    check_tensors,
+    warn_if_alone,
+    warn_if_rewards_ignored,
+)
 from var_kernels.ops.weights import takes_weights_kernel, weights_by_kernel
 
 MIN_ESS_SHARE = 0.1  # of the way from one-hot (one sequence of each group has all the weight) to uniform
@@ -33,7 +42,7 @@ def var_weights(
     ref_logp: Tensor | None = None,
     *,
     lam: float,
-    normalizer: Normalizer = "batch",
+    normalizer: Normalizer = DEFAULT_NORMALIZER,
     reference: Reference | None = None,
     lengths: Tensor | None = None,
     group_ids: Tensor | None = None,
@@ -51,19 +60,20 @@ def var_weights(
         "self_normalised"  log mean_k exp(r_k / lam) over the       exp(r_i/lam - log Z)   K per group (or B)
                            group, or over the batch
 
-    Which measure each one assumes is in docs/var.md: in short, a reference term ("sum") is right for enumerated
-    candidates, wrong for responses drawn from pi_ref, where "none" and "self_normalised" are right. Responses drawn
-    from a known mu: pass sr - log mu.
+    The default, "self_normalised" without a reference term, is right for responses drawn from pi_ref, keeps lam in
+    charge on free text, and needs nothing but rewards (group_ids, where prompts have several responses). A reference
+    term ("sum") is right for enumerated candidates, wrong for responses drawn from pi_ref. Responses drawn from a known
+    mu: pass sr - log mu. More: docs/var.md.
 
     Args:
         rewards: (B,) floating point, reward units; also (B, B) for "cross": entry ij is the reward of y_j as an answer
             to x_i.
         ref_logp: (B,) floating point: sr, the sequence's summed log-prob under the reference policy, nats
-            (``sequence_sum`` makes it from tokens). For "cross" (B, B): entry ij is log pi_ref(y_j|x_i). Unused, and
-            may be None, where there is no reference term.
+            (``sequence_sum`` makes it from tokens). For "cross" (B, B): entry ij is log pi_ref(y_j|x_i). Needed by
+            "sum" and "mean"; unused with reference="none" said by name, and refused with reference=None.
         lam: > 0, in reward units: small follows the reward, large stays with the reference.
         normalizer: the estimator of Z(x), from the table.
-        reference: "sum" | "mean" | "none". None means "sum", and "none" for "self_normalised", which has no other.
+        reference: "sum" | "mean" | "none". None means "none", the only one that "self_normalised" has.
         lengths: (B,) integers: tokens that carry loss, needed for "mean". A row of length 0 (prompt truncated, filler)
             gets weight 0 and has no part in Z.
         group_ids: (B,) integers, any values: rows with equal ids answer the same prompt. Needed for "group", optional
@@ -82,12 +92,14 @@ def var_weights(
             a process group every rank raises on bad values; one host sync is needed to learn the local batch sizes.
 
     Warns:
-        CollapsedWeightsWarning: see ``warn_if_collapsed``. By itself for CPU tensors only, for the same reason.
+        CollapsedWeightsWarning: see ``warn_if_collapsed``. IgnoredRewardsWarning: no reward of the (global) batch can
+        move a weight, see ``warn_if_rewards_ignored``. By itself for CPU tensors only, for the same reason; on CUDA a
+        batch of one row is named.
 
     Source: arXiv 2502.11026 for the weighting pi_ref exp(r/lam)/Z. The estimators of Z are derived (docs/var.md), and
     none is claimed to be the paper's.
     """
-    reference = check_options(lam, normalizer, reference)
+    reference = check_options(lam, normalizer, reference, ref_logp)
     check_tensors(rewards, ref_logp, normalizer, reference, lengths, group_ids, process_group)
     ref_logp = None if reference == "none" else ref_logp.detach()
     problem = bad_values(rewards, ref_logp, lengths)
@@ -100,6 +112,7 @@ def var_weights(
         rewards = torch.full_like(rewards, float("nan"))
 
     grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    compared = {"lengths": lengths, "group_ids": group_ids if grouped else None}
     if by_kernel:
         options = {"lam": lam, "normalizer": normalizer, "reference": reference, "dtype": dtype}
         weight_B, log_z, ess, _ = weights_by_kernel(rewards, ref_logp, lengths=lengths, group_ids=group_ids, **options)
@@ -112,18 +125,21 @@ def var_weights(
         weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, reference, lengths, process_group)
         (weight_G,), _ = _gather([weight_B], process_group)  # (B_global,)
         num_groups = 1
+        if process_group is not None:
+            rewards = None  # other ranks' rows may be the ones that tell
     else:
         score_B = _scores(rewards, ref_logp, lam, reference, lengths)
         if lengths is not None:
             score_B = score_B.masked_fill(lengths == 0, -torch.inf)
-        columns, own = _gather([score_B, group_ids] if grouped else [score_B], process_group)
+        (score_G, rewards, *ids_G), own = _gather([score_B, rewards, group_ids][: 2 + grouped], process_group)
         mean = normalizer in ("batch_mean", "self_normalised")
-        groups = group_rows(columns[1]) if grouped else None
-        weight_G, log_z = _normalise(columns[0], groups, mean=mean)  # (B_global,)
+        groups = group_rows(*ids_G) if grouped else None
+        weight_G, log_z = _normalise(score_G, groups, mean=mean)  # (B_global,)
         weight_B, log_z = weight_G[own], log_z[own] if grouped else log_z
-        kept_G = columns[0] > -torch.inf
+        kept_G = score_G > -torch.inf
         num_kept = kept_G.sum()
-        num_groups = columns[1][kept_G].unique().numel() if grouped and kept_G.device.type == "cpu" else 1
+        num_groups = ids_G[0][kept_G].unique().numel() if grouped and kept_G.device.type == "cpu" else 1
+        compared = {"lengths": kept_G.long(), "group_ids": ids_G[0] if grouped else None}
     if not by_kernel:
         ess = effective_sample_size(weight_G)
 
@@ -133,7 +149,11 @@ def var_weights(
             overflow = f"rewards / lam must be finite, overflows at lam={lam}; raise lam, or scale the rewards down"
             raise ValueError(problem or (overflow if process_group is None else elsewhere))
         if process_group is None or dist.get_rank(process_group) == 0:
+            if rewards is not None:
+                warn_if_rewards_ignored(rewards, lam=lam, **compared)
             warn_if_collapsed(ess, int(num_kept), num_groups, lam=lam, normalizer=normalizer, reference=reference)
+    elif process_group is None:
+        warn_if_alone(rewards)
     return VARWeights(weight_B.to(dtype), log_z.to(dtype), ess.to(dtype))
 
 
@@ -155,7 +175,7 @@ def token_weights(
     From tokens to tokens without a tensor in between; lengths are counted from labels when None. None where no kernel
     serves the call: sum, weigh and expand then.
     """
-    reference = check_options(lam, normalizer, reference)
+    reference = check_options(lam, normalizer, reference, ref_logp)
     if rewards.device != labels.device or not takes_weights_kernel(rewards.device, rewards.shape[0]):
         return None
     per_token = reference != "none" and normalizer != "cross" and ref_logp is not None
@@ -181,6 +201,7 @@ def token_weights(
         ignore_index=ignore_index,
         dtype=_result_dtype(rewards, None if reference == "none" else ref_logp),
     )
+    warn_if_alone(rewards)
     return VARWeights(weight_B, log_z, ess), token_weight
 
 

@@ -77,7 +77,7 @@ METHODS = {
     "SFT": ("sft", {"sft_on": "all"}),
     "Best-of-n SFT": ("sft", {"sft_on": "best"}),
     "DPO": ("dpo", {"beta": "lam"}),
-    "VAR": ("var", {"normalizer": "self_normalised", "lam": "lam"}),
+    "VAR": ("var", {"lam": "lam"}),
 }
 
 DPO_RATE = 0.3  # of the others' learning rate: at the full one it drifts off, to more KL for less reward

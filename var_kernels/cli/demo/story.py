@@ -143,7 +143,7 @@ def _weigh(rows: list[dict], lam: float) -> dict:
     """Reward and VAR weight of every completion, and those of one prompt in full: the first with the most rewards."""
     rewards_PK = torch.tensor([row["rewards"] for row in rows])
     groups = torch.arange(len(rows)).repeat_interleave(rewards_PK.shape[1])
-    result = var_weights(rewards_PK.flatten(), lam=lam, normalizer="self_normalised", group_ids=groups)
+    result = var_weights(rewards_PK.flatten(), lam=lam, group_ids=groups)
     weights_PK = result.weight.view_as(rewards_PK)
     ess_P = weights_PK.sum(1).square() / weights_PK.square().sum(1)
     widest = max(range(len(rows)), key=lambda i: len(set(rows[i]["rewards"])))

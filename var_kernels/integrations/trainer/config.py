@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from var_kernels.integrations.trainer.methods import METHODS, Method, find_method
 from var_kernels.integrations.trainer.online.settings import OnlineSettings, resolve
 from var_kernels.losses import VARIANTS
-from var_kernels.losses.weights import check_options
+from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE, check_options
 
 
 @dataclass
@@ -148,23 +148,21 @@ class VARConfig(AlignConfig):
 
     Args:
         lam: VAR's lambda > 0, in reward units: small follows the reward, large stays with the reference.
-        normalizer: how VAR estimates Z: "batch", "batch_mean", "group" or "self_normalised", over the global batch
-            (all ranks and accumulation steps). "group" and "self_normalised" make an item of a batch of a prompt with
-            all its completions.
-        reference: the reference term in VAR's weights: "mean" per token, "sum" or "none". With sums the weights of
-            ordinary texts collapse onto one sequence of a batch (docs/training.md). "self_normalised" has none,
-            whatever is said here.
+        normalizer: how VAR estimates Z: "self_normalised", "group", "batch" or "batch_mean", over the global batch
+            (all ranks and accumulation steps). "self_normalised" and "group" make an item of a batch of a prompt with
+            all its completions. Where no prompt has two, "self_normalised" is taken over the batch, and "group", in
+            which every weight would be 1, is refused.
+        reference: the reference term in VAR's weights: "none", "mean" per token or "sum" (with sums the weights of
+            ordinary texts collapse onto one sequence of a batch). "self_normalised" has none.
     """
 
     method: ClassVar[str] = "var"
 
     lam: float = 1.0
-    normalizer: str = "batch"
-    reference: str = "mean"
+    normalizer: str = DEFAULT_NORMALIZER
+    reference: str = DEFAULT_REFERENCE
 
     def _check_method(self) -> None:
-        if self.normalizer == "self_normalised":
-            self.reference = "none"
         self.reference = check_options(self.lam, self.normalizer, self.reference)
         if self.normalizer == "cross":
             raise ValueError(

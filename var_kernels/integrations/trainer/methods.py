@@ -30,6 +30,7 @@ from var_kernels.losses import (
 from var_kernels.losses.ava import last_value
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
+from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,8 @@ _LABEL_BY = {
 _HEAD_RATE = {"head_learning_rate": (float, 1e-3, "of the head beside the lm_head")}
 _VAR = {
     "lam": (float, 1.0, "VAR's lambda, in reward units"),
-    "normalizer": (str, "batch", "VAR's Z: batch, batch_mean, group or self_normalised"),
-    "reference": (str, "mean", "reference term in VAR's weights: mean, sum or none"),
+    "normalizer": (str, DEFAULT_NORMALIZER, "VAR's Z: self_normalised, group, batch or batch_mean"),
+    "reference": (str, DEFAULT_REFERENCE, "reference term in VAR's weights: none, mean or sum"),
 }
 _ALOL = {"head": "fitted", "prepare": shares.alol}
 _SFT = {"items": items.sft_items, "need_rewards": "optional"}

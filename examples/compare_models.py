@@ -16,7 +16,7 @@ from var_kernels.integrations.hf import sequence_logprobs
 from var_kernels.integrations.trainer import RewardModel
 from var_kernels.integrations.trainer.loading import load_causal_lm
 from var_kernels.integrations.trainer.online import GenerateSampler
-from var_kernels.integrations.trainer.online.loop import encode_prompts
+from var_kernels.integrations.trainer.online.loop import prompts_of
 from var_kernels.integrations.trainer.rewards import load_reward_function
 
 parser = argparse.ArgumentParser(description="Mean reward, win rate and KL of models against a reference.")
@@ -38,7 +38,7 @@ score = load_reward_function(args.reward) if args.reward else RewardModel.from_p
 tokenizer = AutoTokenizer.from_pretrained(args.reference)
 pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 examples, _ = load_examples(args.prompts, need_rewards="prompt")
-prompts = encode_prompts(merge_prompts(examples), tokenizer, args)  # (prompt, where, token ids)
+prompts = prompts_of(merge_prompts(examples), tokenizer, args)  # (prompt, where, token ids)
 
 
 def parts(items: list) -> list[list]:

@@ -2,8 +2,12 @@
 
 import gzip
 import json
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -170,6 +174,79 @@ def test_tools_reach_the_chat_template():
     assert encoded["input_ids"].tolist() == _ids("<add>hi;yo;")
 
 
+JUDGED = {"prompt": "2 + 2", "completion": "4"}
+
+
+@pytest.mark.parametrize(
+    ("label", "reward"),
+    [
+        *((label, 1.0) for label in (1, 1.0, "true", "True", "1", np.bool_(True), np.int64(1), torch.tensor(True))),
+        *((label, -1.0) for label in (0, 0.0, "false", "FALSE", "0", np.bool_(False), np.uint8(0), torch.tensor(0))),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}",
+)
+def test_a_label_of_any_kind(label, reward):
+    assert parse_row({**JUDGED, "label": label}, "here", "unless_pair").rewards == [reward]
+    assert parse_row({**JUDGED, "label": label, "reward": None}, "here", "required").rewards == [reward]
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, "good", "", [True], float("nan"), np.int64(2), torch.tensor([1, 0])])
+def test_what_is_no_label_is_named_where_it_is_needed(label):
+    problem = parse_row({**JUDGED, "label": label}, "here", "required")
+    assert "label must be true or false (or 1 or 0), got" in problem.reason
+    assert parse_row({**JUDGED, "label": label}, "here").rewards is None  # a column of another meaning
+    assert parse_row({**JUDGED, "label": label, "reward": 2}, "here", "required").rewards == [2.0]
+
+
+NUMBERS = [
+    *(np.float32(0.5), np.float64(0.5), np.float16(0.5), torch.tensor(0.5), torch.tensor([0.5]), np.array(0.5)),
+    *(torch.tensor(0.5, dtype=torch.bfloat16), Decimal("0.5"), Fraction(1, 2), "0.5", " 5e-1 ", "+.5"),
+]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: f"{type(value).__name__} {value}")
+def test_a_reward_of_any_number_type(value):
+    assert parse_row({**SINGLE, "reward": value}, "here").rewards == [0.5]
+    assert parse_row({**GROUP, "rewards": [value, 1]}, "here").rewards == [0.5, 1.0]
+    assert parse_row({**PAIR, "chosen_reward": value, "rejected_reward": np.int64(-3)}, "here").rewards == [0.5, -3.0]
+
+
+@pytest.mark.parametrize("rewards", [(1, 0.5), np.array([1, 0.5]), torch.tensor([1.0, 0.5]), [np.int32(1), "0.5"]])
+def test_rewards_may_be_any_sequence(rewards):
+    assert parse_row({**GROUP, "rewards": rewards}, "here").rewards == [1.0, 0.5]
+    assert parse_row({**PAIR, "rewards": rewards}, "here").rewards == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.bool_(True), "must be a number, got bool"),
+        (torch.tensor(True), "must be a number, got Tensor"),
+        ("0,5", "must be a number, got str '0,5'"),
+        ("nan", "must be a number"),
+        ("1_000", "must be a number"),
+        ("", "must be a number"),
+        (1j, "must be a number"),
+        (torch.ones(2), "must be a number"),
+        (np.float32("nan"), "must be finite, got"),
+        (torch.tensor(float("inf")), "must be finite"),
+        (Decimal("NaN"), "must be finite"),
+        (Decimal("sNaN"), "must be finite"),
+        ("1e39", "must be finite"),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}",
+)
+def test_what_is_no_finite_number_is_named(value, reason):
+    assert f"reward {reason}" in parse_row({**SINGLE, "reward": value}, "here").reason
+
+
+def test_rows_of_any_mapping_and_messages_in_a_tuple():
+    from collections import UserDict
+
+    row = {"prompt": tuple(USER), "completion": tuple(ASSISTANT), "reward": 1}
+    assert parse_row(UserDict(row), "here") == Example(USER, [ASSISTANT], [1.0], ["here"])
+
+
 def test_every_problem_is_counted_and_ten_are_shown(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join('{"prompt": 1}\n' for _ in range(13)))
@@ -265,7 +342,7 @@ def test_a_row_is_prompt_completion_and_end_with_labels_on_the_last_two():
     [(4, 3, 5, 4), (20, 2, 7, 3), (20, 20, 5, 5), (3, 20, 4, 6)],  # given in characters, kept in tokens
     ids=["fits", "long prompt", "both long", "long completion"],
 )
-def test_long_rows_lose_the_oldest_of_the_prompt_then_the_end_of_the_completion(
+def test_long_rows_lose_the_oldest_of_the_prompt_but_its_begin_token_then_the_end_of_the_completion(
     prompt, completion, kept_prompt, kept_completion
 ):
     letters = "cdefghijklmnpqrsvwyz"  # not in the tokenizer's training text: a token each
@@ -273,7 +350,7 @@ def test_long_rows_lose_the_oldest_of_the_prompt_then_the_end_of_the_completion(
     rows = encode_examples([example], tokenizer(), 10)
     ids = rows.row(0)["input_ids"].tolist()
     everything = [0, *_ids(letters[:prompt])], [*_ids(letters[:completion].upper()), 1]
-    assert ids == everything[0][-kept_prompt:] + everything[1][:kept_completion]
+    assert ids == [0, *everything[0][1:][1 - kept_prompt :], *everything[1][:kept_completion]]
     assert rows.cut_prompts == (len(everything[0]) > kept_prompt)
     assert rows.cut_completions == (len(everything[1]) > kept_completion)
 

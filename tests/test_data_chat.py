@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tests.tiny_training import losses, tiny_config, tiny_model, tokenizer
-from var_kernels.integrations.data import DataError, Example, encode_examples
+from var_kernels.integrations.data import DataError, Example, encode_examples, parse_row
 from var_kernels.integrations.trainer import VARTrainer
 from var_kernels.integrations.trainer.reference import rows_fingerprint
 
@@ -80,15 +80,136 @@ def test_a_completion_that_keeps_no_token_of_the_assistant_is_named():
         encode_examples([example], chat_tokenizer(MARKED), 16)
 
 
-def test_turns_of_others_need_a_marked_template():
-    unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def test_without_marks_the_answers_of_a_completion_are_those_that_the_generation_prompt_opens():
     example = Example(TURNS[:1], [TURNS[1:]], [1.0], ["here"])
-    with pytest.raises(
-        DataError, match=r"here: the completion holds messages of user.*\{% generation %\}.*the prompt end"
-    ):
-        encode_examples([example], chat_tokenizer(unmarked), 128)
-    last = encode_examples([Example(TURNS[:3], [TURNS[3:]], [1.0], ["here"])], chat_tokenizer(unmarked), 128)
+    row = encode_examples([example], chat_tokenizer(UNMARKED), 128).row(0)
+    parts = ["yo<eos>\n", "[user]bye<eos>\n[assistant]", "ciao<eos>\n"]
+    prompt = _ids("[user]hi<eos>\n[assistant]")
+    assert row["input_ids"].tolist() == [*prompt, *chain(*map(_ids, parts))]
+    assert trained_text(row) == "yo<eos>\nciao<eos>\n"
+    last = encode_examples([Example(TURNS[:3], [TURNS[3:]], [1.0], ["here"])], chat_tokenizer(UNMARKED), 128)
     assert trained_text(last.row(0)) == "ciao<eos>\n"
+
+
+HI = [message("user", "hi")]
+SUM = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {}}}]}
+CALLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.name }})"
+    "{% endfor %}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TURN_IN_THE_USER = (  # what the user says is closed, and the answer has no header: there is no generation prompt
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<eos>{% else %}[INST] {{ m.content }} [/INST]"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "trained"),
+    [
+        (UNMARKED, [message("assistant", "yo"), message("assistant", "ciao")], "yo<eos>\nciao<eos>\n"),
+        (CALLS, [SUM, message("tool", "4"), message("assistant", "four")], "(sum)<eos>four<eos>"),
+        (CALLS, [message("assistant", "a"), *HI, message("assistant", "b"), *HI], "a<eos>b<eos>"),
+        (CALLS, [message("tool", "4"), message("assistant", "four")], "four<eos>"),
+        (TURN_IN_THE_USER, [message("assistant", "yo"), *HI, message("assistant", "ciao")], " yo<eos> ciao<eos>"),
+        (CALLS.replace("<assistant>", "<assistant><t>"), [message("assistant", "a"), message("assistant", "b")],
+         "a<eos>b<eos>"),
+    ],
+    ids=["two answers", "a tool between", "others at the end", "a tool first", "no header", "a longer header"],
+)  # fmt: skip
+def test_a_completion_of_several_messages_trains_the_answers_alone(template, completion, trained):
+    row = encode_examples([Example(HI, [completion], [1.0], ["here"])], chat_tokenizer(template), 128).row(0)
+    assert trained_text(row) == trained
+    whole = chat_tokenizer(template).apply_chat_template([*HI, *completion], tokenize=False)
+    assert tokenizer().decode(row["input_ids"]) == whole
+
+
+ENDS_THE_LAST = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}"
+    "{{ '<eos>' if loop.last else ';' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+THINKS_LAST = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}hm {% endif %}{{ m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (CALLS.partition("{% if add")[0], "has no generation prompt, and writes '<assistant>a"),
+        (ENDS_THE_LAST, "renders message 1 of the completion differently"),
+        (THINKS_LAST, "renders message 1 of the completion differently"),
+    ],
+    ids=["no generation prompt", "an end at the last", "thoughts at the last"],
+)
+def test_answers_that_cannot_be_told_from_the_rest_are_named(template, reason):
+    example = Example(HI, [[message("assistant", "a"), message("assistant", "b")]], [1.0], ["here"])
+    with pytest.raises(DataError, match=rf"(?s)here: the chat template {reason}.*\{{% generation %\}}"):
+        encode_examples([example], chat_tokenizer(template), 128)
+
+
+def test_a_completion_without_an_answer_is_named():
+    example = Example(HI, [[message("tool", "4")]], [1.0], ["here"])
+    with pytest.raises(DataError, match="here: the completion holds messages of tool alone"):
+        encode_examples([example], chat_tokenizer(UNMARKED), 128)
+
+
+def test_completions_of_a_prompt_that_share_less_of_the_header_are_given_the_same_prompt():
+    """One answer keeps the thought that the generation prompt opens, the other drops it."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.thinking %}<t>{{ m.thinking }}</t>{% endif %}{{ m.content }}<eos>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant><t>{% endif %}"
+    )
+    thinks = [{"role": "assistant", "content": "4", "thinking": "two and two"}]
+    example = Example(HI, [thinks, [message("assistant", "4")]], [1.0, 0.0], ["a", "b"])
+    rows = encode_examples([example], chat_tokenizer(template), 128)
+    size = int(rows.prompt_length[0])
+    assert rows.prompt_length.tolist() == [size, size]
+    assert trained_text(rows.row(0)) == "<t>two and two</t>4<eos>"
+    assert trained_text(rows.row(1)) == "4<eos>"
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+STRINGS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<eos>{% endfor %}"
+LISTS = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text }}{% endfor %}<eos>{% endfor %}"
+STRICT = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<eos>' }}{% endfor %}"
+EITHER = LISTS.replace("{% for p", "{% if m.content is string %}{{ m.content }}{% else %}{% for p").replace(
+    "{% endfor %}<eos>", "{% endfor %}{% endif %}<eos>"
+)
+
+
+@pytest.mark.parametrize("template", [STRINGS, LISTS, STRICT, EITHER], ids=["strings", "lists", "strict", "either"])
+@pytest.mark.parametrize("asked", ["hi there", [part("hi "), part("there")]], ids=["text", "parts"])
+@pytest.mark.parametrize("answer", ["yo", [part("yo")], [{**part("yo"), "image": None}]], ids=["text", "parts", "null"])
+def test_content_in_parts_is_the_same_text_whatever_the_template_reads(template, asked, answer):
+    example = parse_row({"prompt": [message("user", asked)], "completion": [message("assistant", answer)]}, "here")
+    row = encode_examples([example], chat_tokenizer(template), 128).row(0)
+    assert tokenizer().decode(row["input_ids"]) == "[user]hi there<eos>[assistant]yo<eos>"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            [part("what is this?"), {"type": "image"}],
+            "prompt message 0 part must be of type 'text', got 'image'; drop it",
+        ),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "got 'image_url'"),
+        ([{"type": "text", "text": 3}], "prompt message 0 part must be of type 'text'"),
+        (["hi"], "prompt message 0 part must be {'type': 'text', 'text': str}, got str 'hi'"),
+        ([{"text": "hi"}], "prompt message 0 part must be {'type': 'text', 'text': str}"),
+        (3, "prompt message 0 must be"),
+    ],
+)
+def test_content_that_is_no_text_is_named(content, reason):
+    row = {"prompt": [message("user", content)], "completion": [message("assistant", "yo")]}
+    assert reason in parse_row(row, "here").reason
 
 
 def test_training_on_marked_turns_weighs_the_assistants_tokens_alone(tmp_path):

@@ -1,17 +1,16 @@
 """Examples to token ids: one flat table of rows (a prompt and one completion each), small enough to stay in memory."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from var_kernels.integrations.data.forms import DataError, Example, Problem, Text
+from var_kernels.integrations.data.chat import ChatTemplate, Parts, template_errors
+from var_kernels.integrations.data.forms import DataError, Example, Problem
 
 logger = logging.getLogger(__name__)
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CHUNK = 1000  # texts handed to the tokenizer at once
 _ANCHORS = ("\n", ":", "x")  # texts that rarely grow together with what follows
 
@@ -61,20 +60,28 @@ class EncodedRows:
         return torch.segment_reduce(values.double(), "sum", offsets=self.offset, initial=0.0).to(values.dtype)
 
 
-def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> EncodedRows:
+def encode_examples(
+    examples: Sequence[Example], tokenizer, max_length: int, end_token_ids: Sequence[int] = ()
+) -> EncodedRows:
     """Tokenise prompts and completions apart, as generation will see them, and join them: prompt + completion + end of
     sequence.
 
-    Plain text: the tokenizer's own beginning-of-sequence token comes first, its end-of-sequence token last. Messages:
-    the tokenizer's chat template decides on both, and, where it marks the assistant's text by {% generation %}, on what
-    of a completion has labels; what is marked and what is not are tokenised apart, too. Rows longer than ``max_length``
-    are cut and counted, never dropped: first the prompt loses its oldest tokens, down to half of ``max_length``, then
-    the completion its last ones (with them the end token).
+    Plain text: what the tokenizer puts before a text comes first (unless the text begins with it), its end-of-sequence
+    token last (unless the completion ends with an end token). Messages: the tokenizer's chat template decides on both;
+    labels are on what the assistant writes, which is tokenised apart from what others write.
+
+    Rows longer than ``max_length`` are cut and counted, never dropped. Equal prompts are cut alike, so that their
+    completions are compared under the same tokens: the prompt keeps its begin token and its newest tokens, as many as
+    its longest completion leaves room for, but at least half of ``max_length``; then the completions lose their last
+    tokens (with them the end token).
+
+    Args:
+        end_token_ids: tokens that end a completion besides the tokenizer's end-of-sequence token; see ``end_tokens``.
 
     Raises:
         ValueError: no end-of-sequence token, no chat template for messages, max_length below 2.
         DataError: rows that the chat template refuses, whose prompt has no token, whose completion keeps none that has
-            a label, or holds messages of others than the assistant that the template does not tell apart.
+            a label, or in which the answers cannot be told from the rest.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt token and a completion token), got {max_length}")
@@ -82,25 +89,26 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
         raise ValueError(
             "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, completions must end with it"
         )
-    texts, problems = _split_texts(examples, tokenizer)
-    if problems:
-        raise DataError(problems, remedy="the chat template does not fit these rows")
-    rows, others, lengths, cut_prompts, cut_completions = [], [], [], 0, 0
-    for prompt, completion, of_others, where in _token_lists(texts, tokenizer):
-        if not prompt:
-            raise DataError(
-                [Problem(where, "the prompt has no token")], remedy="this tokenizer makes nothing of the prompt"
-            )
-        room = max(max_length // 2, max_length - len(completion))
+    texts = _split_texts(examples, tokenizer)
+    ends = {tokenizer.eos_token_id, *end_token_ids}
+    whole, longest = [], {}
+    for prompt, kept, completion, of_others, where in _token_lists(texts, tokenizer, ends):
+        whole.append((prompt, kept, completion, of_others, where))
+        key = prompt.numpy().tobytes()
+        longest[key] = max(longest.get(key, 0), len(completion))
+    rows, others, lengths, problems, cut_prompts, cut_completions = [], [], [], [], 0, 0
+    for prompt, kept, completion, of_others, where in whole:
+        room = max(max_length // 2, max_length - longest[prompt.numpy().tobytes()])
         cut_prompts += len(prompt) > room
-        prompt = prompt[-room:]
-        cut_completions += len(prompt) + len(completion) > max_length
-        completion, of_others = completion[: max_length - len(prompt)], of_others[: max_length - len(prompt)]
-        if all(of_others):
+        prompt = cut_prompt(prompt, kept, room)
+        room = max_length - len(prompt)
+        cut_completions += len(completion) > room
+        completion, of_others = completion[:room], of_others[:room]
+        if of_others.all():
             problems.append(Problem(where, "the completion keeps no token that the chat template gives the assistant"))
         lengths.append((len(prompt), len(completion)))
-        rows.append(torch.tensor(prompt + completion, dtype=torch.int32))
-        others.append(torch.tensor([False] * len(prompt) + of_others, dtype=torch.bool))
+        rows += [prompt, completion]
+        others += [torch.zeros(len(prompt), dtype=torch.bool), of_others]
     if problems:
         raise DataError(
             problems, remedy="put {% generation %} ... {% endgeneration %} around all that the assistant writes, or "
@@ -109,7 +117,7 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
     if cut_prompts or cut_completions:
         logger.warning(
             "max_length %d: of %d rows, %d lost the beginning of the prompt and %d the end of the completion",
-            *(max_length, len(rows), cut_prompts, cut_completions),
+            *(max_length, len(whole), cut_prompts, cut_completions),
         )
     groups, first = [], 0
     for example in examples:
@@ -120,6 +128,7 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
         nan = float("nan")
         rewards = [r for ex in examples for r in (ex.rewards or [nan] * len(ex.completions))]
         rewards = torch.tensor(rewards, dtype=torch.float32)
+    of_others = torch.cat(others)
     return EncodedRows(
         token_ids=torch.cat(rows),
         offset=torch.tensor([0] + [sum(pair) for pair in lengths]).cumsum(0),
@@ -131,111 +140,128 @@ def encode_examples(examples: Sequence[Example], tokenizer, max_length: int) -> 
         where=[where for example in examples for where in example.where],
         cut_prompts=cut_prompts,
         cut_completions=cut_completions,
-        others=torch.cat(others) if any(row.any() for row in others) else None,
+        others=of_others if of_others.any() else None,
     )
+
+
+def encode_prompts(examples: Sequence[Example], tokenizer, room: int) -> tuple[list[list[int]], int]:
+    """The token ids of prompts alone, as generation begins with them, cut to ``room``; and how many were cut.
+
+    Raises:
+        DataError: prompts that the chat template refuses, or that have no token.
+    """
+    chat, texts, problems = ChatTemplate(tokenizer), [], []
+    for example in examples:
+        where = example.where[0]
+        if isinstance(example.prompt, str):
+            texts.append(_RowText(example.prompt, [], False, where))
+            continue
+        try:
+            texts.append(_RowText(chat.prompt(example), [], True, where))
+        except template_errors() as error:
+            problems.append(Problem(where, str(error)))
+    if problems:
+        raise DataError(problems, remedy="the chat template does not fit these rows")
+    made = [(prompt, kept) for prompt, kept, *_ in _token_lists(texts, tokenizer, set())]
+    return [cut_prompt(ids, kept, room).tolist() for ids, kept in made], sum(len(ids) > room for ids, _ in made)
+
+
+def cut_prompt(ids: Tensor, kept: int, room: int) -> Tensor:
+    """At most ``room`` tokens: the first ``kept`` of them, which begin every text, and the newest."""
+    if len(ids) <= room:
+        return ids
+    kept = kept if kept < room else 0
+    return torch.cat([ids[:kept], ids[len(ids) - room + kept :]])
+
+
+def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
+    """What ends a completion: the end tokens of the model's generation settings, and the tokenizer's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    return tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None))
 
 
 @dataclass(frozen=True)
 class _RowText:
     prompt: str
-    parts: list[tuple[str, bool]]  # of the completion, and whether each is another's than the assistant's
+    parts: Parts  # of the completion
     rendered: bool  # by the chat template
     where: str
 
 
-def _split_texts(examples: Sequence[Example], tokenizer) -> tuple[list[_RowText], list[Problem]]:
-    texts, problems = [], []
+def _split_texts(examples: Sequence[Example], tokenizer) -> list[_RowText]:
+    chat, texts, problems = ChatTemplate(tokenizer), [], []
     for example in examples:
-        for completion, where in zip(example.completions, example.where, strict=True):
-            if isinstance(example.prompt, str):
-                texts.append(_RowText(example.prompt, [(completion, False)], False, where))
-                continue
-            try:
-                head, parts = _render(tokenizer, example.prompt, completion, example.tools)
-                texts.append(_RowText(head, parts, True, where))
-            except _template_errors() as error:
-                problems.append(Problem(where, str(error)))
-    return texts, problems
-
-
-def _render(tokenizer, prompt: Text, completion: Text, tools: list | None) -> tuple[str, list[tuple[str, bool]]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "messages need a tokenizer with a chat template: set tokenizer.chat_template, or give plain text"
+        if isinstance(example.prompt, str):
+            pairs = zip(example.completions, example.where, strict=True)
+            texts += [_RowText(example.prompt, [(completion, False)], False, where) for completion, where in pairs]
+            continue
+        try:
+            head, completions = chat.split(example)
+        except template_errors() as error:
+            problems.append(Problem(example.where[0], str(error)))
+            continue
+        texts += [_RowText(head, parts, True, where) for parts, where in zip(completions, example.where, strict=True)]
+    if problems:
+        raise DataError(problems, remedy="the chat template does not fit these rows")
+    if chat.left_out:
+        logger.warning(
+            "in %d rows the chat template drops the end of its generation prompt once there is an answer (%r): their "
+            "completions are trained without it",
+            *(len(chat.left_out), chat.left_out[0]),
         )
-    answers = completion[0]["role"] == "assistant"
-    head = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=answers)
-    whole, spans = _with_marks(tokenizer, [*prompt, *completion], tools)
-    if not whole.startswith(head):
-        raise ValueError(
-            "the chat template renders prompt + completion differently from the prompt alone, so they cannot be told "
-            "apart"
-        )
-    if spans is None:
-        others = sorted({message["role"] for message in completion} - {"assistant"})
-        if others:
-            raise ValueError(
-                f"the completion holds messages of {', '.join(others)}, and only what the assistant writes is trained: "
-                "put {% generation %} ... {% endgeneration %} around that in tokenizer.chat_template (transformers' "
-                "return_assistant_tokens_mask reads the same marks), or let the prompt end with these messages"
-            )
-        return head, [(whole[len(head) :], False)]
-    parts, end = [], len(head)
-    for start, stop in [*spans, (len(whole), len(whole))]:
-        start, stop = max(start, len(head)), max(stop, len(head))
-        parts += [(whole[end:start], True), (whole[start:stop], False)]
-        end = stop
-    return head, [(text, of_others) for text, of_others in parts if text]
+    return texts
 
 
-def _with_marks(tokenizer, messages: list[dict], tools: list | None) -> tuple[str, list[tuple[int, int]] | None]:
-    """The rendered conversation, and the (start, stop) of each part that its template puts into {% generation %}; None
-    where the template has no such marks."""
-    if not isinstance(tokenizer.chat_template, str | dict):
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False), None
-    template = tokenizer.get_chat_template(None, tools)
-    if not _MARK.search(template):
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False), None
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    # apply_chat_template counts the marks in tokens of the whole text; prompt and completion are tokenised apart here
-    rendered, spans = render_jinja_template(
-        [messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return rendered[0], spans[0]
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    try:
-        from jinja2.exceptions import TemplateError
-    except ImportError:
-        return (ValueError, ImportError)
-    return (ValueError, TemplateError)
-
-
-def _token_lists(texts: list[_RowText], tokenizer):
-    """(prompt ids, completion ids, which of these are of others, where) of each row."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+def _token_lists(texts: list[_RowText], tokenizer, ends: set[int]):
+    """(prompt ids, how many of them begin every text, completion ids, which of these are of others, where) of each
+    row."""
+    bos, before = tokenizer.bos_token_id, None
+    problems = []
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
         prompts = _ids(tokenizer, [row.prompt for row in chunk])
         parts = iter(_continuations(tokenizer, [text for row in chunk for text, _ in row.parts]))
-        # A prompt's own special tokens: only a leading <bos> is wanted; some tokenizers also close with <eos> or <sep>.
-        opens = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        if before is None:
+            before = _put_before(tokenizer, [row.prompt for row in chunk])
         for row, prompt in zip(chunk, prompts, strict=True):
             completion, of_others = [], []
             for _, other in row.parts:
                 ids = next(parts)
                 completion += ids
                 of_others += [other] * len(ids)
-            if row.rendered:
-                yield prompt, completion, of_others, row.where
-            else:
-                yield [bos, *prompt] if opens else prompt, [*completion, eos], [*of_others, False], row.where
+            if not row.rendered:
+                # a text may hold some of it: [gMASK]<sop> before "<sop>hi"
+                held = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == prompt[:n])
+                prompt = [*before[: len(before) - held], *prompt]
+                if ends and not _has_ended(tokenizer, completion, ends):
+                    completion, of_others = [*completion, tokenizer.eos_token_id], [*of_others, False]
+            if not prompt:
+                problems.append(Problem(row.where, "the prompt has no token"))
+            kept = len(before) if before and prompt[: len(before)] == before else int(prompt[:1] == [bos])
+            ids = (torch.tensor(values, dtype=torch.int32) for values in (prompt, completion))
+            yield (next(ids), kept, next(ids), torch.tensor(of_others, dtype=torch.bool), row.where)
+    if problems:
+        raise DataError(problems, remedy="this tokenizer makes nothing of the prompt")
+
+
+def _put_before(tokenizer, texts: list[str]) -> list[int]:
+    """The tokens that the tokenizer puts before every text; those that it puts behind are no part of a prompt."""
+    for text in ("a", *texts):
+        bare = _ids(tokenizer, [text])[0]
+        if bare:
+            whole = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+            places = range(len(whole) - len(bare) + 1)
+            return whole[: next((n for n in places if whole[n : n + len(bare)] == bare), 0)]
+    return []
+
+
+def _has_ended(tokenizer, ids: list[int], ends: set[int]) -> bool:
+    """Whether an end token is the last, or followed by white space alone."""
+    last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in ends), None)
+    if last is None:
+        return False
+    return last == len(ids) - 1 or not tokenizer.decode(ids[last + 1 :]).strip()
 
 
 def _continuations(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -259,4 +285,4 @@ def _continuations(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] if texts else []

@@ -1,8 +1,11 @@
 """The forms a row of training data may take, and what is wrong with a row that takes none of them."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from numbers import Real
 from typing import Literal
 
 Text = str | list[dict]  # plain text, or messages [{"role": ..., "content": ...}, ...]
@@ -16,6 +19,13 @@ FORMS = (
 )
 SHOWN_PROBLEMS = 10
 _LARGEST = 3.4e38
+_DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
+# What the encoder itself passes to apply_chat_template.
+_RESERVED = {
+    *("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,8 @@ class DataError(ValueError):
 
 @dataclass
 class Example:
-    """A prompt with its completions, and the tools that its messages may call. ``rewards`` and ``where`` run parallel
-    to ``completions``; a pair is (chosen, rejected). A prompt alone has one ``where``."""
+    """A prompt with its completions. ``rewards`` and ``where`` run parallel to ``completions``; a pair is (chosen,
+    rejected). A prompt alone has one ``where``."""
 
     prompt: Text
     completions: list[Text]
@@ -58,6 +68,13 @@ class Example:
     where: list[str] = field(default_factory=list)
     is_pair: bool = False
     tools: list | None = None  # for the chat template
+    template_kwargs: dict | None = None  # of the row's own, for the chat template
+    columns: list[dict] = field(default_factory=list, compare=False)  # parallel to where: the rest of each row
+
+    @property
+    def prompt_key(self) -> str:
+        """Equal for equal prompts: what the prompt's tokens depend on."""
+        return json.dumps([self.prompt, self.tools, self.template_kwargs], sort_keys=True, default=repr)
 
 
 class _BadRowError(Exception):
@@ -65,8 +82,8 @@ class _BadRowError(Exception):
 
 
 def parse_row(row: object, where: str, need_rewards: RewardNeed = "optional") -> Example | Problem:
-    """Turn one row of any form into an ``Example``, or say what is wrong with it. Keys that no form knows are
-    ignored."""
+    """Turn one row of any form into an ``Example``, or say what is wrong with it. Keys that no form knows are kept for
+    reward functions (``columns``)."""
     try:
         return _parse(row, where, need_rewards)
     except _BadRowError as error:
@@ -74,13 +91,15 @@ def parse_row(row: object, where: str, need_rewards: RewardNeed = "optional") ->
 
 
 def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
-    if not isinstance(row, dict):
+    if not isinstance(row, Mapping):
         raise _BadRowError(f"expected an object with keys ({' | '.join(FORMS)}), got {_kind(row)}")
     # A Parquet file of mixed forms has every column in every row, null where unused.
     present = {key for key, value in row.items() if value is not None} or set(row)
-    row = _with_prompt(row, present)
+    columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "completions")}
+    row = _with_prompt(dict(row), present)
     present |= {key for key in ("prompt", "completion") if key in row}
-    tools = _list(row, "tools") if "tools" in present else None
+    template_kwargs = _template_kwargs(row) if row.get("chat_template_kwargs") is not None else {}
+    tools = template_kwargs.pop("tools", None) or (_tools(row) if row.get("tools") is not None else None)
     prompt = _text(row, "prompt")
     is_pair = "chosen" in present or "rejected" in present
     if is_pair:
@@ -93,7 +112,7 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
         rewards = _rewards(row, "rewards", len(completions)) if "rewards" in row else None
     elif "completion" in row:
         completions = [_text(row, "completion", prompt)]
-        rewards = _reward(row, present)
+        rewards = _reward(row, present, need_rewards)
     elif need_rewards == "prompt":
         completions, rewards = [], None
     else:
@@ -101,7 +120,10 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
     if rewards is None and (need_rewards == "required" or (need_rewards == "unless_pair" and not is_pair)):
         name = "chosen_reward and rejected_reward" if is_pair else "rewards" if "completions" in present else "reward"
         raise _BadRowError(f"{name} missing: this method needs rewards, in the data or from a reward function")
-    return Example(prompt, completions, rewards, [where] * max(1, len(completions)), is_pair, tools)
+    count = max(1, len(completions))
+    return Example(
+        prompt, completions, rewards, [where] * count, is_pair, tools, template_kwargs or None, [columns] * count
+    )
 
 
 def _with_prompt(row: dict, present: set) -> dict:
@@ -122,12 +144,68 @@ def _with_prompt(row: dict, present: set) -> dict:
     return row
 
 
-def _reward(row: dict, present: set) -> list[float] | None:
-    if "reward" in row:
+def _template_kwargs(row: dict) -> dict:
+    given = row["chat_template_kwargs"]
+    if not isinstance(given, Mapping):
+        raise _BadRowError(f"chat_template_kwargs must be an object, got {_kind(given)}")
+    if taken := sorted(_RESERVED & set(given)):
+        raise _BadRowError(f"chat_template_kwargs must be for the template, got {', '.join(taken)}; drop it")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _tools(row: dict) -> list | None:
+    if not isinstance(row["tools"], str):
+        return _list(row, "tools") or None
+    try:  # one Parquet column holds tools of different shapes as JSON
+        return _list({"tools": json.loads(row["tools"])}, "tools") or None
+    except json.JSONDecodeError:
+        raise _BadRowError(f"tools must be a list, or JSON of one, got {_kind(row['tools'])}") from None
+
+
+def _reward(row: dict, present: set, need_rewards: RewardNeed) -> list[float] | None:
+    if "reward" in row and not (row["reward"] is None and "label" in present):
         return [_number(row["reward"], "reward")]
-    if "label" in present and isinstance(row["label"], bool):
-        return [1.0 if row["label"] else -1.0]
+    if "label" in present:
+        if (label := as_label(row["label"])) is not None:
+            return [1.0 if label else -1.0]
+        if need_rewards in ("required", "unless_pair"):  # elsewhere it may be a column of another meaning
+            raise _BadRowError(f"label must be true or false (or 1 or 0), got {_kind(row['label'])}")
     return None
+
+
+def _plain(value: object) -> object:
+    """A scalar of numpy or torch as Python's own."""
+    item = getattr(value, "item", None)
+    if not callable(item):
+        return value
+    try:
+        return item()
+    except (TypeError, ValueError, RuntimeError):  # more than one element
+        return value
+
+
+def as_label(value: object) -> bool | None:
+    """True or False for a bool, 1 or 0, or the text of one, of numpy and torch too; None for anything else."""
+    value = _plain(value)
+    if isinstance(value, str):
+        return _LABELS.get(value.strip().lower())
+    return bool(value) if isinstance(value, Real) and value in (0, 1) else None
+
+
+def as_number(value: object) -> float | None:
+    """A number of Python, numpy or torch, or the text of a decimal number; None for anything else, booleans among it.
+    Beyond fp32: infinite."""
+    value = _plain(value)
+    if isinstance(value, str):
+        value = float(value) if _DECIMAL.fullmatch(value) else None
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+    except ValueError:  # a signalling NaN
+        return float("nan")
 
 
 def _kind(value: object) -> str:
@@ -137,15 +215,17 @@ def _kind(value: object) -> str:
 def _list(row: dict, key: str) -> list:
     if key not in row:
         raise _BadRowError(f"{key} missing")
-    if not isinstance(row[key], list):
+    value = row[key].tolist() if hasattr(row[key], "tolist") else row[key]  # an array of numpy or torch
+    if not isinstance(value, list | tuple):
         raise _BadRowError(f"{key} must be a list, got {_kind(row[key])}")
-    return row[key]
+    return list(value)
 
 
 def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = None) -> Text:
     if key not in row:
         raise _BadRowError(f"{key} missing")
     value, name = (row[key], key) if item is None else (row[key][item], f"{key}[{item}]")
+    value = list(value) if isinstance(value, tuple) else value
     if isinstance(value, str):
         if key == "prompt" and not value:
             raise _BadRowError("prompt is empty: a completion's first token needs something before it")
@@ -155,6 +235,7 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
         for i, message in enumerate(value):
             if not _is_message(message):
                 raise _BadRowError(f"{name} message {i} must be {{'role': str, 'content': str}}, got {_kind(message)}")
+            _check_parts(message.get("content"), f"{name} message {i}")
     else:
         raise _BadRowError(f"{name} must be text or a list of messages, got {_kind(value)}")
     if prompt is not None and isinstance(value, str) != isinstance(prompt, str):
@@ -170,15 +251,25 @@ def _is_message(message: object) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     calls = message.get("content") is None and isinstance(message.get("tool_calls"), list)
-    return calls or isinstance(message.get("content"), str)
+    return calls or isinstance(message.get("content"), str | list)
+
+
+def _check_parts(content: object, name: str) -> None:
+    """Content as a list of parts: every one of text."""
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise _BadRowError(f"{name} part must be {{'type': 'text', 'text': str}}, got {_kind(part)}")
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise _BadRowError(f"{name} part must be of type 'text', got {part['type']!r}; drop it, or the row")
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    number = as_number(value)
+    if number is None:
         raise _BadRowError(f"{name} must be a number, got {_kind(value)}")
-    if not abs(value) <= _LARGEST:
+    if not abs(number) <= _LARGEST:
         raise _BadRowError(f"{name} must be finite, got {value!r:.40}; rewards are kept in fp32, up to {_LARGEST}")
-    return float(value)
+    return number
 
 
 def _rewards(row: dict, key: str, count: int) -> list[float]:
@@ -201,24 +292,24 @@ def merge_prompts(examples: Iterable[Example]) -> list[Example]:
     """Join the completions of equal prompts, in the order of first appearance. Pairs stay as they are."""
     merged: dict[object, Example] = {}
     for i, example in enumerate(examples):
-        key = (
-            i
-            if example.is_pair
-            else (json.dumps([example.prompt, example.tools], sort_keys=True), example.rewards is None)
-        )
+        key = i if example.is_pair else (example.prompt_key, example.rewards is None)
         if key not in merged:
-            merged[key] = Example(
-                example.prompt,
-                list(example.completions),
-                example.rewards and list(example.rewards),
-                list(example.where),
-                example.is_pair,
-                example.tools,
+            merged[key] = replace(
+                example,
+                completions=list(example.completions),
+                rewards=example.rewards and list(example.rewards),
+                where=list(example.where),
+                columns=_columns(example),
             )
             continue
         kept = merged[key]
         kept.completions += example.completions
         kept.where += example.where
+        kept.columns += _columns(example)
         if kept.rewards is not None:
             kept.rewards += example.rewards
     return list(merged.values())
+
+
+def _columns(example: Example) -> list[dict]:
+    return list(example.columns) or [{}] * len(example.where)

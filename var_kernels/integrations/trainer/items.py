@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 logger = logging.getLogger(__name__)
 _NAMED = 3
 
@@ -54,23 +56,24 @@ def sft_items(rows, config) -> list[list[int]]:
 
 def pairs(rows, config) -> list[list[int]]:
     """[chosen, rejected]: those of a pair, otherwise the best and the worst of a prompt, if their rewards differ."""
-    items, ties = [], []
+    items, ties, equal = [], [], []
     for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
         if is_pair:
-            items.append(group)
+            (equal if equal_pair(rows, group, config) else items).append(group)
             continue
         reward = rows.reward[group]
         best, worst = group[int(reward.argmax())], group[int(reward.argmin())]
         if rows.reward[best] > rows.reward[worst]:
-            items.append([best, worst])
+            (equal if equal_pair(rows, [best, worst], config) else items).append([best, worst])
         else:
             ties.append(group)
     if not items:
         raise ValueError(
             f"method {config.method!r} needs pairs: no prompt has two completions with different rewards "
-            f"({_places(rows, ties)}); the data need rows of prompt + chosen + rejected, or of prompt + completions + "
-            "rewards"
+            f"({_places(rows, ties + equal)}); the data need rows of prompt + chosen + rejected, or of prompt + "
+            "completions + rewards, that still differ within max_length"
         )
+    _warn_of_equal(rows, equal, config)
     if ties:
         logger.warning(
             "%d of %d prompts have no two completions with different rewards, make no pair and are left out: %s",
@@ -83,4 +86,31 @@ def judged_rows(rows, config) -> list[list[int]]:
     """Single rows for KTO; each must be known to be desirable or not."""
     if rows.reward is None and not all(rows.is_pair):
         raise ValueError(f"method {config.method!r} needs rewards or pairs: which completions are desirable?")
-    return single_rows(rows, config)
+    entries = zip(rows.groups, rows.is_pair, strict=True)
+    equal = [group for group, is_pair in entries if is_pair and equal_pair(rows, group, config)]
+    _warn_of_equal(rows, equal, config)
+    left_out = {row for group in equal for row in group}
+    items = [item for item in single_rows(rows, config) if item[0] not in left_out]
+    if not items:
+        raise ValueError(
+            f"method {config.method!r} needs pairs whose halves differ within max_length = {config.max_length}, got "
+            f"none ({_places(rows, equal)}); raise max_length"
+        )
+    return items
+
+
+def equal_pair(rows, pair: list[int], config) -> bool:
+    """Whether both halves hold the same tokens, so that a comparison says nothing. Draws of the policy are kept: that
+    both are equal is part of their distribution."""
+    if config.online:
+        return False
+    ids = [rows.token_ids[rows.offset[row] : rows.offset[row + 1]] for row in pair]
+    return torch.equal(*ids)
+
+
+def _warn_of_equal(rows, equal: list[list[int]], config) -> None:
+    if equal:
+        logger.warning(
+            "%d of %d pairs hold the same tokens twice, at most max_length = %d of them, and are left out: %s",
+            len(equal), len(rows.groups), config.max_length, _places(rows, equal),
+        )  # fmt: skip

@@ -15,9 +15,10 @@ from var_kernels.integrations.data import (
     EncodedRows,
     Example,
     encode_examples,
+    end_tokens,
     merge_prompts,
 )
-from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.head import capture, inner_model
 from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples
@@ -130,7 +131,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self.online.check_model(model)
             data = [self.online.dataset, self.online.eval_prompts]
         else:
-            others = (args, processing_class, reward_func)
+            others = (args, processing_class, reward_func, end_tokens(processing_class, inner_model(model)))
             data = [None if train_dataset is None else self._encode(train_dataset, "train_dataset", *others)]
             if isinstance(eval_dataset, dict):
                 named = eval_dataset.items()
@@ -198,12 +199,12 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
-    def _encode(self, rows, name: str, args: VARConfig, tokenizer, reward_func) -> Items:
+    def _encode(self, rows, name: str, args: VARConfig, tokenizer, reward_func, ends: tuple[int, ...]) -> Items:
         need = "optional" if reward_func is not None else self.method.need_rewards
         examples = parsed_examples(rows, name, need)
         if reward_func is not None:
             examples = apply_reward_function(reward_func, examples, args)
-        encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length)
+        encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length, ends)
         return Items(encoded, self.method.items(encoded, args))
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_examples
+from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_prompts
 from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
 from var_kernels.integrations.trainer.online.measures import measures
@@ -56,8 +56,8 @@ class OnlineLoop(TrainerCallback):
     ):
         self.args, self.method, self.tokenizer = args, method, tokenizer
         self.pad_token_id, self.sampler, self.reward_function = pad_token_id, sampler, reward_function
-        self.prompts = encode_prompts(prompts, tokenizer, args)
-        self.eval_prompts = eval_prompts and encode_prompts(eval_prompts, tokenizer, args)
+        self.prompts = prompts_of(prompts, tokenizer, args)
+        self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args)
         self.buffer = Buffer(Path(args.output_dir) / BUFFER)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.expected_items = self._count_items()
@@ -346,19 +346,15 @@ class OnlineLoop(TrainerCallback):
         raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
 
 
-def encode_prompts(examples: list[Example], tokenizer, args) -> list[tuple]:
+def prompts_of(examples: list[Example], tokenizer, args) -> list[tuple]:
     """(prompt, where, token ids) of each prompt, once; the ids leave room for the completion."""
-    examples = list({repr(example.prompt): example for example in reversed(examples)}.values())[::-1]
-    answers = ["a" if isinstance(ex.prompt, str) else [{"role": "assistant", "content": "a"}] for ex in examples]
-    asked = [Example(ex.prompt, [a], None, ex.where[:1]) for ex, a in zip(examples, answers, strict=True)]
-    # twice the room, of which prompts get at least half: nothing is cut here
-    rows = encode_examples(asked, tokenizer, 2**40)
+    examples = list({example.prompt_key: example for example in reversed(examples)}.values())[::-1]
     room = args.max_length - args.max_new_tokens
-    ids = [rows.row(row)["input_ids"][: int(rows.prompt_length[row])].tolist() for row in range(len(rows))]
-    if cut := sum(len(prompt) > room for prompt in ids):
+    ids, cut = encode_prompts(examples, tokenizer, room)
+    if cut:
         logger.warning("%d of %d prompts were cut to their last %d tokens (max_length - max_new_tokens)", cut, len(ids),
                        room)  # fmt: skip
-    return [(example.prompt, example.where[0], prompt[-room:]) for example, prompt in zip(examples, ids, strict=True)]
+    return [(example.prompt, example.where[0], prompt) for example, prompt in zip(examples, ids, strict=True)]
 
 
 def _digest(*parts) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from var_kernels.integrations.data import end_tokens
 from var_kernels.integrations.hf.head import inner_model, swapped
 
 
@@ -55,9 +56,7 @@ class GenerateSampler:
     @classmethod
     def of(cls, model: nn.Module, tokenizer, pad_token_id: int) -> "GenerateSampler":
         """With the end tokens of the model's generation settings and of the tokenizer."""
-        ends = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
-        ends = ends if isinstance(ends, list | tuple) else [ends]
-        return cls(pad_token_id, tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None)))
+        return cls(pad_token_id, end_tokens(tokenizer, inner_model(model)))
 
     @torch.no_grad()
     def __call__(self, model, prompts, *, n, temperature, max_new_tokens, seed):

@@ -1,12 +1,13 @@
 """Roofs, and the timings that decide the defaults: GEMMs, row kernels, the fused forward, where the engines cross."""
 
 import functools
+import itertools
 from contextlib import contextmanager
 
 import torch
 
 from benchmarks.gpu_bench import Item
-from benchmarks.gpu_timing import GIGA, MIB, TFLOP
+from benchmarks.gpu_timing import GIGA, MIB, TFLOP, products_run
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import choose_backend, row_kernels
@@ -147,24 +148,26 @@ def primitives(dry_run: bool) -> list[Item]:
     runs = {"logits": _logit_gemms, "overlap": _overlap}
     runs |= {
         f"slice {width}": functools.partial(_slice_gemms, width=width)
-        for width in ((128, 256) if dry_run else (4096, 8192, 16384, 32768))
+        for width in ((128, 256) if dry_run else (1024, 2048, 4096, 8192, 16384, 32768))
     }
     runs |= {
         f"chunk {length}": functools.partial(_chunk_gemms, length=length)
-        for length in ((16, 32) if dry_run else (1024, 2048, 4096))
+        for length in ((16, 32) if dry_run else (128, 256, 512, 1024, 2048, 4096))
     }
     runs |= {
         f"row kernels {str(dtype).removeprefix('torch.')}": functools.partial(_row_kernels, dtype=dtype)
         for dtype in (torch.float32, torch.bfloat16)
     }
-    return [Item("primitives", key, run, 0.0 if dry_run else 2.5, rank=0) for key, run in runs.items()]
+    return [Item("primitives", key, run, 0.0 if dry_run else 2.0, rank=1) for key, run in runs.items()]
 
 
-def _row_kernels(bench, dtype: torch.dtype, label: str = "") -> list[dict]:
-    """Bytes: each logit read once; the gradient written in bf16 too, into the tile's own storage where that is done."""
-    n, v = _sizes(bench, (2048, 128256), (32, 512))
+def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -> list[dict]:
+    """Bytes: each logit read once; the gradient written in bf16 too, into the tile's own storage where that is done.
+    Rows begin where those of a tile do.
+    """
+    n, v = _sizes(bench, (2048, v), (32, 512 if v == MAIN[2] else 507))
     kernels = row_kernels(choose_backend(bench.device, dtype)[0])
-    tile = bench.randn(n, v, dtype=dtype, scale=2.0)
+    tile = bench.randn(n, -(-v // 32) * 32, dtype=dtype, scale=2.0)[:, :v]
     labels = torch.randint(0, v, (n, 1), device=bench.device)
     lse = torch.full((n,), 14.0, device=bench.device)
     coefficients = RowCoefficients(-torch.ones_like(lse), torch.ones(n, 1, device=bench.device))
@@ -182,8 +185,9 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "") -> list[dict]:
     }
     rows = []
     for name, timing in bench.total(steps).items():
-        moved = tile.nbytes + (2 * tile.numel() if name == "row_grad" else 0)
-        rows.append({**_bytes_row(f"{name}, {str(dtype).removeprefix('torch.')}", timing, moved), "setting": label})
+        moved = tile.numel() * (dtype.itemsize + (2 if name == "row_grad" else 0))
+        what = f"{name}, {str(dtype).removeprefix('torch.')}, V {v}"
+        rows.append({**_bytes_row(what, timing, moved), "setting": label})
     return rows
 
 
@@ -202,18 +206,22 @@ def _row_kernel_setting(block: int, warps: int):
 def _row_kernels_with(bench, block: int, warps: int) -> list[dict]:
     with _row_kernel_setting(block, warps):
         label = f"{block} columns, {warps} warps"
-        return _row_kernels(bench, torch.float32, label) + _row_kernels(bench, torch.bfloat16, label)
+        # An odd vocabulary is read and written element by element.
+        cases = itertools.product((MAIN[2], 50257), (torch.float32, torch.bfloat16))
+        return [row for v, dtype in cases for row in _row_kernels(bench, dtype, label, v)]
 
 
 def rowkernels(dry_run: bool) -> list[Item]:
     """The row kernels in GB/s for several block sizes and numbers of warps."""
-    settings = [(2048, 8)] if dry_run else [(b, w) for b in (1024, 2048, 4096, 8192) for w in (4, 8, 16)]
+    every = [(4096, 8), *itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))]
+    settings = [(2048, 8)] if dry_run else [(b, w) for b, w in dict.fromkeys(every) if 4 <= b // (32 * w) <= 32]
     return [
         Item(
             "rowkernels",
             f"{block} columns, {warps} warps",
             functools.partial(_row_kernels_with, block=block, warps=warps),
-            0.0 if dry_run else 5.0,
+            0.0 if dry_run else 6.0,
+            rank=1,
         )
         for block, warps in settings
     ]
@@ -267,12 +275,12 @@ def _fused_steps(hidden, weight, labels) -> dict:
 def forward(dry_run: bool) -> list[Item]:
     shapes = [MAIN, (8192, 896, 151936), (512, 4096, 128256), (17, 4096, 128256)]
     return [
-        Item("forward", "x".join(map(str, s)), functools.partial(_forwards, shape=s), 0.0 if dry_run else 7.0)
+        Item("forward", "x".join(map(str, s)), functools.partial(_forwards, shape=s), 0.0 if dry_run else 7.0, rank=1)
         for s in ([TINY] if dry_run else shapes)
     ]
 
 
-def _crossing(bench, shape, engine: str, workspace_mb: float | None) -> list[dict]:
+def _crossing(bench, shape, engine: str, workspace_mb: float | None, about: dict) -> list[dict]:
     n, d, v = shape
     hidden = bench.randn(n, d).requires_grad_()
     weight = bench.randn(v, d, scale=2 / d**0.5).requires_grad_()
@@ -286,33 +294,36 @@ def _crossing(bench, shape, engine: str, workspace_mb: float | None) -> list[dic
     step()
     hidden.grad = weight.grad = None
     peak = bench.peak_mib(step)
+    ran = products_run(step, n, d, v)
     timing = bench.total({"": step})[""]
     return [
         {
             "shape": "x".join(map(str, shape)),
             "engine": engine,
+            **about,
             "workspace_mib": budget_bytes(workspace_mb, weight) / MIB,
-            "default": workspace_mb is None,
             **timing,
+            "gemms_run": ran,
             "peak_less_gradients_mib": peak - (hidden.nbytes + weight.nbytes) / MIB,
         }
     ]
 
 
 def crossover(dry_run: bool) -> list[Item]:
-    """One pass against two at several budgets: where they cross."""
+    """One pass with chunks of so many rows, two passes with so many MiB: where they cross."""
     items = []
     for shape in [TINY] if dry_run else [MAIN, (8192, 896, 151936)]:
         n, d, v = shape
-        accumulator = 4 * d * v / MIB
-        sizes = [2, None] if dry_run else [256, 512, 1024, 2048, None]
-        for workspace in sizes:
-            for engine in ("two_pass", "one_pass"):
-                # One pass is given the chunk's memory beside its fp32 dW.
-                given = workspace if workspace is None or engine == "two_pass" else round(workspace + accumulator)
-                run = functools.partial(_crossing, shape=shape, engine=engine, workspace_mb=given)
-                key = f"{'x'.join(map(str, shape))} {engine} {given or 'default'}"
-                items.append(Item("crossover", key, run, 0.0 if dry_run else 1.5 + 8 * 8 * n * d * v / 400e12))
+        # The chunk's fp32 logits beside the fp32 dW; a page more, so that rounding takes no row.
+        chunks = [16] if dry_run else [128, 256, 512, 1024, 2048]
+        cases = [("one_pass", {"rows": rows}, (4 * v * (d + rows) + 4096) / MIB) for rows in chunks]
+        cases += [("two_pass", {}, workspace) for workspace in ([2] if dry_run else [128, 256, 512, 1024, 2048])]
+        cases += [(engine, {"default": True}, None) for engine in ("one_pass", "two_pass")]
+        for engine, about, workspace in cases:
+            about = {"rows": "", "default": False, **about}
+            run = functools.partial(_crossing, shape=shape, engine=engine, workspace_mb=workspace, about=about)
+            key = f"{'x'.join(map(str, shape))} {engine} {about['rows'] or workspace or 'default'}"
+            items.append(Item("crossover", key, run, 0.0 if dry_run else 1.5 + 14 * 8 * n * d * v / 550e12, rank=1))
     return items
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from var_kernels.measure import peak_extra_bytes
 
@@ -27,6 +28,11 @@ PACKAGES = (
 )
 
 
+# 10 ms at 2 GHz: longer than the launches of a step.
+QUEUE_CYCLES = 20_000_000
+QUEUED_ROUNDS = 5
+
+
 class Bench:
     """Where to run and how to time. A step returns nothing; one in parts returns a function for the next part."""
 
@@ -36,8 +42,10 @@ class Bench:
         self.seconds_each = seconds_each
         self._flush = None if dry_run else torch.empty(256 * MIB, dtype=torch.uint8, device=self.device)
 
-    def once(self, step: Callable) -> list[float]:
-        """Milliseconds of each part of one run: a step may return the part that follows it."""
+    def once(self, step: Callable, *, queued: bool = False) -> list[float]:
+        """Milliseconds of each part of one run: a step may return the part that follows it. queued: the device is busy
+        until the step's launches are in its queue: its own time alone is measured, unless it waits for the device.
+        """
         if self.dry_run:
             marks = [time.perf_counter()]
             while step is not None:
@@ -45,6 +53,8 @@ class Bench:
                 marks.append(time.perf_counter())
             return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
         self._flush.zero_()
+        if queued:
+            torch.cuda._sleep(QUEUE_CYCLES)
         marks = [self._mark()]
         while step is not None:
             step = step()
@@ -59,8 +69,8 @@ class Bench:
         return event
 
     def times(self, steps: dict[str, Callable]) -> dict[str, list[dict[str, float]]]:
-        """Interleaved: every step once a round, 5 to 20 rounds. For each step a {ms, p20, p80} of all its parts, then
-        of each of them.
+        """Interleaved: every step once a round, 5 to 20 rounds. For each step a {ms, p20, p80, queued_ms} of all its
+        parts, then a {ms, p20, p80} of each of them. queued_ms: see ``once``.
         """
         for step in steps.values():
             self.once(step)
@@ -70,10 +80,16 @@ class Bench:
         for _ in range(rounds):
             for name, step in steps.items():
                 found[name].append(self.once(step))
-        return {
-            name: [_quantiles(part) for part in ([sum(run) for run in runs], *zip(*runs, strict=True))]
-            for name, runs in found.items()
-        }
+        queued = {name: [] for name in steps}
+        for _ in range(1 if self.dry_run else QUEUED_ROUNDS):
+            for name, step in steps.items():
+                queued[name].append(sum(self.once(step, queued=True)))
+        timings = {}
+        for name, runs in found.items():
+            whole, *parts = ([sum(run) for run in runs], *zip(*runs, strict=True))
+            whole = {**_quantiles(whole), "queued_ms": _quantiles(queued[name])["ms"]}
+            timings[name] = [whole, *map(_quantiles, parts)]
+        return timings
 
     def total(self, steps: dict[str, Callable]) -> dict[str, dict[str, float]]:
         """``times`` of the steps in all."""
@@ -127,6 +143,31 @@ def bare_gemms(count: int, hidden, weight) -> Callable:
                 torch.mm(logits.t(), hidden)
 
     return step
+
+
+_LEFT_OPERAND = {"mm": 0, "addmm": 1, "addmm_": 1}
+
+
+class _CountProducts(TorchDispatchMode):
+    """FLOP of the matrix products that torch is asked for, in the backward too."""
+
+    def __init__(self):
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        left = _LEFT_OPERAND.get(func.overloadpacket.__name__)
+        if left is not None:
+            self.flop += 2 * args[left].numel() * args[left + 1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def products_run(step: Callable, n: int, d: int, v: int) -> float:
+    """How many products of (n, d, v) a step computes by torch's GEMMs; those in kernels of its own are not counted."""
+    with _CountProducts() as counted:
+        while step is not None:
+            step = step()
+    return counted.flop / (2 * n * d * v)
 
 
 def header(dry_run: bool) -> str:

@@ -1,17 +1,21 @@
 """The GPU measurement, dry: every section on tiny shapes on a CPU, resumable, and honest about failures."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_bench, gpu_compare, gpu_providers, gpu_report, gpu_training
-from benchmarks.gpu_timing import Bench
+from benchmarks.gpu_timing import Bench, products_run
+from var_kernels.ops.backend import use_backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,12 +46,23 @@ def test_dry_run_of_every_section_and_resume(tmp_path):
     for name, rows in found.items():
         assert not [row for row in rows if row["note"].startswith("failed")], name
     measured = {(row["provider"], row["pass"]) for row in found["compare"] if row["ms"]}
-    for provider in ("plain", "ours, one pass", "ours, two passes", "ours, any gradient", "ours, one pass, fast"):
+    at_the_bars_memory = ("ours, one pass, 1.1 GB", "ours, any gradient, 512 MB", "ours, any gradient, 256 MB")
+    for provider in (
+        "plain",
+        "ours, one pass",
+        "ours, any gradient",
+        "ours, one pass, num_active",
+        *at_the_bars_memory,
+    ):
         assert {(provider, name) for name in ("both", "forward", "backward")} <= measured
     assert {("plain", "score"), ("ours, any gradient", "score"), ("ours, with entropy", "score")} <= measured
     assert {row["provider"] for row in found["compare"]} == set(gpu_providers.PROVIDERS)
     assert len(found["primitives"]) >= 12
     assert {row["unit"] for row in found["roofs"]} == {"GB/s", "TFLOP/s"}
+    assert all(row["queued_ms"] for row in found["compare"] if row["pass"] in ("both", "score") and row["ms"])
+    begun = [line.split(" left: ")[1].split()[0] for line in first.stdout.splitlines() if " left: " in line]
+    order = "roofs compare masked rowkernels forward primitives crossover compare masked step batch compare hard curve"
+    assert [name for name, _ in itertools.groupby(begun)] == order.split()
     assert {row["layout"] for row in found["batch"] if row["ms"]} == {"padded", "packed"}
     assert {(row["loss_kind"], row["what"]) for row in found["step"]} == {
         (loss, what) for loss in ("plain", "fused") for what in ("step", "largest batch")
@@ -149,16 +164,68 @@ def test_a_lost_device_costs_one_measurement(tmp_path):
     assert result.returncode == 1
 
 
+def planned(*options):
+    return gpu_bench.todo(gpu_bench.arguments(["--out", "/nonexistent", "--plan", *options]), gpu_bench.all_sections())
+
+
 def test_the_plan_of_one_call(tmp_path):
-    """What a first call wants most fits into its minutes."""
+    """A first call has the seconds for the bars, the large tests and what decides the defaults; three have them for all
+    but the least telling rows.
+    """
     result = run(sys.executable, ROOT / "benchmarks" / "gpu_bench.py", "--out", tmp_path, "--plan")
     assert result.returncode == 0, result.stderr
     assert {line.split()[0] for line in result.stdout.splitlines()} == set(gpu_bench.ORDER)
-    items = [item for section in gpu_bench.all_sections().values() for item in section(False)]
+    items = planned()
     assert len({(item.section, item.key) for item in items}) == len(items)
-    tests, start = 150, 30  # seconds
-    assert sum(item.seconds for item in items if item.rank == 0) < 9 * 60 - tests - start
-    assert sum(item.seconds for item in items) < 3 * (9 * 60 - start) - tests
+    start, scale, tests, call = 60, 60, 150, 9 * 60 - 20  # seconds
+    decided = [item for item in items if item.rank == 0 or (item.rank == 1 and item.section != "compare")]
+    assert sum(item.seconds for item in decided) < call - start - scale
+    assert sum(item.seconds for item in items if item.rank <= 2) < 3 * (call - start) - scale - tests
+
+
+def test_the_order_of_a_first_call():
+    """Roofs; ours at the two shapes of the bars; what decides defaults; a few others there; other shapes; the rest."""
+    items = planned()
+    compared = [item for item in items if item.section == "compare"]
+    bars = ("8192x4096x128256", "8192x896x151936")
+    first = [item for item in compared if item.rank == 0]
+    assert {item.key.split()[0] for item in first} == set(bars)
+    assert not [item for item in first if item.other or " plain" in item.key]
+    for provider in (*gpu_providers.OURS, *gpu_providers.PEERS):
+        for shape in bars:
+            assert next(item.rank for item in compared if item.key == f"{shape} {provider}") <= 1
+    assert not [item for item in compared if item.rank <= 1 and item.key.split()[0] not in bars]
+    about = [(item.rank, item.section) for item in items]
+    assert list(dict.fromkeys(about))[:8] == [
+        *((0, name) for name in ("roofs", "compare", "masked")),
+        *((1, name) for name in ("rowkernels", "forward", "primitives", "crossover", "compare")),
+    ]
+    assert {item.rank for item in planned("--rank", "0")} == {0}
+
+
+def test_rows_at_the_memory_of_the_bars():
+    """The budgets of the rows are the bars' bytes; the row kernels and one pass are measured where they may be slow."""
+    keys = {item.section: set() for item in planned()}
+    for item in planned():
+        keys[item.section].add(item.key)
+    for shape in ("8192x4096x128256", "8192x896x151936"):
+        assert {f"{shape} one_pass {rows}" for rows in (128, 256, 512, 1024, 2048)} <= keys["crossover"]
+    given = {}
+
+    def record(name):
+        return lambda *tensors, **options: given.update({name: options.get("workspace_mb")}) or tensors[0].sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_providers, "linear_logprob", record("two"))
+        patch.setattr(gpu_providers, "linear_weighted_nll", record("one"))
+        tensors = (torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.long), torch.ones(3))
+        for name, passes, expected in (
+            ("ours, one pass, 1.1 GB", "one", 1.1e9 + 4 * 7 * 4),
+            ("ours, any gradient, 512 MB", "two", 512e6),
+            ("ours, any gradient, 256 MB", "two", 256e6),
+        ):
+            gpu_providers.PROVIDERS[name].loss(*tensors)
+            assert given[passes] * 2**20 == pytest.approx(expected), name
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -169,12 +236,13 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not out.exists()
 
 
-def test_a_first_call_that_fails_ends_the_run(tmp_path):
+def test_without_a_gpu_nothing_is_begun(tmp_path):
     """Before the minutes go into tests and measurements that fail for the same reason."""
     result = run("bash", ROOT / "benchmarks" / "gpu_run.sh", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
-    assert "the first call on the GPU failed" in result.stderr
-    assert "CUDA" in result.stderr
+    assert "no GPU, so nothing was measured" in result.stderr
+    assert f"{sys.executable}: torch {torch.__version__} is a build for" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -215,15 +283,164 @@ def test_batch_labels_are_aligned_with_the_next_token():
     assert all(p + c <= 1024 for p, c in gpu_training.lengths(1000))
 
 
-COLUMNS = "key,shape,provider,pass,ms,p20,p80,gemms,gemm_ms,of_gemms,peak_less_gradients_mib,note"
+FAKE_PYTHON = """#!/bin/bash
+# Stands for a Python with a GPU: what it is asked to run goes into a log.
+case "$*" in
+  *gpu_probe.py*)
+    echo "probe allocator=${PYTORCH_CUDA_ALLOC_CONF:-none}" >> LOG
+    [ -z "$NO_TORCH" ] || { echo "no torch" >&2; exit 3; }
+    echo "NVIDIA Fake 1"
+    [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] && [ -n "$REFUSES" ] && exit 1
+    exit ${BROKEN:-0} ;;
+  *version_info*) exit 0 ;;
+  *"-m zipfile"*) exec REAL "$@" ;;
+  *) echo "$* path=$PYTHONPATH allocator=${PYTORCH_CUDA_ALLOC_CONF:-none}" >> LOG ;;
+esac
+"""
 
 
-def write(folder, ratio, provider="ours, one pass"):
+@pytest.fixture
+def fake(tmp_path):
+    """run(**environment): a run of the script on a GPU that is not there; gives the result and what was asked for."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(FAKE_PYTHON.replace("LOG", str(log)).replace("REAL", sys.executable))
+    python.chmod(0o755)
+
+    def start(**environment):
+        log.write_text("")
+        settings = {"PYTHON": str(python), "WHEELS": str(tmp_path / "none"), "NO_TORCH": "", "REFUSES": ""}
+        settings = {**settings, "PYTORCH_CUDA_ALLOC_CONF": "", **environment}
+        result = run("bash", ROOT / "benchmarks" / "gpu_run.sh", tmp_path / "out", **settings)
+        return result, log.read_text().splitlines()
+
+    return start
+
+
+def test_the_order_of_a_call_on_a_gpu(fake, tmp_path):
+    """Probe, ours, the large tests alone, defaults and few peers, all tests on 13 processes, the rest, report."""
+    result, asked = fake(PACK=str(tmp_path / "pack.tar"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    wanted = ("probe", "--rank 0", "test_at_scale.py", "--rank 1", "test_engines.py", "--rank 9", "gpu_report.py")
+    assert len(asked) == len(wanted)
+    assert all(part in line for part, line in zip(wanted, asked, strict=True)), asked
+    assert "-n 1 " in asked[2]
+    assert "-n 13 " in asked[4]
+    assert all("allocator=expandable_segments:True" in line for line in asked)
+    with tarfile.open(tmp_path / "pack.tar") as packed:
+        assert "tests-all.finished" in {Path(name).name for name in packed.getnames()}
+    assert len(fake()[1]) == len(wanted) - 2  # the tests ended
+
+
+def test_a_machine_that_refuses_expandable_segments(fake):
+    """The first call is tried without them, and so is everything after it."""
+    result, asked = fake(REFUSES="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line.split("=")[1] for line in asked[:2]] == ["expandable_segments:True", "none"]
+    assert all("allocator=none" in line for line in asked[2:])
+    assert len(asked) == 8
+
+
+def test_a_first_call_that_fails_ends_the_run(fake):
+    result, asked = fake(BROKEN="1")
+    assert result.returncode == 1
+    assert "the first call on the GPU failed: nothing was measured" in result.stderr
+    assert len(asked) == 2  # with expandable segments and without
+    result, asked = fake(NO_TORCH="1")
+    assert result.returncode == 1
+    assert "no torch\nno GPU, so nothing was measured" in result.stderr
+    assert len(asked) == 1
+
+
+def test_wheels_are_unpacked_below_site_packages(fake, tmp_path):
+    """Whole wheels and one in parts, from any number of folders; one whose other parts are missing is left out."""
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    for folder in (whole, split):
+        folder.mkdir()
+    for name in ("small", "large", "cut"):
+        with zipfile.ZipFile(whole / f"{name}-1.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", f"NAME = {name!r}\n" * 200)
+    for name in ("large", "cut"):
+        data = (whole / f"{name}-1.whl").read_bytes()
+        (whole / f"{name}-1.whl").unlink()
+        for place, part in enumerate((data[:1000], data[1000:])):
+            if (name, place) != ("cut", 1):
+                (split / f"{name}-1.whl.part0{place}").write_bytes(part)
+    result, asked = fake(WHEELS=f"{whole} {split}")
+    assert result.returncode == 0, result.stderr
+    assert "cut-1.whl: incomplete, left out" in result.stdout
+    assert "Traceback" not in result.stderr
+    measured = [line for line in asked if "gpu_bench.py" in line]
+    paths = {line.split(" path=")[1].split(" allocator=")[0] for line in measured}
+    assert len(paths) == 1
+    folder = Path(paths.pop().split(":")[-2])
+    assert folder.name == "site-packages"
+    assert {path.name for path in folder.iterdir()} == {"small.py", "large.py"}
+    assert all("site-packages" not in line for line in asked if line.startswith("-m pytest"))
+
+
+def test_a_worker_that_dies_between_items_is_replaced_once(tmp_path):
+    """After an end without an item: one more; after two in a row without a row: no third."""
+    for dies, begun, rows in ((1, 2, 2), (9, 2, 0)):
+        folder = tmp_path / str(dies)
+        folder.mkdir()
+        script = folder / "dies.py"
+        script.write_text(
+            "import os, sys, pathlib\n"
+            "from benchmarks import gpu_bench\n"
+            "from benchmarks.gpu_bench import Item\n"
+            f"starts = pathlib.Path({str(folder / 'starts')!r})\n"
+            "def items(dry_run):\n"
+            "    return [Item('roofs', key, lambda bench: [{'ms': 1.5}], 0.0) for key in ('first', 'second')]\n"
+            "gpu_bench.all_sections = lambda: {'roofs': items}\n"
+            "if '--worker' in sys.argv:\n"
+            "    with starts.open('a') as file: file.write('x')\n"
+            f"    if len(starts.read_text()) <= {dies}: os._exit(7)\n"
+            "sys.exit(gpu_bench.main())\n"
+        )
+        result = run(sys.executable, script, "--dry-run", "--out", folder / "out")
+        assert result.returncode == 1
+        assert "the process ended with status 7" in result.stdout
+        assert len((folder / "starts").read_text()) == begun
+        assert len(gpu_report.read(folder / "out", "roofs")) == rows
+
+
+def test_products_are_counted_as_they_run():
+    """Three where the budget holds the logits, four where it does not, and between them; two for a frozen head."""
+    n, d, v = 512, 64, 4096
+    hidden, weight = (torch.randn(size, d).bfloat16().requires_grad_() for size in (n, v))
+    labels, ones = torch.randint(0, v, (n,)), torch.ones(n)
+
+    def ran(loss, weight=weight, **options):
+        def step():
+            with use_backend("torch"):
+                value = loss(hidden, weight, labels, ones)
+            return lambda: value.backward()
+
+        return products_run(step, n, d, v)
+
+    with use_backend("torch"):
+        assert ran(gpu_providers.PROVIDERS["ours, any gradient"].loss) == 3
+        assert ran(gpu_providers._logprob(workspace_mb=3)) == 4
+        assert ran(gpu_providers.PROVIDERS["ours, one pass"].loss) == 3
+        assert ran(gpu_providers.PROVIDERS["ours, frozen head"].loss, weight.detach()) == 2
+        assert ran(gpu_providers.plain) == 3
+        # What is compared with: no more products than ran.
+        bench, at = Bench(dry_run=True), gpu_compare.Problem(hidden, weight, labels, ones)
+        rows = gpu_compare.measure_training(bench, at, gpu_providers.PROVIDERS["ours, any gradient"])
+    assert rows[0]["gemms_run"] == rows[0]["gemms"] == 3
+    assert rows[0]["of_gemms"] == pytest.approx(rows[0]["ms"] / rows[0]["gemm_ms"])
+
+
+COLUMNS = "key,shape,provider,pass,ms,p20,p80,gemms,gemm_ms,of_gemms,peak_less_gradients_mib,dhidden_error,note"
+
+
+def write(folder, ratio, provider="ours, one pass, 1.1 GB", memory=900, error=0.002, more=()):
+    """A compare.csv with one row of 3 GEMMs of 33 ms in all, and ``more`` (provider, ms)."""
     folder.mkdir()
-    row = f"a,8192x4096x128256,{provider},both,36,35,37,3,33,{ratio},900,"
-    (folder / "compare.csv").write_text(
-        f"# made up\n{COLUMNS}\n" + row.replace("ours, one pass", '"ours, one pass"') + "\n"
-    )
+    row = '"a","8192x4096x128256","{}",both,{},35,37,3,33,{},{},{},'
+    rows = [row.format(provider, 33 * ratio, ratio, memory, error)]
+    rows += [row.format(name, ms, ms / 33, 900, 0.002) for name, ms in more]
+    (folder / "compare.csv").write_text("\n".join(["# made up", COLUMNS, *rows]) + "\n")
     return folder
 
 
@@ -241,8 +458,53 @@ def test_gate_refuses_what_it_cannot_compare(tmp_path):
     assert "no row of ours" in gpu_report.gate(baseline, now, 0.05)[0]
 
 
-def test_summary_says_which_bars_are_met(tmp_path):
-    text = gpu_report.summary(write(tmp_path / "now", 1.1))
-    assert "| one pass, token weights | 8192x4096x128256 | 1.12 | 1.1 | met |" in text
-    text = gpu_report.summary(write(tmp_path / "slower", 1.2))
-    assert "| one pass, token weights | 8192x4096x128256 | 1.12 | 1.2 | missed |" in text
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"ratio": 1.1}, "| one pass, token weights | {row} | 1.12 | 1.1 |  |  | met |"),
+        ({"ratio": 1.2}, "| one pass, token weights | {row} | 1.12 | 1.2 |  |  | missed |"),
+        (
+            {"ratio": 1.1, "error": 0.3},
+            "| one pass, token weights | {row} | 1.12 | 1.1 |  |  | wrong: dhidden_error 0.3 |",
+        ),
+        (
+            {"ratio": 1.1, "error": "nan"},
+            "| one pass, token weights | {row} | 1.12 | 1.1 |  |  | wrong: dhidden_error nan |",
+        ),
+        ({"ratio": 1.1, "memory": 3000}, "MiB beyond inputs and gradients | {row} | 3,053 | 3,000 |  |  | met |"),
+        ({"ratio": 1.1, "memory": 3100}, "MiB beyond inputs and gradients | {row} | 3,053 | 3,100 |  |  | missed |"),
+    ],
+)
+def test_summary_says_which_bars_are_met(tmp_path, settings, line):
+    """Time, memory, and no bar for a wrong gradient."""
+    text = gpu_report.summary(write(tmp_path / "now", **settings))
+    assert line.format(row="8192x4096x128256 | ours, one pass, 1.1 GB") in text
+
+
+def test_summary_names_the_fastest_peer_and_the_missing(tmp_path):
+    peers = [("quack", 35), ("cce", 60), ("ours, any gradient", 20)]
+    text = gpu_report.summary(write(tmp_path / "now", 1.1, "ours, one pass", more=peers))
+    line = next(line for line in text.splitlines() if "fastest other library" in line)
+    assert "of quack" in line
+    assert "| 1.04 |" in line
+    assert "missed, without liger, factor 16" in line
+    assert "cce," not in line.split("without")[1].replace("cce, exact", "")
+
+
+def test_summary_says_where_one_pass_pays(tmp_path):
+    """The shortest chunk that beats two passes of no more memory; the clocks of the busy seconds."""
+    folder = tmp_path / "now"
+    folder.mkdir()
+    lines = ["# made up", "key,shape,engine,rows,default,workspace_mib,ms,p20,p80,note"]
+    for rows, ms in ((128, 80), (256, 60), (512, 50), (1024, 40), (2048, 36)):
+        lines.append(f"a,8x4x100,one_pass,{rows},False,{rows},{ms},{ms},{ms},")
+    for workspace, ms in ((128, 48), (1024, 47)):
+        lines.append(f"a,8x4x100,two_pass,,False,{workspace},{ms},{ms},{ms},")
+    lines.append("a,8x4x100,one_pass,,True,4492,35,35,35,")
+    (folder / "crossover.csv").write_text("\n".join(lines) + "\n")
+    busy = ["2026/01/01 00:00:00.000, 1980, 3201, 690.1, 60, 100", "2026/01/01 00:00:01.000, 1410, 3201, 700.2, 61, 99"]
+    idle = ["2026/01/01 00:00:02.000, 345, 3201, 90.1, 40, 0", "2026/01/01 00:00:03.000, 345"]
+    (folder / "clocks.log").write_text("\n".join(busy + idle) + "\n")
+    text = gpu_report.summary(folder)
+    assert "1024 rows | 1024 rows: 40 ms, two passes 47 | crossover.csv" in text
+    assert "While busy (2 of 3 s): SM clock 1980 MHz (1410 to 1980), power 700 W (690 to 700)." in text

@@ -216,8 +216,8 @@ def _kl_and_grad(pair: HeadPair, z_nv, w_nv, upstream_n, norms_4n=None, kl_n=Non
 
 
 def kl_one_pass_fits(pair: HeadPair, needs: Needs) -> bool:
-    """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length: two
-    passes would compute the logits of both heads again.
+    """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length:
+    two passes would compute the logits of both heads again.
     """
     budget = pair.budget - dweight_bytes(pair.policy, needs)
     shortest = shortest_chunk(pair.policy.hidden_ND.device, gemms_saved=2)

@@ -63,7 +63,11 @@ REFUSED = {
     "a reward model's method": ({"method": "ava_p"}, {}, "'ava_p' learns a reward model from demonstrations or pairs"),
     "Bradley-Terry": ({"method": "bradley_terry"}, {}, "'bradley_terry' learns a reward model"),
     "fitted values": ({"method": "alol"}, {}, "'alol' fits its values on the data before training"),
-    "VAR with a reference term": ({"method": "var"}, {}, "online, the reference itself drew the completions"),
+    "VAR with a reference term": (
+        {"method": "var", "normalizer": "batch", "reference": "mean"},
+        {},
+        "online, the reference itself drew the completions",
+    ),
     "VAR far from its reference": (
         {"method": "var", "normalizer": "self_normalised", "refresh_reference": "false"},
         {},

@@ -275,7 +275,7 @@ def test_rows_beyond_the_positions_are_refused_where_a_table_ends(tmp_path, capl
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=len(tokenizer()), n_embd=24, n_layer=1, n_head=2, n_positions=16)
-    rows = [{"prompt": "a b " * 10, "completion": "x" * n, "reward": 1.0} for n in (1, 20)]
+    rows = [{"prompt": "a b " * 10, "completion": "x" * n, "reward": float(n)} for n in (1, 20)]
     with pytest.raises(ValueError, match=r"max_length: the longest row has 32 tokens but the model has 16 learned"):
         tiny_trainer(tmp_path, rows, model=GPT2LMHeadModel(config))
     tiny_trainer(tmp_path, rows, model=GPT2LMHeadModel(config), max_length=16).train()

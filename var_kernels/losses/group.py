@@ -15,6 +15,7 @@ from var_kernels.losses.checks import (
 )
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
+from var_kernels.losses.weight_checks import warn_if_advantages_vanish
 
 ADVANTAGE_EPS = 1e-4  # as other trainers have it
 
@@ -194,6 +195,9 @@ def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = 
     Raises:
         TypeError, ValueError: shapes and dtypes; on the CPU also rewards that are not finite.
 
+    Warns:
+        IgnoredRewardsWarning: all are 0 (CPU).
+
     Source: arXiv 2402.03300 and 2503.20783, as other trainers implement them.
     """
     check_rows(reward=reward)
@@ -202,6 +206,7 @@ def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = 
     groups, exact_B = group_rows(group_ids), reward.detach().double()
     size_B = groups.sum(torch.ones_like(exact_B))
     advantage_B = exact_B - groups.sum(exact_B) / size_B
+    warn_if_advantages_vanish(advantage_B, exact_B, "group")
     if divide_by_std:
         spread_B = (groups.sum(advantage_B.square()) / (size_B - 1).clamp(min=1)).sqrt()
         advantage_B = advantage_B / (spread_B + ADVANTAGE_EPS)

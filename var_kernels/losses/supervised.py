@@ -8,6 +8,7 @@ from torch import Tensor
 
 from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
+from var_kernels.losses.weight_checks import warn_if_advantages_vanish
 
 ADVANTAGE_EPS = 1e-5  # the authors' code
 
@@ -93,6 +94,9 @@ def standardised_advantage(
     Raises:
         TypeError, ValueError: shapes and dtypes; on the CPU also values that are not finite.
 
+    Warns:
+        IgnoredRewardsWarning: all are 0 (CPU).
+
     Source: arXiv 1910.00177, the authors' code.
     """
     tensors = {"reward": reward} if value is None else {"reward": reward, "value": value}
@@ -110,7 +114,9 @@ def standardised_advantage(
     squares = centred_B.square().sum()
     if process_group is not None:
         dist.all_reduce(squares, group=process_group)
-    return (centred_B / ((squares / count).sqrt() + ADVANTAGE_EPS)).to(advantage_B.dtype)
+    deviation = (squares / count).sqrt()
+    warn_if_advantages_vanish(deviation, exact_B, "batch")
+    return (centred_B / (deviation + ADVANTAGE_EPS)).to(advantage_B.dtype)
 
 
 @register(

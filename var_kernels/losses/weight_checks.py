@@ -145,6 +145,22 @@ def warn_if_alone(rewards: Tensor) -> None:
         )
 
 
+def warn_if_advantages_vanish(deviation: Tensor, reward_B: Tensor, compared: str) -> None:
+    """Warn (IgnoredRewardsWarning) where every advantage is 0 up to rounding; read on the CPU only.
+
+    deviation: of the rewards from the mean that they are compared with, any shape; compared: over what it was taken.
+    """
+    if not (values_readable(deviation) and values_readable(reward_B)) or not reward_B.numel():
+        return
+    if deviation.abs().max() <= 1e-9 * reward_B.abs().max():
+        warnings.warn(
+            f"rewards have no effect on this batch: each is alone in its {compared} or equal to the others there, and "
+            "its advantage is 0; give several completions with different rewards.",
+            IgnoredRewardsWarning,
+            stacklevel=3,
+        )
+
+
 def _warn_ignored(reason: str, remedy: str) -> None:
     warnings.warn(
         f"rewards have no effect on this batch: {reason}. Its loss is that of equal rewards, which without a reference "

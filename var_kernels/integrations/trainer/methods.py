@@ -16,6 +16,7 @@ from torch import Tensor
 
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX
 from var_kernels.integrations.trainer import items, shares
+from var_kernels.integrations.trainer.reward_effect import z_over_batch
 from var_kernels.integrations.trainer.shares import Prepared, Rows
 from var_kernels.integrations.trainer.values import prompt_end
 from var_kernels.losses import (
@@ -42,7 +43,8 @@ class Method:
     once. defaults: of the loss's options that have none. settings: options of the method beside the loss's, name ->
     (type, default, meaning). head: what is had beside the lm_head: "" (nothing), "fitted" (a value, on the reference
     before training), "value" or "reward" (heads that learn with the policy). policy_labels: chosen and rejected change
-    places as the policy itself would label them.
+    places as the policy itself would label them. compares: what a reward is compared with, the completions of its
+    "prompt", of the "step", of the "data", or "" nothing: it counts by itself.
     """
 
     loss: Loss
@@ -54,6 +56,7 @@ class Method:
     columns: Callable[[Any, Any, Any], Rows] | None = None
     head: str = ""
     policy_labels: bool = False
+    compares: str = ""
 
     @property
     def reference(self) -> str:
@@ -208,13 +211,14 @@ _VAR = {
     "normalizer": (str, DEFAULT_NORMALIZER, "VAR's Z: self_normalised, group, batch or batch_mean"),
     "reference": (str, DEFAULT_REFERENCE, "reference term in VAR's weights: none, mean or sum"),
 }
-_ALOL = {"head": "fitted", "prepare": shares.alol}
+_ALOL = {"head": "fitted", "prepare": shares.alol, "compares": "data"}
 _SFT = {"items": items.sft_items, "need_rewards": "optional"}
 _CLIPPED = {
     "items": items.whole_prompts,
     "need_rewards": "required",
     "prepare": shares.group_relative,
     "settings": _GROUP_RELATIVE,
+    "compares": "prompt",
 }
 
 
@@ -224,7 +228,12 @@ def _of_loss(loss: Loss) -> dict:
     return {
         "sequence": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.rows},
         "token": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.tokens},
-        "group": {"items": items.whole_prompts, "need_rewards": "required", "prepare": shares.groups},
+        "group": {
+            "items": items.whole_prompts,
+            "need_rewards": "required",
+            "prepare": shares.groups,
+            "compares": "prompt",
+        },
         "pair": {
             "items": items.pairs,
             "need_rewards": "required" if rated == "required" else "unless_pair",
@@ -261,11 +270,18 @@ def _method(name: str, entry: dict) -> Method:
 
 # What does not follow from the loss's signature.
 _ENTRIES = {
-    "var": {"items": items.var_items, "need_rewards": "required", "prepare": shares.var, "settings": _VAR},
+    "var": {
+        "items": items.var_items,
+        "need_rewards": "required",
+        "prepare": shares.var,
+        "settings": _VAR,
+        "columns": z_over_batch,
+        "compares": "step",
+    },
     "sft": {**_SFT, "prepare": shares.tokens, "settings": _SFT_ON},
     "dft": {**_SFT, "settings": _SFT_ON},
     "raft": {},
-    "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}},
+    "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}, "compares": "step"},
     "weighted_bc": {},
     "dpo": {"defaults": {"beta": 0.1}},
     "robust_dpo": {"defaults": {"beta": 0.1, "label_smoothing": 0.1}},
@@ -287,9 +303,10 @@ _ENTRIES = {
         "defaults": {"beta": 0.1},
         "settings": {"desirable_above": (float, 0.0, "completions with a reward above this are desirable")},
     },
-    "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}},
+    "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}, "compares": "prompt"},
     "dro": {
         "columns": _standardised,
+        "compares": "data",
         "head": "value",
         "defaults": {"tau": 1.0},
         "settings": {

@@ -40,6 +40,7 @@ from var_kernels.integrations.trainer.model_checks import (
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import model_fingerprint
 from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
+from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
@@ -142,6 +143,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
                 if self.method.columns is not None:  # made of the training set's statistics
                     rows.columns |= self.method.columns(rows, args, tables_of(data)[0])
                 check_positions(model, rows)
+            self._check_rewards(args, data)
         if args.disable_dropout:
             disable_dropout(model)
         self._ref_key = ""
@@ -206,6 +208,13 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             examples = apply_reward_function(reward_func, examples, args)
         encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length, ends)
         return Items(encoded, self.method.items(encoded, args))
+
+    def _check_rewards(self, args, data: list) -> None:
+        """That rewards can have an effect; on an evaluation set, which changes no weight, a warning."""
+        if data[0] is not None:
+            check_rewards(data[0].rows, args, self.method, "train_dataset")
+        for rows in tables_of(data[1:]):
+            check_rewards(rows, args, self.method, "eval_dataset", refuse=False)
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from var_kernels.integrations.trainer.online.settings import draws_pairs
 from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.reference import score_rows
+from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ class OnlineLoop(TrainerCallback):
                 f"iteration {iteration}: {error}. What was drawn is in {self.buffer.path(iteration)}; more "
                 "generations_per_prompt, or a reward that tells more apart"
             ) from error
+        if steps_done == 0:
+            check_rewards(rows, self.args, self.method, f"iteration {iteration}", refuse=False)
         self.dataset.fill(rows, items, self._generator("order", iteration))
         if steps_done == 0:  # a run that resumes in its middle has logged them
             for name, value in {**stored.metrics, "item_share": len(items) / self.expected_items}.items():

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from var_kernels.integrations.trainer.items import whole_prompts
+from var_kernels.integrations.trainer.reward_effect import compared_with
 
 
 @dataclass
@@ -76,7 +77,8 @@ def resolve(config, method) -> None:
         raise ValueError(
             f"generations_per_prompt: {name} takes 2 (a pair is two draws of the policy as they come), got {count}"
         )
-    if (method.loss.item == "pair" or method.items is whole_prompts) and count < 2:
+    compares = compared_with(method, config) == "prompt" and getattr(config, "normalizer", "") != "self_normalised"
+    if (method.loss.item == "pair" or method.items is whole_prompts or compares) and count < 2:
         raise ValueError(
             f"generations_per_prompt: {name} compares completions of a prompt and needs at least 2, got {count}"
         )

@@ -1,0 +1,124 @@
+"""Rewards that can move no loss, found before the first step: single completions, equal rewards, a lam beyond them."""
+
+import logging
+
+import torch
+
+from var_kernels.integrations.trainer.items import whole_prompts
+from var_kernels.losses.weight_checks import MIN_REWARD_SPREAD
+
+logger = logging.getLogger(__name__)
+_NAMED = 3
+
+
+def z_over_batch(rows, config, train) -> dict[str, torch.Tensor]:
+    """VAR's self_normalised where no prompt of the training set has two completions: Z is over the batch, as
+    ``var_weights`` has it without group_ids, and not over each completion by itself, where every weight is 1."""
+    if config.normalizer != "self_normalised" or any(len(group) > 1 for group in train.groups):
+        return {}
+    if rows is train and not config.online:
+        logger.warning(
+            "none of %d prompts has two completions: in a prompt by itself every weight would be 1 and rewards would "
+            "have no effect, so Z is taken over the batch, as by normalizer='batch_mean', which compares rewards of "
+            "different prompts", len(rows.groups),
+        )  # fmt: skip
+    return {"group": torch.zeros(len(rows), dtype=torch.int64)}
+
+
+def compared_with(method, config) -> str:
+    """What a reward is compared with: the completions of its "prompt", of the "step", of the "data", or "" nothing."""
+    if method.loss.name == "var" and config.normalizer in ("group", "self_normalised"):
+        return "prompt"
+    return "prompt" if getattr(config, "sft_on", "") == "best" else method.compares
+
+
+def check_rewards(rows, config, method, name: str, *, refuse: bool = True) -> None:
+    """Refuse rewards without effect (``refuse=False``: warn of them); warn where that is so for part of the prompts.
+
+    Raises:
+        ValueError: rewards without effect, with what to use instead.
+    """
+    problem = _without_effect(rows, config, method, name, partly=refuse)
+    if problem and refuse and not hasattr(config, "sft_on"):  # SFT on data that have rewards is SFT all the same
+        raise ValueError(f"{name}: rewards would have no effect: {problem}")
+    if problem:
+        logger.warning("%s: rewards have no effect: %s", name, problem)
+
+
+def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
+    scope, reward = compared_with(method, config), rows.reward
+    reads = {"reward", "advantage"} & set(method.loss.inputs) or method.need_rewards == "required"
+    if "desirable" in rows.columns and rows.columns["desirable"].unique().numel() == 1:
+        kind = "desirable" if rows.columns["desirable"][0] else "undesirable"
+        logger.warning("%s: every completion is %s (desirable_above=%g)", name, kind, config.desirable_above)
+    if reward is None or reward.isnan().any() or not (reads or scope):
+        return ""
+    who = f"method {config.method!r}"
+    if config.method == "var":
+        who += f" with normalizer={config.normalizer!r}"
+    if scope == "prompt" and "group" not in rows.columns:
+        return _within_prompts(rows, config, method, who, name, partly)
+    if len(reward) == 1:
+        return f"there is one completion, and {who} compares several; give more, or take method 'sft'" if scope else ""
+    if not _spread(reward):
+        equal = f"all {len(reward)} are {float(reward[0]):g}"
+        if scope:
+            return f"{equal}, and {who} compares them; give rewards that tell completions apart, or take method 'sft'"
+        if float(reward[0]) == 0 and not getattr(config, "squash", True):
+            return f"{equal}, by which {who} multiplies: nothing would be learnt; give rewards that differ from 0"
+        logger.warning("%s: rewards tell no completion from another: %s", name, equal)
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    if scope and method.compares == "step" and per_step == 1:
+        return (
+            f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
+            "gradient_accumulation_steps"
+        )
+    if config.method == "var":
+        _check_lam([list(range(len(rows)))], "a step", rows, config, name)
+    return ""
+
+
+def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> str:
+    groups = rows.groups
+    if hasattr(config, "sft_on"):  # a pair is ordered without rewards
+        groups = [group for group, is_pair in zip(groups, rows.is_pair, strict=True) if not is_pair]
+    if method.items is whole_prompts:  # which leaves out single completions, and says so
+        groups = [group for group in groups if len(group) > 1]
+    alone = [group for group in groups if len(group) == 1]
+    tied = [group for group in groups if len(group) > 1 and not _spread(rows.reward[group])]
+    counts = []
+    if alone:
+        counts.append(f"{len(alone)} of {len(rows.groups)} prompts have a single completion")
+    if tied:
+        counts.append(f"{len(tied)} of {len(rows.groups)} prompts have completions of equal rewards")
+    found = " and ".join(counts)
+    if found and len(alone) + len(tied) == len(groups) == len(rows.groups):
+        other = "" if config.method == "var" else "method 'var' with "
+        return (
+            f"{found}, and {who} compares the completions of a prompt; give several with different rewards, or take "
+            f"{other}normalizer='batch', which compares those of a step"
+        )
+    if found and partly:
+        without = [*alone, *tied]
+        logger.warning(
+            "%s: %s, on which rewards have no effect (%s compares the completions of a prompt): %s%s",
+            name, found, who, ", ".join(rows.where[group[0]] for group in without[:_NAMED]),
+            ", ..." if len(without) > _NAMED else "",
+        )  # fmt: skip
+    if config.method == "var":
+        _check_lam(groups, "a prompt", rows, config, name)
+    return ""
+
+
+def _check_lam(groups: list[list[int]], where: str, rows, config, name: str) -> None:
+    spread = max(_spread(rows.reward[group]) for group in groups)
+    if spread < MIN_REWARD_SPREAD * config.lam:
+        logger.warning(
+            "%s: lam=%g leaves rewards without effect: within %s they differ by %.3g at most, and weights by less than "
+            "a thousandth; at a lam of half that spread the better one counts seven times as much",
+            name, config.lam, where, spread,
+        )  # fmt: skip
+
+
+def _spread(reward: torch.Tensor) -> float:
+    return float(reward.max() - reward.min())

@@ -1,22 +1,89 @@
 """A causal LM, and a tokenizer, by name or path."""
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 
 def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
     """As ``AutoModelForCausalLM.from_pretrained``; where ``name`` holds an adapter, its base with the adapter merged.
 
     transformers would hand out the base with the adapter hung into it and everything frozen: nothing of it learns, and
-    the reference without an adapter is not the model that was asked for.
-    """
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        from peft import AutoPeftModelForCausalLM
+    the reference without an adapter is not the model that was asked for. An adapter of the lm_head or of the embedding
+    unties the two, which it makes different; its base may be the folder of an adapter again.
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype).merge_and_unload().requires_grad_(True)
-        model.config._name_or_path = name
+    Raises:
+        ValueError: an adapter that cannot be merged, a base that is quantised.
+    """
+    if find_adapter_config_file(name) is None:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(name)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"model: the adapter in {name} must be one of weights, got {config.peft_type.value}, which adds tokens and "
+            "cannot be merged; pass a LoRA adapter, or a whole model"
+        )
+    base = load_causal_lm(config.base_model_name_or_path, dtype)
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"model: the base of the adapter in {name} is quantised, and merging would round the adapter to its grid; "
+            "load the base in a wider dtype, or dequantize() it, merge the adapter with peft and save the result"
+        )
+    _resize(base, name)
+    adapted = PeftModel.from_pretrained(base, name)
+    _untie(base)
+    try:
+        model = adapted.merge_and_unload().requires_grad_(True)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"model: the adapter in {name} cannot be merged into its base: {error} Train without that option, or load "
+            "it with peft (is_trainable=True) and pass the model itself"
+        ) from error
+    model.config._name_or_path = model.name_or_path = name  # the base of an adapter that is trained on it
     return model
+
+
+def _resize(base: PreTrainedModel, name: str) -> None:
+    """Give the base the vocabulary of the adapter, whose file then holds the new rows."""
+    from peft.utils import load_peft_weights
+
+    held = {key: weight.shape[0] for key, weight in load_peft_weights(name, device="cpu").items() if weight.dim() == 2}
+    held = {key: rows for key, rows in held.items() if key.endswith((*_EMBEDDINGS, *_HEADS))}
+    rows, words = max(held.values(), default=None), base.get_input_embeddings().weight
+    if rows in (None, words.shape[0]):
+        return
+    tied = base.get_output_embeddings().weight is words
+    if not (tied or all(any(key.endswith(names) for key in held) for names in (_EMBEDDINGS, _HEADS))):
+        raise ValueError(
+            f"model: the adapter in {name} was trained with {rows} tokens, its base has {words.shape[0]}, and the new "
+            "rows of one of embedding and lm_head are not in its file; save the adapter with both in modules_to_save, or "
+            "resize and save the base before training"
+        )
+    base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+# What PEFT writes of an embedding, or an lm_head, that is whole in the adapter's file.
+_LAYERS = ("", ".base_layer", ".modules_to_save")
+_EMBEDDINGS = tuple(f"{m}{x}.weight" for m in ("embed_tokens", "wte", "embed_in", "word_embeddings") for x in _LAYERS)
+_HEADS = tuple(f"{module}{x}.weight" for module in ("lm_head", "embed_out") for x in _LAYERS)
+
+
+def _untie(model: nn.Module) -> None:
+    """Give a tied lm_head a weight of its own where an adapter changes it, or the embedding, in another way than the
+    other: merged, both changes would go into the one matrix."""
+    layers = [model.get_output_embeddings(), model.get_input_embeddings()]
+    cores = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
+    head, words = cores
+    merged = [layer for layer, core in zip(layers, cores, strict=True) if layer is not core]
+    by_tokens = all(type(layer).__name__ == "TrainableTokensLayer" for layer in merged)  # tied by PEFT itself
+    if getattr(head, "weight", None) is not getattr(words, "weight", None) or by_tokens:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:

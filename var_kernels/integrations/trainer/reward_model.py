@@ -14,6 +14,7 @@ from var_kernels.integrations.hf.head import capture
 from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
 from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.loading import load_causal_lm
 from var_kernels.integrations.trainer.online.sampler import evaluating
 from var_kernels.integrations.trainer.reference import over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
@@ -81,7 +82,7 @@ class RewardModel:
             FileNotFoundError, OSError: there is no such model. ValueError: a model without a trained reward: another
                 head, several labels, a classifier whose head is not in the file.
         """
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         path = str(path)
         if os.sep in path and not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -89,7 +90,7 @@ class RewardModel:
         tokenizer = AutoTokenizer.from_pretrained(path)
         head = None
         if (Path(path) / _HEAD_FILE).is_file():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model = load_causal_lm(path, dtype)  # an adapter too
             head = load_head(path)
             if not isinstance(head, RewardHead):
                 kind = json.loads((Path(path) / _HEAD_FILE).read_text(encoding="utf-8"))["class"]

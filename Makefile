@@ -1,9 +1,11 @@
-# make demo | test | bench | lint | study | wheel | sanitize: each sets up .venv on the first call and never again until the dependencies change.
+# make demo | test | bench | lint | study | wheel | sanitize: each sets up .venv on the first call and never again until
+# the dependencies change. ARGS goes to the command: make demo ARGS=--quick, make test ARGS="-k memory".
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
+ROCM   ?= /opt/rocm
 # PyTorch's own index of CPU builds, asked only when pip's configured index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SHELL  := /bin/bash
@@ -11,7 +13,7 @@ SHELL  := /bin/bash
 .PHONY: demo test bench lint study wheel sanitize setup clean
 
 demo: $(STAMP)
-	$(BIN)/var-kernels demo
+	$(BIN)/var-kernels demo $(ARGS)
 
 # One thread a worker: two workers with two OpenMP threads each are several times slower than one thread each.
 test: $(STAMP)
@@ -39,7 +41,8 @@ lint: $(STAMP)
 setup: $(STAMP)
 
 # Three cases. The interpreter already has torch: keep it (a link in the new environment, nothing downloaded again).
-# An NVIDIA driver answers: the CUDA build from the index. Neither: the CPU build named in constraints/cpu.txt.
+# An NVIDIA driver answers: the CUDA build from the index. Neither: the CPU build named in constraints/cpu.txt, also with
+# AMD's ROCm: its builds of torch are on other indexes, one for each release of ROCm.
 # The C++ row kernels come last: they are built against the torch that was installed, and are left out without a compiler.
 $(STAMP): pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -55,7 +58,12 @@ $(STAMP): pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 	  echo "setup: NVIDIA driver found, installing the CUDA build of torch"; \
 	  $(BIN)/python -m pip install -q -e '.[dev]'; \
 	else \
-	  echo "setup: no GPU found, installing the CPU build of torch (about a minute)"; \
+	  if command -v rocm-smi >/dev/null || [ -d $(ROCM) ]; then \
+	    echo "setup: found ROCm, but no torch in $(PYTHON): installing the CPU build, which leaves the GPU alone"; \
+	    echo "setup: for the GPU install PyTorch's ROCm build for $(PYTHON) (pytorch.org names it), then: make clean $(MAKECMDGOALS)"; \
+	  else \
+	    echo "setup: no NVIDIA GPU found, installing the CPU build of torch (one to three minutes)"; \
+	  fi; \
 	  $(BIN)/python -m pip install -q -c constraints/cpu.txt -e '.[dev]' \
 	    || $(BIN)/python -m pip install -q -c constraints/cpu.txt --extra-index-url $(TORCH_CPU_INDEX) -e '.[dev]' || { \
 	    echo "setup: failed. Give an index that holds the '+cpu' build of torch: make $(MAKECMDGOALS) TORCH_CPU_INDEX=URL"; exit 1; }; \

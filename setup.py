@@ -1,13 +1,16 @@
 """Build script. Metadata lives in pyproject.toml; this file adds the optional C++ row kernels.
 
-They are built against the installed torch, and only when asked for:
+They are built against the installed torch, so only where pip does not hide it:
 
-    VAR_KERNELS_BUILD_EXT=1 pip install --no-build-isolation --no-deps -e .
+    pip install --no-build-isolation .
 
+Without torch or a C++ compiler, or where the build fails, they are left out. VAR_KERNELS_BUILD_EXT=1 makes a failure an
+error, VAR_KERNELS_BUILD_EXT=0 leaves them out.
 VAR_KERNELS_SANITIZE=address,undefined builds them with gcc's sanitizers and AMX emulated (csrc/sanitize.sh).
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -17,10 +20,17 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 
 
 def extension() -> dict:
-    """Arguments of setup() that build csrc/; none unless VAR_KERNELS_BUILD_EXT=1."""
-    if os.environ.get("VAR_KERNELS_BUILD_EXT") != "1":
+    """Arguments of setup() that build csrc/; none where that is not wanted or not possible."""
+    wanted = os.environ.get("VAR_KERNELS_BUILD_EXT")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    if wanted == "0" or (wanted != "1" and not any(map(shutil.which, compilers))):
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        if wanted == "1":
+            raise
+        return {}
 
     csrc = Path("csrc")
     sanitizers = os.environ.get("VAR_KERNELS_SANITIZE")
@@ -33,6 +43,7 @@ def extension() -> dict:
         extra_compile_args=["-O3", "-ffp-contract=fast", *STABLE_ABI, *checked, *emulated],
         extra_link_args=checked,
         py_limited_api=True,
+        optional=wanted != "1",
     )
     return {
         "ext_modules": [native],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,8 +13,17 @@ from var_kernels.kernels import gemm_native, rows_native
 from var_kernels.kernels.compile_time import compile_time
 
 BACKENDS = ("torch", "native", "triton")
+# From a checkout; needs a C++ compiler, torch and setuptools >= 77.
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
+# About 50 ms of a bf16 loss and its gradients on one core.
+_MIN_LOGITS_TO_WARN = 1 << 22
 _forced: str | None = None
+_warned = False
+
+
+class PlainTorchWarning(UserWarning):
+    """CPU tensors go through plain torch, since the C++ kernels are not there."""
 
 
 @contextmanager
@@ -75,6 +85,26 @@ def native_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
     if tile == torch.float64:
         return "the C++ kernels compute in fp32, and this tile is fp64"
     return rows_native.obstacle()
+
+
+def warn_in_plain_torch(device: torch.device, tile: torch.dtype, num_logits: int) -> None:
+    """Once a process, for a call of some size that the C++ kernels would make faster if they were built; never where
+    the backend is forced.
+    """
+    global _warned
+    if _warned or device.type != "cpu" or num_logits < _MIN_LOGITS_TO_WARN or tile == torch.float64:
+        return
+    obstacle = rows_native.obstacle()
+    if obstacle is None or _forced or os.environ.get(_ENVIRONMENT):
+        return
+    _warned = True
+    warnings.warn(
+        f"the CPU kernels in C++ are not used, since {obstacle}: plain torch takes 2 to 2.6 times as long in bf16 and "
+        f"1.1 to 1.2 times in fp32. In a checkout of var_kernels: {BUILD_COMMAND} (needs a C++ compiler). "
+        f"{_ENVIRONMENT}=torch keeps plain torch without this warning.",
+        PlainTorchWarning,
+        stacklevel=4,
+    )
 
 
 _OBSTACLES = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
-from var_kernels.ops.backend import choose_backend
+from var_kernels.ops.backend import choose_backend, warn_in_plain_torch
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import budget_bytes
 
@@ -183,6 +183,8 @@ def prepare(
     )
     budget = budget_bytes(workspace_mb, lm_head_weight)
     checks.check_budget(budget, needs.some)
+    if not traced:
+        warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
     return HeadCall(
         hidden_ND=hidden_ND,
         lm_head_weight_VD=lm_head_weight,

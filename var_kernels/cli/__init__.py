@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    if argv[0] == "--version":
+    if argv[0] in ("-V", "--version"):
         from var_kernels import __version__
 
         print(f"var-kernels {__version__}")
@@ -89,7 +89,12 @@ def _usage() -> str:
 
 
 def _text(error: Exception) -> str:
-    """The system's errors by file and reason ("[Errno 28] ..." without), all others as they are."""
+    """The system's errors by file and reason ("[Errno 28] ..." without), a missing package with the command for it, all
+    others as they are."""
+    if isinstance(error, ImportError):
+        from var_kernels.integrations import missing_package
+
+        error = missing_package(error) or error
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
             "bench there"
         )
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise ImportError("the benchmarks need pytest-benchmark: pip install 'var-kernels[bench]'")
+        raise ModuleNotFoundError("No module named 'pytest_benchmark'", name="pytest_benchmark")
     return subprocess.call(
         [
             sys.executable,

@@ -5,6 +5,48 @@ import inspect
 
 from var_kernels.cli import nearest
 
+# Columns of the data -> (what they are, the methods that need no more: how they make items of rows, and whether they
+# need rewards).
+DATA = {
+    "prompt, completion": ("answers to imitate; of those with rewards the best", [("sft_items", "optional")]),
+    "prompt, completion, reward": ("answers with a reward each", [("single_rows", "required")]),
+    "prompt, completions, rewards": (
+        "several answers to each prompt, with a reward each",
+        [("var_items", "required"), ("whole_prompts", "required")],
+    ),
+    "prompt, chosen, rejected": ("pairs; of answers with rewards the best and the worst", [("pairs", "unless_pair")]),
+    "prompt, chosen, rejected, chosen_reward, rejected_reward": ("pairs with rewards", [("pairs", "required")]),
+    "prompt, completion, label": (
+        "answers judged true or false; or pairs, or rewards",
+        [("judged_rows", "unless_pair")],
+    ),
+}
+_NEED = {"required": "needed", "optional": "not needed", "unless_pair": "needed unless the rows are pairs"}
+_READS = {"": "not read", "sequence": "its log-prob of each answer", "token": "its log-prob of each token"}
+# What the formulas are written in.
+SYMBOLS = {
+    "s": "log-prob of an answer, the sum over its tokens",
+    "lp": "log-prob of a token",
+    "p": "exp(lp)",
+    "sr, lpr, lp_ref": "the same under the reference",
+    "lp_old": "the same under the model that drew the answer",
+    "len": "tokens of the answer",
+    "_w, _l, +, -": "of the chosen (winner) and of the rejected (loser)",
+    "D": "(s_w - sr_w) - (s_l - sr_l)",
+    "r": "reward",
+    "R": "sigmoid(r)",
+    "q": "quantile of r among the rewards of the prompt's answers",
+    "T, Z": "T(q) = q, and Z = E[exp(T(q) / beta)]",
+    "V": "value of the prompt, learned",
+    "A": "advantage: r above the mean",
+    "A+": "max(R - V, 0)",
+    "z0": "estimate of the KL to the reference in the batch",
+    "mu": "what the reward head says at a token",
+    "Q, KL, TD": "of AVA: help(var_kernels.losses.ava_d_loss)",
+    "e": "label_smoothing, or clip_range",
+    "sg": "without a gradient",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one method: its formula, data, options and source")
@@ -20,11 +62,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.name is None:
         width = max(map(len, (*METHODS, *VARIANTS)))
-        for name, method in METHODS.items():
-            print(f"{name:<{width}}  {method.loss.formula}")
-        print("\nvariants, each a method with settings, or a function:")
+        for columns, (rows, _) in DATA.items():
+            print(f"{rows} ({columns}):")
+            for name, method in METHODS.items():
+                if columns_of(method) == columns:
+                    print(f"  {name:<{width}}  {method.loss.formula}")
+            print()
+        print("variants, each a method with settings, or a function:")
         for name, variant in VARIANTS.items():
-            print(f"{name:<{width}}  {variant.use}")
+            print(f"  {name:<{width}}  {variant.use}")
+        print("\nsymbols:")
+        for symbol, meaning in SYMBOLS.items():
+            print(f"  {symbol:<{width}}  {meaning}")
+        print("\nAll about one, its options and their defaults too: var-kernels methods NAME")
         return 0
     if args.name in VARIANTS:
         variant = VARIANTS[args.name]
@@ -40,9 +90,11 @@ def run(args: argparse.Namespace) -> int:
     method = METHODS[args.name]
     loss = method.loss
     print(f"{loss.name}: {loss.formula}")
+    columns = columns_of(method)
+    print(f"  data       {columns}: {DATA[columns][0]}")
     print(f"  gradient   class {loss.pass_class}: {PASS_CLASSES[loss.pass_class]}")
-    print(f"  an item    {loss.item}; rewards {method.need_rewards.replace('_', ' ')}")
-    print(f"  reference  {method.reference or 'none'}")
+    print(f"  an item    {loss.item}; rewards {_NEED[method.need_rewards]}")
+    print(f"  reference  {_READS[method.reference]}")
     if method.head:
         print(f"  head       {method.head}, beside the lm_head")
     print(f"  source     {loss.source} (evidence: {loss.evidence})")
@@ -52,6 +104,12 @@ def run(args: argparse.Namespace) -> int:
     print()
     print(inspect.getdoc(loss.function))
     return 0
+
+
+def columns_of(method) -> str:
+    """The fewest columns that the method needs: a key of ``DATA``."""
+    kind = method.items.__name__, method.need_rewards
+    return next(columns for columns, (_, kinds) in DATA.items() if kind in kinds)
 
 
 def markdown_table() -> str:

@@ -21,12 +21,10 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is plenty, and several in one process need a launcher
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # no spinning threads: they slow a busy machine many times over
-    try:
-        from var_kernels.cli.demo.experiment import FULL, QUICK
-        from var_kernels.cli.demo.story import tell
-    except ImportError as error:
-        raise ImportError(f"{error}; the demo needs the extra 'hf': pip install 'var-kernels[hf]'") from error
     import torch
+
+    from var_kernels.cli.demo.experiment import FULL, QUICK
+    from var_kernels.cli.demo.story import tell
 
     torch.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
     if args.seed < 0:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from var_kernels.integrations import install_command
 from var_kernels.integrations.data.forms import DataError, Example, Problem, RewardNeed, parse_row
 
 LOCAL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -74,7 +75,7 @@ def _arrow_rows(dataset: str, split: str | None, subset: str | None) -> Iterator
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"reading {dataset} needs the datasets package: pip install 'var-kernels[hf]'") from error
+        raise ImportError(f"reading {dataset} needs the datasets package; {install_command('hf')}") from error
     try:
         if dataset.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=dataset, split="train")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tests.kl_cases import KLCase, run_case
 from tests.op_cases import BF16, Case, check_logprob, check_weighted_nll
@@ -125,6 +126,99 @@ def test_what_torch_widens(major, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
     assert not gemm.widens(FP16, CUDA)
     gemm._cuda_major.cache_clear()
+
+
+@pytest.fixture
+def on_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(gemm, "_ROCM_WIDENS", {})
+
+
+def _stand_ins(wrong):
+    """torch.mm and torch.addmm of CUDA on a CPU, with ``wrong`` applied to each product."""
+    plain = torch.mm
+
+    def mm(left, right, *, out_dtype, out):
+        return out.copy_(wrong(plain(left.float(), right.float())))
+
+    def addmm(total, left, right, *, out_dtype, out):
+        return out.add_(wrong(plain(left.float(), right.float())))
+
+    return mm, addmm
+
+
+@pytest.mark.parametrize("operand", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        (lambda t: t, None),
+        (lambda t: t.to(BF16).float(), "logits: "),  # sums that were rounded
+        (lambda t: t.index_fill(1, torch.tensor([t.shape[1] - 1]), 0.0), "logits: "),  # a last column that is not there
+        (lambda t: t * (t.shape != (96, 128)), "dweight: "),  # one layout alone
+    ],
+    ids=["right", "rounded", "tail", "one layout"],
+)
+def test_a_wrong_product_is_noticed(wrong, fault, operand, monkeypatch):
+    mm, addmm = _stand_ins(wrong)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    found = gemm.wide_products_fault(operand, torch.device("cpu"))
+    assert (found or "").startswith(fault or "")
+    assert (found is None) == (fault is None)
+
+
+def test_a_library_that_refuses_is_noticed(monkeypatch):
+    def refuses(*args, **options):
+        raise RuntimeError("gemm input type at::BFloat16 and output type float is not supported for ROCm")
+
+    monkeypatch.setattr(torch, "mm", refuses)
+    assert "not supported for ROCm" in gemm.wide_products_fault(BF16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("operand", [BF16, FP16], ids=str)
+def test_what_rocm_widens(operand, on_rocm, monkeypatch):
+    """CK never; other libraries what a check at the first use says, once for each."""
+    library, checked = SimpleNamespace(now=torch._C._BlasBackend.Ck), []
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda: library.now)
+    monkeypatch.setattr(gemm, "wide_products_fault", lambda *about: checked.append(about))
+    assert not gemm.widens(operand, CUDA)
+    assert not checked
+    library.now = torch._C._BlasBackend.Cublas
+    assert gemm.widens(operand, CUDA)
+    assert gemm.widens(operand, CUDA)
+    assert checked == [(operand, CUDA)]
+    monkeypatch.setattr(gemm, "wide_products_fault", lambda *about: checked.append(about) or "dhidden: 3 off")
+    assert gemm.widens(operand, CUDA)  # the verdict on this library stays
+    library.now = torch._C._BlasBackend.Cublaslt
+    with pytest.warns(UserWarning, match=r"wrong on device 0 with .*Cublaslt \(dhidden: 3 off\): operands are upcast"):
+        assert not gemm.widens(operand, CUDA)
+    assert not gemm.widens(operand, CUDA)
+    assert len(checked) == 2
+
+
+@pytest.mark.parametrize("where", ["capture", "fake tensors", "compile"])
+def test_nothing_is_checked_where_nobody_may_wait(where, on_rocm, monkeypatch):
+    """Under capture and tracing the library is trusted, and checked at the next call."""
+    checked = []
+    monkeypatch.setattr(gemm, "wide_products_fault", lambda *about: checked.append(about))
+    if where == "capture":
+        with monkeypatch.context() as capturing:
+            capturing.setattr(torch.cuda, "is_available", lambda: True)
+            capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            assert gemm.widens(BF16, CUDA)
+    elif where == "fake tensors":
+        with FakeTensorMode():
+            assert gemm.widens(BF16, CUDA)
+    else:
+
+        def traced(x):
+            return x + 1 if gemm.widens(BF16, CUDA) else x - 1
+
+        compiled = torch.compile(traced, fullgraph=True, backend="eager")
+        assert compiled(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert not checked
+    assert gemm.widens(BF16, CUDA)
+    assert checked == [(BF16, CUDA)]
 
 
 def test_a_launch_takes_plain_floats(monkeypatch):

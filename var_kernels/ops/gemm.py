@@ -6,11 +6,13 @@ gradient GEMMs run in 16 bit and round each partial result once.
 """
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
 
 from var_kernels.kernels import gemm_native
+from var_kernels.kernels.compile_time import compile_time
 from var_kernels.ops.workspace import spans
 
 _ROUNDED_ROWS = 1024
@@ -18,18 +20,82 @@ _ROUNDED_ROWS = 1024
 
 def widens(operand: torch.dtype, device: torch.device) -> bool:
     """Whether torch's GEMM takes 16-bit operands to an fp32 result: on CUDA, but for bf16 before Ampere and for fp16
-    where sums in fp16 are allowed.
+    where sums in fp16 are allowed; on ROCm where such products are right.
     """
     if device.type != "cuda":
         return False
-    if operand == torch.float16:
-        return not torch.backends.cuda.matmul.allow_fp16_accumulation
-    return torch.version.hip is not None or _cuda_major(device.index or 0) >= 8
+    if operand == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    if torch.version.hip is not None:
+        return _rocm_widens(operand, device.index or 0)
+    return operand == torch.float16 or _cuda_major(device.index or 0) >= 8
 
 
 @functools.cache
 def _cuda_major(index: int) -> int:
     return torch.cuda.get_device_capability(index)[0]
+
+
+# (operands, device, BLAS library) -> verdict.
+_ROCM_WIDENS: dict[tuple, bool] = {}
+
+
+@compile_time
+def _rocm_widens(operand: torch.dtype, index: int) -> bool:
+    """CK has no such GEMM, and hipBLASLt has had wrong ones: small products are checked at the first use. Where the
+    device may not be waited for, under capture or tracing, an unchecked library is trusted.
+    """
+    library = torch.backends.cuda.preferred_blas_library()
+    if library == torch._C._BlasBackend.Ck:
+        return False
+    key = (operand, index, library)
+    if key not in _ROCM_WIDENS:
+        if _may_not_wait():
+            return True
+        why = wide_products_fault(operand, torch.device("cuda", index))
+        if why:
+            warnings.warn(
+                f"torch's GEMM of {operand} operands to an fp32 result is wrong on device {index} with {library} "
+                f"({why}): operands are upcast, which takes time and memory; "
+                "torch.backends.cuda.preferred_blas_library chooses another library",
+                stacklevel=2,
+            )
+        _ROCM_WIDENS[key] = why is None
+    return _ROCM_WIDENS[key]
+
+
+def _may_not_wait() -> bool:
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    traced = torch._guards.TracingContext.try_get() is not None or torch.compiler.is_compiling()
+    return fake is not None or traced or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def wide_products_fault(operand: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with small products of every layout that the engines use, or None. Operands are small integers, and
+    sums of them exact in fp32 in any order, but not in 16 bit.
+    """
+    n, d, v = 48, 128, 96
+    counted = torch.arange(n * v + d * (n + v), dtype=torch.int64) * 7919 % 17 - 8
+    dlogits_nv, hidden_nd, weight_vd = counted.float().split([n * v, n * d, v * d])
+    plain = dlogits_nv.view(n, v), hidden_nd.view(n, d), weight_vd.view(v, d)
+    dlogits_nv, hidden_nd, weight_vd = (t.to(device, operand) for t in plain)
+    # As the row kernels leave it: in rows of the fp32 tile's stride.
+    dlogits_nv = torch.cat([dlogits_nv, dlogits_nv], 1)[:, :v]
+    try:
+        for name, (left, right), (a, b) in (
+            ("logits", (hidden_nd, weight_vd.t()), (plain[1], plain[2].t())),
+            ("dhidden", (dlogits_nv, weight_vd), (plain[0], plain[2])),
+            ("dweight", (dlogits_nv.t(), hidden_nd), (plain[0].t(), plain[1])),
+        ):
+            once = torch.empty(left.shape[0], right.shape[1], device=device)
+            torch.mm(left, right, out_dtype=torch.float32, out=once)
+            twice = once.clone()
+            torch.addmm(twice, left, right, out_dtype=torch.float32, out=twice)
+            if not torch.equal(once.cpu(), a @ b) or not torch.equal(twice.cpu(), 2 * (a @ b)):
+                return f"{name}: {(once.cpu() - a @ b).abs().max():g} off"
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, backend: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .rows import LogitTransform, RowStats
-from .rows_triton import _scalars, _transformed, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of
 
 # Below every finite logit that a network makes, and finite, so that differences are never NaN.
 LOWEST = tl.constexpr(-1e38)
@@ -377,6 +377,7 @@ def fused_forward(
             **optional,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **LAUNCH_OPTIONS,
         )
         _merge_splits_kernel[(triton.cdiv(n, merged_rows),)](
             *partial,
@@ -388,4 +389,5 @@ def fused_forward(
             SPLITS=merged_splits,
             **optional,
             num_warps=4,
+            **LAUNCH_OPTIONS,
         )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import on_device_of
+from .rows_triton import LAUNCH_OPTIONS, on_device_of
 
 MAX_SEQUENCES = 4096
 # Rows of which one program holds all pairs, and all tokens.
@@ -338,7 +338,7 @@ def var_weights(
     labels = unused if labels is None else labels.contiguous()
     cu_seqlens = unused if cu_seqlens is None else cu_seqlens.contiguous()
     ref_logp = unused if reference == "none" else ref_logp.contiguous()
-    by_sequence = {**layout, "ROWS": 1, "TIME": TOKEN_TILE, "num_warps": NUM_WARPS}
+    by_sequence = {**layout, "ROWS": 1, "TIME": TOKEN_TILE, "num_warps": NUM_WARPS, **LAUNCH_OPTIONS}
     with on_device_of(rewards):
         if tokens and not inline:
             sum_B, count_B = weight_B.new_empty(b, dtype=torch.float64), weight_B.new_empty(b, dtype=torch.int64)
@@ -352,6 +352,7 @@ def var_weights(
         outputs = (weight_B, log_z, ess, token_weight)
         options = {
             **layout,
+            **LAUNCH_OPTIONS,
             # Scalar arguments are fp32; these are all the bits of a double.
             "inverse_lam_bits": struct.unpack("q", struct.pack("d", 1.0 / lam))[0],
             "MEAN": normalizer in ("batch_mean", "self_normalised"),

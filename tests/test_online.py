@@ -188,6 +188,111 @@ def test_reference_and_old_log_probs_are_those_of_the_right_model(refresh, tmp_p
     assert abs(logged[1]) > 1e-3
 
 
+# ---- the temperature of draws and log-probs --------------------------------------------------------------------------
+
+READS_DRAWS = ["ppo", "grpo", "rlol", "rgold", "weighted_bc", "sail_pp", "sail_pr", "var", "qrpo"]
+
+
+@pytest.mark.parametrize("method", FITTING)
+def test_log_probs_are_at_the_temperature_of_the_draws_where_these_stand_for_the_policy(method, tmp_path):
+    config = online_trainer(tmp_path, method=method, sampling_temperature=0.6).args
+    assert config.logp_temperature == (0.6 if method in READS_DRAWS else 1.0)
+    assert online_trainer(tmp_path, method=method, logp_temperature=0.7).args.logp_temperature == 0.7
+
+
+def tempered(model, row, completion, temperature):
+    """fp64 log-probs of the completion's tokens by full logits."""
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][completion]])
+    logp = (model(ids).logits.double() / temperature).log_softmax(-1)
+    start = len(row["prompt_ids"])
+    return logp[0, start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["drawn at 0.6", "asked for 0.6"])
+def test_policy_old_policy_and_reference_are_at_one_temperature(live, tmp_path):
+    """And not at 1, by fp64 full logits, in the second iteration; the KL that is logged is that of what draws."""
+    seen = []
+    sampler = Recording(SAMPLER, lambda model: seen.append(copy.deepcopy(model)))
+    options = {"sampling_temperature": 0.6} if live else {"logp_temperature": 0.6}
+    trainer = trained(tmp_path, method="grpo", iterations=2, sampling_batch_size=99, refresh_reference=False,
+                      trainer_options={"sampler": sampler}, **options)  # fmt: skip
+    rows, change = trainer.train_dataset.rows, []
+    for number, row in enumerate(buffered(tmp_path, 1)):
+        for k in range(3):
+            item = rows.row(rows.groups[number][k])
+            kept = item["labels"] != -100
+            now, before = (tempered(model, row, k, 0.6) for model in (seen[1], tiny_model()))
+            torch.testing.assert_close(item["old_token_logp"][kept].double(), now, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(item["ref_token_logp"][kept].double(), before, rtol=1e-5, atol=1e-5)
+            assert (tempered(seen[1], row, k, 1.0) - now).abs().max() > 0.01
+            change.append((now - before).sum().item())
+    logged = [entry["sample_kl"] for entry in trainer.state.log_history if "sample_kl" in entry]
+    assert logged[1] == pytest.approx(sum(change) / len(change), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["grpo", "weighted_bc", "rlol"])
+def test_the_step_is_that_of_the_tempered_policy(method, tmp_path):
+    """The gradient of an on-policy step, by fp64 full logits: that of -A log pi_T, up to each method's factor."""
+    options = {"beta": 0.0} if method == "grpo" else {}
+    trainer = trained(tmp_path, method=method, iterations=1, sampling_temperature=0.6, optim="sgd", learning_rate=0.1,
+                      steps_per_iteration=1, per_device_train_batch_size=4 if method == "grpo" else 12,
+                      **options)  # fmt: skip
+    model, loss = tiny_model(), 0.0
+    for row in buffered(tmp_path, 0):
+        reward = torch.tensor(row["rewards"], dtype=torch.float64)
+        if method == "grpo":
+            weight = (reward - reward.mean()) / (reward.std() + 1e-4) if reward.std() > 0 else reward * 0
+        else:
+            weight = reward.sigmoid()
+        for k in range(3):
+            logp = tempered(model, row, k, 0.6)
+            loss = loss - weight[k] * (logp.mean() if method == "grpo" else logp.sum()) / 12
+    loss.backward()
+    moved = (tiny_model().lm_head.weight - trainer.model.lm_head.weight) / 0.1
+    torch.testing.assert_close(moved.detach(), model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_offline_reference_at_another_temperature_is_not_read_from_the_cache(tmp_path):
+    plain = tiny_trainer(tmp_path, method="grpo")
+    warm = tiny_trainer(tmp_path, method="grpo", logp_temperature=0.6)
+    assert plain.args.logp_temperature == 1.0
+    assert not torch.equal(plain.train_dataset.rows.columns["ref_logp"], warm.train_dataset.rows.columns["ref_logp"])
+    again = tiny_trainer(tmp_path, method="grpo")
+    assert torch.equal(plain.train_dataset.rows.columns["ref_logp"], again.train_dataset.rows.columns["ref_logp"])
+
+
+def test_temperatures_are_said_in_a_line(tmp_path, caplog):
+    online_trainer(tmp_path / "1", method="grpo", sampling_temperature=0.6)
+    assert "temperature 0.6: of the draws, and of the log-probs of policy and reference" in caplog.text
+    caplog.clear()
+    online_trainer(tmp_path / "2", method="dpo", sampling_temperature=0.6)
+    assert "drawn at temperature 0.6, and the loss of 'dpo' reads log-probs at temperature 1" in caplog.text
+    caplog.clear()
+    online_trainer(tmp_path / "3", method="grpo")
+    assert "temperature" not in caplog.text
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_out_of_range_is_refused(value, tmp_path):
+    with pytest.raises(ValueError, match="logp_temperature: expected finite and > 0"):
+        online_trainer(tmp_path, method="grpo", logp_temperature=value)
+
+
+SETTINGS = {"top_k": 1, "top_p": 0.1, "min_p": 0.9, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1,
+            "suppress_tokens": list(range(3, 100)), "temperature": 0.01, "typical_p": 0.2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_generation_settings_of_the_model_are_named_and_change_no_draw(name, tmp_path, caplog):
+    draw = {"n": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 3}
+    plain = SAMPLER(tiny_model(), prompt_ids(), **draw)
+    model = tiny_model()
+    setattr(model.generation_config, name, SETTINGS[name])
+    assert SAMPLER(model, prompt_ids(), **draw) == plain
+    online_trainer(tmp_path, method="grpo", model=model)
+    assert f"generation settings {name}=" in caplog.text
+
+
 def test_without_a_reference_no_copy_of_the_model_is_kept(tmp_path):
     kept = trained(tmp_path / "kept", iterations=2)
     assert kept.ref_model is not None

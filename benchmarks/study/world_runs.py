@@ -163,6 +163,7 @@ def _online_settings(plan: Plan, steps: int) -> dict:
         "prompts_per_iteration": plan.prompts * plan.iteration_steps,
         "max_new_tokens": plan.reply_tokens,
         "sampling_batch_size": 512,
+        "logp_temperature": 1.0,  # SAIL draws at 0.9, and its authors' code reads log-probs at 1
         "keep_initial_model": False,
     }
 

@@ -3,6 +3,7 @@ method's own. One class per method, made from ``METHODS``.
 """
 
 import dataclasses
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -107,6 +108,9 @@ class AlignConfig(OnlineSettings, TrainingArguments):
         if self.online:
             resolve(self, METHODS[self.method])
             self.num_train_epochs = float(self.iterations)
+        self.logp_temperature = 1.0 if self.logp_temperature is None else self.logp_temperature
+        good = math.isfinite(self.logp_temperature) and self.logp_temperature > 0
+        _check_range("logp_temperature", self.logp_temperature, good, "finite and > 0")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # torch warns about it at every start
         try:

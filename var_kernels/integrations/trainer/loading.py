@@ -59,8 +59,8 @@ def _resize(base: PreTrainedModel, name: str) -> None:
     if not (tied or all(any(key.endswith(names) for key in held) for names in (_EMBEDDINGS, _HEADS))):
         raise ValueError(
             f"model: the adapter in {name} was trained with {rows} tokens, its base has {words.shape[0]}, and the new "
-            "rows of one of embedding and lm_head are not in its file; save the adapter with both in modules_to_save, or "
-            "resize and save the base before training"
+            "rows of one of embedding and lm_head are not in its file; save the adapter with both in modules_to_save, "
+            "or resize and save the base before training"
         )
     base.resize_token_embeddings(rows, mean_resizing=False)
 

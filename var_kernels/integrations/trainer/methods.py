@@ -44,7 +44,8 @@ class Method:
     (type, default, meaning). head: what is had beside the lm_head: "" (nothing), "fitted" (a value, on the reference
     before training), "value" or "reward" (heads that learn with the policy). policy_labels: chosen and rejected change
     places as the policy itself would label them. compares: what a reward is compared with, the completions of its
-    "prompt", of the "step", of the "data", or "" nothing: it counts by itself.
+    "prompt", of the "step", of the "data", or "" nothing: it counts by itself. reads_draws: online, the loss takes the
+    completions for draws of the policy, or of the reference, so that log-probs are read at the draws' temperature.
     """
 
     loss: Loss
@@ -57,6 +58,7 @@ class Method:
     head: str = ""
     policy_labels: bool = False
     compares: str = ""
+    reads_draws: bool = False
 
     @property
     def reference(self) -> str:
@@ -182,7 +184,11 @@ def loss_in_head(
         inputs,
         head.bias,
         item_weight=rows["weight"][0::2] if loss.item == "pair" else rows["weight"],
-        head_options={**head.logit_options, "workspace_mb": config.workspace_mb},
+        head_options={
+            **head.logit_options,
+            "workspace_mb": config.workspace_mb,
+            "temperature": config.logp_temperature,
+        },
         process_group=process_group,
         label_generator=label_generator,
         return_logp=True,
@@ -219,6 +225,7 @@ _CLIPPED = {
     "prepare": shares.group_relative,
     "settings": _GROUP_RELATIVE,
     "compares": "prompt",
+    "reads_draws": True,
 }
 
 
@@ -277,12 +284,13 @@ _ENTRIES = {
         "settings": _VAR,
         "columns": z_over_batch,
         "compares": "step",
+        "reads_draws": True,
     },
     "sft": {**_SFT, "prepare": shares.tokens, "settings": _SFT_ON},
     "dft": {**_SFT, "settings": _SFT_ON},
     "raft": {},
     "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}, "compares": "step"},
-    "weighted_bc": {},
+    "weighted_bc": {"reads_draws": True},
     "dpo": {"defaults": {"beta": 0.1}},
     "robust_dpo": {"defaults": {"beta": 0.1, "label_smoothing": 0.1}},
     "ipo": {"defaults": {"tau": 0.1}},
@@ -292,8 +300,8 @@ _ENTRIES = {
     "orpo": {"defaults": {"odds_weight": 0.1}},
     "rebel": {"defaults": {"eta": 1.0}},
     "sail_dp": {"defaults": {"beta": 0.1}, "policy_labels": True},
-    "sail_pp": {"defaults": {"beta": 0.1}, "policy_labels": True},
-    "sail_pr": {"defaults": {"beta": 0.1}, "settings": _LABEL_BY},
+    "sail_pp": {"defaults": {"beta": 0.1}, "policy_labels": True, "reads_draws": True},
+    "sail_pr": {"defaults": {"beta": 0.1}, "settings": _LABEL_BY, "reads_draws": True},
     "exo": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
     "lire": {"defaults": {"temperature": 2.0}},
     "kto": {
@@ -303,7 +311,7 @@ _ENTRIES = {
         "defaults": {"beta": 0.1},
         "settings": {"desirable_above": (float, 0.0, "completions with a reward above this are desirable")},
     },
-    "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}, "compares": "prompt"},
+    "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}, "compares": "prompt", "reads_draws": True},
     "dro": {
         "columns": _standardised,
         "compares": "data",
@@ -318,8 +326,8 @@ _ENTRIES = {
     "alol_seq": _ALOL,
     "alol_ref_free": _ALOL,
     "alol_kl": {**_ALOL, "defaults": {"beta": 0.1}},
-    "rlol": {},
-    "rgold": {"prepare": shares.rgold},
+    "rlol": {"reads_draws": True},
+    "rgold": {"prepare": shares.rgold, "reads_draws": True},
     "ava_d": {**_SFT, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
     "ava_p": {"head": "reward", "settings": _HEAD_RATE},
     "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},

@@ -143,7 +143,8 @@ def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     device = trainer.accelerator.device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad(), trainer.accelerator.autocast():
-        return token_logprobs(model, inputs, workspace_mb=trainer.args.workspace_mb)
+        options = {"temperature": trainer.args.logp_temperature, "workspace_mb": trainer.args.workspace_mb}
+        return token_logprobs(model, inputs, **options)
 
 
 def _progress(batches: list, args, title: str):

@@ -33,7 +33,10 @@ class ReferencePolicy:
     def _score_reference(self, model: nn.Module, tables: list[EncodedRows]) -> None:
         precision = self.accelerator.mixed_precision
         for rows in tables:
-            key = hashlib.sha256(f"{self._ref_key} {rows_fingerprint(rows)} {precision}".encode()).hexdigest()[:32]
+            content = f"{self._ref_key} {rows_fingerprint(rows)} {precision}"
+            if self.args.logp_temperature != 1:
+                content += f" temperature {self.args.logp_temperature}"
+            key = hashlib.sha256(content.encode()).hexdigest()[:32]
             with self._as_reference(model):
                 logp = cached_ref_logp(self, model, rows, key)
             if self.method.reference == "token":

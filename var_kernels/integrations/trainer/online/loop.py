@@ -14,11 +14,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_prompts
+from var_kernels.integrations.hf.head import inner_model
 from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
 from var_kernels.integrations.trainer.online.measures import measures
 from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler, check_completions
-from var_kernels.integrations.trainer.online.settings import draws_pairs
+from var_kernels.integrations.trainer.online.settings import draws_pairs, say_temperatures
 from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.reference import score_rows
@@ -73,6 +74,7 @@ class OnlineLoop(TrainerCallback):
 
     def bind(self, trainer) -> None:
         self.trainer = trainer
+        say_temperatures(self.args, getattr(inner_model(trainer.model), "generation_config", None))
         if self.sampler is None:
             self.sampler = GenerateSampler.of(trainer.model, self.tokenizer, self.pad_token_id)
 
@@ -120,6 +122,8 @@ class OnlineLoop(TrainerCallback):
         if self.trainer.accelerator.num_processes > 1:
             broadcast_object_list(found)
         (stored,) = found
+        if stored is not None:
+            stored.settings.setdefault("logp_temperature", 1.0)  # of a buffer from before there was this setting
         if steps_done:
             if stored is None:
                 raise FileNotFoundError(
@@ -303,7 +307,7 @@ class OnlineLoop(TrainerCallback):
     def _settings(self, iteration: int) -> dict:
         args = self.args
         names = ("method", "seed", "generations_per_prompt", "sampling_temperature", "max_new_tokens",
-                 "sampling_batch_size", "prompts_per_iteration", "refresh_reference")  # fmt: skip
+                 "sampling_batch_size", "prompts_per_iteration", "refresh_reference", "logp_temperature")  # fmt: skip
         settings = {name: getattr(args, name) for name in names}
         prompts = [ids for _, _, ids in self._prompts_of(iteration)]
         return {**settings, "steps_per_iteration": self.steps, "prompts": _digest(prompts)}

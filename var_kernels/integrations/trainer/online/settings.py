@@ -1,10 +1,13 @@
 """Settings of online training, what each method takes by default, and what would make no sense."""
 
+import logging
 import math
 from dataclasses import dataclass
 
 from var_kernels.integrations.trainer.items import whole_prompts
 from var_kernels.integrations.trainer.reward_effect import compared_with
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -20,8 +23,12 @@ class OnlineSettings:
         generations_per_prompt: K; None: 2 for sail_pp and sail_pr (which take no other number), 8 for the others.
         steps_per_iteration: optimiser steps; None: one pass over what was drawn.
         max_new_tokens: longest completion. Prompts keep their last ``max_length - max_new_tokens`` tokens.
-        sampling_temperature: > 0; None: 0.9 for sail_pp and sail_pr, 1.0 for the others. At 1.0 the completions are
-            the policy's own, as the losses assume; nothing else (top-k, top-p) is applied.
+        sampling_temperature: > 0; None: 0.9 for sail_pp and sail_pr, 1.0 for the others. Nothing else is applied, such
+            as top-k, top-p or a repetition penalty, whatever the model's generation settings say.
+        logp_temperature: > 0, of the log-probs that the loss and the metrics read: the policy's, those of the policy
+            that drew, and the reference's. None: online, where the loss takes completions for draws of the policy (of
+            the policy gradients ppo, grpo, rlol, rgold, weighted_bc, sail_pp and sail_pr, of var and of qrpo),
+            sampling_temperature; 1.0 elsewhere.
         sampling_batch_size: completions that are drawn at once, on each rank.
         refresh_reference: the reference is the policy at the iteration's start; False: the model that training began
             with. None: False for sail_pp, sail_pr and grpo, True for the others.
@@ -36,6 +43,7 @@ class OnlineSettings:
     steps_per_iteration: int | None = None
     max_new_tokens: int = 128
     sampling_temperature: float | None = None
+    logp_temperature: float | None = None
     sampling_batch_size: int = 64
     refresh_reference: bool | None = None
     keep_initial_model: bool = True
@@ -64,6 +72,8 @@ def resolve(config, method) -> None:
         config.generations_per_prompt = 2 if pairs else 8
     if config.sampling_temperature is None:
         config.sampling_temperature = 0.9 if pairs else 1.0
+    if config.logp_temperature is None and method.reads_draws:
+        config.logp_temperature = config.sampling_temperature
     if config.refresh_reference is None:
         config.refresh_reference = name not in _FROZEN_REFERENCE
     for field in ("iterations", "prompts_per_iteration", "generations_per_prompt", "max_new_tokens",
@@ -100,6 +110,38 @@ def resolve(config, method) -> None:
         )
     if name == "var":
         _check_var(config)
+
+
+def say_temperatures(config, generation_config) -> None:
+    """One line where draws, or the log-probs of them, are at another temperature than 1; one where the model's own
+    generation settings would have cut the distribution."""
+    drawn, read = config.sampling_temperature, config.logp_temperature
+    if drawn != read:
+        logger.warning(
+            "completions are drawn at temperature %g, and the loss of %r reads log-probs at temperature %g; "
+            "logp_temperature=%g makes them one", drawn, config.method, read, drawn,
+        )  # fmt: skip
+    elif drawn != 1:
+        logger.warning(
+            "temperature %g: of the draws, and of the log-probs of policy and reference that the loss of %r reads "
+            "(logp_temperature sets another)", drawn, config.method,
+        )  # fmt: skip
+    neutral = {
+        "top_k": (0, 50, None), "top_p": (1.0, None), "min_p": (0.0, None), "typical_p": (1.0, None), "top_h": (None,),
+        "epsilon_cutoff": (0.0, None), "eta_cutoff": (0.0, None), "repetition_penalty": (1.0, None),
+        "encoder_repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "bad_words_ids": (None,),
+        "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "sequence_bias": (None,),
+        "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "guidance_scale": (1.0, None),
+        "exponential_decay_length_penalty": (None,), "min_length": (0, None), "min_new_tokens": (0, None),
+        "temperature": (1.0, drawn, None),
+    }  # fmt: skip
+    given = {name: getattr(generation_config, name, None) for name in neutral}
+    ignored = ", ".join(f"{name}={value}" for name, value in given.items() if value not in neutral[name])
+    if ignored:
+        logger.warning(
+            "the model's generation settings %s are not applied: completions are drawn from the policy itself at "
+            "temperature %g, as the losses assume", ignored, drawn,
+        )  # fmt: skip
 
 
 def _check_var(config) -> None:

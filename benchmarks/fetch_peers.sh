@@ -2,8 +2,8 @@
 # Wheels of the other libraries of the comparison, for a GPU machine without a network (Linux x86_64, Python 3.12, CUDA 13).
 #   benchmarks/fetch_peers.sh           Liger, CCE, TRL and what they need: 4 MB in .whl/
 #   benchmarks/fetch_peers.sh --cute    also the CuTe DSL, for QuACK and Liger's scaled cross-entropy: 10 MB in .whl/ and 92 MB
-#                                       in parts of 32 MB in .whl-parts/, for copies of limited size; put them all into one
-#                                       folder there and give it as PARTS to benchmarks/gpu_run.sh
+#                                       in parts of 32 MB in .whl-parts/, for copies of limited size (docs/gpu.md: what goes
+#                                       with which call)
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

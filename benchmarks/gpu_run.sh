@@ -23,6 +23,15 @@ fi
 candidates=${PYTHON:-.venv/bin/python python3}
 gpu=
 probed=3
+probe_log=$(mktemp)
+
+# probe: $PYTHON's GPU into $gpu, its status into $probed, what it says to standard error and $probe_log.
+probe() {
+  gpu=$(timeout -k 5 "${PROBE_SECONDS:-150}" "$PYTHON" benchmarks/gpu_probe.py 2>> "$probe_log")
+  probed=$?
+  [ $probed != 124 ] || echo "$PYTHON: the probe did not end in ${PROBE_SECONDS:-150} s" >> "$probe_log"
+}
+
 if [ -n "$dry" ]; then
   for PYTHON in $candidates; do
     "$PYTHON" -c 'import torch' 2>/dev/null && break
@@ -34,17 +43,15 @@ else
   export PYTORCH_CUDA_ALLOC_CONF=${own:-expandable_segments:True}
   for PYTHON in $candidates; do
     command -v "$PYTHON" >/dev/null || continue
-    gpu=$(timeout -k 5 "${PROBE_SECONDS:-90}" "$PYTHON" benchmarks/gpu_probe.py)
-    probed=$?
+    probe
     if [ $probed != 0 ] && [ -n "$gpu" ] && [ -z "$own" ]; then
       unset PYTORCH_CUDA_ALLOC_CONF
-      echo "the first call failed with expandable segments: once more without" >&2
-      gpu=$(timeout -k 5 "${PROBE_SECONDS:-90}" "$PYTHON" benchmarks/gpu_probe.py)
-      probed=$?
+      echo "the first call failed with expandable segments: once more without" >> "$probe_log"
+      probe
     fi
-    [ $probed = 0 ] && break
-    [ -n "$gpu" ] && break
+    [ -z "$gpu" ] || break
   done
+  cat "$probe_log" >&2
   # What fails in the first call fails in every other: no driver, no C compiler for Triton's launchers, the wrong wheel.
   if [ $probed != 0 ]; then
     if [ -n "$gpu" ]; then
@@ -57,6 +64,7 @@ else
   out=${1:-benchmarks/results/$(tail -n 1 <<< "$gpu" | tr '[:upper:] ' '[:lower:]-')}
 fi
 mkdir -p "$out"
+[ -n "$dry" ] || cat "$probe_log" >> "$out/probe.log"
 echo "$PYTHON${gpu:+, $gpu, allocator: ${PYTORCH_CUDA_ALLOC_CONF:-as it is}} -> $out"
 status=0
 helpers=()

@@ -11,13 +11,13 @@ import argparse
 import torch
 from transformers import AutoTokenizer
 
-from var_kernels.integrations.data import load_examples, merge_prompts
+from var_kernels.integrations.data import Example, load_examples
 from var_kernels.integrations.hf import sequence_logprobs
 from var_kernels.integrations.trainer import RewardModel
 from var_kernels.integrations.trainer.loading import load_causal_lm
 from var_kernels.integrations.trainer.online import GenerateSampler
 from var_kernels.integrations.trainer.online.loop import prompts_of
-from var_kernels.integrations.trainer.rewards import load_reward_function
+from var_kernels.integrations.trainer.rewards import apply_reward_function, load_reward_function
 
 parser = argparse.ArgumentParser(description="Mean reward, win rate and KL of models against a reference.")
 parser.add_argument("models", nargs="+", help="names or paths, adapters among them")
@@ -38,7 +38,7 @@ score = load_reward_function(args.reward) if args.reward else RewardModel.from_p
 tokenizer = AutoTokenizer.from_pretrained(args.reference)
 pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 examples, _ = load_examples(args.prompts, need_rewards="prompt")
-prompts = prompts_of(merge_prompts(examples), tokenizer, args)  # (prompt, where, token ids)
+prompts = prompts_of(examples, tokenizer, args, score)
 
 
 def parts(items: list) -> list[list]:
@@ -51,28 +51,27 @@ def draw(model) -> list[list[list[int]]]:
     sampler, options = GenerateSampler.of(model, tokenizer, pad), {"n": args.draws, "temperature": 1.0}
     drawn = []
     for seed, part in enumerate(parts(prompts)):
-        drawn += sampler(model, [ids for *_, ids in part], max_new_tokens=args.max_new_tokens, seed=seed, **options)
+        drawn += sampler(
+            model, [prompt.ids for prompt in part], max_new_tokens=args.max_new_tokens, seed=seed, **options
+        )
     return drawn
 
 
 def rewards(drawn) -> torch.Tensor:  # (prompts, draws)
-    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in row] for row in drawn]
-    scores = []
-    for part in parts(list(zip(prompts, texts, strict=True))):
-        said = [
-            (prompt, text if isinstance(prompt, str) else [{"role": "assistant", "content": text}])
-            for (prompt, *_), row in part
-            for text in row
-        ]
-        scores += [float(number) for number in score([prompt for prompt, _ in said], [text for _, text in said])]
-    return torch.tensor(scores).view(-1, args.draws)
+    scored = []
+    for prompt, row in zip(prompts, drawn, strict=True):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in row]
+        said = [text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}] for text in texts]
+        scored.append(Example(prompt.text, said, None, [prompt.where] * len(row), columns=[prompt.columns] * len(row)))
+    scored = apply_reward_function(score, scored, completion_ids=[ids for row in drawn for ids in row])
+    return torch.tensor([example.rewards for example in scored])
 
 
 @torch.no_grad()
 def logps(model, drawn) -> torch.Tensor:  # (prompts, draws), nats per completion
     result = []
     for part in parts(list(zip(prompts, drawn, strict=True))):
-        rows = [(ids, completion) for (*_, ids), completions in part for completion in completions]
+        rows = [(prompt.ids, completion) for prompt, completions in part for completion in completions]
         width = max(len(ids) + len(completion) for ids, completion in rows)
         batch = {"input_ids": torch.full((len(rows), width), pad), "labels": torch.full((len(rows), width), -100)}
         batch["attention_mask"] = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -56,7 +56,7 @@ def test_the_reference_against_itself_and_another_against_numbers_computed_apart
     wins = (lengths > base).float() + 0.5 * (lengths == base).float()
     assert other[1][0] == pytest.approx(100 * wins.mean().item(), abs=0.006)
     kl = []
-    for (_, _, prompt), completions in zip(left["prompts"], drawn, strict=True):
+    for (_, _, prompt, _), completions in zip(left["prompts"], drawn, strict=True):
         for ids in completions:
             batch = {"input_ids": torch.tensor([[*prompt, *ids]]), "labels": torch.tensor([[-100] * len(prompt) + ids])}
             with torch.no_grad():

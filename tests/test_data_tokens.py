@@ -129,7 +129,7 @@ def test_the_trainer_knows_the_end_tokens_of_its_model(tmp_path):
     model = tiny_model()
     (seven,) = ids_of(tok, "7")
     model.generation_config.eos_token_id = [seven, 1]
-    rows = [{"prompt": "3 + 4 = ", "completion": text, "reward": 1.0} for text in ("7", "8")]
+    rows = [{"prompt": "3 + 4 = ", "completion": text, "reward": float(text)} for text in ("7", "8")]
     made = VARTrainer(model, tiny_config(tmp_path), rows, processing_class=tok).train_dataset.rows
     assert made.row(0)["input_ids"].tolist()[-1] == seven
     assert made.row(1)["input_ids"].tolist()[-2:] == [*ids_of(tok, "8"), 1]

@@ -25,7 +25,11 @@ _RUN = {
     "subset": (str, None, "configuration of a hub data set"),
     "eval_dataset": (str, None, "file or name to evaluate on, with --eval-strategy epoch or steps"),
     "eval_split": (str, None, "split of a hub --eval-dataset (default test)"),
-    "reward": (str, None, "module:function, called with (prompts, completions); replaces rewards in the data"),
+    "reward": (
+        str,
+        None,
+        "module:function, called with (prompts, completions, **columns); replaces rewards in the data",
+    ),
     "reward_model": (
         str,
         None,

@@ -55,6 +55,10 @@ class EncodedRows:
         known |= {name: column[row] for name, column in self.columns.items()}
         return known | {name: column[span] for name, column in self.token_columns.items()}
 
+    def completion_ids(self, row: int) -> list[int]:
+        """The tokens of a row's completion, its end token among them."""
+        return self.token_ids[self.offset[row] + self.prompt_length[row] : self.offset[row + 1]].tolist()
+
     def row_sums(self, values: Tensor) -> Tensor:
         """(tokens,) -> (rows,), in fp64 before it is rounded."""
         return torch.segment_reduce(values.double(), "sum", offsets=self.offset, initial=0.0).to(values.dtype)
@@ -123,17 +127,12 @@ def encode_examples(
     for example in examples:
         groups.append(list(range(first, first + len(example.completions))))
         first += len(example.completions)
-    rewards = None
-    if any(example.rewards is not None for example in examples):
-        nan = float("nan")
-        rewards = [r for ex in examples for r in (ex.rewards or [nan] * len(ex.completions))]
-        rewards = torch.tensor(rewards, dtype=torch.float32)
     of_others = torch.cat(others)
     return EncodedRows(
         token_ids=torch.cat(rows),
         offset=torch.tensor([0] + [sum(pair) for pair in lengths]).cumsum(0),
         prompt_length=torch.tensor([prompt for prompt, _ in lengths]),
-        reward=rewards,
+        reward=rewards_of(examples),
         group=torch.tensor([number for number, rows_of in enumerate(groups) for _ in rows_of]),
         groups=groups,
         is_pair=[example.is_pair for example in examples],
@@ -142,6 +141,15 @@ def encode_examples(
         cut_completions=cut_completions,
         others=of_others if of_others.any() else None,
     )
+
+
+def rewards_of(examples: Sequence[Example]) -> Tensor | None:
+    """(rows,) fp32, NaN where a row has none; None where no row has one."""
+    if all(example.rewards is None for example in examples):
+        return None
+    nan = float("nan")
+    rewards = [r for ex in examples for r in (ex.rewards or [nan] * len(ex.completions))]
+    return torch.tensor(rewards, dtype=torch.float32)
 
 
 def encode_prompts(examples: Sequence[Example], tokenizer, room: int) -> tuple[list[list[int]], int]:

@@ -17,6 +17,11 @@ FORMS = (
     "prompt + chosen + rejected (+ chosen_reward + rejected_reward, or rewards)",
     "messages",
 )
+# What the forms, and the files of online training, give a meaning.
+FORM_KEYS = {
+    *("prompt", "completion", "completions", "chosen", "rejected", "messages", "reward", "rewards", "chosen_reward"),
+    *("rejected_reward", "label", "tools", "chat_template_kwargs", "where", "prompt_ids", "completion_ids"),
+}
 SHOWN_PROBLEMS = 10
 _LARGEST = 3.4e38
 _DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")

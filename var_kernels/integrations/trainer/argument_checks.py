@@ -5,11 +5,15 @@ written.
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
-from var_kernels.integrations.data import DataError, Example, Problem, parse_row
+from var_kernels.integrations.data import DataError, Example, Problem, encode_examples, merge_prompts, parse_row
+from var_kernels.integrations.data.encode import rewards_of
+from var_kernels.integrations.trainer.collator import Items
 from var_kernels.integrations.trainer.config import AlignConfig
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online.settings import draws_pairs
+from var_kernels.integrations.trainer.rewards import apply_reward_function
 
 logger = logging.getLogger(__name__)
 
@@ -86,3 +90,21 @@ def parsed_examples(rows, name: str, need_rewards: str) -> list[Example]:
     if not parsed:
         raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
     return parsed
+
+
+def read_items(rows, name: str, args, method, tokenizer, reward_function, end_token_ids: Sequence[int]) -> Items:
+    """Rows of data, or what ``load_examples`` returned, as the method's items: checked, scored by the reward function
+    if there is one, and tokenised.
+
+    Raises:
+        DataError, ValueError: rows that the method, the tokenizer or the reward function cannot use.
+    """
+    examples = parsed_examples(rows, name, "optional" if reward_function is not None else method.need_rewards)
+    if reward_function is not None:
+        examples = [replace(example, rewards=None) for example in examples]
+    examples = merge_prompts(examples)
+    table = encode_examples(examples, tokenizer, args.max_length, end_token_ids)
+    if reward_function is not None:
+        completion_ids = [table.completion_ids(row) for row in range(len(table))]
+        table.reward = rewards_of(apply_reward_function(reward_function, examples, args, completion_ids))
+    return Items(table, method.items(table, args))

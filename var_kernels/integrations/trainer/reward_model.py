@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.data import EncodedRows, Example, encode_examples
+from var_kernels.integrations.data import EncodedRows, Example, encode_examples, end_tokens
 from var_kernels.integrations.hf.head import capture
 from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
@@ -142,7 +142,7 @@ class RewardModel:
             return
         pairs = zip(prompts, completions, strict=True)
         examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in enumerate(pairs)]
-        rows = encode_examples(examples, self.tokenizer, self.max_length)
+        rows = encode_examples(examples, self.tokenizer, self.max_length, end_tokens(self.tokenizer, self.model))
         items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(self.pad_token_id)
         order = sorted(range(len(rows)), key=rows.length)
         for start in range(0, len(order), self.batch_size):

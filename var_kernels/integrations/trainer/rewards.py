@@ -1,16 +1,22 @@
-"""Rewards from a function of the user's: ``function(prompts, completions) -> list of floats``."""
+"""Rewards from a function of the user's: ``function(prompts, completions, **columns) -> list of floats``."""
 
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
 
 from var_kernels.integrations.data import DataError, Example, Problem
+from var_kernels.integrations.data.forms import FORM_KEYS, Text, as_label, as_number
 from var_kernels.integrations.trainer.progress import progress_bar
 
-RewardFunction = Callable[[list, list], Sequence[float]]
+RewardFunction = Callable[..., Sequence[float]]
 _CHUNK = 64
+_MAIN = ("prompts", "completions")
 
 
 def load_reward_function(spec: str) -> RewardFunction:
@@ -36,30 +42,113 @@ def load_reward_function(spec: str) -> RewardFunction:
     return function
 
 
-def apply_reward_function(function: RewardFunction, examples: Sequence[Example], args=None) -> list[Example]:
-    """New examples with the function's rewards in place of those in the data. It is called on up to 64 rows at a time.
+@dataclass(frozen=True)
+class _Call:
+    """How a reward function is called: by its signature, as TRL calls one, or with the two lists by position where it
+    names them otherwise."""
 
-    args: the TrainingArguments; with them a progress bar is shown.
+    function: RewardFunction
+    by_name: bool  # prompts=..., completions=...
+    main: frozenset[str]  # which of the two it takes by name
+    named: frozenset[str]  # columns that it names
+    needed: frozenset[str]  # those of them without a default
+    takes_all: bool  # **kwargs
+
+    @classmethod
+    def of(cls, function: RewardFunction) -> "_Call":
+        module = isinstance(function, torch.nn.Module)  # whose __call__ takes anything
+        try:
+            parameters = inspect.signature(function.forward if module else function).parameters
+        except (TypeError, ValueError):  # written in C
+            return cls(function, False, frozenset(), frozenset(), frozenset(), False)
+        kinds = inspect.Parameter
+        takes_all = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())
+        by_position = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+        rest = any(p.kind is kinds.VAR_POSITIONAL for p in parameters.values())
+        by_name = "completions" in parameters and parameters["completions"].kind is not kinds.POSITIONAL_ONLY
+        by_name = by_name or (takes_all and len(by_position) < 2 and not rest)  # the completions are in **kwargs
+        taken = set(_MAIN) if by_name else {p.name for p in by_position[:2]}
+        named = [p for p in (*by_position, *(p for p in parameters.values() if p.kind is kinds.KEYWORD_ONLY))]
+        named = [p for p in named if p.name not in taken and p.kind is not kinds.POSITIONAL_ONLY]
+        return cls(
+            function,
+            by_name,
+            frozenset(name for name in _MAIN if takes_all or name in parameters),
+            frozenset(p.name for p in named),
+            frozenset(p.name for p in named if p.default is kinds.empty),
+            takes_all,
+        )
+
+    def columns(self, available: Iterable[str]) -> list[str]:
+        """The columns that it is given, of those that the rows have.
+
+        Raises:
+            ValueError: it needs one that no row has.
+        """
+        available = [
+            name for name in available if isinstance(name, str) and name not in (*_MAIN, "prompt", "completion")
+        ]
+        if missing := sorted(self.needed - set(available)):
+            raise ValueError(
+                f"reward function: needs a column {missing[0]!r} in the data, got {sorted(available)}; add it to the "
+                "rows, or give the argument a default"
+            )
+        return [name for name in available if self.takes_all or name in self.named]
+
+    def __call__(self, prompts: list, completions: list, columns: dict[str, list]):
+        if not self.by_name:
+            return self.function(prompts, completions, **columns)
+        main = {"prompts": prompts, "completions": completions}
+        return self.function(**{name: main[name] for name in _MAIN if name in self.main}, **columns)
+
+
+def columns_of(example: Example, function: RewardFunction | None) -> dict:
+    """What a reward function reads of a prompt's row besides the prompt: the columns that it names, and with **kwargs
+    those that no form knows."""
+    if function is None or not example.columns:
+        return {}
+    call, own = _Call.of(function), example.columns[0]
+    return {
+        name: value
+        for name, value in own.items()
+        if name in call.named or (call.takes_all and name not in FORM_KEYS and isinstance(name, str))
+    }
+
+
+def apply_reward_function(
+    function: RewardFunction, examples: Sequence[Example], args=None, completion_ids: Sequence | None = None
+) -> list[Example]:
+    """New examples with the function's rewards in place of those in the data. It is called on whole prompts, up to 64
+    rows at a time.
+
+    args: the TrainingArguments; with them a progress bar is shown. completion_ids: token ids of each completion, for a
+    function that takes them.
 
     Raises:
-        DataError: rows for which it raises, or returns something other than one finite number; a wrong number of
-            results.
+        ValueError: a function that needs a column which no row has. DataError: rows for which it raises, or returns
+            something other than one finite number; a wrong number of results.
     """
-    rows = [
-        (ex.prompt, completion, where)
-        for ex in examples
-        for completion, where in zip(ex.completions, ex.where, strict=True)
-    ]
+    call = _Call.of(function)
+    given = ("completion_ids",) if completion_ids is not None else ()
+    found = dict.fromkeys(key for example in examples for columns in example.columns for key in columns)
+    names = call.columns([*(name for name in found if name != "completion_ids"), *given])
+    rows, sizes = [], []
+    for example in examples:
+        columns = example.columns or [{}] * len(example.completions)
+        for completion, where, own in zip(example.completions, example.where, columns, strict=True):
+            values = {name: completion_ids[len(rows)] if name in given else own.get(name) for name in names}
+            rows.append(_Row(example.prompt, completion, where, values))
+        sizes.append(len(example.completions))
     rewards, problems = [], []
     with progress_bar(args, "rewards", len(rows), "completion") as advance:
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            for (_, _, where), value in zip(chunk, _call(function, chunk), strict=True):
+        for start, stop in _chunks(sizes):
+            chunk = rows[start:stop]
+            for row, value in zip(chunk, _values(call, chunk), strict=True):
                 if isinstance(value, Exception):
-                    problems.append(Problem(where, f"the reward function raised {type(value).__name__}: {value}"))
+                    problems.append(Problem(row.where, f"the reward function raised {type(value).__name__}: {value}"))
                 elif (number := _number(value)) is None:
                     reason = f"the reward function must return finite numbers, got {value!r:.60}"
-                    problems.append(Problem(where, reason))
+                    problems.append(Problem(row.where, reason))
                 else:
                     rewards.append(number)
             advance(len(chunk))
@@ -69,30 +158,52 @@ def apply_reward_function(function: RewardFunction, examples: Sequence[Example],
     return [replace(example, rewards=[next(values) for _ in example.completions]) for example in examples]
 
 
-def _call(function: RewardFunction, chunk: list[tuple]) -> list:
+class _Row(NamedTuple):
+    prompt: Text
+    completion: Text
+    where: str
+    columns: dict
+
+
+def _chunks(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of at most 64 rows: whole prompts, unless one has more completions. A reward model cuts the equal
+    prompts of a call alike."""
+    start = stop = 0
+    for size in sizes:
+        if stop > start and stop + size - start > _CHUNK:
+            yield start, stop
+            start = stop
+        stop += size
+        while stop - start > _CHUNK:
+            yield start, start + _CHUNK
+            start += _CHUNK
+    if stop > start:
+        yield start, stop
+
+
+def _values(call: _Call, chunk: list[_Row]) -> list:
     """One value, or the exception, for each row of the chunk."""
+    columns = {name: [row.columns[name] for row in chunk] for name in chunk[0].columns}
     try:
-        values = function([prompt for prompt, _, _ in chunk], [completion for _, completion, _ in chunk])
+        values = call([row.prompt for row in chunk], [row.completion for row in chunk], columns)
     except Exception as error:
         # Which row was it? One by one; where every row alone succeeds, the chunk itself is at fault.
         if len(chunk) == 1:
             return [error]
-        alone = [_call(function, [row])[0] for row in chunk]
+        alone = [_values(call, [row])[0] for row in chunk]
         return alone if any(isinstance(value, Exception) for value in alone) else [error] * len(chunk)
     if isinstance(values, str | bytes) or not hasattr(values, "__len__") or len(values) != len(chunk):
         came = f"{len(values)} of them" if hasattr(values, "__len__") else type(values).__name__
         raise DataError(
-            [Problem(chunk[0][2], f"for {len(chunk)} rows from here on it returned {came}")],
+            [Problem(chunk[0].where, f"for {len(chunk)} rows from here on it returned {came}")],
             remedy="the reward function must return a list with one float per completion",
         )
     return list(values)
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool | str | bytes):
-        return float(value) if isinstance(value, bool) else None
-    try:
-        number = float(value)  # also 0-d tensors and numpy scalars
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+    """A judgement, True or False, is 1 or 0."""
+    number = as_number(value)
+    if number is None and not isinstance(value, str) and (label := as_label(value)) is not None:
+        number = float(label)
+    return number if number is not None and math.isfinite(number) else None

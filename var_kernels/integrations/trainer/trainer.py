@@ -14,17 +14,20 @@ from transformers import PreTrainedModel, Trainer
 from var_kernels.integrations.data import (
     EncodedRows,
     Example,
-    encode_examples,
     end_tokens,
-    merge_prompts,
 )
 from var_kernels.integrations.hf.head import capture, inner_model
 from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
-from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples
+from var_kernels.integrations.trainer.argument_checks import (
+    check_arguments,
+    check_online,
+    parsed_examples,
+    read_items,
+)
 from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
 from var_kernels.integrations.trainer.checkpoints import Checkpoints
-from var_kernels.integrations.trainer.collator import Items, RowCollator, tables_of
+from var_kernels.integrations.trainer.collator import RowCollator, tables_of
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.evaluation import Evaluation
 from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
@@ -41,7 +44,7 @@ from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import model_fingerprint
 from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
 from var_kernels.integrations.trainer.reward_effect import check_rewards
-from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.integrations.trainer.rewards import RewardFunction
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
     check_layout,
@@ -76,7 +79,8 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         processing_class: the tokenizer, or its name or path; by default the model's own.
         ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
             adapter.
-        reward_func: ``f(prompts, completions) -> floats``, replaces the rewards in the data. A ``RewardModel`` is one.
+        reward_func: ``f(prompts, completions, **columns) -> floats``, replaces the rewards in the data (docs/data.md,
+            "Reward functions"). A ``RewardModel`` is one.
         sampler: with ``online=True``: what draws completions; by default the model's own ``generate``.
         peft_config: train this PEFT adapter in place of the whole model.
 
@@ -123,22 +127,21 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         self.online = None
         if args.online:
             named = (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
-            prompts = [
-                None if rows is None else merge_prompts(parsed_examples(rows, name, "prompt")) for name, rows in named
-            ]
+            prompts = [None if rows is None else parsed_examples(rows, name, "prompt") for name, rows in named]
             self.online = OnlineLoop(
                 args, self.method, *prompts, processing_class, self.pad_token_id, sampler, reward_func
             )
             self.online.check_model(model)
             data = [self.online.dataset, self.online.eval_prompts]
         else:
-            others = (args, processing_class, reward_func, end_tokens(processing_class, inner_model(model)))
-            data = [None if train_dataset is None else self._encode(train_dataset, "train_dataset", *others)]
+            ends = end_tokens(processing_class, inner_model(model))
+            others = (args, self.method, processing_class, reward_func, ends)
+            data = [None if train_dataset is None else read_items(train_dataset, "train_dataset", *others)]
             if isinstance(eval_dataset, dict):
                 named = eval_dataset.items()
-                data.append({name: self._encode(rows, f"eval_dataset {name}", *others) for name, rows in named})
+                data.append({name: read_items(rows, f"eval_dataset {name}", *others) for name, rows in named})
             else:
-                data.append(None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset", *others))
+                data.append(None if eval_dataset is None else read_items(eval_dataset, "eval_dataset", *others))
             for rows in tables_of(data):
                 if self.method.columns is not None:  # made of the training set's statistics
                     rows.columns |= self.method.columns(rows, args, tables_of(data)[0])
@@ -200,14 +203,6 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self.add_callback(self.online)
 
     # ---- data --------------------------------------------------------------------------------------------------------
-
-    def _encode(self, rows, name: str, args: VARConfig, tokenizer, reward_func, ends: tuple[int, ...]) -> Items:
-        need = "optional" if reward_func is not None else self.method.need_rewards
-        examples = parsed_examples(rows, name, need)
-        if reward_func is not None:
-            examples = apply_reward_function(reward_func, examples, args)
-        encoded = encode_examples(merge_prompts(examples), tokenizer, args.max_length, ends)
-        return Items(encoded, self.method.items(encoded, args))
 
     def _check_rewards(self, args, data: list) -> None:
         """That rewards can have an effect; on an evaluation set, which changes no weight, a warning."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_prompts
+from var_kernels.integrations.data.forms import Text
 from var_kernels.integrations.hf.head import inner_model
 from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
@@ -24,10 +26,19 @@ from var_kernels.integrations.trainer.online.table import FixedLengthItems, enco
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.reference import score_rows
 from var_kernels.integrations.trainer.reward_effect import check_rewards
-from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function, columns_of
 
 logger = logging.getLogger(__name__)
 BUFFER = "buffer"
+
+
+class Prompt(NamedTuple):
+    """A prompt that completions are drawn for."""
+
+    text: Text
+    where: str
+    ids: list[int]  # leave room for the completion
+    columns: dict  # of its row, those that the reward function reads
 
 
 class OnlineLoop(TrainerCallback):
@@ -58,8 +69,8 @@ class OnlineLoop(TrainerCallback):
     ):
         self.args, self.method, self.tokenizer = args, method, tokenizer
         self.pad_token_id, self.sampler, self.reward_function = pad_token_id, sampler, reward_function
-        self.prompts = prompts_of(prompts, tokenizer, args)
-        self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args)
+        self.prompts = prompts_of(prompts, tokenizer, args, reward_function)
+        self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args, reward_function)
         self.buffer = Buffer(Path(args.output_dir) / BUFFER)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.expected_items = self._count_items()
@@ -69,7 +80,7 @@ class OnlineLoop(TrainerCallback):
 
     def check_model(self, model) -> None:
         prompts = [*self.prompts, *(self.eval_prompts or [])]
-        longest = max(len(ids) for _, _, ids in prompts) + self.args.max_new_tokens
+        longest = max(len(prompt.ids) for prompt in prompts) + self.args.max_new_tokens
         check_positions(model, SimpleNamespace(offset=torch.tensor([0, longest])))
 
     def bind(self, trainer) -> None:
@@ -154,7 +165,7 @@ class OnlineLoop(TrainerCallback):
         mine = self._together(lambda: self._draw(iteration, prompts, key))
         sampling_seconds = time.monotonic() - began
         began = time.monotonic()
-        mine = self._together(lambda: self._score(mine, f"iteration {iteration}, "))
+        mine = self._together(lambda: self._score(mine, prompts, f"iteration {iteration}, "))
         scoring_seconds = time.monotonic() - began
         drawn = self._gathered(mine)
         stored = Iteration(settings, policy, drawn)
@@ -166,29 +177,30 @@ class OnlineLoop(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         return stored
 
-    def _draw(self, iteration: int, prompts: list[tuple], key: str) -> list[tuple[int, Drawn]]:
+    def _draw(self, iteration: int, prompts: list[Prompt], key: str) -> list[tuple[int, Drawn]]:
         """This rank's share: every so many batches, of prompts of like length."""
         args, accelerator = self.args, self.trainer.accelerator
         part = self.buffer.part(iteration, accelerator.process_index, key)
         result = []
         for number, members in self._batches(prompts, args.generations_per_prompt, f"iteration {iteration}: sampling"):
             if number not in part.batches:
-                ids = [prompts[member][2] for member in members]
+                ids = [prompts[member].ids for member in members]
                 part.add(number, self._sample(ids, args.generations_per_prompt, ("sample", iteration, number)))
             result += self._drawn(prompts, members, part.batches[number])
         return result
 
-    def _drawn(self, prompts: list[tuple], members: list[int], completion_ids: list) -> list[tuple[int, Drawn]]:
+    def _drawn(self, prompts: list[Prompt], members: list[int], completion_ids: list) -> list[tuple[int, Drawn]]:
         result = []
         for member, ids in zip(members, completion_ids, strict=True):
-            prompt, where, prompt_ids = prompts[member]
-            result.append((member, Drawn(prompt, [self._text(prompt, i) for i in ids], None, where, prompt_ids, ids)))
+            prompt = prompts[member]
+            texts = [self._text(prompt.text, i) for i in ids]
+            result.append((member, Drawn(prompt.text, texts, None, prompt.where, prompt.ids, ids)))
         return result
 
-    def _batches(self, prompts: list[tuple], count: int, title: str):
+    def _batches(self, prompts: list[Prompt], count: int, title: str):
         """(number, places in prompts): the same batches whatever the number of ranks, this rank's share of them."""
         accelerator = self.trainer.accelerator
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place][2]), reverse=True)
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids), reverse=True)
         size = max(1, self.args.sampling_batch_size // count)
         batches = list(enumerate(order[start : start + size] for start in range(0, len(order), size)))
         mine = batches[accelerator.process_index :: accelerator.num_processes]
@@ -217,16 +229,18 @@ class OnlineLoop(TrainerCallback):
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
-    def _score(self, mine: list[tuple[int, Drawn]], place: str) -> list[tuple[int, Drawn]]:
+    def _score(self, mine: list[tuple[int, Drawn]], prompts: list[Prompt], place: str) -> list[tuple[int, Drawn]]:
         if self.reward_function is None:
             return mine
         examples = [
             Example(drawn.prompt, drawn.completions, None,
-                    [f"{place}{drawn.where}, sample {number + 1}" for number in range(len(drawn.completions))])
-            for _, drawn in mine
+                    [f"{place}{drawn.where}, sample {number + 1}" for number in range(len(drawn.completions))],
+                    columns=[prompts[member].columns] * len(drawn.completions))
+            for member, drawn in mine
         ]  # fmt: skip
+        completion_ids = [ids for _, drawn in mine for ids in drawn.completion_ids]
         try:
-            scored = apply_reward_function(self.reward_function, examples, self.args)
+            scored = apply_reward_function(self.reward_function, examples, self.args, completion_ids)
         except DataError as error:
             remedy = "the reward function fails on these completions, which are kept; mend it and resume"
             raise DataError(error.problems, remedy=remedy) from error
@@ -251,9 +265,9 @@ class OnlineLoop(TrainerCallback):
         def work():
             result = []
             for number, members in self._batches(self.eval_prompts, 1, "evaluation: sampling"):
-                made = self._sample([self.eval_prompts[member][2] for member in members], 1, ("eval", number))
+                made = self._sample([self.eval_prompts[member].ids for member in members], 1, ("eval", number))
                 result += self._drawn(self.eval_prompts, members, made)
-            return self._score(result, "")
+            return self._score(result, self.eval_prompts, "")
 
         return measures(self._gathered(self._together(work)), self._end_token_ids)
 
@@ -290,7 +304,7 @@ class OnlineLoop(TrainerCallback):
 
     # ---- what it depends on ------------------------------------------------------------------------------------------
 
-    def _prompts_of(self, iteration: int) -> list[tuple]:
+    def _prompts_of(self, iteration: int) -> list[Prompt]:
         """The next prompts_per_iteration of an endless row of permutations of the prompts."""
         size, count = len(self.prompts), self.args.prompts_per_iteration
         chosen = []
@@ -309,7 +323,7 @@ class OnlineLoop(TrainerCallback):
         names = ("method", "seed", "generations_per_prompt", "sampling_temperature", "max_new_tokens",
                  "sampling_batch_size", "prompts_per_iteration", "refresh_reference", "logp_temperature")  # fmt: skip
         settings = {name: getattr(args, name) for name in names}
-        prompts = [ids for _, _, ids in self._prompts_of(iteration)]
+        prompts = [(prompt.ids, prompt.columns) for prompt in self._prompts_of(iteration)]
         return {**settings, "steps_per_iteration": self.steps, "prompts": _digest(prompts)}
 
     def _policy(self) -> str:
@@ -353,15 +367,21 @@ class OnlineLoop(TrainerCallback):
         raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
 
 
-def prompts_of(examples: list[Example], tokenizer, args) -> list[tuple]:
-    """(prompt, where, token ids) of each prompt, once; the ids leave room for the completion."""
-    examples = list({example.prompt_key: example for example in reversed(examples)}.values())[::-1]
+def prompts_of(examples: list[Example], tokenizer, args, reward_function: RewardFunction | None = None) -> list[Prompt]:
+    """Each prompt once, or once with each value of the columns that the reward function reads."""
+    once: dict[tuple, tuple] = {}
+    for example in examples:
+        columns = columns_of(example, reward_function)
+        once.setdefault((example.prompt_key, repr(columns)), (example, columns))
+    kept = list(once.values())
     room = args.max_length - args.max_new_tokens
-    ids, cut = encode_prompts(examples, tokenizer, room)
+    ids, cut = encode_prompts([example for example, _ in kept], tokenizer, room)
     if cut:
-        logger.warning("%d of %d prompts were cut to their last %d tokens (max_length - max_new_tokens)", cut, len(ids),
-                       room)  # fmt: skip
-    return [(example.prompt, example.where[0], prompt) for example, prompt in zip(examples, ids, strict=True)]
+        logger.warning(
+            "%d of %d prompts were cut to their last %d tokens (max_length - max_new_tokens), begin tokens among them",
+            *(cut, len(ids), room),
+        )
+    return [Prompt(ex.prompt, ex.where[0], own, columns) for (ex, columns), own in zip(kept, ids, strict=True)]
 
 
 def _digest(*parts) -> str:

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tests.ranks import run_ranks
+from tests.tiny_online import online_trainer
 from tests.tiny_training import ROWS, oracle_rows, tiny_model, tiny_trainer
 
 # Five prompts of two or three completions: a rank's batches of two prompts differ in rows; the last one is not full.
@@ -91,8 +92,99 @@ def test_several_sets_by_name(tmp_path):
     assert trainer.evaluate("first")["eval_loss"] == found["eval_first_loss"]
 
 
-def test_rows_that_the_reference_has_not_scored_are_refused(tmp_path):
-    trainer = tiny_trainer(tmp_path)
+# ---- rows that come after the trainer is made ------------------------------------------------------------------------
+
+NEW = [{**row, "prompt": f"{row['prompt']}?"} for row in UNEVEN]
+AT_HAND = {  # id: (method, settings, what is given)
+    "no reference": ("sft", {}, {}),
+    "live": ("var", {"precompute_ref_log_probs": False, "reference": "mean"}, {}),
+    "live, of its own": ("dpo", {"precompute_ref_log_probs": False}, {"ref_model": 1}),
+    "live, per token": ("grpo", {"precompute_ref_log_probs": False}, {}),
+    "an adapter": ("dpo", {}, {"adapter": True}),
+    "an adapter, fitted values": ("alol", {}, {"adapter": True}),
+    "standardised by the training set": ("dro", {"precompute_ref_log_probs": False}, {}),
+}
+
+
+def with_new_rows(folder, method, settings, given, **options):
+    options_given = {}
+    if "ref_model" in given:
+        options_given["ref_model"] = tiny_model(seed=given["ref_model"])
+    if "adapter" in given:
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        options_given["peft_config"] = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"per_device_eval_batch_size": 3, "max_steps": 2, **settings}
+    trainer = tiny_trainer(folder, method=method, trainer_options={**options_given, **options}, **settings)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("case", AT_HAND)
+def test_new_rows_are_scored_where_a_reference_is_at_hand(case, tmp_path):
+    """As if the trainer had been given them at its start; after training, whose policy is another."""
+    method, settings, given = AT_HAND[case]
+    trainer = with_new_rows(tmp_path / "new", method, settings, given)
+    wanted = with_new_rows(tmp_path / "known", method, settings, given, eval_dataset=NEW).evaluate()
+    found = trainer.evaluate(NEW)
+    names = [name for name in wanted if not name.endswith(("_runtime", "_per_second"))]
+    assert {name: found[name] for name in names} == pytest.approx({name: wanted[name] for name in names}, rel=1e-6)
+    if "eval_logp_minus_ref" in wanted:
+        assert abs(wanted["eval_logp_minus_ref"]) > 1e-3
+    assert trainer.predict(NEW).metrics["test_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-6)
+    several = trainer.evaluate({"new": NEW, "old": ROWS[:3]})
+    assert several["eval_new_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-6)
+
+
+def test_new_rows_that_the_cache_knows_or_that_come_before_training(tmp_path):
+    before = tiny_trainer(tmp_path, method="dpo").evaluate(NEW)["eval_loss"]
+    assert before == pytest.approx(0.693147, rel=1e-5)
+    trainer = with_new_rows(tmp_path, "dpo", {}, {})
+    known = with_new_rows(tmp_path / "known", "dpo", {"cache_dir": str(tmp_path / "c")}, {}, eval_dataset=NEW)
+    assert trainer.evaluate(NEW)["eval_loss"] == pytest.approx(known.evaluate()["eval_loss"], rel=1e-6)
+    assert abs(known.evaluate()["eval_loss"] - before) > 1e-4
+
+
+@pytest.mark.parametrize("given", [{}, {"ref_model": 1}, {"ref_model": 1, "adapter": True}])
+def test_new_rows_are_refused_where_the_reference_was_let_go(given, tmp_path):
+    trainer = with_new_rows(tmp_path, "dpo", {}, given)
     for call in (trainer.evaluate, trainer.predict):
-        with pytest.raises(TypeError, match=r"eval_dataset: expected None, a name.* got list"):
-            call(ROWS[:3])
+        with pytest.raises(ValueError, match=r"new rows need the reference.*precompute_ref_log_probs=False"):
+            call(NEW)
+
+
+def test_new_rows_get_the_reward_function(tmp_path):
+    score = {"reward_func": lambda prompts, completions: [float(len(completion)) for completion in completions]}
+    trainer = tiny_trainer(tmp_path, method="awr", trainer_options=score)
+    lengths = [len(completion) for row in NEW for completion in row["completions"]]
+    assert trainer.evaluate(NEW)["eval_reward_mean"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+WRONG = {"a path": ("rows.jsonl", ValueError, "got 'rows.jsonl'; load_examples"), "a number": (3, TypeError, "got int")}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_rows_is_refused(case, tmp_path):
+    given, error, message = WRONG[case]
+    with pytest.raises(error, match=f"eval_dataset: expected .*{message}"):
+        tiny_trainer(tmp_path, trainer_options={"eval_dataset": {"short": ROWS[:2]}}).evaluate(given)
+
+
+def test_malformed_new_rows_are_named(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset row 1: prompt missing"):
+        tiny_trainer(tmp_path, method="sft").evaluate([{"question": "a", "completion": "b"}])
+
+
+def test_online_new_prompts_are_drawn_for(tmp_path):
+    seen = []
+
+    def score(prompts, completions):
+        seen.extend(prompts)
+        return [1.0] * len(prompts)
+
+    trainer = online_trainer(tmp_path, method="grpo", reward_func=score, trainer_options={"eval_dataset": ROWS[:1]})
+    trainer.evaluate()
+    assert set(seen) == {ROWS[0]["prompt"]}
+    seen.clear()
+    trainer.evaluate([{"prompt": "3 + 3 = "}])
+    assert seen == ["3 + 3 = "]

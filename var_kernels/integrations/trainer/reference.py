@@ -50,13 +50,17 @@ def rows_fingerprint(rows: EncodedRows) -> str:
     return digest.hexdigest()
 
 
+def cache_path(args, key: str) -> Path:
+    return Path(args.cache_dir or default_cache_dir()) / "ref_logp" / f"{key}.safetensors"
+
+
 def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> Tensor:
     """(tokens,) fp32, nats, 0 in the prompts: from the cache, or scored now (each rank its share) and kept.
 
     Raises:
         DataError: rows whose log-prob is not finite.
     """
-    path = Path(trainer.args.cache_dir or default_cache_dir()) / "ref_logp" / f"{key}.safetensors"
+    path = cache_path(trainer.args, key)
     found = _load(path, len(rows.token_ids))
     # Every rank must have it, or all score: a rank that skips its share would leave the others waiting.
     missing = trainer.accelerator.reduce(torch.tensor(int(found is None), device=trainer.accelerator.device), "sum")

@@ -8,7 +8,13 @@ import hashlib
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import EncodedRows
-from var_kernels.integrations.trainer.reference import cached_ref_logp, rows_fingerprint, score_batch
+from var_kernels.integrations.trainer.reference import (
+    cache_path,
+    cached_ref_logp,
+    model_fingerprint,
+    rows_fingerprint,
+    score_batch,
+)
 from var_kernels.integrations.trainer.sharding import place_reference, without_adapter
 from var_kernels.integrations.trainer.values import fit_value_head, new_head, prompt_states, values_of
 
@@ -20,6 +26,7 @@ class ReferencePolicy:
         if not (self.online.reads_initial_model if self.args.online else self.method.reference):
             self.ref_model = None
             return
+        self._own_reference = self.ref_model is None
         precompute = self.args.precompute_ref_log_probs and not self.args.online
         if self.ref_model is None and not precompute and not _is_peft(self.model):
             self.ref_model = copy.deepcopy(self.model)
@@ -31,18 +38,51 @@ class ReferencePolicy:
             self._score_reference(self.model if self.ref_model is None else self.ref_model, tables)
 
     def _score_reference(self, model: nn.Module, tables: list[EncodedRows]) -> None:
-        precision = self.accelerator.mixed_precision
         for rows in tables:
-            content = f"{self._ref_key} {rows_fingerprint(rows)} {precision}"
-            if self.args.logp_temperature != 1:
-                content += f" temperature {self.args.logp_temperature}"
-            key = hashlib.sha256(content.encode()).hexdigest()[:32]
             with self._as_reference(model):
-                logp = cached_ref_logp(self, model, rows, key)
+                logp = cached_ref_logp(self, model, rows, self._cache_key(rows))
             if self.method.reference == "token":
                 rows.token_columns["ref_token_logp"] = logp
             rows.columns["ref_logp"] = rows.row_sums(logp)
         self.ref_model = None  # its memory is not needed any more
+
+    def _cache_key(self, rows: EncodedRows) -> str:
+        content = f"{self._ref_key} {rows_fingerprint(rows)} {self.accelerator.mixed_precision}"
+        if self.args.logp_temperature != 1:
+            content += f" temperature {self.args.logp_temperature}"
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def _score_new_rows(self, rows: EncodedRows) -> None:
+        """The reference's columns of rows that come once the trainer is made, by what there still is of it: a live
+        model, the model without its adapter, a policy that has not moved yet, or scores in the cache.
+
+        Raises:
+            ValueError: there is none of these.
+        """
+        if not self.method.reference:
+            return
+        live, model = not self.args.precompute_ref_log_probs, self._reference_at_hand()
+        needed = self.method.head == "fitted" or not (live or cache_path(self.args, self._cache_key(rows)).exists())
+        if model is None and needed:
+            raise ValueError(
+                "eval_dataset: new rows need the reference, which scored the data before training and was let go; pass "
+                "precompute_ref_log_probs=False, which keeps it, or give these rows to the trainer when it is made: "
+                "VARTrainer(..., eval_dataset={name: rows}) takes several sets"
+            )
+        if self.method.head == "fitted":
+            with self._as_reference(model):
+                rows.columns["value"] = values_of(self.extra_head, prompt_states(self, model, rows))
+        if not live:  # else batch by batch
+            self._score_reference(model or self.model, [rows])
+
+    def _reference_at_hand(self) -> nn.Module | None:
+        if self.ref_model is not None:
+            return self.ref_model
+        if not self._own_reference or _is_peft(self.model):
+            return self.model if self._own_reference else None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        return self.model if model_fingerprint(self.model) == self._ref_key else None
 
     def create_scheduler(self, *args, **kwargs):
         """Trainer comes by here when accelerate has spread the weights and before it loads a checkpoint into them: the

@@ -136,6 +136,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         else:
             ends = end_tokens(processing_class, inner_model(model))
             others = (args, self.method, processing_class, reward_func, ends)
+            self._reading = others
             data = [None if train_dataset is None else read_items(train_dataset, "train_dataset", *others)]
             if isinstance(eval_dataset, dict):
                 named = eval_dataset.items()

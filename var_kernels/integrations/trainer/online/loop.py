@@ -257,17 +257,21 @@ class OnlineLoop(TrainerCallback):
     def _end_token_ids(self) -> tuple[int, ...]:
         return getattr(self.sampler, "end_token_ids", (self.tokenizer.eos_token_id,))
 
-    def evaluate(self) -> dict[str, float]:
-        """Measures of one completion of every evaluation prompt, the draws' seeds the same at each call."""
-        if not self.eval_prompts:
+    def evaluate(self, examples: list[Example] | None = None) -> dict[str, float]:
+        """Measures of one completion of every evaluation prompt, or of those of ``examples``, the draws' seeds the same
+        at each call."""
+        given = examples is not None
+        made_of = (self.tokenizer, self.args, self.reward_function)
+        eval_prompts = prompts_of(examples, *made_of) if given else self.eval_prompts
+        if not eval_prompts:
             raise ValueError("eval_dataset: expected prompts to evaluate on, got none; pass an evaluation set")
 
         def work():
             result = []
-            for number, members in self._batches(self.eval_prompts, 1, "evaluation: sampling"):
-                made = self._sample([self.eval_prompts[member].ids for member in members], 1, ("eval", number))
-                result += self._drawn(self.eval_prompts, members, made)
-            return self._score(result, self.eval_prompts, "")
+            for number, members in self._batches(eval_prompts, 1, "evaluation: sampling"):
+                made = self._sample([eval_prompts[member].ids for member in members], 1, ("eval", number))
+                result += self._drawn(eval_prompts, members, made)
+            return self._score(result, eval_prompts, "")
 
         return measures(self._gathered(self._together(work)), self._end_token_ids)
 

@@ -22,7 +22,7 @@ def test_every_configuration_compiles(target, fused):
     # A tile that is for another target has an empty cell.
     compiled = [line for line in result.stdout.splitlines() if "/" in line]
     count = {kernel: sum(kernel in line for line in compiled) for kernel in KERNELS}
-    assert count == {"row_stats": 6, "row_grad": 10, "fused_forward": fused, "merge_splits": 2, "var_weights": 8}
+    assert count == {"row_stats": 9, "row_grad": 15, "fused_forward": fused, "merge_splits": 2, "var_weights": 8}
 
 
 def test_a_spill_is_noticed():
@@ -36,6 +36,22 @@ def test_a_spill_is_noticed():
     )
     assert result.returncode == 1
     assert "spill" in result.stderr
+
+
+def test_a_known_spill_may_not_grow():
+    """Bytes by Triton's version, target and kernel; what is not listed keeps none."""
+    result = run(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r});"
+        "import compile_kernels as script;"
+        "(known, most), *_ = script.KNOWN_SPILLS.items();"
+        "assert script.spills_too_much(*known, most + 4) and not script.spills_too_much(*known, most);"
+        "assert script.spills_too_much('3.6', *known[1:], 4) and not script.spills_too_much('3.6', *known[1:], 0);"
+        "names = {c.name for c in script.configurations()};"
+        "assert {name for _, _, name in script.KNOWN_SPILLS} <= names, names;"
+        "assert max(script.KNOWN_SPILLS.values()) <= 64",
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_missing_instruction_is_noticed():
@@ -75,3 +91,93 @@ def test_an_operand_in_registers_is_noticed(tmp_path):
     )
     assert result.returncode == 1, result.stdout + result.stderr
     assert "wgmma with an operand in registers" in result.stderr
+
+
+LAUNCHES = """
+import sys
+sys.path[:0] = [SCRIPTS, ROOT]
+import torch
+import compile_kernels as script
+from var_kernels.kernels import forward_triton, rows_triton
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops.head import TileStorage, _aligned
+
+launched = {}
+
+class Recorder:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            given = dict(zip(self.kernel.arg_names, args)) | named
+            assert given["enable_fp_fusion"] is True
+            launched[self.kernel] = {
+                p.name: "constant" if given[p.name] == 1 else "aligned" if given[p.name] % 16 == 0 else "plain"
+                for p in self.kernel.params
+                if not p.is_constexpr and type(given[p.name]) is int
+            }
+        return launch
+
+kernels = {}
+for module, names in ((rows_triton, ("_row_stats_kernel", "_row_grad_kernel")),
+                      (forward_triton, ("_fused_forward_kernel", "_merge_splits_kernel"))):
+    for name in names:
+        kernels[name] = getattr(module, name)
+        setattr(module, name, Recorder(kernels[name]))
+
+def compiled(prefix):
+    "Of the configuration that is named so: how each integer is compiled."
+    (found,) = [c for c in all_configurations if c.name == prefix]
+    return found.kernel, {
+        arg: "constant" if found.constants.get(arg) == 1 and type(found.constants[arg]) is int
+        else "aligned" if arg in found.multiples_of_16 else "plain"
+        for arg, kind in {**found.types, "K": "i32", "hidden_stride_d": "i32", "weight_stride_d": "i32"}.items()
+        if kind in ("i32", "i64") and arg in found.kernel.arg_names and arg != "S"
+    }
+
+def same(prefix):
+    kernel, expected = compiled(prefix)
+    found = {arg: how for arg, how in launched.pop(kernel).items() if arg != "S"}
+    assert found == expected, f"{prefix}: launched {found}, compiled {expected}"
+
+with_recorders = {}
+for name, kernel in kernels.items():
+    module = rows_triton if "row_" in name else forward_triton
+    with_recorders[name] = getattr(module, name)
+    setattr(module, name, kernel)
+all_configurations = script.configurations()
+for name, recorder in with_recorders.items():
+    setattr(rows_triton if "row_" in name else forward_triton, name, recorder)
+
+n = 3
+for case, v, targets in (("bare", 128256, 1), ("bare, odd V", 50257, 1), ("every option", 50257, 2)):
+    for v_start, stop in ((0, v), (4096, 8192 if case == "bare" else 4096 + 4095)):
+        tile = TileStorage(torch.zeros(n * _aligned(stop - v_start))).view(n, stop - v_start)
+        labels = torch.zeros(n, targets, dtype=torch.int64)
+        stats = RowStats.empty(n, targets, tile, entropy=False, mean=False, argmax=False)
+        rows_triton.row_stats(tile, labels, stats, v_start, None, LogitTransform())
+        same(f"row_stats fp32, {case}")
+        coefficients = RowCoefficients(torch.ones(n), torch.ones(n, targets))
+        rows_triton.row_grad(tile, labels, torch.ones(n), coefficients, v_start, None, LogitTransform(), torch.bfloat16)
+        same(f"row_grad fp32, {case}, to bf16")
+
+for name, tile in forward_triton.TILES.items():
+    for case, (n, d, v, targets) in {"bare": (256, 128, 4096, 1), "every option": (250, 144, 4001, 3)}.items():
+        d -= 8 * (name == "small")
+        hidden, weight = (torch.zeros(rows, d, dtype=torch.bfloat16) for rows in (n, v))
+        stats = RowStats.empty(n, targets, hidden, entropy=False, mean=False, argmax=False)
+        labels = torch.zeros(n, targets, dtype=torch.int64)
+        forward_triton.fused_forward(hidden, weight, None, labels, stats, LogitTransform(), tile=tile, splits=4)
+        same(f"fused_forward bf16, {tile.rows}x{tile.columns}x{tile.depth} ({name}), {case}")
+        if case == "bare":
+            same("merge_splits 8, every option")
+print("all", flush=True)
+"""
+
+
+def test_what_is_compiled_is_what_is_launched():
+    """Triton compiles an integer that is 1, or a multiple of 16, apart: real launches have those of the table."""
+    script = LAUNCHES.replace("SCRIPTS", repr(str(SCRIPT.parent))).replace("ROOT", repr(str(SCRIPT.parents[1])))
+    result = run("-c", script)
+    assert result.stdout == "all\n", result.stdout + result.stderr

@@ -13,12 +13,15 @@ SMALL = (63, 72, 507)  # N, D, V: multiples of nothing
 
 @dataclass(frozen=True)
 class Case:
-    """One regime. logits: their scale (0.1: flat rows, 30: confident ones). tight: a budget of ragged chunks."""
+    """One regime. logits: their scale (0.1: flat rows, 30: confident ones). tight: a budget of ragged chunks.
+    bias_dtype: None is dtype.
+    """
 
     id: str
     dtype: torch.dtype = torch.float32
     shape: tuple[int, int, int] = SMALL
     bias: bool = False
+    bias_dtype: torch.dtype | None = None
     ignored: float = 0.3
     targets: int = 1
     logits: float = 3.0
@@ -50,7 +53,8 @@ class Case:
         def leaf(name, t):
             if t is None:
                 return None
-            return t.to(device, self.dtype).requires_grad_(name not in self.frozen)
+            dtype = (name == "bias" and self.bias_dtype) or self.dtype
+            return t.to(device, dtype).requires_grad_(name not in self.frozen)
 
         return leaf("hidden", hidden), leaf("weight", weight), labels.to(device), leaf("bias", bias)
 
@@ -87,6 +91,7 @@ CASES = [
     Case("temperature", options={"temperature": 0.7}),
     Case("scale, softcap, temperature", options={"logit_scale": 0.5, "softcap": 3.0, "temperature": 1.5}),
     Case("label smoothing", options={"label_smoothing": 0.1}, tight=True, bias=True),
+    Case("label smoothing 1", options={"label_smoothing": 1.0}, bias=True),
     Case("several targets", targets=5, tight=True),
     Case("several targets, smoothing", targets=3, options={"label_smoothing": 0.2}, outputs=("lse",)),
     Case("every logit far below 0", bias=True, offset=-1e4),
@@ -107,7 +112,10 @@ CASES = [
     Case("bf16, one row", dtype=BF16, shape=(1, 72, 507), ignored=0.0, bias=True),
     Case("bf16, softcap and smoothing", dtype=BF16, tight=True, options={"softcap": 5.0, "label_smoothing": 0.1}),
     Case("fp16", dtype=torch.float16, bias=True),
-]
+    Case("bf16, bias of fp32", dtype=BF16, bias=True, bias_dtype=torch.float32, tight=True, outputs=ALL_OUTPUTS),
+    Case("fp16, bias of fp32, softcap", dtype=torch.float16, bias=True, bias_dtype=torch.float32,
+         options={"softcap": 5.0}),
+]  # fmt: skip
 
 
 def _as_tuple(outputs):

@@ -22,6 +22,7 @@ CASES = [
     Case("bf16", dtype=BF16),
     Case("fp16", dtype=torch.float16),
     Case("fp64", dtype=torch.float64, bias=True),
+    Case("bf16, bias of fp32", dtype=BF16, bias=True, bias_dtype=torch.float32),
 ]
 TARGETS = [
     Case("label smoothing", options={"label_smoothing": 0.1}),

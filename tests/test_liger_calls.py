@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tolerance import assert_gradient, assert_result
 from var_kernels.integrations.liger import (
     LigerFusedLinearCrossEntropyFunction,
     LigerFusedLinearCrossEntropyLoss,
@@ -29,34 +30,52 @@ def tensors():
 
 def naive(weight, hidden, target, bias, *, ce_weight=None, softcap=None, lse_square_scale=0.0, label_smoothing=0.0,
           reduction="mean", use_token_scaling=False):  # fmt: skip
-    logits = (hidden @ weight.T + bias).double()
+    logits = hidden.double() @ weight.double().T + bias.double()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     given = None if ce_weight is None else ce_weight.double()
     loss = F.cross_entropy(logits, target, given, label_smoothing=label_smoothing, reduction="none")
     kept = target != -100
+    penalty = lse_square_scale * logits.logsumexp(-1).square() * kept
     if use_token_scaling:
-        loss = loss * logits.softmax(-1).gather(1, target.clamp(min=0)[:, None]).squeeze(1).detach()
-    loss = loss + lse_square_scale * logits.logsumexp(-1).square() * kept
+        label_prob = logits.softmax(-1).gather(1, target.clamp(min=0)[:, None]).squeeze(1).detach()
+        loss, penalty = loss * label_prob, penalty * label_prob
     if reduction == "none":
-        return loss
-    divisor = kept.sum() if given is None else given[target[kept]].sum()
-    return loss.sum() / divisor if reduction == "mean" else loss.sum()
+        return loss + penalty
+    if reduction == "sum":
+        return (loss + penalty).sum()
+    return loss.sum() / (kept.sum() if given is None else given[target[kept]].sum()) + penalty.sum() / kept.sum()
 
 
-OPTIONS = [
-    {},
-    {"softcap": 3.0, "label_smoothing": 0.1, "lse_square_scale": 0.01},
-    {"ce_weight": torch.linspace(0.5, 2, V)},
-    {"use_token_scaling": True},
-]
+CLASSES = torch.linspace(0.5, 2, V)
+OPTIONS = {
+    "plain": {},
+    "softcap, smoothing, z-loss": {"softcap": 3.0, "label_smoothing": 0.1, "lse_square_scale": 0.01},
+    "smoothing 1": {"label_smoothing": 1.0},
+    "class weights": {"ce_weight": CLASSES},
+    "class weights, smoothing": {"ce_weight": CLASSES, "label_smoothing": 0.1},
+    "class weights, smoothing 1": {"ce_weight": CLASSES, "label_smoothing": 1.0},
+    "class weights, z-loss": {"ce_weight": CLASSES, "lse_square_scale": 0.01, "softcap": 3.0},
+    "class weights of both signs": {"ce_weight": 0.6 - CLASSES},
+    "token scaling": {"use_token_scaling": True},
+    "token scaling, all but a softcap": {
+        "use_token_scaling": True,
+        "ce_weight": CLASSES,
+        "label_smoothing": 0.1,
+        "lse_square_scale": 0.01,
+    },
+    "token scaling, class weights, softcap": {"use_token_scaling": True, "ce_weight": CLASSES, "softcap": 3.0},
+    "token scaling, smoothing": {"use_token_scaling": True, "label_smoothing": 0.1},
+}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all options", "class weights", "token scaling"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_torch(options, reduction):
     leaves = tensors()
-    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, **options)(*leaves)
+    asked = {"return_token_accuracy": True} if len(options) > 1 else {}
+    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, **asked, **options)(*leaves)
+    loss = loss.loss if asked else loss
     truth_leaves = tensors()
     truth = naive(*truth_leaves, reduction=reduction, **options)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
@@ -66,6 +85,72 @@ def test_equals_torch(options, reduction):
     for ours, theirs in zip(leaves, truth_leaves, strict=True):
         if ours.is_floating_point():
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ce_weight": CLASSES, "label_smoothing": 0.3, "lse_square_scale": 0.01}], ids=["plain", "mixed"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_of_fp32_beside_16_bit(dtype, options):
+    """As it is where only the matrices are kept in 16 bit; its gradient is fp32 too."""
+    weight, hidden, target, bias = tensors()
+    leaves = [weight.detach().to(dtype), hidden.detach().to(dtype), target, bias.detach()]
+    truth_leaves = [t.double() if t.is_floating_point() else t for t in leaves]
+    for some in (leaves, truth_leaves):
+        for i in (0, 1, 3):
+            some[i].requires_grad_()
+    loss, truth = LigerFusedLinearCrossEntropyLoss(**options)(*leaves), naive(*truth_leaves, **options)
+    assert_result(loss, truth)
+    (7 * loss).backward()
+    (7 * truth).backward()
+    rounded = [t.grad.to(dtype) for t in (truth_leaves[0], truth_leaves[1])]
+    for ours, theirs, plain in zip(leaves[:2], truth_leaves[:2], rounded, strict=True):
+        assert_gradient(ours.grad, theirs.grad, plain)
+    assert bias.dtype == leaves[3].grad.dtype == torch.float32
+    error = leaves[3].grad.double() - truth_leaves[3].grad
+    assert error.abs().max() <= 2.0**-17 * truth_leaves[3].grad.abs().max()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_rows_that_do_not_count_may_hold_anything(options, reduction):
+    """Padding of NaN changes no number; a batch without a row gives 0, and gradients of 0."""
+    clean, leaves = tensors(), tensors()
+    with torch.no_grad():
+        leaves[1][leaves[2] == -100] = torch.nan
+    call = LigerFusedLinearCrossEntropyLoss(reduction=reduction, **options)
+    gradients = []
+    for some in (clean, leaves):
+        loss = call(*some)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss.sum(), (some[0], some[1], some[3]))])
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
+    leaves[2].fill_(-100)
+    loss = call(*leaves)
+    assert not loss.any()
+    assert not any(g.any() for g in torch.autograd.grad(loss.sum(), (leaves[0], leaves[1], leaves[3])))
+
+
+def test_weights_that_sum_to_nothing():
+    """A mean over no weight is torch's: 0 / 0 where the weights are 0, the other sign where their sum is negative."""
+    weight, hidden, target, bias = tensors()
+    for classes in (torch.zeros(V), -CLASSES, -torch.ones(V)):
+        loss = LigerFusedLinearCrossEntropyLoss(classes)(weight, hidden, target, bias)
+        truth = naive(weight, hidden, target, bias, ce_weight=classes)
+        torch.testing.assert_close(loss.double(), truth, equal_nan=True)
+        assert loss.isnan() == (not classes.any())
+
+
+def test_what_learns():
+    """Not the class weights, and nothing by the z-loss that is returned; the loss has it."""
+    weight, hidden, target, bias = tensors()
+    classes = CLASSES.clone().requires_grad_()
+    call = LigerFusedLinearCrossEntropyLoss(classes, lse_square_scale=0.1, label_smoothing=0.1, return_z_loss=True)
+    out = call(weight, hidden, target, bias)
+    assert not out.z_loss.requires_grad
+    with_part = torch.autograd.grad(out.loss + out.z_loss, hidden, retain_graph=True)[0]
+    assert torch.equal(with_part, torch.autograd.grad(out.loss, hidden, retain_graph=True)[0])
+    assert torch.autograd.grad(out.loss, classes, allow_unused=True) == (None,)
 
 
 def test_extras():
@@ -88,8 +173,15 @@ def test_extras():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ce_weight": torch.ones(V), "label_smoothing": 0.1}, "label_smoothing must be off together with ce_weight"),
-        ({"use_token_scaling": True, "lse_square_scale": 0.1}, "lse_square_scale must be off together with use_token"),
+        (
+            {"ce_weight": torch.ones(V), "label_smoothing": 0.1, "softcap": 3.0},
+            "softcap must be None with label_smoothing beside ce_weight, got 3.0",
+        ),
+        (
+            {"use_token_scaling": True, "label_smoothing": 0.1, "softcap": 3.0},
+            "softcap must be None with label_smoothing beside use_token_scaling",
+        ),
+        ({"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
         ({"ce_weight": torch.ones(3)}, r"ce_weight must be \(207,\)"),
         ({"reduction": "average"}, "reduction must be one of"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from var_kernels import linear_loss
 from var_kernels.integrations import liger_chunked as ours
 from var_kernels.integrations.liger_chunked import (
     LigerFusedLinearCPOLoss,
@@ -161,6 +162,165 @@ def test_kto():
     torch.testing.assert_close(good_logits.double(), logits[desirable].sum(), rtol=1e-4, atol=1e-3)
     ratio = logp - sequences(ref_weight, ref_input, target, ref_bias)
     torch.testing.assert_close(good_reward, 0.3 * ratio[desirable].sum())
+
+
+# ---- at the edge -----------------------------------------------------------------------------------------------------
+
+
+CALLS = {
+    **{
+        f"DPO {kind}": lambda kind=kind: LigerFusedLinearDPOLoss(
+            use_ref_model=False, beta=0.3, loss_type=kind, discopop_tau=0.4,
+            label_smoothing=0.1 if kind == "exo_pair" else 0.0,
+        )
+        for kind in DPO_TYPES
+    },
+    "CPO": lambda: LigerFusedLinearCPOLoss(beta=0.3, alpha=0.0),
+    "SimPO": lambda: LigerFusedLinearSimPOLoss(beta=0.3, alpha=0.0),
+    "ORPO": lambda: LigerFusedLinearORPOLoss(beta=0.3, compute_nll_loss=False),
+}  # fmt: skip
+BETA = 0.3
+
+
+def limit_by_hand(name, chosen, rejected):
+    """() fp64 loss of one pair of summed log-probs (for SimPO and ORPO: means), the limit where they are infinite."""
+    if name == "ORPO":  # the odds are finite up to the probability 1 - eps of fp64
+        odds = [(lp := min(logp, -(2.0**-52))) - math.log(-math.expm1(lp)) for logp in (chosen, rejected)]
+        return BETA * F.softplus(torch.tensor(odds[1] - odds[0], dtype=torch.float64))
+    a, b = (torch.tensor(max(logp, -1e5), dtype=torch.float64) for logp in (chosen, rejected))  # exp(-1e5) is 0
+    kind = {"CPO": "sigmoid", "SimPO": "sigmoid"}.get(name, name.removeprefix("DPO "))
+    if kind == "discopop":  # in logs: exp(-m) overflows where its factor is 0
+        m = BETA * (a - b)
+        return -F.logsigmoid(m) * torch.sigmoid(-m / 0.4) + (-m + F.logsigmoid(m / 0.4)).exp()
+    shift = 0.5 / BETA if name == "SimPO" else 0.0
+    return dpo_by_hand(kind, a - shift, b, BETA, 0.1 if kind == "exo_pair" else 0.0, 0.4)
+
+
+def edge_pair(chosen, rejected):
+    """fp64 tensors of one pair in which each half is "ordinary", "empty", "certain", "forbidden" or "unlikely", and the
+    two log-probs.
+    """
+    weight, hidden, target, bias = (t.detach().clone() for t in tensors())
+    hidden, target = hidden[[0, P]], target[[0, P]]
+    for row, kind in enumerate((chosen, rejected)):
+        target[row] = torch.arange(T) + 10 * row
+        if kind == "empty":
+            target[row] = -100
+        elif kind == "certain":
+            hidden[row] = 1e4 * weight[target[row]]
+        elif kind == "forbidden":
+            target[row, 2] = V - 1
+        elif kind == "unlikely":
+            hidden[row] = -weight[target[row]] * 40
+    bias[V - 1] = -torch.inf  # nobody else's label
+    logits = (hidden @ weight.T + bias).log_softmax(-1)
+    kept = target != -100
+    logp = logits.gather(-1, target.where(kept, 0)[..., None])[..., 0].where(kept, 0.0)
+    leaves = [weight.requires_grad_(), hidden.requires_grad_(), target, bias]
+    return leaves, logp.sum(-1).tolist(), (logp.sum(-1) / kept.sum(-1).clamp(min=1)).tolist()
+
+
+PAIRS = [
+    ("ordinary", "empty"), ("empty", "ordinary"), ("empty", "empty"), ("certain", "certain"), ("certain", "ordinary"),
+    ("ordinary", "certain"), ("certain", "empty"), ("forbidden", "ordinary"), ("ordinary", "forbidden"),
+    ("empty", "forbidden"), ("unlikely", "ordinary"), ("ordinary", "unlikely"), ("unlikely", "unlikely"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_half_at_the_edge_gives_the_limit(name, pair, dtype):
+    """A half without a label, certain (log-prob 0), of a forbidden label (-inf) or of thousands of nats: no NaN."""
+    leaves, sums, means = edge_pair(*pair)
+    leaves = [t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in leaves]
+    loss, metrics = CALLS[name]()(*leaves)
+    truth = limit_by_hand(name, *(means if name in ("SimPO", "ORPO") else sums))
+    assert not loss.isnan()
+    if truth > 1e4 and "forbidden" in pair:
+        assert loss == torch.inf
+    elif dtype == torch.float64:
+        torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-12)
+    elif name != "ORPO" or not {"certain", "empty"} & set(pair):  # whose odds end at the dtype's own eps
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-4)
+    assert not any(metric.isnan().any() for metric in metrics[5:])
+    if loss.isfinite():
+        gradients = torch.autograd.grad(loss, leaves[:2])
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_orpo_is_linear_loss():
+    """The same odds as the registry's, for a half without a label and for one that is certain."""
+    for pair in PAIRS:
+        if "forbidden" in pair:
+            continue
+        (weight, hidden, target, bias), *_ = edge_pair(*pair)
+        loss = LigerFusedLinearORPOLoss(beta=BETA)(weight, hidden, target, bias)[0]
+        expected = linear_loss("orpo", hidden, weight, target, bias=bias, odds_weight=BETA)
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+        assert loss.isfinite()
+
+
+def test_no_pair_and_no_sequence():
+    weight, hidden, target, bias = tensors()
+    for name, make in CALLS.items():
+        loss = make()(weight, hidden[:0], target[:0], bias)[0]
+        assert loss == 0, name
+        loss.backward()
+    labels = torch.empty(0, dtype=torch.bool)
+    assert LigerFusedLinearKTOLoss()(hidden[:0], weight, target[:0], bias, labels)[0] == 0
+
+
+@pytest.mark.parametrize("name", [*CALLS, "KTO"])
+def test_padding_may_hold_anything(name):
+    """NaN at rows that do not count, of the policy and of the reference."""
+    results = []
+    for poison in (0.0, torch.nan, torch.inf):
+        weight, hidden, target, bias = tensors()
+        ref_weight, ref_hidden, _, ref_bias = (t.detach() for t in tensors(1))
+        target[5] = -100
+        with torch.no_grad():
+            hidden[target == -100] = ref_hidden[target == -100] = poison
+        if name == "KTO":
+            desirable = torch.tensor([True, False, True, True, False, False])
+            call = LigerFusedLinearKTOLoss(use_ref_model=True)
+            loss = call(hidden, weight, target, bias, desirable, ref_hidden, ref_weight, ref_bias)[0]
+        elif name.startswith("DPO"):
+            call = CALLS[name]()
+            call.use_ref_model = True
+            loss = call(weight, hidden, target, bias, ref_hidden, ref_weight, ref_bias)[0]
+        else:
+            loss = CALLS[name]()(weight, hidden, target, bias)[0]
+        results.append([loss.detach(), *torch.autograd.grad(loss, (weight, hidden, bias))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["DPO sigmoid", "KTO"])
+def test_the_reference_is_a_constant(name):
+    """Also where its tensors require gradients, as those of a model that nobody froze."""
+    weight, hidden, target, bias = tensors()
+    ref_weight, ref_hidden, _, ref_bias = tensors(1)
+    reference = ref_hidden, ref_weight, ref_bias
+    if name == "KTO":
+        labels = torch.tensor([True, False] * P)
+        loss = LigerFusedLinearKTOLoss(use_ref_model=True)(hidden, weight, target, bias, labels, *reference)[0]
+    else:
+        loss = LigerFusedLinearDPOLoss()(weight, hidden, target, bias, *reference)[0]
+    assert torch.autograd.grad(loss, reference, retain_graph=True, allow_unused=True) == (None, None, None)
+    assert torch.autograd.grad(loss, hidden)[0].any()
+
+
+def test_sppo_in_fp32_is_as_near_as_the_formula():
+    """beta (s - sr) divided by beta again would round twice more: 1/(2 beta) is added to the log-ratio itself."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (-80 * torch.rand(4000, generator=generator) for _ in range(2))
+    loss = LigerFusedLinearDPOLoss(loss_type="sppo_hard", beta=0.1)
+    truth = (a.double() - 5).square() + (b.double() + 5).square()
+    error = (loss.pair_loss(a, b) - truth).abs() / truth
+    twice_rounded = ((0.1 * a - 0.5) / 0.1).square() + ((0.1 * b + 0.5) / 0.1).square()
+    assert error.max() <= 2.0**-22
+    assert error.max() < ((twice_rounded - truth).abs() / truth).max()
 
 
 def test_refusals():

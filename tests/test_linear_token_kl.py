@@ -7,6 +7,7 @@ from tests.kl_cases import BF16, D_REF, FP64, D, KLCase, N, V, inputs, run_case
 from tests.op_cases import Case
 from tests.tolerance import assert_result
 from var_kernels.ops import engines, linear_logprob, linear_token_kl
+from var_kernels.reference import linear_token_kl_ref
 
 CASES = [
     KLCase("plain"),
@@ -137,15 +138,6 @@ def test_nothing_counts(reduction):
     assert hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
 
-def test_the_reference_is_a_constant():
-    hidden, weight, ref_hidden, ref_weight, labels = inputs()
-    ref_hidden.requires_grad_()
-    ref_weight.requires_grad_()
-    linear_token_kl(hidden, weight, ref_hidden, ref_weight, labels).sum().backward()
-    assert ref_hidden.grad is None
-    assert ref_weight.grad is None
-
-
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
 def test_backward_twice(frozen):
     hidden, weight, ref_hidden, ref_weight, labels = inputs()
@@ -197,6 +189,40 @@ def test_autocast():
     assert torch.equal(kl.detach(), linear_token_kl(*rounded, labels))
     kl.sum().backward()
     assert hidden.grad.dtype == torch.float32
+
+
+def test_the_reference_is_a_constant():
+    """Also where its tensors require gradients, and where it is the policy itself: a teacher that learns is another
+    call, with the roles changed.
+    """
+    hidden, weight, ref_hidden, ref_weight, labels = inputs()
+    teacher = [t.requires_grad_() for t in (ref_hidden, ref_weight, torch.randn(V), torch.randn(len(hidden), 2))]
+    factors = (teacher[3], torch.randn(V, 2, requires_grad=True))
+    for reduction in ("none", "sum"):
+        kl = linear_token_kl(
+            hidden, weight, ref_hidden, ref_weight, labels, None, teacher[2], ref_low_rank=factors, reduction=reduction
+        )
+        found = torch.autograd.grad(kl.sum(), [hidden, *teacher, factors[1]], allow_unused=True)
+        assert found[0].any()
+        assert found[1:] == (None,) * 5
+    itself = linear_token_kl(hidden, weight, hidden, weight, labels, temperature=2.0).sum()
+    frozen = linear_token_kl(hidden, weight, hidden.detach(), weight.detach(), labels, temperature=2.0).sum()
+    for got, expected in zip(*(torch.autograd.grad(kl, (hidden, weight)) for kl in (itself, frozen)), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_biases_of_fp32_beside_16_bit(direction):
+    hidden, weight, ref_hidden, ref_weight, labels = inputs(BF16)
+    bias, ref_bias = torch.randn(V, requires_grad=True), torch.randn(V)
+    kl = linear_token_kl(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, direction=direction)
+    exact = [t.detach().double() for t in (hidden, weight, ref_hidden, ref_weight)]
+    exact_bias = bias.detach().double().requires_grad_()
+    truth = linear_token_kl_ref(*exact, labels, exact_bias, ref_bias.double(), direction=direction)
+    assert_result(kl, truth)
+    (got,), (expected,) = (torch.autograd.grad(t.sum(), b) for t, b in ((kl, bias), (truth, exact_bias)))
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() <= 2.0**-15 * expected.abs().max()
 
 
 def test_fast_precision():

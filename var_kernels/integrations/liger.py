@@ -4,7 +4,8 @@
     from var_kernels.integrations.liger import LigerFusedLinearCrossEntropyLoss             after
 
 Same arguments in the same order, same results. What differs: it runs on CPUs too, dW always accumulates in fp32
-(``accum_dtype`` changes nothing), ignored rows cost nothing, and the result is fp32 whatever the inputs are.
+(``accum_dtype`` changes nothing), ignored rows cost nothing, the result is fp32 whatever the inputs are, and the
+accuracy of a batch without a label is 0, not NaN.
 """
 
 from dataclasses import dataclass, fields
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
+from var_kernels.ops.first_order import first_order
+from var_kernels.ops.workspace import spans
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass
 class CrossEntropyOutput:
-    """What was asked for; None elsewhere. token_accuracy: share of the rows that are not ignored, for "none" per row;
-    predicted_tokens: (N,) most likely ids, -1 where ignored."""
+    """What was asked for; None elsewhere. z_loss: the part of the loss, without a gradient; token_accuracy: share of
+    the rows that are not ignored, for "none" per row; predicted_tokens: (N,) most likely ids, -1 where ignored."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -29,23 +32,48 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
+class _MixedRows(torch.autograd.Function):
+    """(V,) weights, constants, times (V, D) rows: (D,) in the weights' dtype, without a copy of the rows in it."""
+
+    @staticmethod
+    def forward(ctx, class_weight, lin_weight):
+        ctx.save_for_backward(class_weight)
+        ctx.like = lin_weight.new_empty(0)
+        slices = (slice(*span) for span in spans(0, len(lin_weight), 4096))
+        parts = [class_weight[part] @ lin_weight[part].to(class_weight.dtype) for part in slices]
+        return torch.stack(parts).sum(0)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dmixed_D):
+        (class_weight,) = ctx.saved_tensors
+        dweight_VD = ctx.like.new_empty(len(class_weight), len(dmixed_D))
+        for span in spans(0, len(class_weight), 4096):
+            dweight_VD[slice(*span)] = torch.outer(class_weight[slice(*span)], dmixed_D)
+        return None, dweight_VD
+
+
 @dataclass(eq=False, repr=False)
 class LigerFusedLinearCrossEntropyLoss(OptionsModule):
     """Cross-entropy of a linear layer without its [N, V] output: ``loss(lin_weight, _input, target, bias=None)``.
 
-        loss_n = -ce_weight[y_n] log p_{y_n} + lse_square_scale lse_n^2
-        "mean" divides by the number of rows that are not ignored (with ce_weight by the sum of their weights)
+        nll_n = -(1 - e) c_y log p_y - e / V sum_v c_v log p_v,    e = label_smoothing, c = ce_weight or 1
+        z_n = lse_square_scale lse_n^2;   with use_token_scaling both times p_y, a constant (DFT)
+        "mean": sum nll_n / sum c_y + sum z_n / count of the rows that are not ignored
+
+    Sums to the mean of no row at all are 0. Peak memory and GEMMs: ``linear_weighted_nll``; with return_z_loss, or
+    ce_weight or use_token_scaling beside another option, ``linear_logprob``.
 
     Args:
-        ce_weight: (V,) weight of each class, or None. Not together with label_smoothing, lse_square_scale or
-            use_token_scaling.
-        ignore_index, lse_square_scale (z-loss), label_smoothing, reduction, softcap: as the names say.
+        ce_weight: (V,) weight of each class, a constant, or None.
+        ignore_index, lse_square_scale (z-loss), label_smoothing, reduction, softcap: as the names say; bias: (V,), the
+            inputs' dtype or fp32.
         return_z_loss, return_token_accuracy, return_predicted_tokens: return a ``CrossEntropyOutput``.
         accum_dtype: taken and not needed, sums are fp32.
-        use_token_scaling: each token's loss times its own probability, detached (DFT).
 
     Raises:
-        ValueError: options that do not go together here, out of range, or of the wrong shape.
+        ValueError: options out of range or of the wrong shape; softcap with label_smoothing beside ce_weight or
+            use_token_scaling (the weighted mean of capped logits takes a pass of its own).
     """
 
     ce_weight: Tensor | None = None
@@ -63,81 +91,125 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
     def __post_init__(self):
         if self.reduction not in _REDUCTIONS:
             raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {self.reduction!r}")
-        first = "ce_weight" if self.ce_weight is not None else "use_token_scaling" if self.use_token_scaling else None
-        for name in ("label_smoothing", "lse_square_scale", "use_token_scaling"):
-            value = getattr(self, name)
-            if first is not None and value and name != first:
-                raise ValueError(f"{name} must be off together with {first}, got {value}; drop one of them")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}; 1 leaves out the label")
+        if self._mixes_classes and self.softcap is not None:
+            other = "use_token_scaling" if self.ce_weight is None else "ce_weight"
+            raise ValueError(
+                f"softcap must be None with label_smoothing beside {other}, got {self.softcap}; drop one of the three"
+            )
+
+    @property
+    def _mixes_classes(self) -> bool:
+        """Whether label smoothing is more than ``linear_logprob``'s: over weighted classes, or to be scaled by p_y."""
+        return self.label_smoothing != 0 and (self.ce_weight is not None or self.use_token_scaling)
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None):
         head = (_input, lin_weight, target)
         options = {"ignore_index": self.ignore_index, "softcap": self.softcap}
-        asks = self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens
-        if self.return_z_loss:
-            loss, z_loss, argmax = self._with_z_loss(head, bias, options)
-        elif self.use_token_scaling and self.reduction == "none":
-            logp, argmax = linear_logprob(*head, bias, return_argmax=True, **options)
-            loss, z_loss = -logp.detach().exp() * logp, None
+        class_weight = self._class_weight(lin_weight)
+        several = self.label_smoothing or self.lse_square_scale
+        z_loss = None
+        if self.return_z_loss or (several and (class_weight is not None or self.use_token_scaling)):
+            loss, z_loss, argmax = self._by_log_probs(head, bias, options, class_weight)
         elif self.use_token_scaling:
-            divisor = self._count(target) if self.reduction == "mean" else 1
-            scaled, argmax = linear_token_loss(
-                *head, lambda logp: -logp.detach().exp() * logp, (), bias, return_argmax=True, **options
-            )
-            loss, z_loss = scaled / divisor, None
+            loss, argmax = self._scaled(head, bias, options, class_weight)
         else:
-            weight, num_items = self._class_weights(lin_weight, target)
+            row_weight = None
+            divisor = self._divisor(target, class_weight)
+            if class_weight is not None:
+                row_weight = self._row_weight(target, class_weight) / divisor.where(divisor != 0, 1.0)
+            reduction = "sum" if class_weight is not None and self.reduction == "mean" else self.reduction
             loss, argmax = linear_weighted_nll(
                 *head,
-                weight,
+                row_weight,
                 bias,
-                reduction=self.reduction,
-                num_items=num_items,
+                reduction=reduction,
                 label_smoothing=self.label_smoothing,
                 z_loss=self.lse_square_scale,
                 return_argmax=True,
                 **options,
             )
-            z_loss = None
-        if not asks:
+            if class_weight is not None:
+                loss = loss / (divisor != 0)  # by 1, or as the division by 0 that it is
+        if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
             return loss
-        return CrossEntropyOutput(loss, z_loss, *self._metrics(argmax, target))
+        return CrossEntropyOutput(loss, z_loss if self.return_z_loss else None, *self._metrics(argmax, target))
 
-    def _with_z_loss(self, head, bias, options):
-        """The two parts apart: two passes."""
-        if self.use_token_scaling or self.ce_weight is not None:
-            raise ValueError("return_z_loss must be False with ce_weight or use_token_scaling; ask for the loss alone")
-        logp, lse, argmax = linear_logprob(
-            *head, bias, return_lse=True, return_argmax=True, label_smoothing=self.label_smoothing, **options
+    def _scaled(self, head, bias, options, class_weight):
+        """p_y times the loss of label y alone, one pass where it is summed."""
+        target = head[2]
+        row_weight = torch.ones_like(target, dtype=torch.float32)
+        if class_weight is not None:
+            row_weight = self._row_weight(target, class_weight)
+        if self.reduction == "none":
+            logp, argmax = linear_logprob(*head, bias, return_argmax=True, **options)
+            return -row_weight * logp.detach().exp() * logp, argmax
+        total, argmax = linear_token_loss(
+            *head, lambda logp, w: -w * logp.detach().exp() * logp, (row_weight,), bias, return_argmax=True, **options
         )
-        z_loss = self.lse_square_scale * lse.square()
-        loss = z_loss - logp
+        return total / self._divisor(target, class_weight), argmax
+
+    def _by_log_probs(self, head, bias, options, class_weight):
+        """Loss, z-loss, argmax from log-probs and lse: two passes."""
+        target = head[2]
+        smoothing = 0.0 if self._mixes_classes else self.label_smoothing
+        logp, lse, argmax = linear_logprob(
+            *head, bias, return_lse=True, return_argmax=True, label_smoothing=smoothing, **options
+        )
+        nll, z_loss = -logp, self.lse_square_scale * lse.square()
+        if class_weight is not None:
+            nll = nll * self._row_weight(target, class_weight)
+        if self._mixes_classes:
+            others = self._mean_over_classes(head, bias, lse, class_weight)
+            nll = (1 - self.label_smoothing) * nll + self.label_smoothing * others
+        if self.use_token_scaling:
+            label_prob = logp.detach().exp()
+            nll, z_loss = nll * label_prob, z_loss * label_prob
         if self.reduction != "none":
-            divisor = self._count(head[2]) if self.reduction == "mean" else 1
-            loss, z_loss = loss.sum() / divisor, z_loss.sum() / divisor
-        return loss, z_loss, argmax
+            nll, z_loss = nll.sum() / self._divisor(target, class_weight), z_loss.sum() / self._divisor(target, None)
+        return nll + z_loss, z_loss.detach(), argmax
 
-    def _count(self, target: Tensor) -> Tensor:
-        return (target != self.ignore_index).sum().clamp(min=1)
+    def _mean_over_classes(self, head, bias, lse, class_weight):
+        """(N,) -1/V sum_v c_v log p_v = 1/V (lse sum c - h (c W) - c b), 0 where ignored; without a softcap."""
+        hidden, lin_weight, target = head
+        if class_weight is None:
+            class_weight = lse.new_ones(len(lin_weight))
+        kept = target != self.ignore_index
+        rows = hidden.where(kept.unsqueeze(-1), 0.0).to(class_weight.dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            mixed = rows @ _MixedRows.apply(class_weight, lin_weight)
+            if bias is not None:
+                mixed = mixed + class_weight @ bias.to(class_weight.dtype)
+        return ((lse * class_weight.sum() - mixed) / len(lin_weight)).where(kept, 0.0)
 
-    def _class_weights(self, lin_weight: Tensor, target: Tensor):
-        """Each row's weight, and what "mean" divides by."""
+    def _class_weight(self, lin_weight: Tensor) -> Tensor | None:
         if self.ce_weight is None:
-            return None, None
+            return None
         if self.ce_weight.shape != lin_weight.shape[:1]:
             raise ValueError(
                 f"ce_weight must be ({lin_weight.shape[0]},), one per class, got {tuple(self.ce_weight.shape)}"
             )
+        return self.ce_weight.detach().to(lin_weight.device, torch.promote_types(lin_weight.dtype, torch.float32))
+
+    def _row_weight(self, target: Tensor, class_weight: Tensor) -> Tensor:
         kept = target != self.ignore_index
-        weight = self.ce_weight.to(target.device, torch.promote_types(lin_weight.dtype, torch.float32))[
-            target.where(kept, 0)
-        ].where(kept, 0.0)
-        return weight, weight.sum() if self.reduction == "mean" else None
+        return class_weight[target.where(kept, 0)].where(kept, 0.0)
+
+    def _divisor(self, target: Tensor, class_weight: Tensor | None) -> Tensor:
+        """() what "mean" divides by: the rows that are not ignored, or their weights' sum; 1 of no row."""
+        if self.reduction != "mean":
+            return torch.ones((), device=target.device)
+        count = (target != self.ignore_index).sum()
+        total = count if class_weight is None else self._row_weight(target, class_weight).sum()
+        return total.where(count > 0, 1)
 
     def _metrics(self, argmax: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
         accuracy = None
         if self.return_token_accuracy:
             hits = ((argmax == target) & (target != self.ignore_index)).float()
-            accuracy = hits if self.reduction == "none" else hits.sum() / self._count(target)
+            count = (target != self.ignore_index).sum().clamp(min=1)
+            accuracy = hits if self.reduction == "none" else hits.sum() / count
         return accuracy, argmax if self.return_predicted_tokens else None
 
 

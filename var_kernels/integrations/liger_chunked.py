@@ -4,10 +4,12 @@
     from var_kernels.integrations.liger_chunked import LigerFusedLinearDPOLoss      after
 
 Same arguments in the same order, same results, the (B, T, V) logits never made. What differs: results are fp32 whatever
-the inputs are, a sequence without a label counts with log-prob 0 where it would be NaN, and the losses of pairs see a
-whole batch. ``compiled`` and ``chunk_size`` are taken and not needed: a memory budget takes their place.
+the inputs are, a sequence without a label counts with log-prob 0 where it would be NaN, a label that is forbidden
+(-inf) or certain gives the limit of the loss, no pairs give 0, and the losses of pairs see a whole batch. ``compiled``
+and ``chunk_size`` are taken and not needed: a memory budget takes their place.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from var_kernels.integrations.options_module import OptionsModule
+from var_kernels.losses.checks import times
+from var_kernels.losses.margin import log_odds
+from var_kernels.losses.sequences import sequence_lengths, sequence_sum
 from var_kernels.ops import linear_logprob
 
 _ELSEWHERE = {
@@ -26,53 +31,81 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str):
+    if name.startswith("liger_fused_linear_") or (name.startswith("LigerFused") and name.endswith("Function")):
+        raise ImportError(f"{name} is not among the losses of {__name__}; instead: its class, LigerFusedLinear...Loss")
     if name in _ELSEWHERE:
         raise ImportError(f"{name} is not among the losses of {__name__}; instead: {_ELSEWHERE[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# ---- losses of c = beta (chosen log-ratio), r = beta (rejected log-ratio), (P,) each ---------------------------------
+# ---- losses of the log-ratios a = chosen, b = rejected, (P,) each, in units of nats ----------------------------------
+
+
+def _margin(a: Tensor, b: Tensor, loss) -> Tensor:
+    return loss.beta * (a - b)
 
 
 def _exo(margin: Tensor, smoothing: float) -> Tensor:
-    epsilon = torch.tensor(smoothing, dtype=margin.dtype, device=margin.device)
-    won = margin.sigmoid() * (logsigmoid(margin) - torch.log1p(-epsilon))
-    return won + (-margin).sigmoid() * (logsigmoid(-margin) - epsilon.log())
+    """KL of (sigmoid(m), sigmoid(-m)) from (1 - e, e)."""
+    terms = 0.0
+    for log_q, p in ((logsigmoid(margin), 1 - smoothing), (logsigmoid(-margin), smoothing)):
+        q = log_q.exp()
+        terms = terms + q * (log_q - math.log(p)).where(q > 0, 0.0)
+    return terms
 
 
 def _robust(margin: Tensor, smoothing: float) -> Tensor:
-    return (smoothing * logsigmoid(-margin) - (1 - smoothing) * logsigmoid(margin)) / (1 - 2 * smoothing)
+    flipped = times(smoothing, logsigmoid(-margin))
+    return (flipped - (1 - smoothing) * logsigmoid(margin)) / (1 - 2 * smoothing)
 
 
 def _discopop(margin: Tensor, tau: float) -> Tensor:
-    return torch.lerp(-logsigmoid(margin), (-margin).exp(), (margin / tau).sigmoid())
+    """-(1 - q) log sigmoid(m) + q exp(-m) with q = sigmoid(m / tau); the second term as one exponential, for exp(-m)
+    overflows where q makes it small.
+    """
+    exponent = torch.where(margin < 0, margin * (1 / tau - 1), -margin) - (-margin.abs() / tau).exp().log1p()
+    return (-margin / tau).sigmoid() * -logsigmoid(margin) + exponent.exp()
 
 
 _DPO: dict[str, Callable] = {
-    "sigmoid": lambda c, r, _: -logsigmoid(c - r),
-    "hinge": lambda c, r, _: torch.relu(1 - (c - r)),
-    "exo_pair": lambda c, r, loss: _exo(c - r, loss.label_smoothing),
-    "nca_pair": lambda c, r, _: -logsigmoid(c) - 0.5 * logsigmoid(-c) - 0.5 * logsigmoid(-r),
-    "robust": lambda c, r, loss: _robust(c - r, loss.label_smoothing),
-    "bco_pair": lambda c, r, _: -logsigmoid(c) - logsigmoid(-r),
-    "sppo_hard": lambda c, r, loss: ((c - 0.5) / loss.beta).square() + ((r + 0.5) / loss.beta).square(),
-    "apo_zero": lambda c, r, _: (-c).sigmoid() + r.sigmoid(),
-    "apo_down": lambda c, r, _: c.sigmoid() + (r - c).sigmoid(),
-    "discopop": lambda c, r, loss: _discopop(c - r, loss.discopop_tau),
+    "sigmoid": lambda a, b, loss: -logsigmoid(_margin(a, b, loss)),
+    "hinge": lambda a, b, loss: torch.relu(1 - _margin(a, b, loss)),
+    "exo_pair": lambda a, b, loss: _exo(_margin(a, b, loss), loss.label_smoothing),
+    "nca_pair": lambda a, b, loss: (
+        -logsigmoid(loss.beta * a) - 0.5 * logsigmoid(-loss.beta * a) - 0.5 * logsigmoid(-loss.beta * b)
+    ),
+    "robust": lambda a, b, loss: _robust(_margin(a, b, loss), loss.label_smoothing),
+    "bco_pair": lambda a, b, loss: -logsigmoid(loss.beta * a) - logsigmoid(-loss.beta * b),
+    "sppo_hard": lambda a, b, loss: (a - 0.5 / loss.beta).square() + (b + 0.5 / loss.beta).square(),
+    "apo_zero": lambda a, b, loss: (-loss.beta * a).sigmoid() + (loss.beta * b).sigmoid(),
+    "apo_down": lambda a, b, loss: (loss.beta * a).sigmoid() + (-_margin(a, b, loss)).sigmoid(),
+    "discopop": lambda a, b, loss: _discopop(_margin(a, b, loss), loss.discopop_tau),
 }
 
 
 def _smoothed(margin: Tensor, smoothing: float) -> Tensor:
-    return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+    return -times(1 - smoothing, logsigmoid(margin)) - times(smoothing, logsigmoid(-margin))
 
 
 # ---- what the classes share ------------------------------------------------------------------------------------------
 
 
-def _sequence_logp(hidden, lm_head_weight, target, bias, ignore_index: int, average: bool) -> Tensor:
-    """(B,) fp32 log-prob of each sequence's labels, summed or averaged over them, nats."""
-    logp = linear_logprob(hidden, lm_head_weight, target, bias, ignore_index=ignore_index).sum(-1)
-    return logp / (target != ignore_index).sum(-1).clamp(min=1) if average else logp
+def _sequence_logp(token_logp: Tensor, target: Tensor, ignore_index: int, average: bool) -> Tensor:
+    """(B,) fp32 log-prob of each sequence's labels, summed or averaged over them, nats; 0 without a label."""
+    logp = sequence_sum(token_logp, target, ignore_index=ignore_index)
+    return logp / sequence_lengths(target, ignore_index=ignore_index).clamp(min=1) if average else logp
+
+
+@torch.no_grad()
+def _reference_logp(reference, target: Tensor, ignore_index: int, average: bool) -> Tensor:
+    """The same under (hidden, lm_head_weight, bias) of the reference, constants."""
+    hidden, lm_head_weight, bias = reference
+    token_logp = linear_logprob(hidden, lm_head_weight, target, bias, ignore_index=ignore_index)
+    return _sequence_logp(token_logp, target, ignore_index, average)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(len(values), 1)
 
 
 @torch.no_grad()
@@ -87,7 +120,7 @@ class _PairLoss(OptionsModule):
 
     average_log_prob, alpha, use_ref_model = False, 1.0, False
 
-    def pair_loss(self, c: Tensor, r: Tensor) -> Tensor:
+    def pair_loss(self, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, lin_weight, _input, target, bias=None):
@@ -100,35 +133,24 @@ class _PairLoss(OptionsModule):
                 f"and {tuple(target.shape)}; for flat rows see var_kernels.linear_loss"
             )
         pairs = len(target) // 2
+        how = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
         token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
-        kept = target != self.ignore_index
-        logp = token_logp.sum(-1)
-        if self.average_log_prob:
-            logp = logp / kept.sum(-1).clamp(min=1)
-        chosen, rejected = logp[:pairs], logp[pairs:]
-        ref_chosen = ref_rejected = 0.0
-        if reference is not None:
-            with torch.no_grad():
-                ref_chosen, ref_rejected = _sequence_logp(
-                    *reference, ignore_index=self.ignore_index, average=self.average_log_prob
-                ).split(pairs)
-        c, r = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        logp = _sequence_logp(token_logp, target, **how)
+        ratio = logp if reference is None else logp - _reference_logp(reference, target, **how)
         nll = logp.new_zeros(())
         if self.compute_nll_loss:
-            if nll_target is None:
-                nll, count = -token_logp[:pairs].sum(), kept[:pairs].sum()
-            else:
-                wanted = nll_target[:pairs]
-                nll = -linear_logprob(_input[:pairs], lin_weight, wanted, bias, ignore_index=self.ignore_index).sum()
-                count = (wanted != self.ignore_index).sum()
-            nll = nll / count.clamp(min=1)
-        loss, *extras = self._reduced(c, r, chosen, rejected)
+            wanted = (target if nll_target is None else nll_target)[:pairs]
+            token_nll = -token_logp[:pairs]
+            if nll_target is not None:
+                token_nll = -linear_logprob(_input[:pairs], lin_weight, wanted, bias, ignore_index=self.ignore_index)
+            nll = token_nll.sum() / (wanted != self.ignore_index).sum().clamp(min=1)
+        loss, *extras = self._reduced(ratio[:pairs], ratio[pairs:])
         means = [_mean_logit(half, lin_weight, bias) for half in (_input[:pairs], _input[pairs:])]
-        metrics = (chosen, rejected, *means, nll, c, r, *extras)
-        return self.alpha * nll + loss, tuple(metric.detach() for metric in metrics)
+        metrics = (*logp.split(pairs), *means, nll, *(self.beta * ratio).split(pairs), *extras)
+        return times(self.alpha, nll) + loss, tuple(metric.detach() for metric in metrics)
 
-    def _reduced(self, c, r, chosen, rejected) -> tuple[Tensor, ...]:
-        return (self.pair_loss(c, r).mean(),)
+    def _reduced(self, a, b) -> tuple[Tensor, ...]:
+        return (_mean(self.pair_loss(a, b)),)
 
 
 @dataclass(eq=False, repr=False)
@@ -142,7 +164,8 @@ class LigerFusedLinearDPOLoss(_PairLoss):
 
     Args:
         lin_weight (V, D), _input (2 P, T, D), target (2 P, T), bias (V,): chosen sequences before rejected ones.
-        ref_input, ref_weight, ref_bias: the same of the reference; without use_ref_model unused.
+        ref_input, ref_weight, ref_bias: the same of the reference, constants: nothing of it learns, whatever requires a
+            gradient. Without use_ref_model unused.
         label_smoothing: of "robust" and "exo_pair"; discopop_tau: of "discopop".
     Returns:
         loss () and (chosen_logps (P,), rejected_logps (P,), mean chosen logit, mean rejected logit, NLL of the chosen,
@@ -173,12 +196,12 @@ class LigerFusedLinearDPOLoss(_PairLoss):
                 f"label_smoothing must be in {interval} for loss_type={self.loss_type!r}, got {self.label_smoothing}"
             )
 
-    def pair_loss(self, c, r):
-        return _DPO[self.loss_type](c, r, self)
+    def pair_loss(self, a, b):
+        return _DPO[self.loss_type](a, b, self)
 
     def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
         return self._compute(
-            lin_weight, _input, target, bias, reference=_reference(self, target, ref_input, ref_weight, ref_bias)
+            lin_weight, _input, target, bias, reference=_reference(self, ref_input, ref_weight, ref_bias)
         )
 
 
@@ -204,8 +227,8 @@ class LigerFusedLinearCPOLoss(_MarginLoss):
     average_log_prob: bool = False
     chunk_size: int = 1
 
-    def pair_loss(self, c, r):
-        return _smoothed(c - r, self.label_smoothing)
+    def pair_loss(self, a, b):
+        return _smoothed(_margin(a, b, self), self.label_smoothing)
 
 
 @dataclass(eq=False, repr=False)
@@ -220,8 +243,8 @@ class LigerFusedLinearSimPOLoss(_MarginLoss):
     gamma: float = 0.5
     chunk_size: int = 1
 
-    def pair_loss(self, c, r):
-        return _smoothed(c - r - self.gamma, self.label_smoothing)
+    def pair_loss(self, a, b):
+        return _smoothed(_margin(a, b, self) - self.gamma, self.label_smoothing)
 
 
 @dataclass(eq=False, repr=False)
@@ -240,10 +263,10 @@ class LigerFusedLinearORPOLoss(_PairLoss):
     compiled: bool = True
     chunk_size: int = 1
 
-    def _reduced(self, c, r, chosen, rejected):
-        log_odds = (chosen - torch.log(-torch.expm1(chosen))) - (rejected - torch.log(-torch.expm1(rejected)))
-        ratio = logsigmoid(log_odds).mean()
-        return -self.beta * ratio, ratio, log_odds.mean()
+    def _reduced(self, a, b):
+        difference = log_odds(a) - log_odds(b)
+        ratio = _mean(logsigmoid(difference))
+        return -times(self.beta, ratio), ratio, _mean(difference)
 
     def forward(self, lin_weight, _input, target, bias=None, nll_target=None):
         return self._compute(lin_weight, _input, target, bias, nll_target)
@@ -257,6 +280,7 @@ class LigerFusedLinearKTOLoss(OptionsModule):
 
     Args:
         _input (B, T, D), lin_weight (V, D), target (B, T), bias (V,); preference_labels (B,) bool; kl: float or (B,).
+        ref_input, ref_weight, ref_bias: as of ``LigerFusedLinearDPOLoss``, constants.
     Returns:
         loss () and (log-probs of the desirable, of the undesirable, their logits, their rewards), each pair summed over
         its sequences; detached.
@@ -286,16 +310,13 @@ class LigerFusedLinearKTOLoss(OptionsModule):
         if preference_labels is None:
             raise ValueError("preference_labels: expected (B,) bool, True where the sequence is desirable, got None")
         how = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
-        logp = _sequence_logp(_input, lin_weight, target, bias, **how)
-        ratio = logp
-        reference = _reference(self, target, ref_input, ref_weight, ref_bias)
-        if reference is not None:
-            with torch.no_grad():
-                ref_logp = _sequence_logp(*reference, **how)
-            ratio = logp - ref_logp
+        token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
+        logp = _sequence_logp(token_logp, target, **how)
+        reference = _reference(self, ref_input, ref_weight, ref_bias)
+        ratio = logp if reference is None else logp - _reference_logp(reference, target, **how)
         desirable = preference_labels.bool()
         margin = self.beta * (ratio if kl is None else ratio - kl)
-        loss = (-torch.where(desirable, margin, -margin)).sigmoid().mean()
+        loss = _mean((-torch.where(desirable, margin, -margin)).sigmoid())
         logits = [self._logit_sum(_input[rows], lin_weight, bias) for rows in (desirable, ~desirable)]
         sums = [values[rows].sum() for values in (logp, self.beta * ratio) for rows in (desirable, ~desirable)]
         return loss, tuple(metric.detach() for metric in (*sums[:2], *logits, *sums[2:]))
@@ -306,10 +327,10 @@ class LigerFusedLinearKTOLoss(OptionsModule):
         return _mean_logit(hidden, lin_weight, bias) * rows * len(lin_weight) if rows else hidden.new_zeros(()).float()
 
 
-def _reference(loss, target, ref_input, ref_weight, ref_bias) -> tuple | None:
+def _reference(loss, ref_input, ref_weight, ref_bias) -> tuple | None:
     if not loss.use_ref_model:
         return None
     if ref_input is None or ref_weight is None:
         missing = "ref_input" if ref_input is None else "ref_weight"
         raise ValueError(f"{missing}: expected the reference's tensor with use_ref_model=True, got None")
-    return ref_input, ref_weight, target, ref_bias
+    return ref_input, ref_weight, ref_bias

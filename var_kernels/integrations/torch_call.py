@@ -4,7 +4,9 @@
     from var_kernels.integrations.torch_call import linear_cross_entropy          after
 
 Same arguments by name, same results; the logits are never made whatever ``options`` says (its chunks are not needed: a
-memory budget takes their place). What differs: the result is fp32 (fp64 for fp64) whatever the inputs are.
+memory budget takes their place). What differs: the result is fp32 (fp64 for fp64) whatever the inputs are, a bias may
+be fp32 beside 16-bit matrices, and the mean over no row (an empty batch, or one whose targets are all ignored) is 0
+where torch says NaN: gradients are 0 in both, but a NaN of one micro-batch or rank would be that of the whole step.
 """
 
 from torch import Tensor
@@ -33,18 +35,14 @@ def linear_cross_entropy(
     Returns:
         () or, for reduction "none", the shape of target; nats.
     Raises:
-        ValueError: class probabilities as target, a linear_weight of more than two dimensions, weight together with
-            label_smoothing: what cross-entropy over whole logits is needed for.
+        ValueError: class probabilities as target, a linear_weight of more than two dimensions: what cross-entropy over
+            whole logits is needed for.
     """
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight: expected (V, D), got {tuple(linear_weight.shape)}; use torch's own function")
     if target.is_floating_point():
         raise ValueError(
             f"target: expected class ids, int64, got {target.dtype} (class probabilities); use torch's own function"
-        )
-    if weight is not None and label_smoothing:
-        raise ValueError(
-            f"label_smoothing: expected 0 together with weight, got {label_smoothing}; use torch's own function"
         )
     loss = LigerFusedLinearCrossEntropyLoss(
         ce_weight=weight,

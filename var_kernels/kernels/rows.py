@@ -89,7 +89,8 @@ class RowStats:
         logp = self.label_logit_NK - self.max_N.unsqueeze(1) - log_sum
         if label_smoothing:
             mean_logp = (self.logit_sum_N / vocabulary - self.max_N).unsqueeze(1) - log_sum
-            logp = torch.lerp(logp, mean_logp, label_smoothing)
+            # No difference of the two: both are -inf at a label that is forbidden.
+            logp = mean_logp if label_smoothing == 1 else (1 - label_smoothing) * logp + label_smoothing * mean_logp
         return logp
 
     @property

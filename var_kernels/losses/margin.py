@@ -135,10 +135,11 @@ def orpo_loss(
     """
     check_number("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
-    return -chosen_P - times(odds_weight, logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P)))
+    return -chosen_P - times(odds_weight, logsigmoid(log_odds(chosen_P) - log_odds(rejected_P)))
 
 
-def _log_odds(logp_P: Tensor) -> Tensor:
+def log_odds(logp_P: Tensor) -> Tensor:
+    """logit(exp(lp)) of mean log-probs lp, (P,), finite and without a gradient where lp is 0."""
     logp_P = logp_P.clamp(max=-torch.finfo(logp_P.dtype).eps)
     return logp_P - (-torch.expm1(logp_P)).log()
 

@@ -126,7 +126,7 @@ def prepare(
     checks.check_no_transform()
     checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index, vocabulary)
     checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
-    checks.check_token_weight(token_weight, labels)
+    checks.check_token_weight(token_weight, labels, ignore_index)
     checks.check_num_active(num_active)
     checks.check_low_rank(low_rank, hidden, lm_head_weight, workspace_mb)
     left, right = (None, None) if low_rank is None else low_rank

@@ -152,12 +152,17 @@ def check_low_rank_dtypes(left: Tensor, right: Tensor, hidden: Tensor, prefix: s
         )
 
 
-def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:
-    """One dtype for all operands; called after autocast had its say."""
+def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """One dtype for all operands, a bias of fp32 beside 16 bit excepted; called after autocast had its say. prefix:
+    "ref_" for the reference model's.
+    """
     for name, value in (("lm_head_weight", lm_head_weight), ("bias", bias)):
+        if name == "bias" and hidden.dtype.itemsize == 2 and value is not None and value.dtype == torch.float32:
+            continue
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
-                f"{name} is {value.dtype} but hidden is {hidden.dtype}; cast one of them, or run under torch.autocast"
+                f"{prefix}{name} is {value.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them, or run under "
+                "torch.autocast"
             )
 
 
@@ -177,8 +182,8 @@ def check_head_options(
         raise ValueError(
             f"temperature must be positive and finite, got {temperature}; greedy decoding has no log-probs"
         )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}; 1 leaves out the label")
     check_choice("precision", precision, PRECISIONS)
     if workspace_mb is not None and not 0 <= workspace_mb < math.inf:
         raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
@@ -198,7 +203,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
+def check_token_weight(token_weight: Tensor | None, labels: Tensor, ignore_index: int) -> None:
+    """Metadata, and on a CPU finite values where the label counts."""
     if token_weight is None:
         return
     if not isinstance(token_weight, Tensor):
@@ -215,15 +221,20 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
         )
     if token_weight.device != labels.device:
         raise ValueError(f"token_weight is on {token_weight.device} but labels are on {labels.device}; move it there")
-    if values_readable(token_weight) and not bool(token_weight.isfinite().all()):
+    if values_readable(token_weight) and not bool((token_weight.isfinite() | (labels == ignore_index)).all()):
         raise ValueError("token_weight must be finite, got NaN or inf; check the rewards it was made from")
 
 
-def check_num_items(num_items) -> None:
+def check_num_items(num_items, kept_NK: Tensor) -> None:
+    """Positive; 0 items are none of which a row could be one."""
     if num_items is None or (isinstance(num_items, Tensor) and not values_readable(num_items)):
         return
-    if not 0 < num_items < math.inf:
-        raise ValueError(f"num_items must be positive and finite, got {num_items}")
+    if 0 < num_items < math.inf or (num_items == 0 and values_readable(kept_NK) and not kept_NK.any()):
+        return
+    raise ValueError(
+        f"num_items must be positive and finite (0 only where no row counts), got {num_items}; count the items of the "
+        "global batch"
+    )
 
 
 def check_num_active(num_active) -> None:

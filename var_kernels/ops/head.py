@@ -93,6 +93,11 @@ class Head:
         hidden_ND, lm_head_weight_VD, bias_V, left_NR, right_VR = tensors
         return cls(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, left_NR, right_VR)
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of ``HeadCall.tensors``."""
+        return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
+
     def new_stats(self) -> RowStats:
         options = self.options
         return RowStats.empty(
@@ -234,14 +239,10 @@ class Gradients:
     dleft_NR: Tensor | None = None
     dright_VR: Tensor | None = None
 
-    def cast(self, dtype: torch.dtype, factor: torch.dtype | None = None) -> "Gradients":
-        """In the operands' dtype, the factors' in theirs."""
-
-        def to(t, dtype):
-            return None if t is None else t.to(dtype)
-
-        whole = [to(t, dtype) for t in (self.dhidden_ND, self.dweight_VD, self.dbias_V)]
-        return Gradients(*whole, *(to(t, factor or dtype) for t in (self.dleft_NR, self.dright_VR)))
+    def like(self, tensors) -> "Gradients":
+        """Each in the dtype of its tensor; ``tensors``: ``Head.tensors``."""
+        pairs = zip(self.tensors, tensors, strict=True)
+        return Gradients(*(None if g is None else g.to(t.dtype) for g, t in pairs))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

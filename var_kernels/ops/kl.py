@@ -67,20 +67,22 @@ def linear_token_kl(
 
     "reverse" is the KL(policy || reference) of RLHF, exact where ``kl_k1`` ... ``kl_k3`` estimate it from one token;
     "forward" is distillation from the reference as teacher. Gradients go to the policy's hidden, weight, bias and
-    low-rank factors; the reference is a constant.
+    low-rank factors; the reference is a constant, also where its tensors require gradients.
 
     GEMMs: 2 forward; the backward recomputes both models' logits slice by slice (6 in all), or the gradient is made in
     the forward (4 in all) for reduction "sum", and wherever nothing but ``hidden`` learns, if ``workspace_mb`` holds
     whole rows and an fp32 dW. Peak extra memory: ``workspace_mb``, and in the two-pass backward an fp32 [N, D].
 
     Args:
-        hidden, lm_head_weight, bias: (..., D), (V, D), (V,) of the policy, one dtype; any strides.
+        hidden, lm_head_weight, bias: (..., D), (V, D), (V,) of the policy, one dtype, a bias of fp32 beside 16 bit; any
+            strides.
         ref_hidden, ref_lm_head_weight, ref_bias: (..., D_ref), (V, D_ref), (V,) of the reference, one dtype, which may
             be another one, as D_ref may be another size. The vocabulary must be the same, id by id.
         labels: (...) which rows count: int64 labels with ``ignore_index``, or bool, True where the row counts; None:
             all. What a label says is not used. Rows that do not count cost nothing.
         direction: "reverse" or "forward", as above.
-        token_weight: (...) floating point, finite, any sign, multiplies each token's KL; None: 1. Differentiable.
+        token_weight: (...) floating point, any sign, finite where the row counts, multiplies each token's KL; None: 1.
+            Differentiable.
         reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
         logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
@@ -194,12 +196,7 @@ def _check_reference(
         raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
     checks.check_low_rank(ref_low_rank, ref_hidden, ref_lm_head_weight, workspace_mb, "ref_")
     if not _autocasts(hidden):
-        for name, value in given.items():
-            if value.dtype != ref_hidden.dtype:
-                raise TypeError(
-                    f"{name} is {value.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them, or run under "
-                    "torch.autocast"
-                )
+        checks.check_dtypes(ref_hidden, ref_lm_head_weight, ref_bias, "ref_")
         if ref_low_rank is not None:
             checks.check_low_rank_dtypes(*ref_low_rank, ref_hidden, "ref_")
 

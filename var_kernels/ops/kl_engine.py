@@ -250,7 +250,7 @@ def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Ten
                 add_product(dweight_vd, grad_vn, head.hidden_ND[rows], backend)
         add_factor_gradients(head, gradients, grad_nv, rows, 0, step)
         del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
-    return kl_N.clamp_(min=0.0), gradients.cast(head.operand, head.factor)
+    return kl_N.clamp_(min=0.0), gradients.like(head.tensors)
 
 
 def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step: int, backend: str) -> None:
@@ -316,7 +316,7 @@ def gradients_by_slices(
             del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
         if needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
-    return gradients.cast(head.operand, head.factor)
+    return gradients.like(head.tensors)
 
 
 def _empty_gradients(head: Head, needs: Needs, *, one_pass: bool) -> Gradients:

@@ -82,7 +82,8 @@ def linear_logprob(
         lm_head_weight: (V, D), hidden's dtype. A slice ``W[:v]`` restricts the vocabulary.
         labels: (...) or (..., K) int64 in [0, V) or ``ignore_index``; aligned with hidden, nothing is shifted. Rows
             without a label cost nothing.
-        bias: (V,), hidden's dtype; -inf forbids a token (under a softcap it is only lowered to -softcap).
+        bias: (V,), hidden's dtype, or fp32 beside 16 bit; -inf forbids a token (under a softcap it is only lowered to
+            -softcap).
         low_rank: (left (..., R), right (V, R)), hidden's dtype, or fp32 beside 16 bit: a second product, added to the
             logits tile by tile, as a LoRA adapter of the head is: left = scaling * dropout(hidden) A^T, right = B. Peak
             memory besides: their gradients in fp32. No (V, D) matrix is merged.
@@ -184,7 +185,7 @@ def _backward(
         dlogp_NK = torch.zeros(head.labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
     coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
     gradients = vocabulary_pass(head, needs, lse_N, coefficients, kept_NC, in_place=in_place)
-    return gradients.cast(head.operand, head.factor).tensors
+    return gradients.like(head.tensors).tensors
 
 
 class LinearLogprobFunction(torch.autograd.Function):

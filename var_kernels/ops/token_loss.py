@@ -197,7 +197,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
 
         if needs:
             stats, gradients = one_pass(head, needs, coefficients_of)
-            gradients = gradients.cast(head.operand, head.factor)
+            gradients = gradients.like(head.tensors)
         else:  # no slopes: under inference_mode there are none to be had
             stats, gradients = forward_pass(head), Gradients()
             logp_N = stats.logp_NK(0.0, head.v).squeeze(1)

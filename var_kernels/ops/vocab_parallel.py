@@ -133,7 +133,7 @@ class VocabParallelLogprobFunction(torch.autograd.Function):
         for partial in (gradients.dhidden_ND, gradients.dleft_NR):
             if partial is not None:
                 dist.all_reduce(partial, group=ctx.shard.group)  # before it is rounded
-        return (*gradients.cast(head.operand, head.factor).tensors, *others)
+        return (*gradients.like(head.tensors).tensors, *others)
 
 
 def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard) -> RowStats:

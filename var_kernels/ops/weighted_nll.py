@@ -80,9 +80,11 @@ def linear_weighted_nll(
 
     Args:
         hidden, lm_head_weight, labels, bias, workspace_mb, precision and the head's options: see ``linear_logprob``.
-        token_weight: the shape of labels, floating point, finite, any sign; None: 1. Rows of weight 0 cost nothing.
+        token_weight: the shape of labels, floating point, any sign, finite where the label counts; None: 1. Rows
+            of weight 0 cost nothing.
         num_active: as in ``linear_logprob``; rows of weight 0 need not be counted.
-        num_items: divisor of "mean" (number of items in the global batch, sum of weights), positive.
+        num_items: divisor of "mean" (number of items in the global batch, sum of weights), positive; 0 where no row
+            counts.
         engine: "auto", "one_pass" or "two_pass". "auto" takes two passes for fp16, where gradients that are made before
             a GradScaler's factor is known underflow.
 
@@ -96,7 +98,6 @@ def linear_weighted_nll(
     """
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_choice("engine", engine, ENGINES)
-    checks.check_num_items(num_items)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items divides reduction='mean' only, got reduction={reduction!r}; drop one of them")
     if engine == "one_pass" and reduction == "none":
@@ -119,6 +120,7 @@ def linear_weighted_nll(
         lse=z_loss != 0,
         argmax=return_argmax,
     )
+    checks.check_num_items(num_items, call.kept_NK)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
         weight_NK = call.kept_NK.to(dtype)
@@ -126,6 +128,7 @@ def linear_weighted_nll(
         weight_NK = call.select_targets(token_weight).to(dtype).where(call.kept_NK, 0.0)
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
+        weight_NK = weight_NK.where(call.kept_NK, 0.0)  # num_items may be 0 then
 
     if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
@@ -185,7 +188,7 @@ def _forward(
 
     if needs:
         stats, gradients = one_pass(head, needs, coefficients_of)
-        gradients = gradients.cast(head.operand, head.factor)
+        gradients = gradients.like(head.tensors)
     else:
         stats, gradients = forward_pass(head), Gradients()
     logp_NK = stats.logp_NK(head.options.label_smoothing, head.v)

@@ -48,4 +48,4 @@ def test_block_runs(title, tmp_path, monkeypatch):
 
 
 def test_the_page_has_its_blocks():
-    assert len(BLOCKS) == PAGE.count("```python") == 11
+    assert len(BLOCKS) == PAGE.count("```python") == 12

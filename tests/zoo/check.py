@@ -11,6 +11,7 @@ from tests.zoo.build import build
 from tests.zoo.inputs import batch
 from var_kernels.integrations.hf import fused_lm_head, token_logprobs
 from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
+from var_kernels.integrations.hf.fused_logits import FusedLogits
 from var_kernels.integrations.hf.head import find_head, without_cache
 from var_kernels.integrations.hf.model_inputs import is_encoder_decoder
 
@@ -135,7 +136,7 @@ def compare_loss(model: nn.Module, inputs: dict) -> tuple[str, str]:
     reference, noise = gradients_and_noise(model, own)
     with fused_lm_head(model):
         out = own_output(model, inputs, with_labels=True)
-    if out.logits is not None:
+    if not isinstance(out.logits, FusedLogits):
         return WRONG, "loss: there are logits"
     if not abs(out.loss.item() - own.item()) <= _BOUND * max(1, abs(own.item())):
         return WRONG, f"loss: {out.loss.item():.6g}, its own {own.item():.6g}"

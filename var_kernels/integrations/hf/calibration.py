@@ -23,7 +23,7 @@ from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, ve
 from var_kernels.integrations.hf.quantised import dense_weight
 
 _IGNORE_INDEX = -100
-_MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
+MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
 # save_pretrained writes these, on the rank that saves: a calibration there alone would wait for the others for ever
 _BOOKKEEPING = ("architectures", "dtype", "transformers_version", "use_cache")
 _MASK = -3e4  # what we give them: exp of it is 0, and every floating point type holds it
@@ -41,6 +41,13 @@ class Transform:
     bias_ratio: float = 1.0
     masked: tuple[int, ...] = ()  # ids that the model never gives any probability
     wide: bool = False  # the model writes at single ids: its placeholder must be V wide
+
+    def logits(self, x: Tensor, inner: nn.Module) -> Tensor:
+        """(..., vocab) of the head's output x (..., V); masked ids as if they were none."""
+        logits = _apply(x, self.logit_scale, self.softcap)
+        if self.vocabulary_bias is not None:
+            logits = logits + self.bias_ratio * vector(inner, self.vocabulary_bias).to(x)
+        return logits[..., : self.vocab]
 
     def params(self, head: nn.Linear, inner: nn.Module) -> HeadParams:
         """The head's tensors as they are now: gathered, when asked for within its forward."""
@@ -183,8 +190,7 @@ def fingerprint(inner: nn.Module) -> tuple:
     """Every number that the transform or the loss could come from, and the loss; a change of any calibrates again."""
     numbers = [
         vocabulary_size(find_head(inner)),
-        id(vars(inner).get("_loss_function")),
-        getattr(inner, "loss_type", None),
+        id(getattr(getattr(inner, "loss_function", None), "__func__", getattr(inner, "loss_function", None))),
     ]
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:
@@ -212,7 +218,7 @@ def _calibrate_transform(probe: Probe) -> Transform:
         x1, y1, _ = probe.run(_ladder, seed=0)
     vocab = y1.shape[-1]
     added1 = y1.reshape(-1, vocab)[-1]  # what comes out where the head puts out 0
-    masked = (y1 < _MASKED).flatten(0, -2).all(0)
+    masked = (y1 < MASKED).flatten(0, -2).all(0)
     scale, softcap = _solve(probe, x1, y1 - added1, masked)
     bias, ratio = _source(probe, marks, added1, masked, softcap)
     with probe.scalars_after_head() as scalars:

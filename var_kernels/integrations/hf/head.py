@@ -207,12 +207,15 @@ def head_results(
     wide: bool = False,
     spread: bool = False,
     low_rank: bool = False,
+    as_logits: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
 
     The placeholder is (B, T, 1) zeros, or with ``wide`` (B, T, V) on the meta device, which takes no memory. With
     ``spread`` fn knows a head whose vocabulary is spread over ranks, with ``low_rank`` one with a LoRA adapter;
     otherwise these are refused.
+
+    With ``as_logits`` the head returns what fn returns, and may be called several times.
 
     Pass them on through ``tied``: only then does their backward come after the hooks on the outputs of head and model.
     """
@@ -241,6 +244,8 @@ def head_results(
         def compute(hidden: Tensor, factors: LowRank | None) -> Tensor:
             with swapped(head, "_var_kernels_low_rank", factors):
                 output = fn(hidden)
+            if as_logits:
+                return output
             results.extend(output if isinstance(output, tuple) else (output,))
             # One result of each graph node is enough to make the node wait for the placeholder's gradient.
             nodes = {r.grad_fn: r for r in reversed(results) if r.grad_fn is not None}
@@ -325,23 +330,23 @@ def logits_of(output: Any) -> Tensor | None:
     return getattr(output, "logits", None)
 
 
-def placeholder(head: nn.Linear, hidden: Tensor, wide: bool, *results: Tensor) -> Tensor:
+def placeholder(head: nn.Linear, hidden: Tensor, wide: bool, *results: Tensor, value: float = 0.0) -> Tensor:
     """What a head returns in place of (B, T, V) logits; wide for a model that writes at single ids of them."""
     width, device = (vocabulary_size(head), torch.device("meta")) if wide else (1, hidden.device)
-    return Placeholder.apply((*hidden.shape[:-1], width), hidden.dtype, device, *results)
+    return Placeholder.apply((*hidden.shape[:-1], width), value, hidden.dtype, device, *results)
 
 
 class Placeholder(torch.autograd.Function):
-    """Zeros in place of logits. The results are their ancestors in the graph and get a gradient of zero from them."""
+    """One value in place of logits. The results are its ancestors in the graph and get a gradient of zero from it."""
 
     @staticmethod
-    def forward(ctx, shape, dtype, device, *results):
+    def forward(ctx, shape, value, dtype, device, *results):
         ctx.like = [(r.shape, r.dtype, r.device) for r in results]
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.full(shape, value, dtype=dtype, device=device)
 
     @staticmethod
     def backward(ctx, _grad):
-        return None, None, None, *_zeros(ctx.like)
+        return None, None, None, None, *_zeros(ctx.like)
 
 
 class _Tie(torch.autograd.Function):

@@ -3,27 +3,34 @@
 import functools
 import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
-from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss, fingerprint
+from var_kernels.integrations.hf.calibration import MASKED, calibrate, calibrate_loss, fingerprint
+from var_kernels.integrations.hf.fused_logits import Source, no_logits, open_logits
 from var_kernels.integrations.hf.head import (
     HeadParams,
     find_head,
     head_results,
     inner_model,
     logits_of,
+    placeholder,
     swapped,
     tied,
+    vocabulary_size,
 )
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
 from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
-from var_kernels.integrations.hf.probe import TrialFailedError
+from var_kernels.integrations.hf.probe import TrialFailedError, noise
 from var_kernels.ops import linear_weighted_nll, vocab_parallel_logprob
+
+_LIBRARIES = ("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels")
 
 
 class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(model): ...)
@@ -38,8 +45,11 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     vocabulary bias, without the labels that attention_mask hides where its loss leaves these out, plus its MoE
     auxiliary loss.
     With no label left it is a differentiable 0, also where num_items_in_batch is 0 (transformers gives NaN, with the
-    same gradients of 0). out.logits is None: they do not exist. Forward
+    same gradients of 0). out.logits has the shape of logits and no values: any use says where to find them. Forward
     passes without labels, ``generate`` among them, run as ever. Peak memory is that of ``linear_weighted_nll``.
+
+    A loss that is not transformers' own code (``model.loss_function = ...``, a loss in a forward of your own) runs as
+    it stands in every call, on logits whose values are computed where it reads them (``fused_logits``).
 
     ``fused_lm_head(model).apply()`` and ``.restore()`` do the same without a block. The model is called as the caller
     calls it (DDP, FSDP, PEFT ... around it); only the innermost model is patched. A copy of it, by ``copy.deepcopy``
@@ -49,8 +59,9 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         model: an HF causal LM, plain or wrapped.
         precision, workspace_mb: as in ``linear_weighted_nll``.
     Raises:
-        ValueError: on applying, where the model's head or loss is not understood; nothing is patched then. A model that
-            does not run on tokens alone (it wants a picture) is looked at when its first batch with labels comes.
+        ValueError: on applying, where the model's head is not understood; nothing is patched then. A model that does not
+            run on tokens alone (it wants a picture) is looked at when its first batch with labels comes. In a forward
+            pass, where a loss of your own reads logits in a way that needs them all.
         RuntimeError: the model's head is fused already.
     """
 
@@ -84,7 +95,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         try:
             self._calibrate(None)
         except TrialFailedError:
-            self._rule = None  # it wants more than tokens: the first batch with labels will show
+            self._calibrated_at = None  # it wants more than tokens: the first batch with labels will show
         self._plain_forward = self.inner.forward
         self._instance_forward = self.inner.__dict__.get("forward")
         self._signature = inspect.signature(self._plain_forward)
@@ -95,8 +106,16 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         return self
 
     def _calibrate(self, inputs: Mapping[str, Any] | None) -> None:
-        self._transform = calibrate(self.inner if inputs else self.model, inputs, encoder_decoder=True)
-        self._rule = calibrate_loss(self.inner if inputs else self.model, inputs, encoder_decoder=True)
+        model = self.inner if inputs else self.model
+        self._transform = calibrate(model, inputs, encoder_decoder=True)
+        self._rule = None
+        if _all_of_libraries(self.inner):
+            try:
+                self._rule = calibrate_loss(model, inputs, encoder_decoder=True)
+            except TrialFailedError:
+                raise
+            except ValueError:
+                pass  # no plain mean: it runs as it stands
         self._calibrated_at = fingerprint(self.inner)
 
     def restore(self) -> None:
@@ -123,8 +142,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         labels, shift_labels = named.get("labels"), named.get("shift_labels")
         if labels is None:
             return self._plain_forward(*args, **kwargs)
-        if self._rule is None or self._calibrated_at != fingerprint(self.inner):
+        if self._calibrated_at != fingerprint(self.inner):
             self._calibrate_on(named)
+        if self._rule is None:
+            return self._own_loss(*args, **kwargs)
         scored = _shown(labels, named.get("attention_mask")) if self._rule.masked else labels
         head = find_head(self.inner)
         rows: list[Tensor] = []  # the label of every row of hidden, once the head has run
@@ -161,7 +182,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 output = self._again(call, {**named, "labels": None})
                 counted = num_items if self._rule.counted else None
                 loss = self._loss(rows, results, num_items, None, logits_of(output), labels, None, counted)
-                return _without_logits(output, loss)
+                return _without_logits(output, self._transform.vocab, loss)
             losses = []
 
             def loss_function(logits, labels=None, *args, **kwargs):
@@ -177,7 +198,53 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 output = self._plain_forward(*args, **kwargs)
         if not losses:
             raise ValueError(f"{type(self.inner).__name__} computed no loss though it was given labels")
-        return _without_logits(output)
+        return _without_logits(output, self._transform.vocab)
+
+    def _own_loss(self, *args, **kwargs) -> Any:
+        """The model's forward as it stands, its loss read from logits that are computed where it reads them."""
+        inner, head, name = self.inner, find_head(self.inner), type(self.inner).__name__
+        sources: list[Source] = []
+
+        def logits(hidden: Tensor) -> Tensor:
+            source = Source(name, hidden, self._transform.params(head, inner), self._differs, self._options)
+            sources.append(source)
+            kind = hidden.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+            nothing = placeholder(head, hidden, False, hidden, value=math.nan)  # for code that torch does not show us
+            return open_logits(nothing, source, vocabulary_size(head), dtype)
+
+        options = {"spread": True, "low_rank": True, "as_logits": True}
+        try:
+            with head_results(inner, head, logits, **options):
+                return self._plain_forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "TorchScript" not in str(error):
+                raise
+            raise ValueError(
+                f"{name}: its own loss must be Python code where it reads logits, got TorchScript, which cannot read "
+                "logits that are not computed; leave torch.jit.script out, or leave fused_lm_head out for this model"
+            ) from error
+        finally:
+            for source in sources:
+                source.close()
+
+    def _differs(self, steps: tuple, device: torch.device) -> str | None:
+        """What is wrong where these elementwise steps after the head are not the model's own, in numbers."""
+        head = find_head(self.inner)
+        x = noise((4, vocabulary_size(head)), torch.Generator().manual_seed(0))
+        x = x.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        expected, made = self._transform.logits(x, self.inner), x
+        for step in steps:
+            made = step(made)
+        if made.shape != expected.shape:
+            return f"{made.shape[-1]} ids in place of {expected.shape[-1]}"
+        masked = (made < MASKED).all(0)
+        if masked.nonzero().flatten().tolist() != list(self._transform.masked):
+            return "other ids are masked"
+        worst = (made - expected)[:, ~masked].abs().amax().item()
+        if worst <= 1e-4 * (1.0 + expected[:, ~masked].abs().amax().item()):
+            return None
+        return f"they differ by up to {worst:.3g}, by a scale or an offset of its own"
 
     def _named(self, call: inspect.BoundArguments) -> dict[str, Any]:
         """The arguments of the call that have names, those among the model's ``**kwargs`` too."""
@@ -288,6 +355,26 @@ def _divisor(num_items: Tensor | float | None, labels: Tensor) -> Tensor | float
     return num_items
 
 
+def _all_of_libraries(inner: nn.Module) -> bool:
+    """Whether forward and loss are those of a library, which a trial shows whole: no code of the user's own."""
+    models = [module for module in inner.modules() if callable(getattr(module, "get_output_embeddings", None))]
+    return all(_of_a_library(m.forward) and _of_a_library(getattr(m, "loss_function", None)) for m in models)
+
+
+def _of_a_library(function: Any) -> bool:
+    """Whether all layers of a function that wrappers may have been put around are a library's code."""
+    while function is not None:
+        layer = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
+        names = getattr(layer, "__globals__", {})
+        home = names.get("__name__", type(layer).__module__)
+        called = [names[n] for n in getattr(layer, "__code__", _of_a_library.__code__).co_names if n in names]
+        homes = [home, *(c.__globals__["__name__"] for c in called if hasattr(c, "__globals__"))]
+        if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 class _PatchedForward:
     """Stands for the forward of the inner model. No function: deepcopy passes those on as they are, and the forward of
     a copied model would run the weights of the first."""
@@ -302,12 +389,16 @@ class _PatchedForward:
         return self.fused._forward(*args, **kwargs)
 
 
-def _without_logits(output: Any, loss: Tensor | None = None) -> Any:
-    """The output without the placeholder, so that nobody takes it for logits; with ``loss`` where one is given."""
+@_disable_dynamo
+def _without_logits(output: Any, vocab: int, loss: Tensor | None = None) -> Any:
+    """The output with logits that explain themselves in place of the placeholder, and ``loss`` where one is given."""
+    logits = logits_of(output)
+    if logits is not None:
+        logits = no_logits((*logits.shape[:-1], vocab), logits.dtype, logits.device)
     if isinstance(output, Mapping):
-        changed = {"logits": None} if loss is None else {"logits": None, "loss": loss}
+        changed = {"logits": logits} if loss is None else {"logits": logits, "loss": loss}
         return type(output)(**{**output, **changed})
     if loss is not None:
         output = (loss, *output)
     at = next(i for i, item in enumerate(output) if isinstance(item, Tensor) and item.dim() > 0)
-    return (*output[:at], None, *output[at + 1 :])
+    return (*output[:at], logits, *output[at + 1 :])

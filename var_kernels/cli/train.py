@@ -40,6 +40,7 @@ _RUN = {
     "dtype": (str, "float32", "of the weights: float32, bfloat16, float16 or auto"),
     "lora": (str, None, "train a LoRA adapter, e.g. r=16,alpha=32,dropout=0.05,targets=all-linear (or q_proj+v_proj)"),
     "resume": (bool, False, "continue from the last complete checkpoint in --output-dir"),
+    "dry_run": (bool, False, "report tokens, labels, rewards, steps and memory; nothing is trained or written"),
 }
 _CONFIG = {
     "output_dir": (str, None, "where checkpoints, metrics.jsonl, README.md and the model go"),
@@ -98,7 +99,7 @@ def take_unknown(args: argparse.Namespace, words: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings, config_values = _settings(args)
-    for name in ("dataset", "output_dir"):
+    for name in ("dataset",) if settings["dry_run"] else ("dataset", "output_dir"):
         if not (settings | config_values).get(name):
             raise ValueError(f"--{name.replace('_', '-')} is missing: {(_RUN | _CONFIG)[name][2]}")
     _check_model_options(settings)
@@ -118,15 +119,17 @@ def run(args: argparse.Namespace) -> int:
     output_dir = Path(config.output_dir)
     _check_evaluation(settings, config)
     _check_optimisation(config)
-    _check_writable(output_dir)
-    checkpoint = _checkpoint(output_dir, settings["resume"])
+    checkpoint = None
+    if not settings["dry_run"]:
+        _check_writable(output_dir)
+        checkpoint = _checkpoint(output_dir, settings["resume"])
     reward_func = _reward_function(settings, config)
     peft_config = _lora(settings["lora"]) if settings["lora"] else None
     need = "prompt" if config.online else "optional" if reward_func else METHODS[config.method].need_rewards
     load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"]}
     examples, skipped = load_examples(settings["dataset"], split=settings["split"], subset=settings["subset"], **load)
     _report_skipped(skipped, len(examples))
-    eval_examples = None
+    malformed, eval_examples = len(skipped), None
     if name := settings["eval_dataset"]:
         where = {} if is_local(name) else {"split": "test", "subset": settings["subset"]}
         if settings["eval_split"]:
@@ -138,6 +141,13 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = _model_and_tokenizer(settings, config, examples, checkpoint)
     set_seed(config.seed)
     options = {"reward_func": reward_func, "peft_config": peft_config}
+    if settings["dry_run"]:
+        from var_kernels.integrations.trainer.preview import preview
+
+        report = preview(model, config, examples, tokenizer, malformed=malformed, **options)
+        if config.process_index == 0:
+            print(report)
+        return 0
     try:
         trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, **options)
     except RuntimeError as error:

@@ -1,5 +1,7 @@
 """Heads and losses that are not understood are refused before anything runs, with class, reason and remedy."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -81,12 +83,125 @@ def test_head_that_is_no_linear(head):
     assert_refused(with_head(head), "LlamaForCausalLM", "nn.Linear", type(head).__name__)
 
 
-def test_quantised_head_with_a_forward_of_its_own():
-    class Linear8bit(nn.Linear):
-        def forward(self, x):
-            return super().forward(x)
+class Rounds(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.bfloat16().float())
 
-    assert_refused(with_head(Linear8bit(32, VOCAB)), "Linear8bit", "quantised", "modules_to_not_convert")
+
+class Drops(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.1, self.training))
+
+
+class Normalises(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x, dim=-1), nn.functional.normalize(self.weight, dim=-1))
+
+
+class Clips(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-20, 20))
+
+
+class Adds(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1e-3
+
+
+OTHER_HEADS = [Rounds, Drops, Normalises, Clips, Adds]
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS, ids=lambda head: head.__name__)
+def test_head_whose_class_computes_something_else(head):
+    assert_refused(
+        with_head(head(32, VOCAB, bias=False)),
+        "LlamaForCausalLM",
+        f": {head.forward.__qualname__}, in train",
+        "W h + b",
+        "logits",
+    )
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS, ids=lambda head: head.__name__)
+def test_head_whose_forward_was_replaced(head):
+    model = build(LLAMA)
+    class_of = type(model.lm_head)
+    model.lm_head.__class__ = head  # for super()
+    model.lm_head.forward = types.MethodType(head.forward, model.lm_head)
+    assert issubclass(head, class_of)
+    with pytest.raises(ValueError, match=rf"must compute W h \+ b.*{head.__name__}\.forward"):
+        fused_lm_head(model).apply()
+
+
+def test_head_whose_forward_is_replaced_while_it_is_fused():
+    model = build(LLAMA)
+    with fused_lm_head(model):
+        assert model(**batch()).loss > 0
+        model.lm_head.forward = lambda x: 2 * nn.functional.linear(x, model.lm_head.weight)
+        for use in (lambda: model(**batch()), lambda: token_logprobs(model, batch())):
+            with pytest.raises(ValueError, match=r"must compute W h \+ b, got a Linear"):
+                use()
+        del model.lm_head.forward
+        assert model(**batch()).loss > 0
+
+
+def test_head_under_an_adapter_whose_forward_was_replaced():
+    peft = pytest.importorskip("peft")
+    for part in ("", "base_layer", "lora_B.default"):
+        config = peft.LoraConfig(target_modules=["lm_head"], r=4, init_lora_weights=False)
+        model = peft.get_peft_model(build(LLAMA), config).eval()
+        module = model.get_output_embeddings().get_submodule(part)
+        plain = module.forward
+        module.forward = lambda x, plain=plain: 2 * plain(x)
+        with pytest.raises(ValueError, match=r"must compute W h \+ b"):
+            token_logprobs(model, batch())
+
+
+def in_fp32(self, x):
+    return nn.functional.linear(x.float(), self.weight.float()).to(x.dtype)
+
+
+class Logged(nn.Linear):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["in fp32", "a subclass", "weight_norm", "parametrized", "hooked"])
+def test_heads_that_are_a_product_all_the_same(kind):
+    model = build(LLAMA)
+    head = model.lm_head
+    if kind == "in fp32":
+        head.forward = types.MethodType(in_fp32, head)
+    elif kind == "a subclass":
+        model.lm_head = Logged(32, VOCAB, bias=False)
+    elif kind == "weight_norm":
+        torch.nn.utils.parametrizations.weight_norm(head)
+    elif kind == "parametrized":
+        torch.nn.utils.parametrize.register_parametrization(head, "weight", Halved())
+    else:
+        head.register_forward_pre_hook(lambda _module, args: (nn.functional.normalize(args[0], dim=-1),))
+        head.register_forward_hook(lambda _module, _args, output: 3 * output)
+    own, expected, loss, got = own_and_fused(model, model, batch())
+    assert loss == pytest.approx(own, rel=2**-17)
+    assert_close(got, expected)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_a_hook_on_the_head_that_comes_while_it_is_fused():
+    model = build(LLAMA)
+    with fused_lm_head(model):
+        plain = model(**batch()).loss.item()
+        handle = model.lm_head.register_forward_hook(lambda _module, _args, output: 3 * output)
+        hooked = model(**batch()).loss.item()
+        handle.remove()
+        assert model(**batch()).loss.item() == plain
+    model.lm_head.register_forward_hook(lambda _module, _args, output: 3 * output)
+    assert hooked == pytest.approx(model(**batch()).loss.item(), rel=2**-17) != pytest.approx(plain, rel=1e-3)
 
 
 def test_head_with_a_packed_weight():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.parallel import is_dtensor
+from var_kernels.integrations.hf.quantised import own_forward
 
 _REMEDY = (
     "Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or "
@@ -67,6 +68,14 @@ def check_adapter(head: nn.Module, name: str) -> None:
         raise ValueError(f"{name}: the lm_head carries a PEFT adapter ({kind}) that is no plain LoRA. {_REMEDY}")
     variants = getattr(head, "lora_variant", {})
     for adapter in _active(head):
+        right = getattr(head.lora_B[adapter], "_fsdp_wrapped_module", head.lora_B[adapter])
+        replaced = [m for m in (head, right) if own_forward(m) not in (None, type(m).forward)]
+        if replaced and "_var_kernels_busy" not in vars(head):
+            raise ValueError(
+                f"{name}: the LoRA adapter {adapter!r} of its lm_head must compute W h + b + B A h, got a "
+                f"{type(replaced[0]).__name__} whose forward was replaced ({own_forward(replaced[0]).__qualname__}). "
+                f"{_REMEDY}"
+            )
         if adapter in variants or getattr(head, "use_dora", {}).get(adapter, False):
             variant = type(variants[adapter]).__name__ if adapter in variants else "DoRA"
             raise ValueError(

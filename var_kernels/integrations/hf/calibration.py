@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from var_kernels.integrations.hf.adapters import is_adapter
 from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model, vocabulary_size
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
-from var_kernels.integrations.hf.model_inputs import is_encoder_decoder
+from var_kernels.integrations.hf.model_inputs import is_encoder_decoder, of_a_library
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, vector
 from var_kernels.integrations.hf.quantised import dense_weight
@@ -192,12 +192,15 @@ def fingerprint(inner: nn.Module) -> tuple:
         vocabulary_size(find_head(inner)),
         id(getattr(getattr(inner, "loss_function", None), "__func__", getattr(inner, "loss_function", None))),
     ]
+    for module in (inner, find_head(inner)):
+        numbers += [key for key, hook in module._forward_hooks.items() if not of_a_library(hook)]
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:
         numbers += [
             (name, value)
             for name, value in vars(config).items()
             if name not in _BOOKKEEPING
+            and not (name.startswith("output_") and isinstance(value, bool))  # attentions, router logits ...
             and not name.endswith("_token_id")  # Trainer sets them to the tokenizer's
             and (isinstance(value, (int, float)) or value is None)
         ]

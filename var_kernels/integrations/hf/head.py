@@ -26,13 +26,17 @@ from var_kernels.integrations.hf.adapters import (
     unwrapped,
 )
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
-from var_kernels.integrations.hf.quantised import computes_a_product, is_packed
+from var_kernels.integrations.hf.quantised import computes_a_product, is_packed, own_forward
 
 _ABSENT = object()
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
 _DEQUANTISE = (
     "Keep the head in floating point (modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or "
     "dequantise it"
+)
+_REPLACED = (
+    ": {}, in train or eval mode. Change the hidden states before the head or the logits after "
+    "it in the model's forward (a scale, a softcap, a bias), or use the model's own loss"
 )
 
 
@@ -123,15 +127,17 @@ def _check_linear(head: nn.Module, name: str) -> None:
         if hasattr(head, "in_features") or hasattr(head, "infeatures"):  # torch.ao, HQQ, AWQ; GPTQ
             kind, remedy = f"{type(head).__module__}.{kind}", _DEQUANTISE
         raise ValueError(f"{name}: expected its output embedding to be one nn.Linear, got {kind}. {remedy}")
-    weight = head.weight
-    # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward; quantised layers have their own.
-    own_forward = type(head).forward is not nn.Linear.forward
-    own_forward &= getattr(head, "out_additional_features", None) != 0  # Idefics: two weights, of which one is none
-    packed = is_packed(weight)
-    if (packed or own_forward) and not (packed and computes_a_product(head)):
+    if "_var_kernels_busy" in vars(head):
+        return  # its forward is ours now; it was looked at before
+    packed = is_packed(head.weight)
+    # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward.
+    replaced = own_forward(head) is not None
+    replaced &= getattr(head, "out_additional_features", None) != 0  # Idefics: two weights, of which one is none
+    if (packed or replaced) and not computes_a_product(head):
+        why = _REPLACED.format(getattr(own_forward(head), "__qualname__", own_forward(head)))
         raise ValueError(
-            f"{name}: its lm_head is a {type(head).__name__} with a {type(weight).__name__} of {weight.dtype} as "
-            f"weight, which does not compute a plain W h + b (a quantised head?). {_DEQUANTISE}"
+            f"{name}: its lm_head must compute W h + b, got a {type(head).__name__} of {head.weight.dtype} whose "
+            f"forward computes something else{f' (a quantised head?). {_DEQUANTISE}' if packed else why}"
         )
 
 

@@ -26,11 +26,9 @@ from var_kernels.integrations.hf.head import (
     vocabulary_size,
 )
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
-from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
+from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder, of_a_library
 from var_kernels.integrations.hf.probe import TrialFailedError, noise
 from var_kernels.ops import linear_weighted_nll, vocab_parallel_logprob
-
-_LIBRARIES = ("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels")
 
 
 class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(model): ...)
@@ -59,9 +57,9 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         model: an HF causal LM, plain or wrapped.
         precision, workspace_mb: as in ``linear_weighted_nll``.
     Raises:
-        ValueError: on applying, where the model's head is not understood; nothing is patched then. A model that does not
-            run on tokens alone (it wants a picture) is looked at when its first batch with labels comes. In a forward
-            pass, where a loss of your own reads logits in a way that needs them all.
+        ValueError: on applying, where the model's head is not understood; nothing is patched then. A model that needs
+            more than tokens (a picture) is looked at when its first batch with labels comes. In a forward pass, where
+            a loss of your own reads logits in a way that needs them all.
         RuntimeError: the model's head is fused already.
     """
 
@@ -358,21 +356,7 @@ def _divisor(num_items: Tensor | float | None, labels: Tensor) -> Tensor | float
 def _all_of_libraries(inner: nn.Module) -> bool:
     """Whether forward and loss are those of a library, which a trial shows whole: no code of the user's own."""
     models = [module for module in inner.modules() if callable(getattr(module, "get_output_embeddings", None))]
-    return all(_of_a_library(m.forward) and _of_a_library(getattr(m, "loss_function", None)) for m in models)
-
-
-def _of_a_library(function: Any) -> bool:
-    """Whether all layers of a function that wrappers may have been put around are a library's code."""
-    while function is not None:
-        layer = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
-        names = getattr(layer, "__globals__", {})
-        home = names.get("__name__", type(layer).__module__)
-        called = [names[n] for n in getattr(layer, "__code__", _of_a_library.__code__).co_names if n in names]
-        homes = [home, *(c.__globals__["__name__"] for c in called if hasattr(c, "__globals__"))]
-        if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
+    return all(of_a_library(m.forward) and of_a_library(getattr(m, "loss_function", None)) for m in models)
 
 
 class _PatchedForward:

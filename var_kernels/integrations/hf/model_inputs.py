@@ -1,10 +1,14 @@
-"""What a model's forward takes: the names of its arguments, a decoder's inputs, the device of its ids."""
+"""What a model's forward takes: its arguments' names, a decoder's inputs, the ids' device. Whose code it is."""
 
+import functools
 import inspect
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LIBRARIES = ("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels")
 
 
 def known_arguments(inner: nn.Module) -> set[str]:
@@ -59,3 +63,17 @@ def input_device(inner: nn.Module) -> torch.device:
         return torch.device(hook.execution_device)
     parameter = next((embeddings or inner).parameters(), None)
     return inner.device if parameter is None else parameter.device
+
+
+def of_a_library(function: Any) -> bool:
+    """Whether all layers of a function that wrappers may have been put around are a library's code."""
+    while function is not None:
+        layer = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
+        names = getattr(layer, "__globals__", {})
+        home = names.get("__name__", type(layer).__module__)
+        called = [names[n] for n in getattr(layer, "__code__", of_a_library.__code__).co_names if n in names]
+        homes = [home, *(c.__globals__["__name__"] for c in called if hasattr(c, "__globals__"))]
+        if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True

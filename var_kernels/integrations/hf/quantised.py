@@ -2,9 +2,10 @@
 
 It is dequantised whole, inside the head's forward, for the time of the loss: V x D in the model's dtype. Layers that
 also round their input (8-bit activations) compute something else than W h and are refused: each head is compared once
-with its dequantised weight.
+with its dequantised weight. So is a head in floating point whose forward someone replaced.
 """
 
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from var_kernels.integrations.hf.parallel import is_dtensor
 
 _PROBES = 4
-# Module -> (its weight then, how far it is from W h)
+# Module -> (its weight and forward then, how far it is from W h)
 _errors: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -44,13 +45,23 @@ def _dequantised_4bit(codes: Tensor, state) -> Tensor:
     return functional.dequantize_4bit(codes, state)
 
 
+def own_forward(head: nn.Module) -> Callable | None:
+    """The function that replaces nn.Linear's forward, in the class or on the instance; None where none does."""
+    hooked = hasattr(head, "_hf_hook") and hasattr(head, "_old_forward")  # accelerate's, which calls the old one
+    forward = head._old_forward if hooked else vars(head).get("forward", type(head).forward)
+    forward = getattr(forward, "__func__", forward)
+    return None if forward is nn.Linear.forward else forward
+
+
 @torch.no_grad()
 def computes_a_product(head: nn.Module) -> bool:
-    """Whether the head's output is W h + b with the dequantised W, to the rounding of its dtype; looked at once."""
-    seen = _errors.get(head)
-    if seen is None or seen[0] != id(head.weight):
+    """Whether the head's output is W h + b with the dequantised W, to the rounding of its dtype; looked at once for
+    each weight and forward, in train and eval mode."""
+    key, seen = (id(head.weight), own_forward(head)), _errors.get(head)
+    if seen is None or seen[0] != key:
         dense = dense_weight(head)
-        _errors[head] = (id(head.weight), float("inf") if dense is None else _distance(head, dense))
+        computable = dense is not None and dense.device.type != "meta" and not is_dtensor(dense)
+        _errors[head] = (key, _distance(head, dense) if computable else float("inf"))
     return _errors[head][1] <= 1.0
 
 
@@ -58,9 +69,23 @@ def _distance(head: nn.Module, dense: Tensor) -> float:
     """rms of the difference over what rounding of the operands to their dtype explains."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(_PROBES, dense.shape[1], generator=generator, device="cpu").to(dense.device, dense.dtype)
-    hidden.requires_grad_()  # bitsandbytes packs its weight anew where nobody wants gradients
     bias = 0.0 if head.bias is None else head.bias.double()
-    truth = hidden.double() @ dense.double().t() + bias
-    error = type(head).forward(head, hidden).double() - truth
-    allowed = max(1e-4, 0.5 * torch.finfo(dense.dtype).eps)
-    return (error.square().mean().sqrt() / truth.square().mean().sqrt() / allowed).item()
+    forward = getattr(head, "_old_forward", head.forward)
+    training, distances = head.training, []
+    # A head that normalises or bends is a product at one size of its input at most.
+    scales = (1.0,) if is_packed(head.weight) else (1.0, 1e-2, 1e2)
+    with torch.random.fork_rng(devices=[] if dense.device.type != "cuda" else [dense.device]):
+        for mode in (False, True):
+            head.training = mode
+            for scale in scales:
+                # bitsandbytes packs its weight anew where nobody wants gradients
+                given = (scale * hidden).requires_grad_()
+                truth = given.double() @ dense.double().t() + bias
+                try:
+                    error = forward(given).double() - truth
+                except Exception:
+                    error = torch.full_like(truth, float("inf"))
+                allowed = max(1e-4, 0.5 * torch.finfo(dense.dtype).eps)
+                distances.append((error.square().mean().sqrt() / truth.square().mean().sqrt() / allowed).item())
+    head.training = training
+    return max(distances)

@@ -154,6 +154,44 @@ COMMAND_LINES = {
         {"m.jsonl": '{"prompt": "p", "chosen": "a", "rejected": "b"}'},
         "m.jsonl:1: chosen_reward and rejected_reward missing: this method needs rewards",
     ),
+    "pairs without rewards": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": '{"prompt": "p", "chosen": "a", "rejected": "b"}'},
+        "its keys are ['chosen', 'prompt', 'rejected']; pairs without rewards are for method 'dpo' (--method dpo)",
+    ),
+    "other columns": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": '{"question": "p", "answer": "a", "score": 1}\n' * 3},
+        "m.jsonl:1: prompt missing among its keys ['answer', 'question', 'score']: expected prompt + completion +",
+    ),
+    "one column of another name": (
+        {"dataset": "m.jsonl"},
+        {"m.jsonl": '{"prompt": "p", "answer": "a", "reward": 1}'},
+        "no completion among its keys ['answer', 'prompt', 'reward']: expected",
+    ),
+    "a column that is not there": (
+        {"dataset": "m.jsonl", "columns": "prompt=query"},
+        {"m.jsonl": '{"question": "p", "completion": "a", "reward": 1}'},
+        "m.jsonl:1: columns: there is no 'query' among its keys ['completion', 'question', 'reward']",
+    ),
+    "columns that are no pairs": ({"columns": "prompt"}, {}, "columns: expected WANTED=NAME,WANTED=NAME, got 'prompt'"),
+    "a column twice": ({"columns": "prompt=a,prompt=b"}, {}, "columns: expected WANTED=NAME,WANTED=NAME"),
+    "a normalizer that is nearly one": (
+        {"normalizer": "groups"},
+        {},
+        "normalizer must be one of 'batch', 'batch_mean', 'group', 'self_normalised', got 'groups'",
+    ),
+    "a reference term that self_normalised has not": (
+        {"reference": "mean"},
+        {},
+        "reference must be 'none' for normalizer='self_normalised', got 'mean'; drop it, or take normalizer='group'",
+    ),
+    "VAR's option for another method": ({"method": "dpo", "lam": "1"}, {}, "--lam is no option of method 'dpo'"),
+    "rewards without effect": (
+        {"dataset": "m.jsonl", "normalizer": "group"},
+        {"m.jsonl": "".join(f'{{"prompt": "p{i}", "completion": "a", "reward": {i}}}\n' for i in range(3))},
+        "train: train_dataset: rewards would have no effect: 3 of 3 prompts have a single completion, and method 'var'",
+    ),
     "DPO without a difference": (
         {"dataset": "m.jsonl", "method": "dpo"},
         {"m.jsonl": '{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 1]}'},

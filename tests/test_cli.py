@@ -189,6 +189,85 @@ def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
     assert [entry["ess"] for entry in resumed] == [entry["ess"] for entry in straight]
 
 
+TIED = """
+import sys
+from var_kernels.integrations import scratch
+make = scratch.make_model
+def tied(*args, **options):
+    model = make(*args, **options)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return model
+scratch.make_model = tied
+from var_kernels.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_without_a_terminal_speaks_into_its_log(tmp_path, dataset):
+    """What it is about to do, each line with the name; resumed, no word of weights that are tied."""
+    options = words(tmp_path, dataset, save_steps=2, disable_tqdm=False)
+    options.remove("False")
+    options.remove("--disable-tqdm")
+    made = subprocess.run([sys.executable, "-c", TIED, *options], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "[var-kernels] scoring 24 rows (" in made.stderr
+    assert "[var-kernels] method var: 8 prompts, 24 completions, 8 items; " in made.stderr
+    assert "parameters; 4 steps of 4 items\n" in made.stderr
+    for newest in (tmp_path / "run" / "checkpoint-4").glob("trainer_state.json"):
+        newest.write_text("{")
+    resumed = subprocess.run(
+        [sys.executable, "-c", TIED, *options, "--resume"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "4 steps of 4 items, from step 2 on\n" in resumed.stderr
+    assert "missing keys" not in resumed.stderr
+
+
+def test_short_names_of_options(tmp_path, dataset, monkeypatch):
+    """On the command line and in YAML, where the flag wins."""
+    seen = []
+    monkeypatch.setattr(train, "_check_optimisation", lambda config: seen.append(config) or sys.exit(0))
+    (tmp_path / "c.yaml").write_text("lr: 0.5\nbatch-size: 3\n")
+    short = ["--config", str(tmp_path / "c.yaml"), "--lr", "0.25", "--epochs", "2", "--grad-accum", "5"]
+    base = [
+        "train",
+        "--from-scratch",
+        SCRATCH,
+        "--dataset",
+        str(dataset),
+        "--output-dir",
+        str(tmp_path / "o"),
+        "--use-cpu",
+    ]
+    with pytest.raises(SystemExit):
+        main([*base, *short])
+    (config,) = seen
+    assert (config.learning_rate, config.num_train_epochs, config.gradient_accumulation_steps) == (0.25, 2.0, 5)
+    assert config.per_device_train_batch_size == 3
+
+
+def test_help_shows_the_options_of_the_default_method(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for text in ("--lam", "--normalizer", "{self_normalised,group,batch,batch_mean}", "--reference", "{none,mean,sum}"):
+        assert text in shown
+    assert "--lr, --batch-" in shown
+
+
+def test_columns_of_other_names(tmp_path, dataset):
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    names = {"prompt": "question", "completions": "answers", "rewards": "scores"}
+    renamed = [{names.get(key, key): value for key, value in row.items()} for row in rows]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    columns = ",".join(f"{wanted}={name}" for wanted, name in names.items())
+    assert main(words(tmp_path, dataset)) == 0
+    assert main(words(tmp_path, other, output="other", columns=columns)) == 0
+    assert [entry["loss"] for entry in metrics(tmp_path)] == [entry["loss"] for entry in metrics(tmp_path, "other")]
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, dataset, monkeypatch, capsys):
     from var_kernels.integrations.trainer import VARTrainer
 

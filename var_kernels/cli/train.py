@@ -1,7 +1,9 @@
 """``var-kernels train``: a model and a data set in, an aligned model out."""
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -36,6 +38,7 @@ _RUN = {
         "sequence classifier with one label, or what ava_p or bradley_terry saved, for --reward",
     ),
     "reward_model_chat": (bool, False, "wrap plain text in messages for --reward-model"),
+    "columns": (str, None, "names in the data for the columns wanted, e.g. prompt=question,completion=answer"),
     "skip_malformed": (bool, False, "leave out malformed rows (and say how many) in place of stopping"),
     "dtype": (str, "float32", "of the weights: float32, bfloat16, float16 or auto"),
     "lora": (str, None, "train a LoRA adapter, e.g. r=16,alpha=32,dropout=0.05,targets=all-linear (or q_proj+v_proj)"),
@@ -56,6 +59,24 @@ _CONFIG = {
     "save_steps": (float, 500, "steps between two checkpoints"),
     "seed": (int, 42, "of the data order, and of a model from scratch"),
     "report_to": (str, None, "tracker(s) that transformers knows: tensorboard, wandb, ..."),
+}
+# Options of the default method; the other methods' are in `var-kernels methods NAME`.
+_VAR = {
+    "lam": ("FLOAT", "in reward units: small follows the reward, large stays with the reference (default 1.0)"),
+    "normalizer": (
+        "{self_normalised,group,batch,batch_mean}",
+        "what VAR compares rewards within: a prompt's completions (self_normalised, group), or the step's (default "
+        "self_normalised)",
+    ),
+    "reference": ("{none,mean,sum}", "reference term in VAR's weights, per token or summed (default none)"),
+}
+# As other trainers and newcomers spell them.
+_ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
 }
 _ONLINE = {
     "online": (bool, False, "draw completions from the policy at every iteration; the data give prompts"),
@@ -86,9 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 section.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
             else:
                 section.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=shown)
+    section = parser.add_argument_group("VAR (other methods' options: `var-kernels methods NAME`)")
+    for name, (metavar, text) in _VAR.items():  # as text: the method's settings check it, and that it is theirs
+        section.add_argument(f"--{name}", nargs="?", const=True, default=None, metavar=metavar, help=text)
     parser.epilog = (
-        "The method's own options (--lam, --beta, ...: `var-kernels methods NAME`) and every other field of "
-        "transformers.TrainingArguments (--bf16, ...) are options too."
+        "Other methods' options (--beta, ...) and every other field of transformers.TrainingArguments (--bf16, ...) "
+        "are options too; --lr, --batch-size and --epochs stand for --learning-rate, --per-device-train-batch-size and "
+        "--num-train-epochs."
     )
     parser.set_defaults(extra={}, parser=parser)
 
@@ -98,6 +123,28 @@ def take_unknown(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with _logged_to_stderr():
+        return _run(args)
+
+
+@contextlib.contextmanager
+def _logged_to_stderr():
+    """What the library logs, each line with its name before it: of the first process all, of others the warnings."""
+    handler, log = logging.StreamHandler(), logging.getLogger("var_kernels")
+    handler.setFormatter(logging.Formatter("[var-kernels] %(message)s"))
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    log.addHandler(handler)
+    log.propagate = bool(logging.getLogger().handlers) and propagate
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def _run(args: argparse.Namespace) -> int:
     settings, config_values = _settings(args)
     for name in ("dataset",) if settings["dry_run"] else ("dataset", "output_dir"):
         if not (settings | config_values).get(name):
@@ -127,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
     peft_config = _lora(settings["lora"]) if settings["lora"] else None
     need = "prompt" if config.online else "optional" if reward_func else METHODS[config.method].need_rewards
     load = {"need_rewards": need, "skip_malformed": settings["skip_malformed"]}
+    load["columns"] = _columns(settings["columns"])
     examples, skipped = load_examples(settings["dataset"], split=settings["split"], subset=settings["subset"], **load)
     _report_skipped(skipped, len(examples))
     malformed, eval_examples = len(skipped), None
@@ -257,6 +305,15 @@ def _reward_function(settings: dict, config):
     return None
 
 
+def _columns(text: str | None) -> dict[str, str]:
+    """ "prompt=question,completion=answer": the columns wanted, and their names in the data."""
+    pairs = [part.partition("=") for part in filter(None, (text or "").split(","))]
+    columns = {wanted.strip(): name.strip() for wanted, _, name in pairs}
+    if not all(equals and wanted and name for wanted, equals, name in pairs) or len(columns) < len(pairs):
+        raise ValueError(f"columns: expected WANTED=NAME,WANTED=NAME, got {text!r}")
+    return columns
+
+
 def _report_skipped(skipped: list, kept: int) -> None:
     for problem in skipped[:10]:
         print(f"skipped {problem}", file=sys.stderr)
@@ -266,10 +323,10 @@ def _report_skipped(skipped: list, kept: int) -> None:
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     """(options of the run, options of the method's configuration): YAML first, flags over it, all checked."""
-    known = (*_RUN, *_CONFIG, *_ONLINE)
+    known = (*_RUN, *_CONFIG, *_ONLINE, *_VAR)
     given = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    options = read_yaml(args.config) if args.config else {}
-    options = _of_variant(options | given | args.extra)
+    options = _without_aliases(read_yaml(args.config)) if args.config else {}
+    options = _of_variant(options | given | _without_aliases(args.extra))
     run_options = {name: default for name, (_, default, _) in _RUN.items()}
     config_options, rest = {}, {}
     for name, value in options.items():
@@ -282,6 +339,10 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     if rest:
         config_options |= _config_fields(rest, run_options["method"], option_names(args.parser))
     return run_options, config_options
+
+
+def _without_aliases(options: dict) -> dict:
+    return {_ALIASES.get(name, name): value for name, value in options.items()}
 
 
 def _of_variant(options: dict) -> dict:

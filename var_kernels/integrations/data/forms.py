@@ -121,10 +121,17 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
     elif need_rewards == "prompt":
         completions, rewards = [], None
     else:
-        raise _BadRowError(f"no completion among its keys {sorted(map(str, row))}: expected {' | '.join(FORMS)}")
+        raise _BadRowError(
+            f"no completion among its keys {sorted(map(str, row))}: expected {' | '.join(FORMS)}; --columns "
+            "completion=NAME (columns={'completion': NAME}) takes another name"
+        )
     if rewards is None and (need_rewards == "required" or (need_rewards == "unless_pair" and not is_pair)):
         name = "chosen_reward and rejected_reward" if is_pair else "rewards" if "completions" in present else "reward"
-        raise _BadRowError(f"{name} missing: this method needs rewards, in the data or from a reward function")
+        remedy = "; pairs without rewards are for method 'dpo' (--method dpo) and its kin" if is_pair else ""
+        raise _BadRowError(
+            f"{name} missing: this method needs rewards, in the data or from a reward function, and its keys are "
+            f"{sorted(map(str, row))}{remedy}"
+        )
     count = max(1, len(completions))
     return Example(
         prompt, completions, rewards, [where] * count, is_pair, tools, template_kwargs or None, [columns] * count
@@ -217,9 +224,17 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} {value!r:.60}"
 
 
+def _missing(row: dict, key: str) -> _BadRowError:
+    keys = sorted(map(str, row))
+    return _BadRowError(
+        f"{key} missing among its keys {keys}: expected {' | '.join(FORMS)}; --columns {key}=NAME (columns={{{key!r}: "
+        "NAME}) takes another name"
+    )
+
+
 def _list(row: dict, key: str) -> list:
     if key not in row:
-        raise _BadRowError(f"{key} missing")
+        raise _missing(row, key)
     value = row[key].tolist() if hasattr(row[key], "tolist") else row[key]  # an array of numpy or torch
     if not isinstance(value, list | tuple):
         raise _BadRowError(f"{key} must be a list, got {_kind(row[key])}")
@@ -228,7 +243,7 @@ def _list(row: dict, key: str) -> list:
 
 def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = None) -> Text:
     if key not in row:
-        raise _BadRowError(f"{key} missing")
+        raise _missing(row, key)
     value, name = (row[key], key) if item is None else (row[key][item], f"{key}[{item}]")
     value = list(value) if isinstance(value, tuple) else value
     if isinstance(value, str):

@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from var_kernels.integrations import install_command
@@ -19,6 +19,7 @@ def load_examples(
     subset: str | None = None,
     need_rewards: RewardNeed = "optional",
     skip_malformed: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Read and check a whole data set.
 
@@ -28,6 +29,7 @@ def load_examples(
         need_rewards: "required", "unless_pair" (a pair is ordered without them), "optional", or "prompt" (a prompt
             alone will do).
         skip_malformed: leave out malformed rows and return them as problems, where the default raises.
+        columns: columns wanted -> their names in the data, {"prompt": "question"}.
 
     Returns:
         The examples in file order, and the problems of the rows left out.
@@ -38,6 +40,7 @@ def load_examples(
     """
     examples, problems = [], []
     for where, row in _rows(str(dataset), split, subset):
+        row = renamed(row, columns or {}, where)
         parsed = row if isinstance(row, Problem) else parse_row(row, where, need_rewards)
         (problems if isinstance(parsed, Problem) else examples).append(parsed)
     if problems and not skip_malformed:
@@ -45,6 +48,16 @@ def load_examples(
     if not examples:
         raise DataError(problems or [Problem(str(dataset), "holds no rows")], remedy="no usable row in the data")
     return examples, problems
+
+
+def renamed(row: object, columns: Mapping[str, str], where: str) -> object:
+    """The row under the names wanted; a name that it has not is a problem."""
+    if not columns or not isinstance(row, Mapping):
+        return row
+    if absent := [name for name in columns.values() if name not in row]:
+        return Problem(where, f"columns: there is no {absent[0]!r} among its keys {sorted(map(str, row))}")
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return kept | {wanted: row[name] for wanted, name in columns.items()}
 
 
 def is_local(dataset: str) -> bool:

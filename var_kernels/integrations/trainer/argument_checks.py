@@ -78,7 +78,9 @@ def parsed_examples(rows, name: str, need_rewards: str) -> list[Example]:
             lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
             parsed += [
                 Problem(
-                    ex.where[0], "rewards missing: this method needs rewards, in the data or from a reward function"
+                    ex.where[0],
+                    "rewards missing: this method needs rewards, in the data or from a reward function"
+                    + ("; pairs without rewards are for method 'dpo' and its kin" if ex.is_pair else ""),
                 )
                 for ex in lacking
             ]

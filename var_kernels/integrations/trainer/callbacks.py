@@ -1,12 +1,16 @@
 """Callbacks: the metrics file, and the reference that follows the policy."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
+from var_kernels.integrations.trainer.progress import ProgressLines
+
+logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -48,6 +52,41 @@ def complete_lines(path: Path) -> list[str]:
             continue
         lines.append(line)
     return lines
+
+
+class StepLines(TrainerCallback):
+    """A line on the run before its first step, and, without progress bars, on its steps every so often."""
+
+    def __init__(self, trainer):
+        self.trainer, self._lines = trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or state.global_step >= state.max_steps:
+            return
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        logger.info("%s; %d steps of %d items%s", summary(self.trainer), state.max_steps, per_step,
+                    f", from step {state.global_step} on" if state.global_step else "")  # fmt: skip
+        if args.disable_tqdm:
+            self._lines = ProgressLines("training", state.max_steps, "step", state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._lines is not None:
+            self._lines.advance(1)
+
+
+def summary(trainer) -> str:
+    """The method, the data and the model of a run, in a line."""
+    parameters = {id(p): p for p in trainer.model.parameters()}.values()
+    count, learning = (
+        sum(p.numel() for p in group) for group in (parameters, [p for p in parameters if p.requires_grad])
+    )
+    if trainer.online is not None:
+        data = f"{len(trainer.online.prompts)} prompts to draw for"
+    else:
+        rows = trainer.train_dataset.rows
+        data = f"{len(rows.groups)} prompts, {len(rows)} completions, {len(trainer.train_dataset)} items"
+    share = "" if learning == count else f", {learning:,} of them learn"
+    return f"method {trainer.args.method}: {data}; {count:,} parameters{share}"
 
 
 class SyncReference(TrainerCallback):

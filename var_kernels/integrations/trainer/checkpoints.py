@@ -45,6 +45,13 @@ class Checkpoints:
             moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
             self.ref_model.load_state_dict(moved.state_dict())
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Without the second names of tied weights among the missing: a checkpoint holds them once."""
+        tensors = self.model.state_dict(keep_vars=True)
+        found = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(tensors.get(name)) not in found]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def create_model_card(self, *args, **kwargs) -> None:
         """README.md in output_dir: what was trained on what, the settings, the last metrics."""
         if self.is_world_process_zero():

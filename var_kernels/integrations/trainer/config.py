@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 from var_kernels.integrations.trainer.methods import METHODS, Method, find_method
 from var_kernels.integrations.trainer.online.settings import OnlineSettings, resolve
 from var_kernels.losses import VARIANTS
-from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE, check_options
+from var_kernels.losses.checks import check_choice
+from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE, NORMALIZERS, check_options
 
 
 @dataclass
@@ -167,6 +168,9 @@ class VARConfig(AlignConfig):
     reference: str = DEFAULT_REFERENCE
 
     def _check_method(self) -> None:
+        if self.normalizer != "cross":
+            choices = tuple(name for name in NORMALIZERS if name != "cross")  # those that the message may propose
+            check_choice("normalizer", self.normalizer, choices)
         self.reference = check_options(self.lam, self.normalizer, self.reference)
         if self.normalizer == "cross":
             raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.sharding import whole_tensors
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> T
     if not missing:
         logger.info("reference log-probs of %d rows read from %s", len(rows), path)
         return found
+    if trainer.args.should_save:
+        logger.info(
+            "scoring %d rows (%d tokens) with the reference, once: kept in %s for this run's resumes and for others",
+            len(rows), len(rows.token_ids), path.parent,
+        )  # fmt: skip
     logp = score_rows(trainer, model, rows)
     sums = rows.row_sums(logp)
     bad = (~sums.isfinite()).nonzero().flatten().tolist()
@@ -135,8 +141,11 @@ def over_rows(trainer, model: nn.Module, rows: EncodedRows, visit, title: str) -
         ranks = accelerator.num_processes
         own = batches[accelerator.process_index :: ranks]
         own += [[]] * (-(-len(batches) // ranks) - len(own))
-        for batch in _progress(own, args, title):
-            visit(collate([items[row] for row in batch or order[-1:]]), batch)
+        tokens = [sum(rows.length(row) for row in batch) for batch in own]
+        with progress_bar(args, title, sum(tokens), "token") as advance:
+            for batch, count in zip(own, tokens, strict=True):
+                visit(collate([items[row] for row in batch or order[-1:]]), batch)
+                advance(count)
     finally:
         model.train(was_training)
 
@@ -149,11 +158,3 @@ def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), trainer.accelerator.autocast():
         options = {"temperature": trainer.args.logp_temperature, "workspace_mb": trainer.args.workspace_mb}
         return token_logprobs(model, inputs, **options)
-
-
-def _progress(batches: list, args, title: str):
-    if args.disable_tqdm or not args.should_save:
-        return batches
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc=title, unit="batch")

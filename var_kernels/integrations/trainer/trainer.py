@@ -25,7 +25,7 @@ from var_kernels.integrations.trainer.argument_checks import (
     parsed_examples,
     read_items,
 )
-from var_kernels.integrations.trainer.callbacks import MetricsFile, SyncReference
+from var_kernels.integrations.trainer.callbacks import MetricsFile, StepLines, SyncReference
 from var_kernels.integrations.trainer.checkpoints import Checkpoints
 from var_kernels.integrations.trainer.collator import RowCollator, tables_of
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
@@ -197,6 +197,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
                 with contextlib.suppress(OSError):
                     os.rmdir(args.output_dir)
             raise
+        self.add_callback(StepLines(self))
         if args.sync_ref_model:
             self.add_callback(SyncReference(self))
         if self.online is not None:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+HANG = 1800.0  # seconds after which what is waited for hangs: no bound on how slow a loaded machine may be
 PRELOADED = ("torch.distributed.fsdp", "transformers", "tests.tiny_training")
 
 
 def start_ranks(
-    function, world: int, folder: Path, *args, environment: dict[str, str] | None = None, timeout: float = 120
+    function, world: int, folder: Path, *args, environment: dict[str, str] | None = None, timeout: float = HANG
 ) -> list:
     """Processes that run ``function(rank, world, folder, *args)`` in a process group of that timeout, in seconds."""
     context = multiprocessing.get_context("forkserver")
@@ -33,7 +34,7 @@ def start_ranks(
     return processes
 
 
-def run_ranks(function, world: int, folder: Path, *args, timeout: float = 300, environment=None) -> None:
+def run_ranks(function, world: int, folder: Path, *args, timeout: float = HANG, environment=None) -> None:
     """Runs them to their end.
 
     Raises:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ranks import HANG
 from var_kernels import __version__, integrations, linear_weighted_nll
 from var_kernels.cli import doctor, main, methods
 from var_kernels.kernels import rows_native
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 def without(packages, code: str) -> subprocess.CompletedProcess:
     """Run in a process in which these packages are not installed."""
     program = f"import sys\nsys.modules.update(dict.fromkeys({list(packages)!r}))\n{code}"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=HANG)
 
 
 # ---- names of the command --------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ def without(packages, code: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("words", [["-m", "var_kernels", "-V"], ["-m", "var_kernels.cli", "--version"]])
 def test_the_module_is_the_command(words):
-    run = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    run = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=HANG)
     assert (run.returncode, run.stdout) == (0, f"var-kernels {__version__}\n")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import gpu_bench, gpu_compare, gpu_providers, gpu_report, gpu_training
 from benchmarks.gpu_timing import Bench, products_run
+from tests.ranks import HANG
 from var_kernels.ops.backend import use_backend
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ def run(*command, **environment):
         list(map(str, command)),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HANG,
         env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )
 

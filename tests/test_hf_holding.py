@@ -9,6 +9,7 @@ import torch
 
 from tests.hf_compare import assert_close, gradients, own_and_fused
 from tests.hf_zoo import VOCAB, batch, build, llama
+from tests.ranks import HANG
 from tests.tolerance import assert_result
 from var_kernels.integrations.hf import capture, fused_lm_head, sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.logprobs import next_labels
@@ -129,12 +130,12 @@ def test_two_threads_of_one_model_are_refused_and_of_two_are_safe():
 
     def waits(hidden, head):
         inside.set()
-        go.wait(30)
+        go.wait(HANG)
         return hidden.sum()
 
     slow = threading.Thread(target=lambda: capture(models[0], waits, {"input_ids": inputs["input_ids"]}))
     slow.start()
-    inside.wait(30)
+    inside.wait(HANG)
     try:
         with pytest.raises(RuntimeError, match="captured already"):
             token_logprobs(models[0], inputs)

@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from tests.ranks import as_accelerators, compile_nothing, run_ranks
+from tests.ranks import HANG, as_accelerators, compile_nothing, run_ranks
 from tests.tiny_training import ROWS
 from var_kernels.cli import main
 
@@ -140,7 +140,7 @@ def test_accelerate_launch_starts_two_ranks(data, one_process, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, *launcher, *options, *words],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert "saved to" in run.stdout

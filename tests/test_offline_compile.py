@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+from tests.ranks import HANG
+
 KERNELS = ("row_stats", "row_grad", "fused_forward", "merge_splits", "var_weights")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.parametrize(("target", "fused"), [("sm_80", 7), ("sm_90", 13), ("sm_100", 13), ("gfx942", 7)])

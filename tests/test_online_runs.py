@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.ranks import run_ranks
+from tests.ranks import HANG, run_ranks
 from tests.tiny_online import Recording, buffered, online_trainer, reward, trained
 from tests.tiny_training import ROWS, losses, tiny_trainer
 from var_kernels.integrations.data import DataError
@@ -44,7 +44,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from transformers import TrainerCallback
 from tests.test_online_runs import RUN, SAMPLER
-from tests.ranks import run_ranks
+from tests.ranks import HANG, run_ranks
 from tests.tiny_online import Recording, online_trainer
 
 class Kill(TrainerCallback):
@@ -75,7 +75,7 @@ def test_a_killed_run_resumes_to_the_same_curve(method, calls, step, checkpoint,
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     trained(straight, method=method, **RUN)
     script = KILLED.format(root=str(ROOT), folder=str(killed), method=method, calls=calls, step=step)
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=HANG)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
     folders = sorted((killed / "run").glob("checkpoint-*"))
     for later in folders:

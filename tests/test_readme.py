@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ranks import HANG
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -34,7 +36,7 @@ def test_snippet_runs(code):
 
 @pytest.mark.parametrize("name", ["loss_module.py", "own_trainer.py"])
 def test_example_runs(name):
-    run = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", run.stdout)]
     assert len(losses) >= 4

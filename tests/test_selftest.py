@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import HANG
+
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 # What csrc/gemm_x86.h could say instead; each must be noticed.
@@ -34,7 +36,7 @@ def build(folder: Path, compiler: str, *flags: str) -> Path:
 
 def run(*command: object) -> subprocess.CompletedProcess:
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=HANG, env=env)
 
 
 def thread_sanitizer(folder: Path, *flags: str) -> Path:

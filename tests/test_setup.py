@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import HANG
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 # Says what it is asked to do, and that torch is not there.
@@ -46,7 +48,7 @@ def setup(tmp_path):
         words = [f"{name}={value}" for name, value in settings.items()]
         environment = {**os.environ, "PATH": f"{tools}:{basics}"}
         done = subprocess.run(
-            ["make", "setup", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            ["make", "setup", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG
         )
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr

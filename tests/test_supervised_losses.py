@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.ranks import HANG
 from var_kernels.losses.supervised import awr_loss, sft_loss, standardised_advantage
 
 ZERO = torch.zeros(3)
@@ -81,7 +82,7 @@ SPLIT = (slice(0, 4), slice(4, 5))
 
 
 def standardise_on_rank(rank, address, results):
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=HANG)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timeout)
     try:
         torch.save(standardised_advantage(REWARD[SPLIT[rank]], process_group=dist.group.WORLD), f"{results}/{rank}.pt")

@@ -25,6 +25,7 @@ from var_kernels.cli import main
 from var_kernels.cli.demo import experiment, measure, output, world
 from var_kernels.cli.demo.experiment import QUICK, Run
 from var_kernels.cli.demo.story import tell
+from var_kernels.cli.demo.table import print_results
 from var_kernels.integrations.scratch import ScratchSpec
 from var_kernels.integrations.trainer import shares
 
@@ -114,7 +115,10 @@ def test_frontier_by_hand():
     drawn = measure.Drawn([task], 2, [[0], [0]], ["", ""], scores)
     (point,) = experiment.frontier(drawn, [1 / math.log(3)])
     assert point["reward"] == pytest.approx(0.75)
-    assert point["kl"] == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert point["kl"] == pytest.approx(kl)
+    assert point["objective"] == pytest.approx(0.75 - kl / math.log(3))
+    assert point["objective"] == pytest.approx(math.log((1 + 3) / 2) / math.log(3))  # lam log Z: no policy has more
 
 
 # ---- a shrunken run -------------------------------------------------------------------------------------------------
@@ -204,12 +208,39 @@ def test_saved_models_give_the_saved_samples_and_kl(finished):
     assert kl[1, 0].item() == pytest.approx(picked[0] - picked[1], abs=1e-3)
 
 
+def test_objective_is_reward_less_lam_kl_and_the_optimum_bounds_it(finished):
+    results, folder = finished
+    lam, best = results["optimum"]["lam"], results["optimum"]
+    saved = json.loads((folder / "metrics.json").read_text())
+    for row in (*results["table"].values(), best):
+        assert row["objective"] == pytest.approx(row["reward"] - lam * row["kl"], abs=1e-5)
+        assert 0 < row["objective_error"] < 0.1
+        assert row["objective"] < best["objective"] + 3 * math.hypot(row["objective_error"], best["objective_error"])
+    assert saved["table"]["VAR"]["objective"] == results["table"]["VAR"]["objective"]
+    assert saved["optimum"]["objective_error"] == best["objective_error"]
+
+
+def test_terminal_fits_and_tells_the_objective(finished):
+    results, _ = finished
+    console = Console(file=io.StringIO(), width=80)
+    print_results(console, results)
+    lines = console.file.getvalue().splitlines()
+    for name, row in {**results["table"], "optimum π*": results["optimum"]}.items():
+        line = next(line for line in lines if line.strip().startswith(name))  # the table comes first
+        assert f"{row['objective']:+.2f} ± {row['objective_error']:.2f}" in line
+    text = " ".join(" ".join(lines).split())
+    assert f"No policy exceeds that of π*, {results['optimum']['objective']:+.2f}" in text
+
+
 def test_report_stands_alone_and_tells_the_numbers(finished):
     results, folder = finished
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<script|<link|(?:src|href)=\"(?!#)(?!data:)[^\"]*\"", report) == []
     assert report.count("<svg") == 4
     assert f"{results['table']['VAR']['reward']:+.2f} ± {results['table']['VAR']['reward_error']:.2f}" in report
+    signed = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")  # noqa: E731
+    for row in (*results["table"].values(), results["optimum"]):
+        assert f"<td>{signed(row['objective'])} ± {row['objective_error']:.2f}</td>" in report
     assert f"{results['memory'][-1]['plain_mib'] / results['memory'][-1]['fused_mib']:.1f}x" in report
     for row in results["samples"]:
         assert row["question"] in report

@@ -11,7 +11,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from var_kernels.cli.demo import world
-from var_kernels.cli.demo.measure import Drawn, draw, kl_to_reference, rewards_of
+from var_kernels.cli.demo.measure import Drawn, draw, kl_to_reference, mean_and_error, rewards_of
 from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
 from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
 
@@ -199,12 +199,15 @@ def frontier(drawn: Drawn, lams: list[float]) -> list[dict]:
     """Estimated best: reward and KL of pi* = pi_ref exp(r/lam)/Z for each lam, from samples of the reference.
 
     Per prompt over k samples, w = softmax(r/lam): E*[r] = sum w r and KL(pi* || pi_ref) = sum w log(k w), then the mean
-    over prompts.
+    over prompts; of the objective E*[r] - lam KL, which no policy exceeds, also the standard error.
     """
     rewards_PK = rewards_of(drawn).double()
     points = []
     for lam in lams:
         w_PK = torch.softmax(rewards_PK / lam, dim=1)
-        kl = (w_PK * (w_PK.log() + math.log(w_PK.shape[1]))).sum(1).mean().item()
-        points.append({"lam": lam, "reward": (w_PK * rewards_PK).sum(1).mean().item(), "kl": kl})
+        reward_P1 = (w_PK * rewards_PK).sum(1, keepdim=True)
+        kl_P1 = (w_PK * (w_PK.log() + math.log(w_PK.shape[1]))).sum(1, keepdim=True)
+        objective, error = mean_and_error(reward_P1 - lam * kl_P1)
+        point = {"lam": lam, "reward": reward_P1.mean().item(), "kl": kl_P1.mean().item()}
+        points.append({**point, "objective": objective, "objective_error": error})
     return points

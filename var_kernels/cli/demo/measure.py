@@ -1,5 +1,6 @@
 """Sampling, scoring, and what is estimated from it: reward, win rate, KL to the reference."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,7 +111,8 @@ def reply_logps(model, tokenizer, drawn: Drawn) -> Tensor:
 def mean_and_error(values_PK: Tensor) -> tuple[float, float]:
     """Mean, and its standard error with prompts as the unit (replies to one prompt are alike)."""
     per_prompt = values_PK.double().mean(1)
-    return per_prompt.mean().item(), (per_prompt.std() / len(per_prompt) ** 0.5).item()
+    spread = per_prompt.std() if len(per_prompt) > 1 else torch.tensor(math.nan)
+    return per_prompt.mean().item(), (spread / len(per_prompt) ** 0.5).item()
 
 
 def win_rate(rewards_PK: Tensor, reference_PK: Tensor) -> Tensor:

@@ -22,8 +22,11 @@ def _values(results: dict) -> dict[str, str]:
         "device": escape(environment["device"]),
         "before": _signed(table["reference"]["reward"]),
         "after": _signed(table["VAR"]["reward"]),
-        "win": f"{table['VAR']['win_rate']:.0%}",
         "kl": f"{table['VAR']['kl']:.2f}",
+        "objective_before": _signed(table["reference"]["objective"]),
+        "objective_after": _signed(table["VAR"]["objective"]),
+        "objective_best": _signed(results["optimum"]["objective"]),
+        "objectives": _objectives(results),
         "ratio": f"{last['plain_mib'] / last['fused_mib']:.1f}x",
         "tokens": f"{last['tokens']:,}",
         "vocab": f"{last['vocab']:,}",
@@ -69,6 +72,7 @@ def _table(results: dict) -> str:
         "too long",
         "wins over reference",
         "KL, nats",
+        f"reward \N{MINUS SIGN} {results['optimum']['lam']:g} KL",
         "seconds",
     )
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
@@ -80,13 +84,21 @@ def _table(results: dict) -> str:
             *(f"{row[key]:.0%}" for key in ("right", "friendly", "rude", "too_long")),
             "" if first else f"{row['win_rate']:.0%} ± {row['win_rate_error']:.0%}",
             "" if first else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
+            f"{_signed(row['objective'])} ± {row['objective_error']:.2f}",
             f"{row['seconds']:.0f}",
         ]
         rows.append(f'<tr class="{name.lower()}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     best = results["optimum"]
-    cells = [f"π* at λ = {best['lam']:g}", _signed(best["reward"]), *[""] * 5, f"{best['kl']:.2f}", ""]
+    objective = f"{_signed(best['objective'])} ± {best['objective_error']:.2f}"
+    cells = ["optimum π*", _signed(best["reward"]), *[""] * 5, f"{best['kl']:.2f}", objective, ""]
     rows.append('<tr class="target">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "".join(rows)
+
+
+def _objectives(results: dict) -> str:
+    """The models by reward - lam KL, the best first."""
+    rows = sorted(results["table"].items(), key=lambda item: -item[1]["objective"])
+    return ", ".join(f"{name} {_signed(row['objective'])}" for name, row in rows)
 
 
 def _example(example: dict) -> str:

@@ -1,6 +1,7 @@
 """The demo from end to end: build, draw, align, measure, report."""
 
 import copy
+import logging
 import os
 import platform
 import time
@@ -13,7 +14,7 @@ from rich.console import Console
 import var_kernels
 from var_kernels.cli.demo import experiment, world
 from var_kernels.cli.demo.experiment import METHODS, Plan, Probe, Run
-from var_kernels.cli.demo.measure import Drawn, chunks, draw, kl_to_reference, summarise
+from var_kernels.cli.demo.measure import Drawn, chunks, draw, kl_to_reference, mean_and_error, rewards_of, summarise
 from var_kernels.cli.demo.memory import compare
 from var_kernels.cli.demo.output import REPORT, staged, write_jsonl, write_metrics
 from var_kernels.cli.demo.progress import Phases
@@ -36,6 +37,7 @@ def tell(output: str, plan: Plan, *, seed: int, cpu: bool = False, console: Cons
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("var_kernels").setLevel(logging.ERROR)  # a few prompts have answers of one reward: as planned
     expected = {
         _REFERENCE: 85,
         _DRAW: 8,
@@ -120,6 +122,8 @@ def _evaluate(run: Run, policies: dict, tokenizer, held_out: list[world.Task], p
             drawn[name] = draw(policy, tokenizer, held_out, plan.eval_samples, run.seed + 4 + i, advance)
             kl = kl_to_reference(policy, policies["reference"], tokenizer, drawn[name])
             table[name] = summarise(drawn[name], drawn["reference"], kl)
+            objective, error = mean_and_error(rewards_of(drawn[name]) - plan.lam * kl)
+            table[name] |= {"objective": objective, "objective_error": error}
         many = draw(policies["reference"], tokenizer, held_out, plan.frontier_samples, run.seed + 3, advance)
     write_jsonl(run.folder / "samples.jsonl", (row for name, replies in drawn.items() for row in _rows(name, replies)))
     return drawn, table, experiment.frontier(many, sorted({plan.lam, *FRONTIER_LAMS}))

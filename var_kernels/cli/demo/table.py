@@ -8,6 +8,7 @@ from rich.table import Table
 def print_results(console: Console, results: dict) -> None:
     console.print()
     console.print(_result_table(results))
+    console.print(_verdict(results) + "\n", highlight=False)
     console.print(_memory_table(results["memory"]))
     console.print(_sample_table(results["samples"]))
 
@@ -15,14 +16,14 @@ def print_results(console: Console, results: dict) -> None:
 def _result_table(results: dict) -> Table:
     table = Table(
         title="Replies to held-out prompts, sampled at temperature 1 (mean ± standard error);\n"
-        "wins over the reference, KL to it in nats a reply, seconds of training",
+        f"KL to the reference in nats a reply; objective: reward - λ KL, λ = {results['optimum']['lam']:g}",
         title_justify="left",
         box=SIMPLE,  # without rules between the columns a row fits into 80 characters
         pad_edge=False,
         collapse_padding=True,
     )
     table.add_column("model")
-    for column in ("reward", "right", "friendly", "wins", "KL", "seconds"):
+    for column in ("reward", "right", "friendly", "KL", "objective", "time"):
         table.add_column(column, justify="right")
     for name, row in results["table"].items():
         table.add_row(
@@ -30,17 +31,30 @@ def _result_table(results: dict) -> Table:
             f"{row['reward']:+.2f} ± {row['reward_error']:.2f}",
             f"{row['right']:.0%}",
             f"{row['friendly']:.0%}",
-            "" if name == "reference" else f"{row['win_rate']:.0%} ± {row['win_rate_error']:.0%}",
             "" if name == "reference" else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
-            f"{row['seconds']:.0f}",
+            f"{row['objective']:+.2f} ± {row['objective_error']:.2f}",
+            f"{row['seconds']:.0f} s",
             style="bold" if name == "VAR" else None,
         )
     best = results["optimum"]
     table.add_section()
-    table.add_row(
-        f"π* at λ = {best['lam']:g}", f"{best['reward']:+.2f}", "", "", "", f"{best['kl']:.2f}", "", style="dim"
-    )
+    objective = f"{best['objective']:+.2f} ± {best['objective_error']:.2f}"
+    table.add_row("optimum π*", f"{best['reward']:+.2f}", "", "", f"{best['kl']:.2f}", objective, "", style="dim")
     return table
+
+
+def _verdict(results: dict) -> str:
+    """What the numbers are to be judged by, and who comes near."""
+    rows, best = results["table"], results["optimum"]
+    lam, most = best["lam"], max(rows, key=lambda name: rows[name]["reward"])
+    text = (
+        f"VAR and DPO aim at the highest objective: points gained, less {lam:g} for each nat away from the reference. "
+        f"No policy exceeds that of π*, {best['objective']:+.2f}; VAR has {rows['VAR']['objective']:+.2f}, DPO "
+        f"{rows['DPO']['objective']:+.2f}."
+    )
+    if most != "VAR":
+        text += f" {most} has the most reward, at a KL of {rows[most]['kl']:.2f}: {rows[most]['objective']:+.2f}."
+    return text
 
 
 def _memory_table(memory: list[dict]) -> Table:

@@ -3,10 +3,12 @@ bench."""
 
 import dataclasses
 import json
+import logging
 import math
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,16 @@ def test_a_run_without_a_terminal_speaks_into_its_log(tmp_path, dataset):
     assert resumed.returncode == 0, resumed.stderr
     assert "4 steps of 4 items, from step 2 on\n" in resumed.stderr
     assert "missing keys" not in resumed.stderr
+
+
+def test_warnings_of_the_library_stand_in_the_log_by_name(tmp_path, dataset, capsys):
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    dataset.write_text("".join(json.dumps({**row, "rewards": [0.0, 0.0, 1000.0]}) + "\n" for row in rows))
+    show = warnings.showwarning
+    assert main(words(tmp_path, dataset)) == 0
+    assert "[var-kernels] VAR weights have collapsed" in capsys.readouterr().err
+    assert warnings.showwarning is show
+    assert not logging.getLogger("var_kernels").handlers
 
 
 def test_short_names_of_options(tmp_path, dataset, monkeypatch):

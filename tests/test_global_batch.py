@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.ranks import run_ranks
 from var_kernels import VARLoss, var_loss, var_weights
-from var_kernels.losses import CollapsedWeightsWarning
+from var_kernels.losses import CollapsedWeightsWarning, IgnoredRewardsWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::var_kernels.losses.CollapsedWeightsWarning")
 
@@ -81,6 +81,28 @@ def collapse_warnings(rank, process_group):
     return sum(issubclass(w.category, CollapsedWeightsWarning) for w in caught)
 
 
+IGNORED = {  # of each rank: rewards, group_ids; and whether the global batch ignores them
+    "one row a rank, different": ([[0.0], [1.0]], None, False),
+    "one row a rank, equal": ([[1.0], [1.0]], None, True),
+    "ties on one rank alone": ([[1.0, 1.0], [2.0, 2.0]], None, False),
+    "a group on two ranks": ([[0.0], [1.0]], [[3], [3]], False),
+    "groups of one on two ranks": ([[0.0], [1.0]], [[3], [4]], True),
+    "a rank without rows": ([[0.0], []], None, True),
+}
+
+
+def ignored_warnings(rank, process_group, case, **options):
+    rewards, ids, _ = IGNORED[case]
+    ids = None if ids is None else torch.tensor(ids[rank])
+    rewards = torch.tensor(rewards[rank])
+    if options:
+        options |= {"ref_logp": -3 * torch.arange(len(rewards)).float(), "reference": "sum"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        var_weights(rewards, lam=1.0, group_ids=ids, process_group=process_group, **options)
+    return sum(issubclass(w.category, IgnoredRewardsWarning) for w in caught)
+
+
 def run_rank(rank, world, folder):
     group, batch, out = dist.group.WORLD, make_batch(), {}
     for split, sizes in SPLITS.items():
@@ -104,6 +126,9 @@ def run_rank(rank, world, folder):
     for value in BAD_VALUES:
         out["bad value", value] = bad_value_on(rank, group, float(value))
     out["warnings"] = collapse_warnings(rank, group)
+    for case, (_, ids, _) in IGNORED.items():
+        weighed = {"normalizer": "batch" if ids is None else "group"}
+        out["ignored", case] = ignored_warnings(rank, group, case), ignored_warnings(rank, group, case, **weighed)
     try:
         var_weights(torch.empty(0), lam=1.0, reference="none", process_group=group)
     except ValueError as error:
@@ -176,3 +201,10 @@ def test_a_batch_that_is_empty_everywhere_is_refused(ranks):
 
 def test_collapse_is_warned_about_once(ranks):
     assert [out["warnings"] for out in ranks] == [1, 0]
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_rewards_without_effect_are_those_of_the_global_batch(ranks, case):
+    """Named once, by the first rank, with and without a reference term."""
+    wanted = int(IGNORED[case][2])
+    assert [out["ignored", case] for out in ranks] == [(wanted, wanted), (0, 0)]

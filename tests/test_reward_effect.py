@@ -17,6 +17,7 @@ TIED = [{**row, "rewards": [float(i)] * 3} for i, row in enumerate(ROWS)]
 EQUAL = [{**row, "rewards": [0.5] * 3} for row in ROWS]
 ZERO = [{**row, "rewards": [0.0] * 3} for row in ROWS]
 SINGLE_EQUAL = [{**row, "reward": 1.0} for row in SINGLE]
+FAR = [{**row, "rewards": [20.0, 40.0, 90.0]} for row in ROWS]
 PAIRS = [
     {"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][1], "rewards": [1.0, 1.0]}
     for r in ROWS
@@ -53,6 +54,7 @@ REFUSED = {  # id: (rows, options, what the message says)
     "raft, ties": (TIED, {"method": "raft"}, TIES),
     "exo, ties": (TIED, {"method": "exo"}, TIES),
     "lire, ties": (TIED, {"method": "lire"}, TIES),
+    "grpo, some alone and the others tied": (SINGLE[:3] + TIED[3:], {"method": "grpo"}, "5 of 8 prompts have"),
     "qrpo, one completion a prompt": (SINGLE, {"method": "qrpo"}, ALONE),
     "dro, all equal": (EQUAL, {"method": "dro"}, "all 24 are 0.5"),
     "alol, all equal": (EQUAL, {"method": "alol"}, "all 24 are 0.5"),
@@ -84,6 +86,11 @@ WARNED = {  # id: (rows, options, what the log says)
     "qrpo, some with one completion": (ROWS[:7] + SINGLE[7:], {"method": "qrpo"}, "1 of 8 prompts have a single"),
     "a huge lam": (ROWS, {**SELF, "lam": 1e6}, "lam=1e+06 leaves rewards without effect: within a prompt"),
     "a huge lam, batch": (ROWS, {**BATCH, "lam": 1e4}, "lam=10000 leaves rewards without effect: within a step"),
+    "a huge temperature, exo": (ROWS, {"method": "exo", "reward_temperature": 1e6}, "reward_temperature=1e+06 leaves"),
+    "a huge temperature, awr": (ROWS, {"method": "awr", "beta": 1e5}, "beta=100000 leaves rewards without effect"),
+    "weighted_bc, a sigmoid that saturates": (FAR, {"method": "weighted_bc"}, "reads their sigmoid, which differs by"),
+    "alol, a sigmoid that saturates": (FAR, {"method": "alol"}, "pass squash=False for rewards in [0, 1]"),
+    "rgold, a sigmoid that saturates": (FAR, {"method": "rgold"}, "reads their sigmoid, which differs by"),
     "best-of-n of one": (SINGLE, {"method": "sft"}, "no effect: 8 of 8 prompts have a single completion"),
     "kto, all desirable": ([{**r, "rewards": [1, 2, 3]} for r in ROWS], {"method": "kto"}, "completion is desirable"),
     "weighted_bc, all equal": (EQUAL, {"method": "weighted_bc"}, "rewards tell no completion from another: all 24 are"),
@@ -100,6 +107,8 @@ def test_rewards_without_effect_in_part_are_counted(case, tmp_path, caplog):
 SILENT = {  # id: (rows, options)
     "var": (ROWS, SELF),
     "var batch, one completion a prompt": (SINGLE, BATCH),
+    "weighted_bc, rewards in reach of the sigmoid": (ROWS, {"method": "weighted_bc"}),
+    "awr": (ROWS, {"method": "awr"}),
     "sft on all": (SINGLE, {"method": "sft", "sft_on": "all"}),
     "dpo": (ROWS, {"method": "dpo"}),
     "sft on pairs": ([{k: v for k, v in row.items() if k != "rewards"} for row in PAIRS], {"method": "sft"}),

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from var_kernels.cli import nearest, option_names
@@ -132,13 +133,22 @@ def _logged_to_stderr():
     """What the library logs, each line with its name before it: of the first process all, of others the warnings."""
     handler, log = logging.StreamHandler(), logging.getLogger("var_kernels")
     handler.setFormatter(logging.Formatter("[var-kernels] %(message)s"))
-    level, propagate = log.level, log.propagate
+    level, propagate, show = log.level, log.propagate, warnings.showwarning
+
+    def shown(message, category, *place, **options):
+        if category.__module__.startswith("var_kernels"):
+            log.warning("%s", message)
+        else:
+            show(message, category, *place, **options)
+
+    warnings.showwarning = shown
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     log.addHandler(handler)
     log.propagate = bool(logging.getLogger().handlers) and propagate
     try:
         yield
     finally:
+        warnings.showwarning = show
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate

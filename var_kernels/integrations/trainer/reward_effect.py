@@ -67,14 +67,19 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
         if float(reward[0]) == 0 and not getattr(config, "squash", True):
             return f"{equal}, by which {who} multiplies: nothing would be learnt; give rewards that differ from 0"
         logger.warning("%s: rewards tell no completion from another: %s", name, equal)
+    elif _squashes(method, config) and _spread(reward.sigmoid()) < MIN_REWARD_SPREAD:
+        logger.warning(
+            "%s: rewards have hardly an effect: %s reads their sigmoid, which differs by %.2g at most from %g to %g; "
+            "scale them to about -2 to 2%s", name, who, _spread(reward.sigmoid()), float(reward.min()),
+            float(reward.max()), ", or pass squash=False for rewards in [0, 1]" if hasattr(config, "squash") else "",
+        )  # fmt: skip
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     if scope and method.compares == "step" and per_step == 1:
         return (
             f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
             "gradient_accumulation_steps"
         )
-    if config.method == "var":
-        _check_lam([list(range(len(rows)))], "a step", rows, config, name)
+    _check_scale([list(range(len(rows)))], "a step", rows, config, name)
     return ""
 
 
@@ -92,7 +97,8 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
     if tied:
         counts.append(f"{len(tied)} of {len(rows.groups)} prompts have completions of equal rewards")
     found = " and ".join(counts)
-    if found and len(alone) + len(tied) == len(groups) == len(rows.groups):
+    complete = len(groups) == len(rows.groups) or method.items is whole_prompts
+    if found and complete and len(alone) + len(tied) == len(groups):
         other = "" if config.method == "var" else "method 'var' with "
         return (
             f"{found}, and {who} compares the completions of a prompt; give several with different rewards, or take "
@@ -105,19 +111,32 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
             name, found, who, ", ".join(rows.where[group[0]] for group in without[:_NAMED]),
             ", ..." if len(without) > _NAMED else "",
         )  # fmt: skip
-    if config.method == "var":
-        _check_lam(groups, "a prompt", rows, config, name)
+    _check_scale(groups, "a prompt", rows, config, name)
     return ""
 
 
-def _check_lam(groups: list[list[int]], where: str, rows, config, name: str) -> None:
-    spread = max(_spread(rows.reward[group]) for group in groups)
-    if spread < MIN_REWARD_SPREAD * config.lam:
+# Of the methods that weigh by exp(reward / scale): the setting that is the scale.
+_SCALES = {"var": "lam", "exo": "reward_temperature", "awr": "beta"}
+
+
+def _check_scale(groups: list[list[int]], where: str, rows, config, name: str) -> None:
+    if config.method not in _SCALES or not groups:
+        return
+    setting = _SCALES[config.method]
+    scale, spread = getattr(config, setting), max(_spread(rows.reward[group]) for group in groups)
+    if config.method == "awr":  # of rewards that are standardised
+        spread /= max(float(rows.reward.double().std(correction=0)), 1e-30)
+    if spread < MIN_REWARD_SPREAD * scale:
         logger.warning(
-            "%s: lam=%g leaves rewards without effect: within %s they differ by %.3g at most, and weights by less than "
-            "a thousandth; at a lam of half that spread the better one counts seven times as much",
-            name, config.lam, where, spread,
+            "%s: %s=%g leaves rewards without effect: within %s they differ by %.3g at most, and weights by less than "
+            "a thousandth; at half that spread the better one counts seven times as much",
+            name, setting, scale, where, spread,
         )  # fmt: skip
+
+
+def _squashes(method, config) -> bool:
+    """Whether the loss reads the sigmoid of a reward."""
+    return getattr(config, "squash", method.loss.name == "rgold")
 
 
 def _spread(reward: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ def write_all(results: dict, context: Context, failed: dict[str, str], docs: Pat
     docs.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw_all(results, context.plan, docs)
     tables.write_csvs(csv_folder, results, results["chosen"])
-    template = Template((Path(__file__).parent / "study.md").read_text(encoding="utf-8"))
+    template = Template((Path(__file__).parent / "page.txt").read_text(encoding="utf-8"))
     page = docs / PAGE
     page.write_text(template.substitute(_values(results, context, failed, pictures)), encoding="utf-8")
     return page

@@ -65,6 +65,35 @@ def test_a_reference_that_follows_the_policy(tmp_path):
     assert logged[2] == pytest.approx(0, abs=1e-5)  # the second step moved it onto the policy
 
 
+@pytest.mark.parametrize(("policy", "reference"), [(True, True), (True, False), (False, False)])
+def test_a_reference_that_follows_a_tied_policy(policy, reference, tmp_path):
+    """Onto it, weight by weight, whether the reference is tied or, made from the same, not."""
+    models = [tiny_model(seed, tie_word_embeddings=tied) for seed, tied in ((0, policy), (1, reference))]
+    options = {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    given = {"ref_model": models[1]}
+    trainer = tiny_trainer(
+        tmp_path, model=models[0], max_steps=2, ref_model_mixup_alpha=1.0, trainer_options=given, **options
+    )
+    trainer.train()
+    followed = dict(trainer.ref_model.named_parameters(remove_duplicate=False))
+    for name, weight in trainer.model.named_parameters(remove_duplicate=False):
+        assert torch.equal(followed[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tie_word_embeddings": True}, "of ref_model is tied to another weight, and the policy's is not"),
+        ({"attention_bias": True}, r"got model.layers.0.self_attn.k_proj.bias of shape None in the policy and \(24,\)"),
+    ],
+)
+def test_a_reference_that_cannot_follow_is_refused_before_training(options, message, tmp_path):
+    sync = {"precompute_ref_log_probs": False, "sync_ref_model": True}
+    given = {"ref_model": tiny_model(**options)}
+    with pytest.raises(ValueError, match=f"sync_ref_model: .*{message}"):
+        tiny_trainer(tmp_path, trainer_options=given, **sync)
+
+
 def test_dropout_is_off_unless_asked_for(tmp_path):
     trainer = tiny_trainer(tmp_path, model=tiny_model(attention_dropout=0.5), max_steps=1)
     trainer.train()

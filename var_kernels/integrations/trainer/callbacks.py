@@ -78,7 +78,8 @@ def summary(trainer) -> str:
     """The method, the data and the model of a run, in a line."""
     parameters = {id(p): p for p in trainer.model.parameters()}.values()
     count, learning = (
-        sum(p.numel() for p in group) for group in (parameters, [p for p in parameters if p.requires_grad])
+        sum(getattr(p, "ds_numel", p.numel()) for p in group)
+        for group in (parameters, [p for p in parameters if p.requires_grad])
     )
     if trainer.online is not None:
         data = f"{len(trainer.online.prompts)} prompts to draw for"
@@ -90,15 +91,41 @@ def summary(trainer) -> str:
 
 
 class SyncReference(TrainerCallback):
-    """reference = alpha * policy + (1 - alpha) * reference, every so many steps."""
+    """reference = alpha * policy + (1 - alpha) * reference, every so many steps, weight by weight of the same name.
+
+    Raises:
+        ValueError: a reference whose weights are not the policy's, by name and shape, or are tied where those are not.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self._pairs(trainer.model)
+
+    def _pairs(self, policy) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each weight of the reference once, with the policy's; a tied one has two names."""
+        ours, theirs = (
+            dict(model.named_parameters(remove_duplicate=False)) for model in (policy, self.trainer.ref_model)
+        )
+        for name in sorted({*ours, *theirs}):
+            shapes = [tuple(weights[name].shape) if name in weights else None for weights in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"sync_ref_model: the reference must have the policy's weights, got {name} of shape {shapes[0]} in "
+                    f"the policy and {shapes[1]} in ref_model; pass a ref_model of the same architecture, or drop one"
+                )
+        pairs = {}
+        for name, weight in theirs.items():
+            if pairs.setdefault(id(weight), (weight, ours[name]))[1] is not ours[name]:
+                raise ValueError(
+                    f"sync_ref_model: {name} of ref_model is tied to another weight, and the policy's is not; pass a "
+                    "ref_model that is tied as the policy is, or drop one"
+                )
+        return list(pairs.values())
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.ref_model_sync_steps:
             return
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        for ref_param, param in zip(self.trainer.ref_model.parameters(), policy.parameters(), strict=True):
+        for ref_param, param in self._pairs(policy):
             ref_param.lerp_(param.detach().to(ref_param.dtype), args.ref_model_mixup_alpha)

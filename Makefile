@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 ROCM   ?= /opt/rocm
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # PyTorch's own index of CPU builds, asked only when pip's configured index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SHELL  := /bin/bash

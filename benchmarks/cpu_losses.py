@@ -160,7 +160,22 @@ def measure(shape, dtype: str, runs: int, path: Path) -> None:
             low, high = values[len(values) // 5], values[-1 - len(values) // 5]
             row = [f"{middle:.1f}", f"{low:.1f}", f"{high:.1f}", f"{middle / bare[mode]:.3f}"]
             writer.writerow([*shape, dtype, provider, mode, *row, f"{peaks[provider, mode]:.1f}"])
-    print(f"wrote {path}", flush=True)
+    show(path)
+
+
+def show(path: Path) -> None:
+    """The file as a table: a line a provider, the fastest of a mode first."""
+    rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    first = rows[0]
+    print(f"\n{first['n']} tokens x {first['d']} hidden x {first['v']} vocabulary, {first['dtype']}: {path}")
+    for mode in MODES:
+        print(f"  {mode:<34}{'ms':>10}{'of the GEMMs':>14}{'peak MiB':>10}")
+        for row in sorted((row for row in rows if row["mode"] == mode), key=lambda row: float(row["ms"])):
+            print(
+                f"    {row['provider']:<32}{float(row['ms']):>10,.1f}{float(row['of_the_gemms']):>14.2f}"
+                f"{float(row['peak_mib']):>10,.0f}"
+            )
+    print(flush=True)
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pytest_args", nargs="*", metavar="ARG", help="handed to pytest, e.g. -- -k linear_logprob")
+    parser.add_argument(
+        "pytest_args", nargs="*", metavar="ARG", help="handed to pytest, e.g. -- --shape 1024,1024,32000"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

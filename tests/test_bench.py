@@ -1,0 +1,55 @@
+"""What ``make bench`` and the CPU benchmarks print: names that can be read, memory beside time."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def bench(*words: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-columns=median", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_bench_prints_names_memory_and_a_shape_of_ones_own():
+    done = bench("--shape", "64,32,3000", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "loss of N tokens, hidden size D, vocabulary V" in done.stdout
+    groups = re.findall(r"benchmark '(.*)': (\d) tests", done.stdout)
+    kinds = {"loss and gradients": "4", "log-probs alone": "2", "frozen head": "2"}
+    wanted = {(f"{k}, N x D x V = 64 x 32 x 3000, {t}", n) for k, n in kinds.items() for t in ("fp32", "bf16")}
+    assert set(groups) == wanted
+    rows = re.findall(
+        r"^(plain|fused[\w, -]*?)(?:, \d+ MiB)? +([\d,]+) MiB +[\d.,]+ \([\d.]+\)", done.stdout, re.MULTILINE
+    )
+    assert len(rows) == 16
+    assert {name.strip() for name, _ in rows} >= {"plain", "fused", "fused, as called", "fused, one pass"}
+
+
+@pytest.mark.parametrize("shape", ["64,32", "64,32,x", "64,32,0"])
+def test_a_wrong_shape_is_refused(shape):
+    done = bench("--shape", shape, "-p", "no:cacheprovider")
+    assert done.returncode != 0
+    assert f"--shape must be N,D,V: three positive integers, got {shape}" in done.stdout + done.stderr
+
+
+def test_cpu_losses_prints_what_it_wrote(tmp_path, capsys):
+    from benchmarks.cpu_losses import show
+
+    path = tmp_path / "loss-2x3x4-float32.csv"
+    path.write_text(
+        "# machine\nn,d,v,dtype,provider,mode,ms,p20,p80,of_the_gemms,peak_mib\n"
+        "2,3,4,float32,bare GEMMs,forward,10.0,9,11,1.000,0.5\n"
+        '2,3,4,float32,"var_kernels, fp32 logits",forward,8.0,7,9,0.800,1.5\n'
+    )
+    show(path)
+    out = capsys.readouterr().out
+    assert "2 tokens x 3 hidden x 4 vocabulary, float32" in out
+    ours, bare = out.index("var_kernels, fp32 logits"), out.index("bare GEMMs")
+    assert ours < bare
+    assert re.search(r"var_kernels, fp32 logits +8\.0 +0\.80 +2\n", out)

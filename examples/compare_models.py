@@ -63,7 +63,7 @@ def rewards(drawn) -> torch.Tensor:  # (prompts, draws)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in row]
         said = [text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}] for text in texts]
         scored.append(Example(prompt.text, said, None, [prompt.where] * len(row), columns=[prompt.columns] * len(row)))
-    scored = apply_reward_function(score, scored, completion_ids=[ids for row in drawn for ids in row])
+    scored = apply_reward_function(score, scored, completion_ids=[ids for row in drawn for ids in row].__getitem__)
     return torch.tensor([example.rewards for example in scored])
 
 

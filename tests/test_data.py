@@ -114,11 +114,21 @@ CALL = message("assistant", tool_calls=[{"type": "function", "function": {"name"
             [[message("assistant", "ciao")], [message("assistant", "no")]],
             None,
         ),
+        (  # a prompt of text that says the last question again
+            {
+                "prompt": "bye",
+                "chosen": [*TALK, message("assistant", "ciao")],
+                "rejected": [*TALK, message("assistant", "no")],
+            },
+            TALK,
+            [[message("assistant", "ciao")], [message("assistant", "no")]],
+            None,
+        ),
         ({"prompt": "2 + 2", "completion": "4", "label": True}, "2 + 2", ["4"], [1.0]),
         ({"prompt": "2 + 2", "completion": "5", "label": False}, "2 + 2", ["5"], [-1.0]),
         ({"prompt": TALK, "completion": [CALL]}, TALK, [[CALL]], None),
     ],
-    ids=["messages", "a pair with its prompt inside", "desirable", "undesirable", "a tool call"],
+    ids=["messages", "a pair with its prompt inside", "and in text", "desirable", "undesirable", "a tool call"],
 )
 def test_the_forms_of_other_trainers(row, prompt, completions, rewards):
     example = parse_row(row, "here")
@@ -131,6 +141,7 @@ def test_the_forms_of_other_trainers(row, prompt, completions, rewards):
         ({"messages": TALK}, "messages must be a conversation"),
         ({"messages": "hi"}, "messages must be a conversation"),
         ({"chosen": TALK[:1], "rejected": TALK[1:2]}, "prompt missing"),
+        ({"prompt": "else", "chosen": TALK[:2], "rejected": TALK[:1]}, "chosen is messages but prompt is text"),
         ({"prompt": "a", "completion": "b", "tools": "f"}, "tools must be a list"),
     ],
 )

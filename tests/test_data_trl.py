@@ -80,13 +80,14 @@ def chat(template):
     return made
 
 
-def trl_config(kind, folder):
+def trl_config(kind, folder, **options):
     import trl
 
-    return getattr(trl, f"{kind}Config")(str(folder), use_cpu=True, report_to="none", max_length=None, bf16=False)
+    settings = {"use_cpu": True, "report_to": "none", "max_length": None, "bf16": False, **options}
+    return getattr(trl, f"{kind}Config")(str(folder), **settings)
 
 
-def prepared(kind, rows, tok, folder):
+def prepared(kind, rows, tok, folder, **options):
     """The rows as TRL's trainer of that kind prepares them."""
     import trl
 
@@ -94,7 +95,7 @@ def prepared(kind, rows, tok, folder):
     trainer = getattr(trl, f"{kind}Trainer")(
         tiny_model(dtype=torch.float32),
         **reference,
-        args=trl_config(kind, folder),
+        args=trl_config(kind, folder, **options),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tok,
     )
@@ -130,6 +131,45 @@ def test_the_conversation_of_sft_holds_the_same_tokens(tmp_path):
         row = {"messages": [*TALK, assistant("4")], **OFF}
         _, [(prompt, completion)] = ours(row, chat(template))
         assert prompt + completion == prepared("SFT", [row], chat(template), tmp_path)[0]["input_ids"]
+
+
+MARKED = (
+    "{% if tools %}[tools]{{ tools | tojson }}<eos>\n{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
+    "{% if enable_thinking is defined and enable_thinking is false and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}<eos>{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TURNS = [assistant("2"), user("3 + 3?"), assistant("6"), {"role": "tool", "content": "7"}, assistant("8")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TALK[:2], "completion": TURNS},
+        {"prompt": TALK[:2], "completion": TURNS, **OFF, "tools": TOOLS},
+        {"prompt": TALK, "completion": [assistant("4")]},
+        {"prompt": TALK, "completion": [assistant("4"), assistant("5")]},
+    ],
+    ids=["turns", "with arguments and tools", "one", "two"],
+)
+def test_marked_answers_are_those_of_assistant_only_loss(row, tmp_path):
+    tok = copy.deepcopy(tokenizer())
+    tok.chat_template = MARKED
+    made = prepared("SFT", [row], tok, tmp_path, assistant_only_loss=True)[0]
+    table, [(prompt, completion)] = ours(row, tok)
+    assert prompt + completion == made["input_ids"]
+    assert table.row(0)["labels"].tolist() == made["labels"]
+
+
+def test_answers_without_marks_are_those_of_assistant_only_loss_with_them(tmp_path):
+    row = {"prompt": TALK[:2], "completion": TURNS}
+    tok = copy.deepcopy(tokenizer())
+    tok.chat_template = MARKED
+    made = prepared("SFT", [row], tok, tmp_path, assistant_only_loss=True)[0]
+    plain = copy.deepcopy(tok)
+    plain.chat_template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert ours(row, plain)[0].row(0)["labels"].tolist() == made["labels"]
 
 
 PAIRS = {

@@ -87,6 +87,27 @@ def test_a_completion_ends_with_its_first_end_token():
 
 
 @pytest.mark.parametrize(
+    ("drawn", "kept"),
+    [
+        ([5, 1, 1, 1], [5, 1]),  # padded with the end token
+        ([5, 1, 2, 2], [5, 1]),
+        ([1, 2], [1]),
+        ([5, 7, 2], [5, 7]),  # ended by another end token of the model
+        ([5, 1, 6], [5, 1, 6]),  # it went on
+        ([5, 6, 2], [5, 6, 2]),
+        ([5, 6], [5, 6]),
+    ],
+)
+def test_what_pads_a_completion_is_no_part_of_it(drawn, kept, tmp_path):
+    model = tiny_model()
+    model.generation_config.eos_token_id = [7, 1]
+    options = {"sampler": lambda model, prompts, n, **_: [[drawn] * n for _ in prompts]}
+    trainer = online_trainer(tmp_path, model=model, max_new_tokens=4, trainer_options=options)
+    ids = prompt_ids(2)
+    assert trainer.online._sample(ids, 3, ("sample", 0)) == [[kept] * 3] * 2
+
+
+@pytest.mark.parametrize(
     ("made", "message"),
     [
         (lambda p: None, "a list with an entry for each of 2 prompts, got NoneType"),

@@ -86,6 +86,15 @@ def test_rewards_without_effect_are_part_of_the_report(tmp_path):
     assert "training would stop: train_dataset: rewards would have no effect" in text
 
 
+def test_rows_longer_than_the_model_are_part_of_the_report(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = len(tokenizer())
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=10, n_embd=8, n_layer=1, n_head=1))
+    text = report(tmp_path, model=model, max_length=32)
+    assert re.search(r"training would stop: max_length: .*the model has 10 learned positions", text)
+
+
 @pytest.mark.parametrize(
     ("normalizer", "reference"),
     [("batch", "none"), ("batch", "mean"), ("batch", "sum"), ("group", "none"), ("self_normalised", "none")],

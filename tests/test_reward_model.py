@@ -157,11 +157,11 @@ def test_plain_text_may_be_wrapped_in_messages(tmp_path):
     assert RewardModel(classifier(), talker)([messages[0]], [messages[1]]) == pytest.approx([wanted], rel=1e-5)
 
 
-def test_a_tokenizer_with_a_separator_gets_the_pair(tmp_path):
+def test_a_tokenizer_with_a_separator_gets_the_pair():
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789+=x"]))
-    tokens = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789+=x"]
+    tokens = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokens), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                         intermediate_size=8, num_labels=1)  # fmt: skip
@@ -170,6 +170,28 @@ def test_a_tokenizer_with_a_separator_gets_the_pair(tmp_path):
     wanted = [model(**tokens(p, c, return_tensors="pt")).logits.item() for p, c in texts]
     made = RewardModel(model, tokens, batch_size=2)(*zip(*texts, strict=True))
     assert made == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_a_tokenizer_with_a_separator_cuts_equal_prompts_alike():
+    """Both completions are scored behind the newest tokens of the prompt that the longer one leaves room for."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789+=x"]
+    tokens = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    config = BertConfig(vocab_size=len(tokens), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                        intermediate_size=8, num_labels=1)  # fmt: skip
+    made = RewardModel(BertForSequenceClassification(config).eval(), tokens, max_length=13)
+    digits = " ".join("0123456789")
+    long = ("x " * 20).strip()
+    pairs = made._text_pairs([digits, digits, "1", "2"], ["3", "x x x x", long, "3"])
+    kept = [tokens.decode(pair["input_ids"]) for pair in pairs]
+    six = " ".join("456789")
+    assert kept[:2] == [f"[CLS] {six} [SEP] 3 [SEP]", f"[CLS] {six} [SEP] x x x x [SEP]"]
+    assert kept[2:] == [f"[CLS] 1 [SEP] {'x ' * 9}[SEP]", "[CLS] 2 [SEP] 3 [SEP]"]
+    whole = tokens("2", "3")
+    assert pairs[3] == {name: whole[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    made([digits], [long])  # whatever the last call has set
+    assert made._text_pairs(["2"], ["3"]) == pairs[3:]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

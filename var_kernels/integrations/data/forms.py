@@ -139,18 +139,21 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
 
 
 def _with_prompt(row: dict, present: set) -> dict:
-    """The row with the prompt that a conversation holds: all before its last answer, or what a pair has in common."""
-    if "prompt" in present:
+    """The row with the prompt that a conversation holds: all before its last answer, or what a pair has in common, a
+    prompt of text that says it again or not."""
+    halves = isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list)
+    if "prompt" in present and not (halves and isinstance(row["prompt"], str)):
         return row
     if "messages" in present and not present & {"chosen", "rejected", "completion", "completions"}:
         messages = _text(row, "messages")
         if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise _BadRowError("messages must be a conversation of two messages or more that the assistant ends")
         return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
-    if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+    if halves:
         beside = list(zip(row["chosen"], row["rejected"], strict=False))
         shared = next((n for n, (a, b) in enumerate(beside) if a != b), len(beside))
-        if shared:
+        said = beside[shared - 1][0] if shared else None
+        if shared and ("prompt" not in present or (_is_message(said) and said.get("content") == row["prompt"])):
             cut = {key: row[key][shared:] for key in ("chosen", "rejected")}
             return {**row, "prompt": row["chosen"][:shared], **cut}
     return row

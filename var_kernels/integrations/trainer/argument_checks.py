@@ -107,6 +107,5 @@ def read_items(rows, name: str, args, method, tokenizer, reward_function, end_to
     examples = merge_prompts(examples)
     table = encode_examples(examples, tokenizer, args.max_length, end_token_ids)
     if reward_function is not None:
-        completion_ids = [table.completion_ids(row) for row in range(len(table))]
-        table.reward = rewards_of(apply_reward_function(reward_function, examples, args, completion_ids))
+        table.reward = rewards_of(apply_reward_function(reward_function, examples, args, table.completion_ids))
     return Items(table, method.items(table, args))

@@ -17,7 +17,7 @@ from var_kernels.integrations.trainer.argument_checks import check_arguments, ch
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.items import equal_pair
 from var_kernels.integrations.trainer.methods import METHODS
-from var_kernels.integrations.trainer.model_checks import check_vocabulary
+from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank
@@ -82,8 +82,9 @@ def preview(
         if method.columns is not None:
             table.columns |= method.columns(table, config, table)
         sections = [_row_lines(items, tokenizer, shown), _data_lines(items, config, ends, malformed)]
-        sections.append(_reward_lines(items, config, method))
-        if config.method == "var":
+        stops = _stop_lines(model, items, config, method)
+        sections += [_reward_lines(items), *([stops] if stops else [])]
+        if config.method == "var" and (config.reference == "none" or not stops):
             sections.append(_sample_size_lines(model, items, config))
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
         steps, batch = (math.ceil(len(items) / per_step), config.num_train_epochs), _largest_batch(items, config)
@@ -188,7 +189,7 @@ def _pairs(table: EncodedRows):
     return zip(table.groups, table.is_pair, strict=True)
 
 
-def _reward_lines(items: Items, config, method) -> list[str]:
+def _reward_lines(items: Items) -> list[str]:
     reward, groups = items.rows.reward, items.rows.groups
     if reward is None:
         return ["rewards", "  none: pairs are ordered, or the method reads none"]
@@ -209,11 +210,24 @@ def _reward_lines(items: Items, config, method) -> list[str]:
             f"completions; {tied:,} have equal rewards"
         )
     lines.append(f"  alone         {sum(len(group) == 1 for group in groups):,} prompts have one completion")
-    try:
-        check_rewards(items.rows, config, method, "train_dataset")
-    except ValueError as error:
-        lines.append(f"  training would stop: {error}")
     return lines
+
+
+def _stop_lines(model, items: Items, config, method) -> list[str]:
+    """What training would refuse of rows that can be read."""
+
+    def refusal(check, *arguments) -> str:
+        try:
+            check(*arguments)
+        except ValueError as error:
+            return f"training would stop: {error}"
+        return ""
+
+    found = [
+        refusal(check_positions, model, items.rows),
+        refusal(check_rewards, items.rows, config, method, "train_dataset"),
+    ]
+    return [line for line in found if line]
 
 
 # ---- VAR's weights ---------------------------------------------------------------------------------------------------

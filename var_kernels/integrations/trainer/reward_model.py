@@ -39,7 +39,7 @@ class RewardModel:
         tokenizer: its tokenizer.
         head: the reward head of a causal LM; None for a classifier.
         batch_size: completions at once.
-        max_length: tokens of prompt and completion; longer ones are cut as in training.
+        max_length: tokens of prompt and completion; longer ones are cut as in training, equal prompts of a call alike.
         as_chat: wrap plain text in messages (user, assistant), for a reward model that knows only those.
 
     Raises:
@@ -133,12 +133,11 @@ class RewardModel:
             completions = [_message("assistant", c) if isinstance(c, str) else c for c in completions]
         device = next(self.model.parameters()).device
         if self.head is None and self.tokenizer.sep_token_id is not None and all(isinstance(p, str) for p in prompts):
-            order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
+            pairs = self._text_pairs(prompts, completions)
+            order = sorted(range(len(pairs)), key=lambda row: len(pairs[row]["input_ids"]))
             for start in range(0, len(order), self.batch_size):
                 members = order[start : start + self.batch_size]
-                texts = ([prompts[row] for row in members], [completions[row] for row in members])
-                options = {"truncation": "longest_first", "max_length": self.max_length, "padding": True}
-                yield members, self.tokenizer(*texts, return_tensors="pt", **options).to(device)
+                yield members, self.tokenizer.pad([pairs[row] for row in members], return_tensors="pt").to(device)
             return
         pairs = zip(prompts, completions, strict=True)
         examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in enumerate(pairs)]
@@ -149,6 +148,42 @@ class RewardModel:
             members = order[start : start + self.batch_size]
             batch = collate([items[row] for row in members])
             yield members, {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+
+    def _text_pairs(self, prompts: list[str], completions: list[str]) -> list[dict]:
+        """Pairs of texts as the tokenizer joins them, cut as training cuts: equal prompts alike, to the newest tokens.
+
+        Raises:
+            ValueError: long texts and a tokenizer of Python's own.
+        """
+        joiner = getattr(self.tokenizer, "backend_tokenizer", None)
+        if joiner is None:
+            whole = self.tokenizer(prompts, completions, truncation=False)
+            made = [{name: values[row] for name, values in whole.items()} for row in range(len(prompts))]
+            if any(len(row["input_ids"]) > self.max_length for row in made):
+                raise ValueError(
+                    f"reward model: texts of more than max_length = {self.max_length} tokens need a tokenizer of the "
+                    f"tokenizers library, got {type(self.tokenizer).__name__}; raise max_length"
+                )
+            return made
+        joiner.no_truncation()  # the settings of its last call
+        joiner.no_padding()
+        room = self.max_length - joiner.num_special_tokens_to_add(True)
+        first, second = (joiner.encode_batch(texts, add_special_tokens=False) for texts in (prompts, completions))
+        longest: dict[str, int] = {}
+        for prompt, completion in zip(prompts, second, strict=True):
+            longest[prompt] = max(longest.get(prompt, 0), len(completion))
+        made = []
+        for prompt, asked, said in zip(prompts, first, second, strict=True):
+            asked.truncate(max(room // 2, room - longest[prompt], 1), direction="left")
+            said.truncate(max(room - len(asked), 1))
+            joined = joiner.post_process(asked, said, True)
+            inputs = {
+                "input_ids": joined.ids,
+                "attention_mask": joined.attention_mask,
+                "token_type_ids": joined.type_ids,
+            }
+            made.append({name: values for name, values in inputs.items() if name in self.tokenizer.model_input_names})
+        return made
 
     def _score(self, inputs) -> Tensor:
         inputs = dict(inputs)

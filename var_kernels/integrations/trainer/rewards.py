@@ -116,38 +116,45 @@ def columns_of(example: Example, function: RewardFunction | None) -> dict:
 
 
 def apply_reward_function(
-    function: RewardFunction, examples: Sequence[Example], args=None, completion_ids: Sequence | None = None
+    function: RewardFunction,
+    examples: Sequence[Example],
+    args=None,
+    completion_ids: Callable[[int], list[int]] | None = None,
 ) -> list[Example]:
     """New examples with the function's rewards in place of those in the data. It is called on whole prompts, up to 64
     rows at a time.
 
-    args: the TrainingArguments; with them a progress bar is shown. completion_ids: token ids of each completion, for a
-    function that takes them.
+    args: the TrainingArguments; with them a progress bar is shown. completion_ids: the token ids of a completion by its
+    number, for a function that takes them.
 
     Raises:
         ValueError: a function that needs a column which no row has. DataError: rows for which it raises, or returns
             something other than one finite number; a wrong number of results.
     """
     call = _Call.of(function)
-    given = ("completion_ids",) if completion_ids is not None else ()
     found = dict.fromkeys(key for example in examples for columns in example.columns for key in columns)
-    names = call.columns([*(name for name in found if name != "completion_ids"), *given])
+    found.pop("completion_ids", None)
+    names = call.columns([*found, *(["completion_ids"] if completion_ids is not None else [])])
     rows, sizes = [], []
     for example in examples:
         columns = example.columns or [{}] * len(example.completions)
         for completion, where, own in zip(example.completions, example.where, columns, strict=True):
-            values = {name: completion_ids[len(rows)] if name in given else own.get(name) for name in names}
-            rows.append(_Row(example.prompt, completion, where, values))
+            rows.append(_Row(example.prompt, completion, where, own, len(rows)))
         sizes.append(len(example.completions))
+
+    def value(row: _Row, name: str):
+        return completion_ids(row.number) if name == "completion_ids" else row.columns.get(name)
+
     rewards, problems = [], []
     with progress_bar(args, "rewards", len(rows), "completion") as advance:
         for start, stop in _chunks(sizes):
             chunk = rows[start:stop]
-            for row, value in zip(chunk, _values(call, chunk), strict=True):
-                if isinstance(value, Exception):
-                    problems.append(Problem(row.where, f"the reward function raised {type(value).__name__}: {value}"))
-                elif (number := _number(value)) is None:
-                    reason = f"the reward function must return finite numbers, got {value!r:.60}"
+            columns = [{name: value(row, name) for name in names} for row in chunk]
+            for row, made in zip(chunk, _values(call, chunk, columns), strict=True):
+                if isinstance(made, Exception):
+                    problems.append(Problem(row.where, f"the reward function raised {type(made).__name__}: {made}"))
+                elif (number := _number(made)) is None:
+                    reason = f"the reward function must return finite numbers, got {made!r:.60}"
                     problems.append(Problem(row.where, reason))
                 else:
                     rewards.append(number)
@@ -163,6 +170,7 @@ class _Row(NamedTuple):
     completion: Text
     where: str
     columns: dict
+    number: int
 
 
 def _chunks(sizes: list[int]) -> Iterator[tuple[int, int]]:
@@ -181,16 +189,16 @@ def _chunks(sizes: list[int]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _values(call: _Call, chunk: list[_Row]) -> list:
+def _values(call: _Call, chunk: list[_Row], columns: list[dict]) -> list:
     """One value, or the exception, for each row of the chunk."""
-    columns = {name: [row.columns[name] for row in chunk] for name in chunk[0].columns}
+    given = {name: [own[name] for own in columns] for name in columns[0]}
     try:
-        values = call([row.prompt for row in chunk], [row.completion for row in chunk], columns)
+        values = call([row.prompt for row in chunk], [row.completion for row in chunk], given)
     except Exception as error:
         # Which row was it? One by one; where every row alone succeeds, the chunk itself is at fault.
         if len(chunk) == 1:
             return [error]
-        alone = [_values(call, [row])[0] for row in chunk]
+        alone = [_values(call, [row], [own])[0] for row, own in zip(chunk, columns, strict=True)]
         return alone if any(isinstance(value, Exception) for value in alone) else [error] * len(chunk)
     if isinstance(values, str | bytes) or not hasattr(values, "__len__") or len(values) != len(chunk):
         came = f"{len(values)} of them" if hasattr(values, "__len__") else type(values).__name__

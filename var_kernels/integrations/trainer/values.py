@@ -101,8 +101,7 @@ def prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
 
 
 def distinct_prompts(rows: EncodedRows) -> tuple[EncodedRows, Tensor]:
-    """The prompts alone, each once, and which of them each row has, (rows,). A prompt that was cut differently for
-    different completions counts as several."""
+    """The prompts alone, each once, and which of them each row has, (rows,)."""
     found: dict[tuple[int, ...], int] = {}
     spans = zip(rows.offset.tolist(), rows.prompt_length.tolist(), strict=False)
     index = [

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_prompts
+from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_prompts, end_tokens
 from var_kernels.integrations.data.forms import Text
 from var_kernels.integrations.hf.head import inner_model
 from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
 from var_kernels.integrations.trainer.online.measures import measures
-from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler, check_completions
+from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler, check_completions, without_padding
 from var_kernels.integrations.trainer.online.settings import draws_pairs, say_temperatures
 from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
 from var_kernels.integrations.trainer.progress import progress_bar
@@ -223,7 +223,8 @@ class OnlineLoop(TrainerCallback):
                 seed=_seed(args.seed, *place),
             )
         check_completions(made, prompt_ids, count, args.max_new_tokens, model.get_input_embeddings().weight.shape[0])
-        return made
+        fillers = {*self._end_token_ids, self.pad_token_id}
+        return [[without_padding(ids, self._end_token_ids, fillers) for ids in completions] for completions in made]
 
     def _text(self, prompt, ids: list[int]):
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -240,7 +241,7 @@ class OnlineLoop(TrainerCallback):
         ]  # fmt: skip
         completion_ids = [ids for _, drawn in mine for ids in drawn.completion_ids]
         try:
-            scored = apply_reward_function(self.reward_function, examples, self.args, completion_ids)
+            scored = apply_reward_function(self.reward_function, examples, self.args, completion_ids.__getitem__)
         except DataError as error:
             remedy = "the reward function fails on these completions, which are kept; mend it and resume"
             raise DataError(error.problems, remedy=remedy) from error
@@ -255,7 +256,9 @@ class OnlineLoop(TrainerCallback):
 
     @property
     def _end_token_ids(self) -> tuple[int, ...]:
-        return getattr(self.sampler, "end_token_ids", (self.tokenizer.eos_token_id,))
+        return getattr(self.sampler, "end_token_ids", None) or end_tokens(
+            self.tokenizer, inner_model(self.trainer.model)
+        )
 
     def evaluate(self, examples: list[Example] | None = None) -> dict[str, float]:
         """Measures of one completion of every evaluation prompt, or of those of ``examples``, the draws' seeds the same

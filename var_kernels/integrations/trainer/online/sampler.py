@@ -24,7 +24,8 @@ class Sampler(Protocol):
         seed: of these draws; equal arguments must give equal completions. No two calls of a run have the same.
 
     Returns:
-        For each prompt n lists of token ids; a completion that ended holds its end token, last.
+        For each prompt n lists of token ids; a completion that ended holds its end token, last (padding behind it is
+        left out).
     """
 
     def __call__(
@@ -130,3 +131,9 @@ def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: i
                 raise ValueError(
                     f"sampler: prompt {number}: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]!r}"
                 )
+
+
+def without_padding(ids: list[int], ends: Sequence[int], fillers: set[int]) -> list[int]:
+    """A completion up to its first end token, where padding or more end tokens alone follow that."""
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    return ids[: end + 1] if end is not None and fillers.issuperset(ids[end + 1 :]) else ids

@@ -314,7 +314,7 @@ def test_another_thread_uses_the_model_while_it_is_tried():
             thread.start()
             thread.join()
 
-    with_another = model.model.layers[0].register_forward_hook(meanwhile)
+    with_another = model.lm_head.register_forward_pre_hook(meanwhile)
     calibrate(model)
     with_another.remove()
     assert len(seen) == 3

@@ -1,5 +1,6 @@
 """Heads and losses that are not understood are refused before anything runs, with class, reason and remedy."""
 
+import functools
 import types
 
 import pytest
@@ -131,6 +132,16 @@ def test_head_whose_forward_was_replaced(head):
     assert issubclass(head, class_of)
     with pytest.raises(ValueError, match=rf"must compute W h \+ b.*{head.__name__}\.forward"):
         fused_lm_head(model).apply()
+
+
+@pytest.mark.parametrize("kind", ["another head's", "a partial", "a function of torch"])
+def test_head_whose_forward_is_torchs_own_of_something_else(kind):
+    model, other = build(LLAMA), nn.Linear(32, VOCAB, bias=False)
+    forwards = {"another head's": other.forward, "a function of torch": nn.functional.normalize}
+    forwards["a partial"] = functools.partial(nn.functional.linear, weight=2 * model.lm_head.weight)
+    model.lm_head.forward = forwards[kind]
+    with pytest.raises(ValueError, match=r"must compute W h \+ b"):
+        token_logprobs(model, batch())
 
 
 def test_head_whose_forward_is_replaced_while_it_is_fused():

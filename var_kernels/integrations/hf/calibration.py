@@ -19,7 +19,7 @@ from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model,
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
 from var_kernels.integrations.hf.model_inputs import is_encoder_decoder, of_a_library
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
-from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, vector
+from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, unseen, vector
 from var_kernels.integrations.hf.quantised import dense_weight
 
 _IGNORE_INDEX = -100
@@ -141,8 +141,9 @@ def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: b
     inner = inner_model(model)
     found = _cached(_causal_with, inner, None, lambda _: {})
     if names not in found:
-        probe = Probe(model, inner, inputs)
-        found[names] = _unchanged_before(probe, *(probe.run(noise, seed)[2] for seed in (0, 1)))
+        with unseen(inner):
+            probe = Probe(model, inner, inputs)
+            found[names] = _unchanged_before(probe, *(probe.run(noise, seed)[2] for seed in (0, 1)))
     return found[names]
 
 
@@ -156,12 +157,13 @@ def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     attention = getattr(inner.config.get_text_config(), "_attn_implementation", None)
     found = _cached(_apart_with, inner, None, lambda _: {})
     if (attention, names) not in found:
-        probe = Probe(model, inner)
-        try:
-            first, second = (probe.run_packed(noise, seed, names) for seed in (0, 1))
-            found[attention, names] = _agree(first, second, first)
-        except TrialFailedError:
-            found[attention, names] = False
+        with unseen(inner):
+            probe = Probe(model, inner)
+            try:
+                first, second = (probe.run_packed(noise, seed, names) for seed in (0, 1))
+                found[attention, names] = _agree(first, second, first)
+            except TrialFailedError:
+                found[attention, names] = False
     return found[attention, names]
 
 
@@ -177,13 +179,22 @@ def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any
     key = fingerprint(inner)
     if inner not in cache or cache[inner][0] != key:
         try:
-            found = compute(None)
+            with unseen(inner):
+                found = compute(None)
         except TrialFailedError:
-            if inputs is None:
-                raise
-            found = compute(inputs)
+            with unseen(inner, hooks=True):  # it may not run without them
+                found = _on_tokens_or(inputs, compute)
         cache[inner] = (key, found)
     return cache[inner][1]
+
+
+def _on_tokens_or(inputs: Mapping[str, Any] | None, compute: Callable) -> Any:
+    try:
+        return compute(None)
+    except TrialFailedError:
+        if inputs is None:
+            raise
+        return compute(inputs)
 
 
 def fingerprint(inner: nn.Module) -> tuple:

@@ -265,13 +265,14 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         before = [named.pop(name) for name in itertools.takewhile(lambda name: name not in stars, parameters)]
         return self._plain_forward(*before, *call.arguments[stars[0]], **named)
 
+    @_disable_dynamo
     def _calibrate_on(self, inputs: Mapping[str, Any]) -> None:
-        """Of a model that wants more than tokens: with the inputs of this call, through the plain forward."""
-        self._applied = False
-        try:
+        """Within a call: with its inputs if need be, through the plain forward, below what others put around ours.
+
+        An autocast object of accelerate's that is entered twice stays on for good.
+        """
+        with swapped(self.inner, "forward", self._plain_forward):
             self._calibrate(inputs)
-        finally:
-            self._applied = True
 
     def _loss(
         self,

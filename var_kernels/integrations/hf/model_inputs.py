@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LIBRARIES = ("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels")
+_LIBRARIES = frozenset(("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels"))
 
 
 def known_arguments(inner: nn.Module) -> set[str]:
@@ -68,12 +68,26 @@ def input_device(inner: nn.Module) -> torch.device:
 def of_a_library(function: Any) -> bool:
     """Whether all layers of a function that wrappers may have been put around are a library's code."""
     while function is not None:
-        layer = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
-        names = getattr(layer, "__globals__", {})
-        home = names.get("__name__", type(layer).__module__)
-        called = [names[n] for n in getattr(layer, "__code__", of_a_library.__code__).co_names if n in names]
-        homes = [home, *(c.__globals__["__name__"] for c in called if hasattr(c, "__globals__"))]
-        if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
+        layer, names = _layer(function)
+        called = [names[n] for n in getattr(layer, "__code__", _layer.__code__).co_names if n in names]
+        homes = [home_of(function), *(_root(c.__globals__["__name__"]) for c in called if hasattr(c, "__globals__"))]
+        if not _LIBRARIES.issuperset(homes):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
+
+
+def home_of(function: Any) -> str:
+    """The package whose code the outermost layer of a function is."""
+    layer, names = _layer(function)
+    return _root(names.get("__name__", type(layer).__module__))
+
+
+def _layer(function: Any) -> tuple[Any, dict[str, Any]]:
+    """(the function under a partial or a bound method, its globals)."""
+    layer = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
+    return layer, getattr(layer, "__globals__", {})
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]

@@ -1,13 +1,16 @@
 """A model run on a few tokens with known values in place of its head's output."""
 
 import copy
+import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import arg_tree_leaves
 
 from var_kernels.integrations.hf.head import (
@@ -25,10 +28,13 @@ from var_kernels.integrations.hf.model_inputs import (
     input_embeddings,
     is_encoder_decoder,
     known_arguments,
+    of_a_library,
 )
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
 
 _TOKENS = 8
+_SMALL = 2**20  # elements; of larger buffers (packed weights) no copy is made
+_MODULE_FIELDS = frozenset(vars(nn.Module()))
 _NOT_INPUTS = frozenset(
     ("labels", "shift_labels", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values", "cache")
 )
@@ -352,3 +358,79 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def unseen(inner: nn.Module, *, hooks: bool = False) -> Iterator[None]:
+    """A trial inside the block leaves no trace in the model's buffers and counters, the user's modes and hooks,
+    compiled graphs, autocast or warnings. Hooks on the model and on its head run, as they may change logits; with
+    ``hooks`` all do.
+    """
+    with ExitStack() as stack:
+        for mode in _popped_function_modes():
+            stack.callback(torch.overrides._push_mode, mode)
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        head, filters = find_head(inner), list(warnings.filters)
+        inside = [] if hooks else [module for module in inner.modules() if module is not inner and module is not head]
+        hidden = [entry for module in inside for entry in _hidden_hooks(module)]
+        state = [entry for module in inner.modules() for entry in _state(module)]
+        autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+        try:
+            yield
+        finally:
+            for live, key, hook in hidden:
+                if key in live:
+                    live[key] = hook
+            for restore in state:
+                restore()
+            for kind, enabled, dtype in autocast:
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+            if warnings.filters != filters:
+                warnings.filters[:] = filters
+
+
+def _popped_function_modes() -> list:
+    """The innermost first, which is pushed back last; ``with torch.device(...)`` is one of them."""
+    return [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+
+
+def _hidden_hooks(module: nn.Module) -> Iterator[tuple[dict, int, Callable]]:
+    """Hooks of the user's on this module do nothing in this thread: (the dict, its key, the hook)."""
+    for live in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in live.items():
+            if not of_a_library(hook):
+                live[key] = partial(_in_other_threads, threading.get_ident(), hook)
+                yield live, key, hook
+
+
+def _in_other_threads(thread: int, hook: Callable, *args: Any, **kwargs: Any) -> Any:
+    return None if threading.get_ident() == thread else hook(*args, **kwargs)
+
+
+def _state(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """What puts back each small buffer, and each number, list or dict on a module of the user's own class."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.device.type != "meta" and buffer.numel() <= _SMALL:
+            yield partial(_put_buffer, module, name, buffer, buffer.detach().clone())
+    if of_a_library(type(module).forward):
+        return
+    for name, value in vars(module).items():
+        if isinstance(value, (list, dict)) and name not in _MODULE_FIELDS:
+            yield partial(_put_items, module, name, value, value.copy())
+        elif isinstance(value, (bool, int, float, str, tuple, type(None))) and name != "training":
+            yield partial(vars(module).__setitem__, name, value)
+
+
+def _put_buffer(module: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
+    module._buffers[name] = buffer
+    if not torch.equal(buffer, before):
+        with torch.no_grad():
+            buffer.copy_(before)
+
+
+def _put_items(module: nn.Module, name: str, value: list | dict, before: list | dict) -> None:
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(before)
+    vars(module)[name] = value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from var_kernels.integrations.hf.model_inputs import home_of, of_a_library
 from var_kernels.integrations.hf.parallel import is_dtensor
 
 _PROBES = 4
@@ -46,10 +47,15 @@ def _dequantised_4bit(codes: Tensor, state) -> Tensor:
 
 
 def own_forward(head: nn.Module) -> Callable | None:
-    """The function that replaces nn.Linear's forward, in the class or on the instance; None where none does."""
+    """The function that replaces nn.Linear's forward, in the class or on the instance; None where none does, or where
+    a library put its own around it (tensor parallelism, offloading), which the head's trial shows.
+    """
     hooked = hasattr(head, "_hf_hook") and hasattr(head, "_old_forward")  # accelerate's, which calls the old one
-    forward = head._old_forward if hooked else vars(head).get("forward", type(head).forward)
-    forward = getattr(forward, "__func__", forward)
+    forward = head._old_forward if hooked else vars(head).get("forward")
+    if forward is None or (of_a_library(forward) and home_of(forward) != "torch"):
+        forward = type(head).forward
+    if getattr(forward, "__self__", head) is head:
+        forward = getattr(forward, "__func__", forward)
     return None if forward is nn.Linear.forward else forward
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -247,3 +248,68 @@ def test_capture_gives_back_every_result_and_the_output():
     with torch.no_grad():
         (logp, *_), _ = capture(model, fn, inputs)
     assert not logp.requires_grad
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [LLAMA, MIXTRAL], ids=lambda case: case.id)
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_a_tuple_has_the_places_of_the_models_own(case, hidden_states):
+    """Of the same length and kinds; the named output's to_tuple() and indices agree with it."""
+    model = build(case)
+    options = {"output_hidden_states": hidden_states, "use_cache": False}
+    own = model(**batch(), **options, return_dict=False)
+    with fused_lm_head(model):
+        got = model(**batch(), **options, return_dict=False)
+        named = model(**batch(), **options)
+    assert len(got) == len(own) == len(named.to_tuple())
+    for ours, theirs, by_name in zip(got, own, named.to_tuple(), strict=True):
+        assert isinstance(ours, type(theirs))
+        if isinstance(theirs, tuple):
+            assert [t.shape for t in ours] == [t.shape for t in theirs]
+            continue
+        assert ours.shape == theirs.shape == by_name.shape
+        assert ours.dtype == theirs.dtype
+        assert ours.device == theirs.device
+        if ours is got[0] or theirs.dim() == 0:
+            assert ours.item() == pytest.approx(theirs.item(), rel=2**-17)
+    assert named[0].item() == got[0].item()
+    at = next(i for i, item in enumerate(own) if isinstance(item, torch.Tensor) and item.dim() == 3)
+    assert_no_logits(got[at])
+    assert named[at] is named.logits
+
+
+def test_logits_that_are_not_there():
+    model = build(LLAMA)
+    with fused_lm_head(model), torch.no_grad():
+        logits = model(**batch()).logits
+    assert logits.shape == (3, 11, VOCAB)
+    assert (logits.dtype, logits.dim(), logits.requires_grad) == (torch.float32, 3, False)
+    assert logits.detach().float().to(torch.bfloat16).dtype == torch.bfloat16  # wrappers cast and move what they get
+    assert "never computed" in repr(logits)
+    uses = {
+        "indexing": lambda: logits[:, -1],
+        "cpu": lambda: logits.cpu(),
+        "numpy": lambda: logits.numpy(),
+        "argmax": lambda: logits.argmax(-1),
+        "softmax": lambda: torch.softmax(logits, -1),
+        "cross_entropy": lambda: torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch()["labels"]),
+        "sum": lambda: logits.sum(),
+        "mean": lambda: torch.mean(logits),
+        "add": lambda: logits + 1,
+        "compare": lambda: logits == logits,
+        "bool": lambda: bool(logits),
+        "iterate": lambda: list(logits),
+        "cat": lambda: torch.cat([logits, logits]),
+        "write": lambda: logits.mul_(2),
+        "allclose": lambda: torch.allclose(logits, logits),
+        "pickle": lambda: pickle.dumps(logits),
+        "deepcopy": lambda: copy.deepcopy(logits),
+        "backward": lambda: logits.backward(),
+        "tolist": lambda: logits.tolist(),
+        "array": lambda: __import__("numpy").asarray(logits),
+    }
+    for name, use in uses.items():
+        with pytest.raises(ValueError, match=r"logits: .*leave the labels out of the call"):
+            pytest.fail(f"{name}: {use()}")

@@ -302,3 +302,36 @@ def test_one_rank_without_labels(tmp_path):
     assert empty.item() == 0.0
     assert grad.equal(same)
     torch.testing.assert_close(grad, model.lm_head.weight.grad / 2, rtol=1e-5, atol=1e-8)
+
+
+# ---- logits that are not there ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["compute_metrics", "preprocess_logits_for_metrics", "predict", "batch_eval_metrics"])
+def test_evaluation_under_a_bare_block_says_where_the_logits_are(use, tmp_path):
+    """At its first step, not as a missing attribute at its end."""
+    model = tiny_model(dtype=torch.float32)
+    given = {"compute_metrics": lambda prediction, compute_result=True: {"n": prediction.predictions.argmax(-1).sum()}}
+    if use == "preprocess_logits_for_metrics":
+        given[use] = lambda logits, labels: logits.argmax(-1)
+    options = {"batch_eval_metrics": use == "batch_eval_metrics"}
+    with fused_lm_head(model):
+        made = trainer(tmp_path, model=model, trainer_options=given, **options)
+        with pytest.raises(
+            ValueError, match=r"logits: .* leave the labels out .*FusedLossMixin.*the model's own logits"
+        ):
+            (made.predict if use == "predict" else made.evaluate)(rows(4))
+    assert "eval_n" in trainer(tmp_path, model=model, trainer_options=given, **options).evaluate(rows(4))
+
+
+def test_a_compute_loss_of_ones_own_says_where_the_logits_are(tmp_path):
+    class Own(FusedTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = torch.nn.functional.cross_entropy(
+                outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+            )
+            return (loss, outputs) if return_outputs else loss
+
+    with pytest.raises(ValueError, match=r"logits: .* leave the labels out"):
+        trainer(tmp_path, trainer_class=Own, max_steps=1).train()

@@ -252,7 +252,7 @@ def seconds_for(shape, name: str) -> float:
     gemm = 2 * n * d * v / 550e12
 
     def rounds(each: float) -> float:
-        return max(1.0, 5 * each) + 4 * each + 5 * (each + 0.02)
+        return max(1.0, 5 * each) + 4 * each + 7 * (each + 0.02)
 
     training = rounds(2 * provider.gemms * gemm) if provider.loss else 0.0
     scoring = rounds(2 * gemm) if provider.score else 0.0

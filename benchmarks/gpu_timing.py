@@ -30,7 +30,7 @@ PACKAGES = (
 
 # 10 ms at 2 GHz: longer than the launches of a step.
 QUEUE_CYCLES = 20_000_000
-QUEUED_ROUNDS = 5
+QUEUED_ROUNDS = 7
 
 
 class Bench:

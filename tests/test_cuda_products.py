@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from benchmarks import gpu_probe
 from tests.kl_cases import KLCase, run_case
 from tests.op_cases import BF16, Case, check_logprob, check_weighted_nll
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients
-from var_kernels.ops import gemm
-from var_kernels.ops.backend import use_backend
+from var_kernels.ops import engines, gemm
+from var_kernels.ops.backend import choose_backend, use_backend
 
 FP16, CUDA = torch.float16, torch.device("cuda", 0)
 CASES = [
@@ -126,6 +127,36 @@ def test_what_torch_widens(major, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
     assert not gemm.widens(FP16, CUDA)
     gemm._cuda_major.cache_clear()
+
+
+def test_the_probe_of_a_gpu_is_right(as_on_cuda, monkeypatch):
+    """Every part of it, one pass in two chunks; a part that fails or is wrong is named, and ends it only where all the
+    rest stands on it.
+    """
+    if choose_backend(torch.device("cpu"), torch.float32)[0] != "triton":
+        pytest.skip("the fused forward runs on Triton only")
+    monkeypatch.setattr(gpu_probe, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_probe, "N", 240)
+    monkeypatch.setattr("var_kernels.kernels.rows_triton.BLOCK_COLUMNS", 4096)  # fewer steps of the interpreter
+    said, chunks = [], []
+    plan = engines.chunk_plan
+    monkeypatch.setattr(engines, "chunk_plan", lambda *a: (chunks.append(plan(*a).rows), plan(*a))[1])
+    assert gpu_probe.run(say=said.append) == 0
+    assert [line.split(":")[1].split(",")[0] for line in said] == [" right"] * len(gpu_probe.PARTS), said
+    assert chunks == [88]  # of 160
+
+    def fails():
+        raise RuntimeError("no such luck")
+
+    right, wrong = (lambda: {"fp32 loss": 0.0}), (lambda: {"fp32 loss": 0.0, "bf16 dweight": float("nan")})
+    for parts, status, lines in (
+        ((right, right, fails, wrong), 0, (" right", " right", " FAILED", " WRONG")),
+        ((right, fails, right, right), gpu_probe.BROKEN, (" right", " FAILED")),
+        ((wrong, right), 0, (" WRONG", " right")),
+    ):
+        said.clear()
+        assert gpu_probe.run(dict(zip("abcd", parts, strict=False)), said.append) == status
+        assert tuple(line.split(":")[1].split(",")[0] for line in said) == lines
 
 
 @pytest.fixture

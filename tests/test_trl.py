@@ -133,6 +133,19 @@ def test_labels_shifted_by_the_caller_and_counts():
     torch.testing.assert_close(got.loss, plain.loss * plain.label_mask.sum() / 4)
 
 
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 12], ids=str)
+def test_a_batch_without_a_label(num_items):
+    """0 with gradients of 0, whatever the step's other batches hold."""
+    model = tiny().double().eval()
+    _FusedForward(model, 1.0, False, frozenset({"log_probs"}))
+    inputs = batch()
+    inputs["labels"].fill_(-100)
+    loss = model(**inputs, num_items_in_batch=num_items, fused_lm_head=True).loss
+    assert loss == 0
+    loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_head_in_fp32_over_a_body_in_bf16(autocast):
     model, inputs = tiny().eval().bfloat16(), batch()

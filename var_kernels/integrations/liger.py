@@ -32,25 +32,56 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
-class _MixedRows(torch.autograd.Function):
-    """(V,) weights, constants, times (V, D) rows: (D,) in the weights' dtype, without a copy of the rows in it."""
+_TILE_ELEMENTS = 1 << 24
+
+
+class _WeightedLogits(torch.autograd.Function):
+    """(N,) sum_v c_v z_v of the capped logits z, in the dtype of c, which is a constant; tiles of 16 M logits, computed
+    again in the backward.
+    """
 
     @staticmethod
-    def forward(ctx, class_weight, lin_weight):
-        ctx.save_for_backward(class_weight)
-        ctx.like = lin_weight.new_empty(0)
-        slices = (slice(*span) for span in spans(0, len(lin_weight), 4096))
-        parts = [class_weight[part] @ lin_weight[part].to(class_weight.dtype) for part in slices]
-        return torch.stack(parts).sum(0)
+    def forward(ctx, hidden_ND, lin_weight, bias, class_weight, softcap):
+        ctx.save_for_backward(hidden_ND, lin_weight, bias, class_weight)
+        ctx.softcap = softcap
+        total_N = class_weight.new_zeros(len(hidden_ND))
+        for part, _, z_nv, _ in _tiles(hidden_ND, lin_weight, bias, class_weight.dtype, softcap):
+            total_N += z_nv @ class_weight[part]
+        return total_N
 
     @staticmethod
     @first_order
-    def backward(ctx, dmixed_D):
-        (class_weight,) = ctx.saved_tensors
-        dweight_VD = ctx.like.new_empty(len(class_weight), len(dmixed_D))
-        for span in spans(0, len(class_weight), 4096):
-            dweight_VD[slice(*span)] = torch.outer(class_weight[slice(*span)], dmixed_D)
-        return None, dweight_VD
+    def backward(ctx, dtotal_N):
+        hidden_ND, lin_weight, bias, class_weight = ctx.saved_tensors
+        wide_ND = hidden_ND.to(class_weight.dtype)
+        dhidden_ND = torch.zeros_like(wide_ND)
+        dweight_VD, dbias_V = (
+            torch.empty_like(t) if needed else None
+            for t, needed in zip((lin_weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
+        for part, weight_vd, _, slope_nv in _tiles(hidden_ND, lin_weight, bias, class_weight.dtype, ctx.softcap):
+            dx_nv = dtotal_N.unsqueeze(1) * class_weight[part] * slope_nv
+            dhidden_ND += dx_nv @ weight_vd
+            if dweight_VD is not None:
+                dweight_VD[part] = dx_nv.t() @ wide_ND
+            if dbias_V is not None:
+                dbias_V[part] = dx_nv.sum(0)
+        return dhidden_ND.to(hidden_ND.dtype), dweight_VD, dbias_V, None, None
+
+
+def _tiles(hidden_ND, lin_weight, bias, dtype: torch.dtype, softcap: float | None):
+    """Vocabulary slices: (slice, rows of lin_weight, capped logits, their slope in the raw ones), in ``dtype``."""
+    wide_ND = hidden_ND.to(dtype)
+    for span in spans(0, len(lin_weight), max(1, _TILE_ELEMENTS // max(1, len(hidden_ND)))):
+        part = slice(*span)
+        weight_vd = lin_weight[part].to(dtype)
+        z_nv, slope_nv = wide_ND @ weight_vd.t(), 1.0
+        if bias is not None:
+            z_nv += bias[part].to(dtype)
+        if softcap is not None:
+            share_nv = (z_nv / softcap).tanh_()
+            z_nv, slope_nv = softcap * share_nv, 1 - share_nv.square()
+        yield part, weight_vd, z_nv, slope_nv
 
 
 @dataclass(eq=False, repr=False)
@@ -61,8 +92,8 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
         z_n = lse_square_scale lse_n^2;   with use_token_scaling both times p_y, a constant (DFT)
         "mean": sum nll_n / sum c_y + sum z_n / count of the rows that are not ignored
 
-    Sums to the mean of no row at all are 0. Peak memory and GEMMs: ``linear_weighted_nll``; with return_z_loss, or
-    ce_weight or use_token_scaling beside another option, ``linear_logprob``.
+    The mean over no row is 0. Peak memory and GEMMs: ``linear_weighted_nll``; with return_z_loss, or ce_weight or
+    use_token_scaling beside z-loss, ``linear_logprob``; beside label_smoothing 4 GEMMs more, in tiles of 64 MiB.
 
     Args:
         ce_weight: (V,) weight of each class, a constant, or None.
@@ -72,8 +103,7 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
         accum_dtype: taken and not needed, sums are fp32.
 
     Raises:
-        ValueError: options out of range or of the wrong shape; softcap with label_smoothing beside ce_weight or
-            use_token_scaling (the weighted mean of capped logits takes a pass of its own).
+        ValueError: options out of range or of the wrong shape.
     """
 
     ce_weight: Tensor | None = None
@@ -93,11 +123,6 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
             raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {self.reduction!r}")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}; 1 leaves out the label")
-        if self._mixes_classes and self.softcap is not None:
-            other = "use_token_scaling" if self.ce_weight is None else "ce_weight"
-            raise ValueError(
-                f"softcap must be None with label_smoothing beside {other}, got {self.softcap}; drop one of the three"
-            )
 
     @property
     def _mixes_classes(self) -> bool:
@@ -171,17 +196,15 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
         return nll + z_loss, z_loss.detach(), argmax
 
     def _mean_over_classes(self, head, bias, lse, class_weight):
-        """(N,) -1/V sum_v c_v log p_v = 1/V (lse sum c - h (c W) - c b), 0 where ignored; without a softcap."""
+        """(N,) -1/V sum_v c_v log p_v, 0 where ignored."""
         hidden, lin_weight, target = head
         if class_weight is None:
             class_weight = lse.new_ones(len(lin_weight))
         kept = target != self.ignore_index
-        rows = hidden.where(kept.unsqueeze(-1), 0.0).to(class_weight.dtype)
+        rows = hidden.where(kept.unsqueeze(-1), 0.0)
         with torch.autocast(rows.device.type, enabled=False):
-            mixed = rows @ _MixedRows.apply(class_weight, lin_weight)
-            if bias is not None:
-                mixed = mixed + class_weight @ bias.to(class_weight.dtype)
-        return ((lse * class_weight.sum() - mixed) / len(lin_weight)).where(kept, 0.0)
+            weighted = _WeightedLogits.apply(rows, lin_weight, bias, class_weight, self.softcap)
+        return ((lse * class_weight.sum() - weighted) / len(lin_weight)).where(kept, 0.0)
 
     def _class_weight(self, lin_weight: Tensor) -> Tensor | None:
         if self.ce_weight is None:

@@ -216,7 +216,8 @@ class _FusedForward:
         mask = rows[0] != IGNORE_INDEX
         if labels is not None:  # (B, T - 1): the last row predicts nothing
             mask, fields = mask[:, :-1], {name: field[:, :-1] for name, field in fields.items()}
-        loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+        count = mask.sum() if num_items is None else torch.as_tensor(num_items)
+        loss = -fields["log_probs"].sum() / count.clamp(min=1)  # 0 without a label, and not 0 / 0
         aux_loss = getattr(output, "aux_loss", None)
         if aux_loss is None and kwargs.get("output_router_logits"):
             raise ValueError(

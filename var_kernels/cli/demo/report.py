@@ -63,17 +63,18 @@ def _values(results: dict) -> dict[str, str]:
 
 
 def _table(results: dict) -> str:
+    best = results["optimum"]
     heads = (
-        "model",
-        "reward, points",
-        "right",
-        "friendly",
-        "rude",
-        "too long",
-        "wins over reference",
-        "KL, nats",
-        f"reward \N{MINUS SIGN} {results['optimum']['lam']:g} KL",
-        "seconds",
+        *(
+            "model",
+            "reward, points",
+            f"reward \N{MINUS SIGN} {best['lam']:g} KL",
+            "KL, nats",
+            "right",
+            "friendly",
+            "rude",
+        ),
+        *("too long", "wins over reference", "seconds"),
     )
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for name, row in results["table"].items():
@@ -81,16 +82,15 @@ def _table(results: dict) -> str:
         cells = [
             name,
             f"{_signed(row['reward'])} ± {row['reward_error']:.2f}",
+            f"{_signed(row['objective'])} ± {row['objective_error']:.2f}",
+            "" if first else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
             *(f"{row[key]:.0%}" for key in ("right", "friendly", "rude", "too_long")),
             "" if first else f"{row['win_rate']:.0%} ± {row['win_rate_error']:.0%}",
-            "" if first else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
-            f"{_signed(row['objective'])} ± {row['objective_error']:.2f}",
             f"{row['seconds']:.0f}",
         ]
         rows.append(f'<tr class="{name.lower()}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    best = results["optimum"]
     objective = f"{_signed(best['objective'])} ± {best['objective_error']:.2f}"
-    cells = ["optimum π*", _signed(best["reward"]), *[""] * 5, f"{best['kl']:.2f}", objective, ""]
+    cells = ["optimum π*", _signed(best["reward"]), objective, f"{best['kl']:.2f}", *[""] * 6]
     rows.append('<tr class="target">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "".join(rows)
 

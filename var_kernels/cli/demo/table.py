@@ -23,23 +23,23 @@ def _result_table(results: dict) -> Table:
         collapse_padding=True,
     )
     table.add_column("model")
-    for column in ("reward", "right", "friendly", "KL", "objective", "time"):
+    for column in ("reward", "objective", "KL", "right", "friendly", "time"):
         table.add_column(column, justify="right")
     for name, row in results["table"].items():
         table.add_row(
             name,
             f"{row['reward']:+.2f} ± {row['reward_error']:.2f}",
+            f"{row['objective']:+.2f} ± {row['objective_error']:.2f}",
+            "" if name == "reference" else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
             f"{row['right']:.0%}",
             f"{row['friendly']:.0%}",
-            "" if name == "reference" else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
-            f"{row['objective']:+.2f} ± {row['objective_error']:.2f}",
             f"{row['seconds']:.0f} s",
             style="bold" if name == "VAR" else None,
         )
     best = results["optimum"]
     table.add_section()
     objective = f"{best['objective']:+.2f} ± {best['objective_error']:.2f}"
-    table.add_row("optimum π*", f"{best['reward']:+.2f}", "", "", f"{best['kl']:.2f}", objective, "", style="dim")
+    table.add_row("optimum π*", f"{best['reward']:+.2f}", objective, f"{best['kl']:.2f}", "", "", "", style="dim")
     return table
 
 

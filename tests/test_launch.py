@@ -47,7 +47,7 @@ def words_for(folder, data):
         "dataset": data, "output-dir": folder / "run", "cache-dir": folder / "cache", "num-train-epochs": 2,
         "from-scratch": "hidden=24,layers=2,heads=2,vocab=270", "max-length": 32, "learning-rate": 1e-2,
         "logging-steps": 1, "save-steps": 2, "seed": 3, "lr-scheduler-type": "constant", "disable-tqdm": "true",
-        "lam": 0.5,
+        "lam": 0.5, "normalizer": "batch", "reference": "mean",
     }  # fmt: skip
     return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 

@@ -1,6 +1,7 @@
 """The README's code runs as it stands, its links lead somewhere, and its figures are those of the CSVs it names."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -121,28 +122,51 @@ def test_figures_of_trl_are_measured():
 
 
 def test_figures_of_the_demo_are_measured():
-    table = {
-        cells[0].strip("* ").lower(): [cell.strip("* ") for cell in cells[1:]]
-        for cells in (line.strip("|").split("|") for line in README.splitlines() if line.count("|") == 7)
-    }
-    for row in measured("cpu-2-cores/demo-models.csv"):
-        name = row["model"].lower()
-        cells = table["π* at λ = 0.5" if name == "optimum" else name]
-        value = {key: float(text) for key, text in row.items() if key != "model" and text}
-        if name == "optimum":
-            assert cells == [f"{value['reward']:+.2f}", "", "", "", f"{value['kl']:.2f}"]
-            continue
-        assert cells[0] == f"{value['reward']:+.2f} ± {value['reward_error']:.2f}"
-        assert cells[1:3] == [f"{value[key]:.0%}".replace("%", " %") for key in ("right", "friendly")]
-        if name != "reference":
-            wins = f"{value['win_rate']:.0%} ± {value['win_rate_error']:.0%}".replace("%", " %")
-            assert cells[3:] == [wins, f"{value['kl']:.2f} ± {value['kl_error']:.2f}"]
-    few, _, many = (
-        f"{float(row['plain_mib']):,.0f} plain, {float(row['fused_mib']):.0f} fused at {int(row['tokens']):,}"
-        for row in measured("cpu-2-cores/demo-memory.csv")
-    )
+    from benchmarks.demo import RESULTS, memory, table
+
     text = " ".join(README.split())
-    assert f"{few} tokens; {many}" in text
+    assert f"\n{table(RESULTS)}\n" in README
+    assert memory(RESULTS) in text
+    rows = {
+        row["model"]: {k: float(v) for k, v in row.items() if k != "model" and v}
+        for row in measured(RESULTS / "demo-models.csv")
+    }
+    study = (ROOT / "docs" / "study.md").read_text()
+    for name, value in (("VAR", "0.94 ± 0.13"), ("DPO", "0.82 ± 0.17")):
+        assert f"{name} | {value} |" in study
+        assert f"{name} {'has ' if name == 'VAR' else ''}{value}" in text
+    for row in rows.values():
+        assert row["objective"] == pytest.approx(row["reward"] - 0.5 * row["kl"], abs=2e-4)
+
+
+def test_demo_figures_are_written_from_a_run(tmp_path):
+    from benchmarks.demo import memory, samples, table, write_csv
+
+    row = dict.fromkeys(("reward_error", "win_rate_error", "kl_error", "objective_error"), 0.021)
+    row |= {"reward": 1.5, "right": 0.9, "friendly": 0.8, "rude": 0.0, "too_long": 0.1, "seconds": 3.0}
+    row |= {"win_rate": 0.79, "kl": 0.8, "objective": 1.1}
+    best = {"lam": 0.5, "reward": 1.7, "kl": 0.9, "objective": 1.25, "objective_error": 0.02}
+    sizes = [{"tokens": n, "vocab": 32000, "plain_mib": 1.3 * n, "fused_mib": 0.1 * n} for n in (1024, 2048)]
+    environment = {"device": "a CPU", "torch": "2", "transformers": "5", "python": "3"}
+    metrics = {"seed": 0, "environment": environment, "table": {"reference": row, "VAR": row}, "optimum": best}
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "memory": sizes}))
+    replies = [("reference", "A horse.", 0.0), ("VAR", " A stable.", 2.0), ("VAR", "second", -1.0)]
+    lines = [
+        {"prompt": "User: Where does a horse live?\nAssistant:", "model": m, "reply": t, "reward": r}
+        for m, t, r in replies
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_csv(tmp_path, tmp_path)
+    assert table(tmp_path).splitlines()[2:] == [
+        "| reference | +1.50 ± 0.02 | +1.10 ± 0.02 | | 90 % | 80 % | |",
+        "| **VAR** | +1.50 ± 0.02 | +1.10 ± 0.02 | 0.80 ± 0.02 | 90 % | 80 % | 79 % ± 2 % |",
+        "| optimum π* | +1.70 | +1.25 ± 0.02 | 0.90 | | | |",
+    ]
+    assert (
+        memory(tmp_path)
+        == "(vocabulary 32,000): 1,331 plain, 102 fused at 1,024 tokens; 2,662 plain, 205 fused at 2,048 tokens"
+    )
+    assert samples(tmp_path).splitlines()[2:] == ["| Where does a horse live? | A horse. (0) | A stable. (+2) |"]
 
 
 def test_figures_of_the_page_on_var_are_measured():

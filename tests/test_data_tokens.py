@@ -171,6 +171,8 @@ CHATML = (
         ("adds bos", "{{ bos_token }}", ["<bos>"]),
         ("adds none", "<bos>", ["<bos>"]),
         ("adds two before", "[gMASK]<sop>", ["[gMASK]", "<sop>"]),
+        ("adds none", "[gMASK]<sop>", ["[gMASK]", "<sop>"]),  # the template's alone
+        ("adds bos", "<bos><sop>", ["<bos>", "<sop>"]),
         ("adds bos", "", []),  # a template without one: <|im_start|> begins every message, not the text
     ],
 )

@@ -1,6 +1,7 @@
 """The same rows become the same tokens as in TRL's own trainers."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,42 @@ def test_the_conversation_of_sft_holds_the_same_tokens(tmp_path):
         row = {"messages": [*TALK, assistant("4")], **OFF}
         _, [(prompt, completion)] = ours(row, chat(template))
         assert prompt + completion == prepared("SFT", [row], chat(template), tmp_path)[0]["input_ids"]
+
+
+def shipped_templates():
+    from importlib.util import find_spec
+
+    folder = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"
+    return sorted(path for path in folder.glob("*.jinja"))
+
+
+@pytest.mark.parametrize("path", shipped_templates(), ids=lambda path: path.stem)
+def test_templates_of_real_models_give_the_tokens_of_trl(path):
+    """Those that TRL ships, but for rows that it cannot render, or renders without text (lists of parts alone)."""
+    from trl.data_utils import _tokenize, common_prefix_length
+
+    tok = copy.deepcopy(tokenizer())
+    tok.chat_template = path.read_text()
+    rows = [
+        {"prompt": TALK[1:], "completion": [assistant("4")]},
+        *(ROWS[name] for name in ("completion", "without thinking", "tools", "a prompt that the assistant ends")),
+        {"prompt": TALK[1:], "completion": [assistant("4", reasoning_content="2 and 2")]},
+        {"prompt": TALK[1:], "completion": [{"role": "assistant", "tool_calls": [CALL]}], "tools": TOOLS},
+    ]
+    compared = 0
+    for row in rows:
+        options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+        try:
+            prompt = _tokenize(tok, row["prompt"], add_generation_prompt=True, **options)["input_ids"]
+            whole = _tokenize(tok, row["prompt"] + row["completion"], **options)["input_ids"]
+        except Exception:  # the template's own refusal, of whatever class
+            continue
+        if "2 + 2?" not in tok.decode(whole):
+            continue
+        shared = common_prefix_length(prompt, whole)
+        assert ours(row, tok)[1] == [(whole[:shared], whole[shared:])]
+        compared += 1
+    assert compared or path.stem.split("_")[0] in ("idefics3", "smolvlm", "llava")
 
 
 MARKED = (

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -225,6 +226,7 @@ def _token_lists(texts: list[_RowText], tokenizer, ends: set[int]):
     """(prompt ids, how many of them begin every text, completion ids, which of these are of others, where) of each
     row."""
     bos, before = tokenizer.bos_token_id, None
+    opening = _template_opening(tokenizer) if any(row.rendered for row in texts) else []
     problems = []
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
@@ -246,7 +248,8 @@ def _token_lists(texts: list[_RowText], tokenizer, ends: set[int]):
                     completion, of_others = [*completion, tokenizer.eos_token_id], [*of_others, False]
             if not prompt:
                 problems.append(Problem(row.where, "the prompt has no token"))
-            kept = len(before) if before and prompt[: len(before)] == before else int(prompt[:1] == [bos])
+            begins = (before, opening if row.rendered else [], [bos])
+            kept = max(len(begin) for begin in (*begins, []) if prompt[: len(begin)] == begin)
             ids = (torch.tensor(values, dtype=torch.int32) for values in (prompt, completion))
             yield (next(ids), kept, next(ids), torch.tensor(of_others, dtype=torch.bool), row.where)
     if problems:
@@ -262,6 +265,19 @@ def _put_before(tokenizer, texts: list[str]) -> list[int]:
             places = range(len(whole) - len(bare) + 1)
             return whole[: next((n for n in places if whole[n : n + len(bare)] == bare), 0)]
     return []
+
+
+def _template_opening(tokenizer) -> list[int]:
+    """The special tokens that the chat template writes once, before all messages, whatever these are."""
+    roles = ("user", "assistant", "user")
+    probe = Example([{"role": role, "content": "a"} for role in roles], [], None)
+    try:
+        (ids,) = _ids(tokenizer, [ChatTemplate(tokenizer).prompt(probe)])
+    except template_errors():
+        return []
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    once = (ids.count(token) == 1 and token in special for token in ids)
+    return [token for token, _ in zip(ids, takewhile(bool, once), strict=False)]
 
 
 def _has_ended(tokenizer, ids: list[int], ends: set[int]) -> bool:

@@ -120,6 +120,20 @@ def test_doctor_begins_with_its_own_version_and_names_the_machine(capsys):
     assert re.match(r"\d+\.\d GiB", machine["memory"])
 
 
+def test_systems_that_say_less(monkeypatch):
+    """A Mac has no /proc, Windows has neither that nor sysconf, affinity and load."""
+    monkeypatch.setattr(doctor, "_lines", lambda path: [])
+    monkeypatch.setattr(doctor, "group_folders", lambda controller: [])
+    total = doctor.os.sysconf("SC_PHYS_PAGES") * doctor.os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert doctor.memory_line() == f"{total:.1f} GiB"
+    for name in ("sysconf", "sched_getaffinity", "getloadavg"):
+        monkeypatch.delattr(doctor.os, name)
+    assert doctor.memory_line() == "not known on this system"
+    assert doctor.cores() >= 1
+    assert doctor.load_lines(4) == []
+    assert doctor.processor()
+
+
 def groups(folder: Path, own: str, **files) -> dict:
     for name, text in files.items():
         path = folder / name.replace("__", "/").replace("DOT", ".")

@@ -63,7 +63,11 @@ def test_overloads_are_the_signature(function):
         ("direction", signatures.DIRECTIONS, lambda x: var_kernels.linear_token_kl(H, W, H, W, direction=x)),
         ("normalizer", weight_checks.NORMALIZERS, lambda x: var_kernels.VARLoss(lam=1.0, normalizer=x)),
         ("token_reduction", TOKEN_REDUCTIONS, lambda x: var_kernels.VARLoss(lam=1.0, token_reduction=x)),
-        ("reference", weight_checks.REFERENCES, lambda x: var_kernels.VARLoss(lam=1.0, reference=x)),
+        (
+            "reference",
+            weight_checks.REFERENCES,
+            lambda x: var_kernels.VARLoss(lam=1.0, normalizer="batch", reference=x),
+        ),
     ],
 )
 def test_each_declared_value_is_taken_and_no_other(name, choices, call):

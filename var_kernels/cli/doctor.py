@@ -107,7 +107,12 @@ def cores() -> int:
 def memory_line() -> str:
     """What is there, what is free, and a container's limit where it is lower."""
     kib = {words[0]: int(words[1]) for line in _lines("/proc/meminfo") if len(words := line.split()) > 1}
-    total = 1024 * kib["MemTotal:"] if "MemTotal:" in kib else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "MemTotal:" in kib:
+        total = 1024 * kib["MemTotal:"]
+    elif hasattr(os, "sysconf"):  # a Mac
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return "not known on this system"
     free = f", {kib['MemAvailable:'] * 1024 / GIB:.1f} GiB free" if "MemAvailable:" in kib else ""
     limit = memory_limit()
     limited = f", of which this process may have {limit / GIB:.1f} GiB" if limit and limit < total else ""

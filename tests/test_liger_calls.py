@@ -205,6 +205,23 @@ def test_refusals(options, message):
         LigerFusedLinearCrossEntropyLoss(**options)(*tensors())
 
 
+# liger-kernel 0.8.5's own, by position
+OPTION_NAMES = ["ce_weight", "ignore_index", "lse_square_scale", "label_smoothing", "reduction", "softcap",
+                "return_z_loss", "accum_dtype", "use_token_scaling", "return_token_accuracy",
+                "return_predicted_tokens"]  # fmt: skip
+POSITIONS = {
+    LigerFusedLinearCrossEntropyLoss: OPTION_NAMES,
+    LigerFusedLinearCrossEntropyLoss.forward: ["self", "lin_weight", "_input", "target", "bias"],
+    liger_fused_linear_cross_entropy: ["input", "weight", "target", "bias", *OPTION_NAMES, "chunk_mem_const"],
+    LigerFusedLinearCrossEntropyFunction.apply: ["_input", "weight", "target", "bias", "options"],
+}
+
+
+@pytest.mark.parametrize("call", POSITIONS, ids=lambda call: call.__qualname__)
+def test_positions(call):
+    assert list(inspect.signature(call).parameters) == POSITIONS[call]
+
+
 def test_signatures_are_theirs():
     theirs = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
     for call in ("__init__", "forward"):

@@ -337,6 +337,43 @@ def test_refusals():
         LigerFusedLinearKTOLoss()(hidden, weight, target, bias)
     with pytest.raises(ImportError, match=r"LigerFusedLinearGRPOLoss is not among .*linear_loss"):
         from var_kernels.integrations.liger_chunked import LigerFusedLinearGRPOLoss  # noqa: F401
+    with pytest.raises(ImportError, match=r"liger_fused_linear_dpo is not among .*its class"):
+        from var_kernels.integrations.liger_chunked import liger_fused_linear_dpo  # noqa: F401
+
+
+# liger-kernel 0.8.5's own, by position: of the constructor, of the call
+POSITIONS = {
+    "DPO": (
+        ["ignore_index", "beta", "alpha", "compute_nll_loss", "compiled", "use_ref_model", "average_log_prob",
+         "chunk_size", "loss_type", "label_smoothing", "discopop_tau"],
+        ["lin_weight", "_input", "target", "bias", "ref_input", "ref_weight", "ref_bias"],
+    ),
+    "CPO": (
+        ["ignore_index", "beta", "alpha", "label_smoothing", "compute_nll_loss", "compiled", "average_log_prob",
+         "chunk_size"],
+        ["lin_weight", "_input", "target", "bias"],
+    ),
+    "SimPO": (
+        ["ignore_index", "beta", "alpha", "label_smoothing", "compute_nll_loss", "compiled", "gamma", "chunk_size"],
+        ["lin_weight", "_input", "target", "bias"],
+    ),
+    "ORPO": (
+        ["ignore_index", "beta", "compute_nll_loss", "compiled", "chunk_size"],
+        ["lin_weight", "_input", "target", "bias", "nll_target"],
+    ),
+    "KTO": (
+        ["ignore_index", "beta", "compiled", "use_ref_model", "average_log_prob", "chunk_size"],
+        ["_input", "lin_weight", "target", "bias", "preference_labels", "ref_input", "ref_weight", "ref_bias", "kl"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions(name):
+    of_constructor, of_call = POSITIONS[name]
+    loss = getattr(ours, f"LigerFusedLinear{name}Loss")
+    assert list(inspect.signature(loss).parameters) == of_constructor
+    assert list(inspect.signature(loss.forward).parameters) == ["self", *of_call]
 
 
 @pytest.mark.parametrize("name", NAMES)

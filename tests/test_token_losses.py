@@ -244,6 +244,9 @@ def test_length_weights_by_hand():
     assert rows(normalization="sequence", num_items=8)[1] == [0, 0.125, 0, 0]
     assert rows(normalization="token", num_items=40)[1] == pytest.approx([0, 0.025, 0, 0])
     assert length_weights(torch.full((2, 3), -100), normalization="token").tolist() == [[0.0] * 3] * 2
+    for normalization in ("sequence", "token", "constant"):  # a step without a token
+        nothing = length_weights(torch.full((2, 3), -100), normalization=normalization, num_items=0)
+        assert nothing.tolist() == [[0.0] * 3] * 2
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from var_kernels.losses.checks import check_choice, check_number, check_tokens, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
+from var_kernels.ops.checks import values_readable
 
 LENGTH_NORMALIZATIONS = ("sequence", "token", "constant")
 # Beyond e^20 a ratio of probabilities says nothing any more, and fp32 overflows at e^88.
@@ -200,7 +201,7 @@ def length_weights(
         fp32 in the shape of labels.
 
     Raises:
-        ValueError: unknown normalization, num_items missing or not positive.
+        ValueError: unknown normalization, num_items missing or not positive (on a CPU 0 where no token counts).
 
     Source: arXiv 2402.03300, 2503.14476 and 2503.20783, as other trainers implement them.
     """
@@ -209,10 +210,12 @@ def length_weights(
         raise ValueError(
             "num_items must be given for normalization='constant', got None; number of sequences x longest completion"
         )
-    if num_items is not None:
-        check_number("num_items", num_items, remedy="count the items of the global batch")
     lengths_B = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     kept = (labels != ignore_index).to(torch.float32)
+    if num_items == 0 and values_readable(kept) and not kept.any():
+        return kept  # a batch without a token in a step without one
+    if num_items is not None:
+        check_number("num_items", num_items, remedy="count the items of the global batch")
     if normalization == "sequence":
         sequences = (lengths_B > 0).sum().clamp(min=1) if num_items is None else num_items
         return kept / expand_to_tokens(lengths_B.clamp(min=1) * sequences, labels, cu_seqlens)

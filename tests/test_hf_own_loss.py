@@ -276,6 +276,49 @@ def numbers_of_numpy(logits, labels, **_):
     return cross_entropy(logits, labels) + float(logits.detach().numpy().mean())
 
 
+class HalvesGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+@refused(r"a torch.autograd.Function, whose gradient would be lost")
+def halved_gradients(logits, labels, **_):
+    return cross_entropy(HalvesGradients.apply(logits), labels)
+
+
+@refused(r"Tensor.register_hook")
+def a_hook_on_logits(logits, labels, **_):
+    logits.register_hook(lambda grad: 2 * grad)
+    return cross_entropy(logits, labels)
+
+
+@refused(r"torch.Tensor.retain_grad")
+def gradients_of_logits(logits, labels, **_):
+    logits.retain_grad()
+    return cross_entropy(logits, labels)
+
+
+@refused(r"torch.Tensor.mul with a tensor for each row, or with a number that it learns")
+def a_learned_temperature(logits, labels, **_):
+    return cross_entropy(logits * torch.ones((), requires_grad=True), labels)
+
+
+@refused(r"cross_entropy of other logits than the model's own: other ids are masked")
+def a_masked_id(logits, labels, **_):
+    logits[..., 3] = float("-inf")
+    return cross_entropy(logits, labels)
+
+
+@refused(r"aten.cross_entropy_loss")
+def an_operator_of_aten(logits, labels, **_):
+    return torch.ops.aten.cross_entropy_loss(logits.flatten(0, 1), labels.flatten())
+
+
 @torch.jit.script
 def _scripted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -505,6 +548,29 @@ def test_logits_that_the_forward_scales_in_training_only():
     assert_own(model, batch())
     with fused_lm_head(model.train()), pytest.raises(ValueError, match="of other logits than the model's own"):
         model(**batch())
+
+
+@pytest.mark.parametrize("frozen", ["body", "head"])
+@pytest.mark.parametrize("name", ["a_mean_of_the_sequences_means", "log_softmax_and_gather", "two_calls"])
+def test_what_is_frozen(name, frozen):
+    model = hooked(RIGHT[name])
+    (model.model if frozen == "body" else model.lm_head).requires_grad_(False)
+    assert_own(model, batch())
+    model = hooked(REFUSED["halved_gradients"][0])
+    (model.model if frozen == "body" else model.lm_head).requires_grad_(False)
+    with fused_lm_head(model), pytest.raises(ValueError, match="whose gradient would be lost"):
+        model(**batch())
+
+
+def test_a_loss_that_learns():
+    scale = nn.Parameter(torch.tensor(2.0))
+    model = hooked(lambda logits, labels: scale * cross_entropy(logits, labels))
+    own = model(**batch()).loss
+    own.backward()
+    expected, scale.grad = scale.grad, None
+    with fused_lm_head(model):
+        model(**batch()).loss.backward()
+    torch.testing.assert_close(scale.grad, expected)
 
 
 def test_an_encoder_decoder():

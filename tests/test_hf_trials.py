@@ -243,3 +243,14 @@ def test_settings_that_do_not_concern_the_head_are_no_reason_to_look_again():
     assert len(calls) == 1
     assert loss == pytest.approx(model(**batch()).loss.item(), rel=2**-17)
     assert model.config.vocab_size == VOCAB
+
+
+def test_a_trial_of_the_loss_runs_the_layers_once():
+    """Three passes for what follows the head (two of them show whether it is causal), one for the loss."""
+    model, calls = build(LLAMA), []
+    plain = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: calls.append(x.shape) or plain(x)
+    fused_lm_head(model).apply().restore()
+    assert len(calls) == 4
+    fused_lm_head(model).apply().restore()
+    assert len(calls) == 4

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from var_kernels.integrations.hf.head import HeadParams, tied
+from var_kernels.integrations.hf.model_inputs import of_a_library
 from var_kernels.ops import linear_logprob, linear_weighted_nll, vocab_parallel_logprob
 
 _NEVER = -(2**62)  # an ignore_index that no label has
@@ -185,13 +186,22 @@ def no_logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 def _make(view: View, base: Tensor) -> FusedLogits:
     with torch._C.DisableTorchFunctionSubclass():
         made = base.as_subclass(FusedLogits)
+        made.grad_fn_ = made.grad_fn
     made.view_ = view
     made.base_ = base
     return made
 
 
 def _as(logits: FusedLogits, **changes: Any) -> FusedLogits:
+    _check_history(logits)
     return _make(replace(logits.view_, **changes), logits.base_)
+
+
+def _check_history(logits: FusedLogits) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        changed = logits.grad_fn is not logits.grad_fn_
+    if changed and logits.view_.source.hidden is not None:
+        _refuse(logits, "a torch.autograd.Function", ", whose gradient would be lost")
 
 
 def _refuse(logits: FusedLogits | None, operation: str, reason: str = "") -> NoReturn:
@@ -253,10 +263,12 @@ def _cpu(logits, *_args, **_kwargs):
     return _as(logits, device=torch.device("cpu"))
 
 
-def _on_base(method, logits, *args, **kwargs):
-    if logits.view_.source.hidden is not None:
-        logits.view_.source.hooked = True
-    return getattr(logits.base_, method)(*args, **kwargs)
+def _register_hook(logits, hook):
+    """Of a wrapper that waits for the gradient of the head's output; it passes no gradient on that is another."""
+    if not of_a_library(hook):
+        _refuse(logits, "Tensor.register_hook")
+    logits.view_.source.hooked = True
+    return logits.base_.register_hook(hook)
 
 
 def _requires_grad(logits):
@@ -472,6 +484,7 @@ def _read(logits, name: str) -> View:
     view = _open(logits, name)
     if view.version != view.source.version:
         _refuse(logits, name, " after another view of its logits was written to")
+    _check_history(logits)
     wrong = view.source.check(view.steps, view.source.hidden.device)
     if wrong:
         _refuse(logits, name, f" of other logits than the model's own: {wrong}")
@@ -642,7 +655,7 @@ _HANDLERS: dict[Callable, Callable] = {
     Tensor.bfloat16: partial(_cast, torch.bfloat16),
     Tensor.cpu: _cpu,
     **{func: _same for func in (Tensor.contiguous, Tensor.clone, torch.clone, Tensor.requires_grad_)},
-    **{getattr(Tensor, name): partial(_on_base, name) for name in ("register_hook", "retain_grad")},
+    Tensor.register_hook: _register_hook,
     **{f: partial(_viewed, f) for name in _VIEWS for f in (getattr(torch, name), getattr(Tensor, name))},
     Tensor.reshape: _reshape,
     torch.reshape: _reshape,

@@ -204,11 +204,13 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         sources: list[Source] = []
 
         def logits(hidden: Tensor) -> Tensor:
-            source = Source(name, hidden, self._transform.params(head, inner), self._differs, self._options)
+            params = self._transform.params(head, inner)
+            source = Source(name, hidden, params, self._differs, self._options)
             sources.append(source)
             kind = hidden.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            nothing = placeholder(head, hidden, False, hidden, value=math.nan)  # for code that torch does not show us
+            learns = hidden if hidden.requires_grad else params.lm_head_weight
+            nothing = placeholder(head, hidden, False, learns, value=math.nan)  # for code that torch does not show us
             return open_logits(nothing, source, vocabulary_size(head), dtype)
 
         options = {"spread": True, "low_rank": True, "as_logits": True}

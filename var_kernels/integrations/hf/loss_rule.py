@@ -33,10 +33,10 @@ def fit_loss_rule(probe: Probe, *, vocab: int, masked_ids: Collection[int], wide
     hiding = probe.hiding_last()
     if hiding is not None:
         try:
-            return _fit(hiding, vocab, masked_ids, wide)
+            return _fit(hiding.running_once(), vocab, masked_ids, wide)
         except TrialFailedError:
             pass
-    return _fit(probe, vocab, masked_ids, wide)
+    return _fit(probe.running_once(), vocab, masked_ids, wide)
 
 
 def _fit(probe: Probe, vocab: int, masked_ids: Collection[int], wide: bool) -> LossRule:

@@ -4,7 +4,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from var_kernels.integrations.hf.head import (
     logits_of,
     placeholder,
     swapped,
+    swapped_forward,
     swapped_head,
     vocabulary_size,
     without_cache,
@@ -65,6 +66,7 @@ class Probe:
             self.refuse("its weights are on the meta device, and it is run on a few tokens first: load them")
         self.ids_name = "decoder_input_ids" if is_encoder_decoder(inner) else "input_ids"
         self.after_head = lambda: None
+        self.body: _Body | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -119,6 +121,12 @@ class Probe:
         ids[:, last] = others[seed % len(others)]
         injected, hidden_states, output = self._forward(draw, seed, **{**self.inputs, self.ids_name: ids})
         return injected, self._logits(injected, output), hidden_states
+
+    def running_once(self) -> "Probe":
+        """This probe, its passes on one run of all that stands before the head."""
+        once = copy.copy(self)
+        once.body = _Body.of(self.inner, self.head)
+        return once
 
     def hiding_last(self) -> "Probe | None":
         """This probe with an attention_mask that hides the last token; None where that cannot be said."""
@@ -227,7 +235,8 @@ class Probe:
             self.after_head()
             return injected
 
-        with undisturbed(self.model), swapped_head(self.head, forward):
+        body = nullcontext() if self.body is None else self.body.once()
+        with undisturbed(self.model), swapped_head(self.head, forward), body:
             try:
                 output = self.model(**without_cache(self.inner, inputs))
             except Exception as error:
@@ -309,6 +318,39 @@ class Probe:
                 store[leaf] = value.to(before).view_as(before)
                 stack.callback(store.__setitem__, leaf, before)
             yield
+
+
+class _Body:
+    """What stands before the head runs in the first pass alone: later ones, of the same inputs, get its output again.
+
+    Known values replace the head's output, so nothing else of the body reaches the loss.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.outputs = module, []
+
+    @classmethod
+    def of(cls, inner: nn.Module, head: nn.Module) -> "_Body | None":
+        module = getattr(inner, getattr(inner, "base_model_prefix", ""), None)
+        apart = isinstance(module, nn.Module) and module is not inner and all(m is not head for m in module.modules())
+        # Wrappers for several ranks count passes; accelerate's hooks bring weights along.
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        wrapped = ranks or hasattr(module, "_hf_hook")
+        return cls(module) if apart and not wrapped else None
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        plain, replayed = self.module.forward, iter(list(self.outputs))
+        recorded = []
+
+        def forward(*args, **kwargs):
+            output = next(replayed, None) if self.outputs else plain(*args, **kwargs)
+            recorded.append(output)
+            return output
+
+        with swapped_forward(self.module, forward):
+            yield
+        self.outputs = recorded
 
 
 class _Reads(TorchDispatchMode):

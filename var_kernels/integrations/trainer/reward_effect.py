@@ -5,6 +5,7 @@ import logging
 import torch
 
 from var_kernels.integrations.trainer.items import whole_prompts
+from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weight_checks import MIN_REWARD_SPREAD
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
             f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
             "gradient_accumulation_steps"
         )
-    _check_scale([list(range(len(rows)))], "a step", rows, config, name)
+    _check_scale(_spread(reward), "a step", rows, config, name)
     return ""
 
 
@@ -89,8 +90,10 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
         groups = [group for group, is_pair in zip(groups, rows.is_pair, strict=True) if not is_pair]
     if method.items is whole_prompts:  # which leaves out single completions, and says so
         groups = [group for group in groups if len(group) > 1]
+    prompts = group_rows(rows.group)
+    spread = (prompts.max(rows.reward) + prompts.max(-rows.reward)).tolist()  # of each row's prompt
     alone = [group for group in groups if len(group) == 1]
-    tied = [group for group in groups if len(group) > 1 and not _spread(rows.reward[group])]
+    tied = [group for group in groups if len(group) > 1 and not spread[group[0]]]
     counts = []
     if alone:
         counts.append(f"{len(alone)} of {len(rows.groups)} prompts have a single completion")
@@ -111,7 +114,7 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
             name, found, who, ", ".join(rows.where[group[0]] for group in without[:_NAMED]),
             ", ..." if len(without) > _NAMED else "",
         )  # fmt: skip
-    _check_scale(groups, "a prompt", rows, config, name)
+    _check_scale(max((spread[group[0]] for group in groups), default=0.0), "a prompt", rows, config, name)
     return ""
 
 
@@ -119,11 +122,11 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
 _SCALES = {"var": "lam", "exo": "reward_temperature", "awr": "beta"}
 
 
-def _check_scale(groups: list[list[int]], where: str, rows, config, name: str) -> None:
-    if config.method not in _SCALES or not groups:
+def _check_scale(spread: float, where: str, rows, config, name: str) -> None:
+    if config.method not in _SCALES:
         return
     setting = _SCALES[config.method]
-    scale, spread = getattr(config, setting), max(_spread(rows.reward[group]) for group in groups)
+    scale = getattr(config, setting)
     if config.method == "awr":  # of rewards that are standardised
         spread /= max(float(rows.reward.double().std(correction=0)), 1e-30)
     if spread < MIN_REWARD_SPREAD * scale:

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,8 @@ def kept(folder: Path):
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.skipif(int(version("setuptools").partition(".")[0]) < 77, reason="setuptools is older than 77")
 def test_sdist_holds_the_checkout(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools is older than 77")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
     wanted = kept(source)
     build = "from setuptools import build_meta; print(build_meta.build_sdist('../made'))"

@@ -10,6 +10,7 @@ def print_results(console: Console, results: dict) -> None:
     console.print(_result_table(results))
     console.print(_verdict(results) + "\n", highlight=False)
     console.print(_memory_table(results["memory"]))
+    console.print()
     console.print(_sample_table(results["samples"]))
 
 

@@ -140,10 +140,11 @@ THINKS_LAST = (
     ("template", "reason"),
     [
         (CALLS.partition("{% if add")[0], "has no generation prompt, and writes '<assistant>a"),
+        (CALLS.replace("<assistant>", "<asks>"), "has another generation prompt, and writes 'sistant>a"),
         (ENDS_THE_LAST, "renders message 1 of the completion differently"),
         (THINKS_LAST, "renders message 1 of the completion differently"),
     ],
-    ids=["no generation prompt", "an end at the last", "thoughts at the last"],
+    ids=["no generation prompt", "another", "an end at the last", "thoughts at the last"],
 )
 def test_answers_that_cannot_be_told_from_the_rest_are_named(template, reason):
     example = Example(HI, [[message("assistant", "a"), message("assistant", "b")]], [1.0], ["here"])

@@ -75,7 +75,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before = [*example.prompt, *completion[:number]]
-            start, _ = self._start(before, example, whole, True)
+            start, dropped = self._start(before, example, whole, True)
             until = self._render([*before, message], example, False) if number + 1 < len(completion) else whole
             if not whole.startswith(until):
                 raise ValueError(
@@ -84,10 +84,11 @@ class ChatTemplate:
                 )
             opened = self._render(before, example, True) != self._render(before, example, False)
             said = _text_of(message.get("content")).strip()
-            if not opened and not whole[start:].lstrip().startswith(said):
+            if (dropped or not opened) and not whole[start:].lstrip().startswith(said):
                 raise ValueError(
-                    f"the chat template has no generation prompt, and writes {whole[start:][:20]!r} where message "
-                    f"{number + 1} of the completion begins, so what is the assistant's cannot be told: {_REMEDY}"
+                    f"the chat template has {'another' if opened else 'no'} generation prompt, and writes "
+                    f"{whole[start:][:20]!r} where message {number + 1} of the completion begins, so what is the "
+                    f"assistant's cannot be told: {_REMEDY}"
                 )
             spans.append((start if number else 0, len(until)))  # the first one with all that follows the prompt
         return spans

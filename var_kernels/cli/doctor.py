@@ -197,8 +197,7 @@ def memory_lines(args: argparse.Namespace) -> list[str]:
     """The loss's memory above hidden states and weights, plain against fused, from the model's configuration alone."""
     import torch
 
-    from var_kernels.ops.explain import explain_engines
-    from var_kernels.ops.workspace import default_workspace_mb
+    from var_kernels.ops.explain import explain_engines, most_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, hidden, vocab, dtype = "", args.hidden, args.vocab, None
@@ -207,9 +206,8 @@ def memory_lines(args: argparse.Namespace) -> list[str]:
     dtype = getattr(torch, args.dtype) if args.dtype else dtype or torch.float32
     rows = args.batch_size * args.length
     plain = PLAIN_BYTES * rows * vocab / MIB
-    workspace = args.workspace_mb or default_workspace_mb(device, vocab * hidden * dtype.itemsize)
-    engines = explain_engines(rows, hidden, vocab, dtype, device, args.workspace_mb)
-    tiles = min(workspace, 4 * rows * vocab / MIB)  # a small batch has fewer logits than the workspace holds
+    call = (rows, hidden, vocab, dtype, device, args.workspace_mb)
+    engines, tiles = explain_engines(*call), most_bytes(*call) / MIB
     two_passes = tiles + (4 * rows * hidden / MIB if dtype.itemsize < 4 else 0)
     weighted = tiles if engines["VAR, SFT"].startswith("one pass") else two_passes
     return [

@@ -5,14 +5,13 @@ import torch
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.engines import chunk_plan, dweight_bytes, forward_plan, kept_columns, one_pass_fits, slice_plan
+from var_kernels.ops.gemm import rounding_bytes
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import MIB, budget_bytes
 
 
-def explain_engines(
-    n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None = None
-) -> dict[str, str]:
-    """Kind of call -> engine and reason, for n rows, hidden size d, vocabulary v; nothing of that size is allocated."""
+def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None) -> Head:
+    """A call of n rows, hidden size d, vocabulary v; nothing of that size is allocated."""
 
     def stand_in(*shape, dtype=dtype):
         return torch.zeros(shape[-1], dtype=dtype, device=device).expand(*shape)
@@ -20,9 +19,26 @@ def explain_engines(
     backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
     lm_head_weight = stand_in(v, d)
     options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, lm_head_weight), backend)
-    head = Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options)
+    return Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options)
+
+
+def most_bytes(
+    n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None = None
+) -> int:
+    """What tiles of logits and the copies beside them take at most: the budget, or less where all of them are less."""
+    head = _stand_in(n, d, v, dtype, device, workspace_mb)
+    cost = head.tile_cost(gradient=True)
+    whole = cost.fixed + cost.element * n * v + cost.column * v + cost.row * n
+    return min(head.options.budget, whole + rounding_bytes(head.operand, n, d, v, head.options.backend))
+
+
+def explain_engines(
+    n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None = None
+) -> dict[str, str]:
+    """Kind of call -> engine and reason, for n rows, hidden size d, vocabulary v; nothing of that size is allocated."""
+    head = _stand_in(n, d, v, dtype, device, workspace_mb)
     everything = Needs(hidden=True, lm_head_weight=True, bias=False)
-    budget, accumulator = options.budget / MIB, dweight_bytes(head, everything) / MIB
+    budget, accumulator = head.options.budget / MIB, dweight_bytes(head, everything) / MIB
     wide = f" after an fp32 dW of {accumulator:,.0f} MiB" if accumulator else ""
     if dtype == torch.float16:
         weighted = "two passes, 4 GEMMs: gradients made early underflow in fp16"

@@ -25,6 +25,7 @@ def test_block_runs_as_pasted(title, tmp_path, monkeypatch):
     for package in re.findall(r"^from (\w+)", code, re.MULTILINE):
         pytest.importorskip(package)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # no compiler here
+    torch._dynamo.reset()  # guards of calls in other tests
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from var_kernels.integrations.hf.adapters import is_adapter
+from var_kernels.integrations.hf.adapters import is_adapter, unwrapped
 from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.head import (
     HeadParams,
@@ -157,7 +157,7 @@ class _FusedForward:
     def __init__(self, model: nn.Module, temperature: float, cast_to_fp32: bool, fields: frozenset[str]):
         self.model, self.temperature, self.cast_to_fp32, self.fields = model, temperature, cast_to_fp32, fields
         self.one_pass: SimpleNamespace | None = None  # of a trainer whose loss is known
-        head = find_head(inner_model(model))
+        head = unwrapped(inner_model(model).get_output_embeddings())
         if cast_to_fp32 and is_adapter(head):
             head.__dict__.pop("forward", None)  # TRL's cast has put one there, which drops the adapter
             raise ValueError(

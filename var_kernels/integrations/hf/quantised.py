@@ -80,7 +80,8 @@ def _distance(head: nn.Module, dense: Tensor) -> float:
     training, distances = head.training, []
     # A head that normalises or bends is a product at one size of its input at most.
     scales = (1.0,) if is_packed(head.weight) else (1.0, 1e-2, 1e2)
-    with torch.random.fork_rng(devices=[] if dense.device.type != "cuda" else [dense.device]):
+    kind = dense.device.type
+    with torch.random.fork_rng([dense.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
         for mode in (False, True):
             head.training = mode
             for scale in scales:

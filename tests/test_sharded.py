@@ -221,7 +221,7 @@ def test_what_is_sent_is_what_the_docs_say(worlds, layout, name, world):
         if shards < world:  # between the replicas
             wanted["allreduce_"] = shard_bytes(learning, shards)
     if name == "var":
-        wanted["allgather_"] = 8 * SHARES[world]["uneven"][0] + 8  # log-weights, and their number
+        wanted["allgather_"] = 16 * SHARES[world]["uneven"][0] + 8  # log-weights and rewards, and their number
     for counted in found:
         del counted["broadcast_"]  # DDP's buckets, once
         assert counted == wanted

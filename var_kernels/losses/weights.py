@@ -131,7 +131,11 @@ def var_weights(
         score_B = _scores(rewards, ref_logp, lam, reference, lengths)
         if lengths is not None:
             score_B = score_B.masked_fill(lengths == 0, -torch.inf)
-        (score_G, rewards, *ids_G), own = _gather([score_B, rewards, group_ids][: 2 + grouped], process_group)
+        # Without a reference's term the scores are the rewards.
+        columns = [score_B, *([group_ids] if grouped else []), *([] if reference == "none" else [rewards])]
+        (score_G, *columns), own = _gather(columns, process_group)
+        ids_G = columns[:grouped]
+        rewards = score_G * lam if reference == "none" else columns[-1]
         mean = normalizer in ("batch_mean", "self_normalised")
         groups = group_rows(*ids_G) if grouped else None
         weight_G, log_z = _normalise(score_G, groups, mean=mean)  # (B_global,)

@@ -422,3 +422,19 @@ def test_words_pair_up():
 
 def test_key_values():
     assert key_values("lora", "r=4, x=q+v", {"r": 8, "x": "all", "d": 0.5}) == {"r": 4, "x": "q+v", "d": 0.5}
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_do_not_spin(given):
+    """The policy is in the environment before torch, which reads it, is imported; the user's own stays."""
+    script = (
+        "import os, sys; from var_kernels.cli import main; assert 'torch' not in sys.modules;"
+        "main(['methods', 'var']); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=HANG
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == (given or "PASSIVE")

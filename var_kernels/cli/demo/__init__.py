@@ -20,7 +20,6 @@ def run(args: argparse.Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is on the hub; without it transformers may look
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is plenty, and several in one process need a launcher
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # no spinning threads: they slow a busy machine many times over
     import torch
 
     from var_kernels.cli.demo.experiment import FULL, QUICK

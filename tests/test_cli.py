@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tests.ranks import HANG
 from tests.tiny_training import ROWS
 from var_kernels.cli import main, train
 from var_kernels.cli.options import coerce, key_values, pair_up

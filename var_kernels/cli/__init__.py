@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"var-kernels {__version__}")
         return 0
-    # Read when torch is imported. Beside other processes, threads that spin at a barrier cost many times what they save.
+    # Read when torch is imported: beside other processes, threads that spin cost many times what they save.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *words = argv
     # Where DeepSpeed is installed, importing transformers' Trainer has it say that a machine without a GPU has none.

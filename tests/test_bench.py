@@ -1,5 +1,6 @@
 """What ``make bench`` and the CPU benchmarks print: names that can be read, memory beside time."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import HANG
+
 ROOT = Path(__file__).parents[1]
 
 
 def bench(*words: str) -> subprocess.CompletedProcess:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-columns=median", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    # Under pytest-xdist the benchmarks would take themselves for one of its workers.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 def test_bench_prints_names_memory_and_a_shape_of_ones_own():

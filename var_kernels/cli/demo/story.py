@@ -1,10 +1,12 @@
 """The demo from end to end: build, draw, align, measure, report."""
 
+import contextlib
 import copy
 import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,12 +34,30 @@ _REPORT = "Draw the report"
 
 def tell(output: str, plan: Plan, *, seed: int, cpu: bool = False, console: Console | None = None) -> dict:
     """Run the demo and save everything under ``output``; returns the metrics that were saved."""
-    began = time.monotonic()
-    console = console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("var_kernels").setLevel(logging.ERROR)  # a few prompts have answers of one reward: as planned
+    with _quiet():
+        return _tell(output, plan, seed, device, console or Console())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own lines: a few prompts have answers of one reward, as planned."""
+    log, theirs = logging.getLogger("var_kernels"), transformers.utils.logging
+    level, verbosity, bars = log.level, theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _tell(output: str, plan: Plan, seed: int, device: torch.device, console: Console) -> dict:
+    began = time.monotonic()
     expected = {
         _REFERENCE: 85,
         _DRAW: 8,

@@ -38,11 +38,12 @@ TARGETS = {
 _SMALL_TILE = "fused_forward bf16, 64x128x16 (small), every option"
 KNOWN_SPILLS = {
     ("3.7", "sm_90", "var_weights groups of 32, packed tokens"): 16,
+    ("3.7", "sm_120", "row_grad fp16, bare, odd V, to fp16"): 24,
     ("3.8", "sm_80", _SMALL_TILE): 64,
     ("3.8", "sm_100", _SMALL_TILE): 16,
     ("3.8", "sm_90", "var_weights batch of 32, packed tokens"): 8,
     ("3.9", "sm_80", _SMALL_TILE): 64,
-    ("3.9", "sm_120", "row_grad fp16, bare, odd V, to fp16"): 16,
+    ("3.9", "sm_120", "row_grad fp16, bare, odd V, to fp16"): 24,
 }
 TRITON = ".".join(triton.__version__.split(".")[:2])
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -108,12 +109,26 @@ def row_configurations() -> list[Configuration]:
         found.append(_configuration(f"row_stats {suffix}", kernel, types, constants, aligned))
 
         kernel = rows_triton._row_grad_kernel
-        vectors = dict.fromkeys(("lse_ptr", "prob_ptr", "logp_slope_ptr", "constant_ptr", "label_ptr"), "*fp32")
+        vectors = dict.fromkeys(
+            ("max_ptr", "log_sum_ptr", "prob_ptr", "logp_slope_ptr", "constant_ptr", "label_ptr"), "*fp32"
+        )
         for out in ("bf16", "fp16", "fp32") if storage == "fp32" else (storage,):
             types = {"logits_ptr": f"*{storage}", **vectors, **common, "bias_ptr": f"*{out}"}
             constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, "OUT": getattr(tl, _LONG[out]), **flags}
             constants["CONSTANT"] = everything
             found.append(_configuration(f"row_grad {suffix}, to {out}", kernel, types, constants, aligned))
+
+        kernel = rows_triton._row_exp_kernel
+        vectors = dict.fromkeys(("pivot_ptr", "others_ptr", "logit_sum_ptr", "top_ptr"), "*fp32")
+        for out in {"fp32": ("bf16", "fp32"), "bf16": ("bf16",), "fp16": ()}[storage]:
+            types = {"logits_ptr": f"*{storage}", "argmax_ptr": "*i64", **vectors, **common, "bias_ptr": f"*{out}"}
+            types |= {"out_ptr": f"*{out}", "earlier_ptr": f"*{out}", "largest_sum": "fp32"}
+            types |= {"earlier_stride": "i32", "earlier_columns": "i32"}
+            block = rows_triton.EXP_BLOCK_COLUMNS // (2 if everything else 1)
+            constants = {"BLOCK": block, "HAS_BIAS": everything, "HAS_CAP": everything}
+            constants |= {"MEAN": everything, "ARGMAX": everything, "STORE": True, "EARLIER": everything}
+            before = ("earlier_stride", "earlier_columns")
+            found.append(_configuration(f"row_exp {suffix}, to {out}", kernel, types, constants, (*aligned, *before)))
     return found
 
 

@@ -62,10 +62,10 @@ def row_kernels(n: int = 256, v: int = 50257):
     calls = {b: lambda m=m: stats(m, entropy=True) for b, m in modules.items()}
     yield row("row_stats with entropy", shape, "float32", "", medians(calls))
     coefficients = RowCoefficients(torch.full((n,), -0.1), torch.full((n, 1), 0.1))
-    lse_n = stats(rows_native).lse_N
+    norms_2n = stats(rows_native).norms_2N
     for out in (torch.float32, torch.bfloat16):
         calls = {
-            b: lambda x, m=m: m.row_grad(x, labels_nk, lse_n, coefficients, 0, None, transform, out)  # noqa: B023
+            b: lambda x, m=m: m.row_grad(x, labels_nk, norms_2n, coefficients, 0, None, transform, out)  # noqa: B023
             for b, m in modules.items()
         }
         name = "row_grad" if out == torch.float32 else "row_grad, to bf16 in place"

@@ -172,23 +172,27 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -
     kernels = row_kernels(choose_backend(bench.device, dtype)[0])
     tile = bench.randn(n, -(-v // 32) * 32, dtype=dtype, scale=2.0)[:, :v]
     labels = torch.randint(0, v, (n, 1), device=bench.device)
-    lse = torch.full((n,), 14.0, device=bench.device)
-    coefficients = RowCoefficients(-torch.ones_like(lse), torch.ones(n, 1, device=bench.device))
+    norms = torch.full((2, n), 7.0, device=bench.device)
+    coefficients = RowCoefficients(-torch.ones_like(norms[0]), torch.ones(n, 1, device=bench.device))
     bare = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
     full = RowStats.empty(n, 1, tile, entropy=True, mean=True, argmax=True)
     head = (None, LogitTransform())
 
     def gradient():
-        kernels.row_grad(tile, labels, lse, coefficients, 0, *head, torch.bfloat16)
+        kernels.row_grad(tile, labels, norms, coefficients, 0, *head, torch.bfloat16)
 
+    exp = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
+    exp.set_pivots(torch.zeros(n, device=bench.device))
+    stored = torch.empty(tile.shape[0], tile.stride(0), dtype=torch.bfloat16, device=bench.device)[:, :v]
     steps = {
         "row_stats": lambda: kernels.row_stats(tile, labels, bare, 0, *head),
         "row_stats, every output": lambda: kernels.row_stats(tile, labels, full, 0, *head),
+        "row_exp": lambda: kernels.row_exp(tile, labels, exp, 0, *head, stored, None),
         "row_grad": gradient,
     }
     rows = []
     for name, timing in bench.total(steps).items():
-        moved = tile.numel() * (dtype.itemsize + (2 if name == "row_grad" else 0))
+        moved = tile.numel() * (dtype.itemsize + (2 if name in ("row_exp", "row_grad") else 0))
         what = f"{name}, {str(dtype).removeprefix('torch.')}, V {v}"
         rows.append({**_bytes_row(what, timing, moved), "setting": label})
     return rows
@@ -198,12 +202,15 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -
 def _row_kernel_setting(block: int, warps: int):
     from var_kernels.kernels import rows_triton
 
-    before = rows_triton.BLOCK_COLUMNS, rows_triton.NUM_WARPS
-    rows_triton.BLOCK_COLUMNS, rows_triton.NUM_WARPS = block, warps
+    names = ("BLOCK_COLUMNS", "EXP_BLOCK_COLUMNS", "NUM_WARPS")
+    before = [getattr(rows_triton, name) for name in names]
     try:
+        for name, value in zip(names, (block, block, warps), strict=True):
+            setattr(rows_triton, name, value)
         yield
     finally:
-        rows_triton.BLOCK_COLUMNS, rows_triton.NUM_WARPS = before
+        for name, value in zip(names, before, strict=True):
+            setattr(rows_triton, name, value)
 
 
 def _row_kernels_with(bench, block: int, warps: int) -> list[dict]:

@@ -45,19 +45,6 @@ int64_t best_gemm_level() {
   return best;
 }
 
-const gemm::Kernels& kernels_of(int64_t level) {
-  STD_TORCH_CHECK(has_level(level), "level: this machine does not run the instructions of level ", level);
-#ifdef VK_BF16_TARGETS
-  if (level == kAmx) return gemm::kAmx;
-  if (level == kAvx512Bf16) return gemm::kAvx512Bf16;
-#endif
-#ifdef VK_X86_TARGETS
-  if (level == kAvx512) return gemm::avx512::kKernels;
-  if (level == kAvx2) return gemm::avx2::kKernels;
-#endif
-  return gemm::baseline::kKernels;
-}
-
 void check_operand(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.scalar_type() == ScalarType::BFloat16, name,
                   ": expected a CPU matrix in bf16");
@@ -65,19 +52,10 @@ void check_operand(const Tensor& t, const char* name) {
                   ": expected rows or columns of adjacent elements");
 }
 
-gemm::Operand operand_of(const Tensor& t, int lane) {
-  const int deep = 1 - lane;
-  gemm::Operand o{static_cast<const uint16_t*>(t.const_data_ptr()), t.size(lane), t.size(deep), t.stride(lane),
-                  t.stride(deep)};
-  if (o.depth == 1) o.depth_stride = 1;
-  return o;
-}
-
 // out = or += left right: (m, k) (k, c), fp32 sums.
 void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level) {
-  const gemm::Kernels& kernels = kernels_of(level);
-  check_operand(left, "left");
-  check_operand(right, "right");
+  const gemm::Kernels& kernels = gemm_kernels(level);
+  const gemm::Operand a = gemm_operand(left, 0, "left"), b = gemm_operand(right, 1, "right");
   STD_TORCH_CHECK(left.size(1) == right.size(0), "right: expected ", left.size(1), " rows, got ", right.size(0));
   check_matrix(out, "out");
   STD_TORCH_CHECK(out.size(0) == left.size(0) && out.size(1) == right.size(1), "out: expected ", left.size(0), " x ",
@@ -86,8 +64,7 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
   STD_TORCH_CHECK(narrow || out.scalar_type() == ScalarType::Float, "out: expected float32 or bfloat16");
   STD_TORCH_CHECK(!narrow || (!add && left.size(1) <= gemm::kMaxDepth), "out: bfloat16 takes one product of a depth of ",
                   gemm::kMaxDepth, " at most");
-  const gemm::Product p{operand_of(left, 0), operand_of(right, 1), static_cast<char*>(out.mutable_data_ptr()),
-                        out.stride(0), narrow, add};
+  const gemm::Product p{a, b, static_cast<char*>(out.mutable_data_ptr()), out.stride(0), narrow, add, nullptr};
   const int64_t rows = p.left.lanes, columns = p.right.lanes;
   if (rows == 0 || columns == 0) return;
   const bool by_columns = columns >= rows;
@@ -104,6 +81,28 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
 }
 
 }  // namespace
+
+const gemm::Kernels& gemm_kernels(int64_t level) {
+  STD_TORCH_CHECK(has_level(level), "level: this machine does not run the instructions of level ", level);
+#ifdef VK_BF16_TARGETS
+  if (level == kAmx) return gemm::kAmx;
+  if (level == kAvx512Bf16) return gemm::kAvx512Bf16;
+#endif
+#ifdef VK_X86_TARGETS
+  if (level == kAvx512) return gemm::avx512::kKernels;
+  if (level == kAvx2) return gemm::avx2::kKernels;
+#endif
+  return gemm::baseline::kKernels;
+}
+
+gemm::Operand gemm_operand(const Tensor& t, int lane, const char* name) {
+  check_operand(t, name);
+  const int deep = 1 - lane;
+  gemm::Operand o{static_cast<const uint16_t*>(t.const_data_ptr()), t.size(lane), t.size(deep), t.stride(lane),
+                  t.stride(deep)};
+  if (o.depth == 1) o.depth_stride = 1;
+  return o;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(var_kernels_native, m) {
   m.def("best_gemm_level() -> int");

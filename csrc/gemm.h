@@ -18,12 +18,19 @@ struct Operand {
   int64_t lanes, depth, lane_stride, depth_stride;
 };
 
+// Takes finished sums in place of a result. They lie in 16 x 16 blocks, ceil(columns / 16) of them for 16 rows.
+struct Epilogue {
+  void (*run)(const Epilogue& self, const float* sums, int64_t row, int64_t rows, int64_t column, int64_t columns);
+};
+
 struct Product {
   Operand left, right;
   char* out;           // (left.lanes, right.lanes) fp32 or bf16, columns next to each other
   int64_t out_stride;  // in elements
   bool narrow;         // bf16; then the depth is at most kMaxDepth and nothing is added to
   bool add;
+  const Epilogue* epilogue;  // or null; then the depth is at most kMaxDepth
+  bool at_once() const { return narrow || epilogue; }
 };
 
 // A tile: 16 lanes by 32 of depth. A panel: the tiles of 16 lanes, along the depth.
@@ -78,13 +85,19 @@ struct Scratch {
   float* sums() const { return reinterpret_cast<float*>(left() + kLeftBytes); }
 };
 
+// Columns that are packed at a time, of a product that is summed at once.
+inline int64_t block_columns(const Kernels& kernels, int64_t depth) {
+  const int64_t panel = std::max<int64_t>(1, ceil_div(depth, kDeep)) * kTile * kernels.element_bytes;
+  return std::min(kernels.right_bytes / panel, kWide / kLane) / 2 * 2 * kLane;
+}
+
 // Rows [row_begin, row_end) by columns [column_begin, column_end), by one thread. False: there is no memory for Scratch.
 [[nodiscard]] inline bool multiply_block(const Product& p, const Kernels& kernels, int64_t row_begin, int64_t row_end,
                                          int64_t column_begin, int64_t column_end) {
   thread_local Scratch scratch;
   if (!scratch.allocate()) return false;
   kernels.begin();
-  const int64_t depth = p.left.depth, block_depth = p.narrow ? std::max(depth, kDeep) : kBlockDepth;
+  const int64_t depth = p.left.depth, block_depth = p.at_once() ? std::max(depth, kDeep) : kBlockDepth;
   const int64_t tile_bytes = kTile * kernels.element_bytes, left_tiles = kLeftBytes / tile_bytes / (kHigh / kLane);
   for (int64_t k = 0; k < depth || k == 0; k += block_depth) {
     const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep);
@@ -112,7 +125,10 @@ struct Scratch {
             }
           }
         }
-        kernels.write(p, scratch.sums(), row, rows, column, columns, p.add || k > 0);
+        if (p.epilogue)
+          p.epilogue->run(*p.epilogue, scratch.sums(), row, rows, column, columns);
+        else
+          kernels.write(p, scratch.sums(), row, rows, column, columns, p.add || k > 0);
       }
     }
   }

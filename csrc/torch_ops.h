@@ -9,6 +9,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "gemm.h"
+
 namespace var_kernels {
 
 using torch::headeronly::ScalarType;
@@ -19,5 +21,9 @@ inline void check_matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, name, ": expected a CPU tensor of 2 dimensions");
   STD_TORCH_CHECK(t.size(1) < 2 || t.stride(1) == 1, name, ": expected columns next to each other");
 }
+
+// Of gemm.cpp: an instruction set's kernels; a bf16 matrix as one side of a product, its lanes along `lane`.
+const gemm::Kernels& gemm_kernels(int64_t level);
+gemm::Operand gemm_operand(const Tensor& t, int lane, const char* name);
 
 }  // namespace var_kernels

@@ -45,6 +45,7 @@ def small_tiles(monkeypatch):
         from var_kernels.kernels import rows_triton
 
         monkeypatch.setattr(rows_triton, "BLOCK_COLUMNS", 128)
+        monkeypatch.setattr(rows_triton, "EXP_BLOCK_COLUMNS", 64)
     monkeypatch.setattr(workspace, "_MIN_COLUMNS", 50)
     monkeypatch.setattr(workspace, "_MIN_ROWS", 4)
     monkeypatch.setattr(workspace, "_MIN_ACCELERATOR_ROWS", 4)

@@ -17,16 +17,18 @@ def mutant_of(module: ModuleType, before: str, after: str, folder: Path) -> Modu
     return mutant
 
 
-def leave_a_tile_out(monkeypatch, module: ModuleType, which: str) -> list[int]:
-    """The second tile adds nothing to one gradient of a low-rank factor; the list grows with every tile."""
-    original, calls = module.add_factor_gradients, []
+def leave_a_tile_out(monkeypatch, module: ModuleType, which: str, adds: str = "add_factor_gradients") -> list[int]:
+    """The second tile adds nothing to one gradient of a low-rank factor; the list grows with every tile. adds: the
+    function that adds them.
+    """
+    original, calls = getattr(module, adds), []
 
-    def leaves_one_out(head, gradients, *rest):
+    def leaves_one_out(head, gradients, *rest, **options):
         calls.append(1)
         before = getattr(gradients, which).clone()
-        original(head, gradients, *rest)
+        original(head, gradients, *rest, **options)
         if len(calls) == 2:
             getattr(gradients, which).copy_(before)
 
-    monkeypatch.setattr(module, "add_factor_gradients", leaves_one_out)
+    monkeypatch.setattr(module, adds, leaves_one_out)
     return calls

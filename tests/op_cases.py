@@ -30,6 +30,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    workspace_mb: float | None = None
 
     def inputs(self, device="cpu", seed=0):
         """hidden, lm_head_weight, labels, bias: leaves, requiring grad unless frozen; rounded to the case's dtype."""
@@ -72,6 +73,8 @@ class Case:
         return max(abs(self.offset), 5 * self.logits) if max(abs(self.offset), self.logits) > 1000 else 0.0
 
     def workspace(self) -> dict:
+        if self.workspace_mb is not None:
+            return {"workspace_mb": self.workspace_mb}
         return {"workspace_mb": 0.06 if self.dtype != torch.float64 else 0.12} if self.tight else {}
 
 

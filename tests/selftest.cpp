@@ -86,7 +86,7 @@ void by_threads(int64_t count, const Work& work) {
 // Rows of `columns` logits: the statistics, then the gradient in their place, rounded to bf16 if `narrow`.
 void rows(int64_t n, int64_t columns, bool narrow, bool capped) {
   std::vector<float> tile(n * columns), bias(columns), max(n, -std::numeric_limits<float>::infinity()), sumexp(n);
-  std::vector<float> label_logit(n), lse(n), prob(n, -1.0f), label(n, 1.0f);
+  std::vector<float> label_logit(n), log_sum(n), prob(n, -1.0f), label(n, 1.0f);
   std::vector<int64_t> ids(n);
   for (float& x : tile) x = 3 * random_float();
   for (float& x : bias) x = random_float();
@@ -114,11 +114,11 @@ void rows(int64_t n, int64_t columns, bool narrow, bool capped) {
   by_threads(n, [&](int64_t r) { baseline::kKernels.stats(stats, r); });
   double error = 0;
   for (int64_t r = 0; r < n; ++r) {
-    lse[r] = max[r] + std::log(sumexp[r]);
-    error = std::max(error, std::abs(lse[r] - truth_lse[r]));
+    log_sum[r] = std::log(sumexp[r]);
+    error = std::max(error, std::abs(max[r] + log_sum[r] - truth_lse[r]));
   }
   check(error < 1e-5, "lse", n, columns, capped, error);
-  const GradJob grad{view,         transform, labels,  lse.data(), prob.data(), label.data(), nullptr, nullptr,
+  const GradJob grad{view,         transform, labels, max.data(), log_sum.data(), prob.data(), label.data(), nullptr, nullptr,
                      static_cast<float>(capped ? 1 / cap : 0), narrow ? Storage::bf16 : Storage::f32};
   by_threads(n, [&](int64_t r) { baseline::kKernels.grad(grad, r); });
   error = 0;

@@ -96,25 +96,25 @@ def narrow_result(_):
 
 
 def label_off_by_one_slice(_):
-    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, out):
+    def row_grad(logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, out):
         return REAL["row_grad"](
-            logits_nv, labels_nk + (v_start > 0), lse_n, coefficients, v_start, bias_v, transform, out
+            logits_nv, labels_nk + (v_start > 0), norms_2n, coefficients, v_start, bias_v, transform, out
         )
 
     return row_grad
 
 
 def no_softcap_slope(_):
-    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, out):
+    def row_grad(logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, out):
         z_nv = rows_torch._transformed(logits_nv, bias_v, transform, inplace=True)
-        return REAL["row_grad"](z_nv, labels_nk, lse_n, coefficients, v_start, None, LogitTransform(), out)
+        return REAL["row_grad"](z_nv, labels_nk, norms_2n, coefficients, v_start, None, LogitTransform(), out)
 
     return row_grad
 
 
 def no_bias_in_backward(_):
-    def row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, out):
-        return REAL["row_grad"](logits_nv, labels_nk, lse_n, coefficients, v_start, None, transform, out)
+    def row_grad(logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, out):
+        return REAL["row_grad"](logits_nv, labels_nk, norms_2n, coefficients, v_start, None, transform, out)
 
     return row_grad
 
@@ -122,8 +122,8 @@ def no_bias_in_backward(_):
 def coarse_lse(_):
     """lse and recomputed logits of different precision."""
 
-    def row_grad(logits_nv, labels_nk, lse_n, *rest):
-        return REAL["row_grad"](logits_nv, labels_nk, lse_n.bfloat16().float(), *rest)
+    def row_grad(logits_nv, labels_nk, norms_2n, *rest):
+        return REAL["row_grad"](logits_nv, labels_nk, norms_2n.bfloat16().float(), *rest)
 
     return row_grad
 
@@ -157,21 +157,24 @@ def plain_torch():
         yield
 
 
-TAIL = Case("", logits=0.1, tight=True)
+ENTROPY = (
+    "entropy",
+)  # its gradient is made of logits, by row_stats and row_grad; tests/test_stored_exp.py has row_exp
+TAIL = Case("", logits=0.1, tight=True, outputs=ENTROPY)
 MUTANTS = [
     (zero_padded_tail, rows_torch, "row_stats", TAIL),
     (dropped_column, rows_torch, "row_stats", TAIL),
-    (maximum_from_zero, rows_torch, "_merge_block", Case("", bias=True, offset=-1e4)),
-    (forgotten_rescale, rows_torch, "_merge_block", Case("", tight=True)),
+    (maximum_from_zero, rows_torch, "_merge_block", Case("", bias=True, offset=-1e4, outputs=ENTROPY)),
+    (forgotten_rescale, rows_torch, "_merge_block", Case("", tight=True, outputs=ENTROPY)),
     (rounded_logits, engines, "logits_into", Case("")),
     (rounded_logits, engines, "logits_into", Case("", dtype=BF16)),
     (narrow_accumulator, engines, "add_product", Case("", tight=True)),
     (narrow_accumulator, engines, "add_product", Case("", dtype=BF16, tight=True, ignored=0.0)),
-    (narrow_result, engines, "product_into", Case("", dtype=BF16)),
+    (narrow_result, engines, "product_into", Case("", dtype=BF16, outputs=ENTROPY)),
     (label_off_by_one_slice, rows_torch, "row_grad", Case("", tight=True)),
-    (no_softcap_slope, rows_torch, "row_grad", Case("", options={"softcap": 5.0})),
-    (no_bias_in_backward, rows_torch, "row_grad", Case("", bias=True)),
-    (coarse_lse, rows_torch, "row_grad", Case("", logits=30.0)),
+    (no_softcap_slope, rows_torch, "row_grad", Case("", options={"softcap": 5.0}, outputs=ENTROPY)),
+    (no_bias_in_backward, rows_torch, "row_grad", Case("", bias=True, outputs=ENTROPY)),
+    (coarse_lse, rows_torch, "row_grad", Case("", logits=30.0, outputs=ENTROPY)),
     (entropy_gradient_without_mean, RowCoefficients, "from_upstream", Case("", outputs=("entropy",))),
     (lse_gradient_dropped, RowCoefficients, "from_upstream", Case("", outputs=("lse",))),
     (smoothing_without_mean, RowStats, "logp_NK", Case("", options={"label_smoothing": 0.1})),
@@ -191,17 +194,17 @@ def test_mutant_is_refused(mutant, owner, name, case, small_tiles, monkeypatch):
 # Text of the Triton row kernels, what replaces it, a case that must notice; run by the interpreter, in fp32.
 _K = "tl.load(labels_ptr + row * K + k)"
 _CASES = {
-    "capped": Case("", options={"softcap": 5.0}),
-    "scaled": Case("", options={"logit_scale": 0.5}),
+    "capped": Case("", options={"softcap": 5.0}, outputs=ENTROPY),
+    "scaled": Case("", options={"logit_scale": 0.5}, outputs=ENTROPY),
     "smoothed": Case("", tight=True, options={"label_smoothing": 0.1}),
     "entropy": Case("", tight=True, outputs=("entropy",)),
-    "argmax": Case("", tight=True, outputs=("argmax",)),
+    "argmax": Case("", tight=True, outputs=("entropy", "argmax")),
     "whole": Case("", outputs=("entropy",)),  # several steps of a row, one slice
     "flat": TAIL,
-    "low": Case("", bias=True, offset=-1e4),
-    "tight": Case("", tight=True),
+    "low": Case("", bias=True, offset=-1e4, outputs=ENTROPY),
+    "tight": Case("", tight=True, outputs=ENTROPY),
     "three": Case("", targets=3),
-    "biased": Case("", bias=True),
+    "biased": Case("", bias=True, outputs=ENTROPY),
 }
 TRITON_MUTANTS = {
     "tail counted": ('z = tl.where(mask, z, float("-inf"))', "z = tl.where(columns < C + 3, z, -1e38)", "flat"),

@@ -36,11 +36,15 @@ for level in range(rows_native.best_level() + 1):
             logits, bias = guarded(torch.randn(n, columns).to(dtype)), guarded(torch.randn(columns).to(dtype))
             labels = guarded(torch.full((n, k), columns - 1))
             stats = RowStats.empty(n, k, logits, entropy=True, mean=True, argmax=True)
-            stats = RowStats(**{name: guarded(t) for name, t in vars(stats).items()})
+            stats.set_pivots(torch.full((n,), 1.0))
+            stats = RowStats(**{name: None if t is None else guarded(t) for name, t in vars(stats).items()})
             coefficients = RowCoefficients(small(), guarded(torch.ones(n, k)), small(), small())
             for bias_v in (None, bias):
                 rows_native.row_stats(logits, labels, stats, 0, bias_v, LogitTransform())
-            rows_native.row_grad(logits, labels, stats.lse_N, coefficients, 0, bias, LogitTransform(), dtype)
+                if dtype != torch.float16:
+                    out = guarded(torch.ones(n, columns).to(dtype))
+                    rows_native.row_exp(logits, labels, stats, 0, bias_v, LogitTransform(), out, guarded(out.clone()))
+            rows_native.row_grad(logits, labels, stats.norms_2N, coefficients, 0, bias, LogitTransform(), dtype)
 for level in gemm_native.levels():
     gemm_native.LEVEL = level
     for n, d, v in ((1, 1, 1), (7, 30, 65), (5, 515, 130), (33, 2049, 17)):

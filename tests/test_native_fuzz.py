@@ -89,6 +89,6 @@ def test_rows(seed, monkeypatch):
     dx = dz * inner * (1 - (x / softcap).tanh().square() if softcap else 1.0)
     out = choose.choice([t for t in rows_native.DTYPES if t.itemsize <= dtype.itemsize])
     coefficients = RowCoefficients(prob, label)
-    grad = rows_native.row_grad(logits, labels, stats.lse_N, coefficients, start, bias, transform, out)
+    grad = rows_native.row_grad(logits, labels, stats.norms_2N, coefficients, start, bias, transform, out)
     spacing = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[out]
     assert (grad.double() - dx).abs().max() <= spacing * dx.abs().max().clamp(min=2.0**-10)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from var_kernels.kernels import gemm_native
+from var_kernels.kernels.rows import LogitTransform, RowStats
 from var_kernels.ops import engines, linear_weighted_nll
 
 INF, NAN = math.inf, math.nan
@@ -129,6 +130,7 @@ def test_shapes_that_do_not_fit_are_refused(level):
 OUT_OF_MEMORY = """
 import resource, torch
 from var_kernels.kernels import gemm_native
+from var_kernels.kernels.rows import LogitTransform, RowStats
 torch.set_num_threads(1)
 gemm_native.levels()
 left, right, out = torch.ones(40, 30).bfloat16(), torch.ones(30, 50).bfloat16(), torch.empty(40, 50)
@@ -161,6 +163,10 @@ def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
     monkeypatch.setattr(
         gemm_native, "product_into", lambda out, *a, **k: (products.append(out.shape), original(out, *a, **k))
     )
+    ended = gemm_native.product_exp
+    monkeypatch.setattr(
+        gemm_native, "product_exp", lambda h, w, *a: (products.append((len(h), len(w))), ended(h, w, *a))
+    )
     monkeypatch.setattr(engines, "MAX_CPU_BACKWARD_ROWS", 32)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     truth = torch.autograd.grad(
@@ -175,3 +181,71 @@ def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
         assert {shape[1] for shape in products} >= {24, 507}, engine
         for grad, expected in zip(grads, truth, strict=True):
             assert (grad - expected).square().mean().sqrt() <= 2.0**-8 * expected.square().mean().sqrt()
+
+
+# ---- a product that ends in exponentials -----------------------------------------------------------------------------
+
+
+def exponentials(hidden, weight, labels, bias, transform, pivots, *, store=True, starts=(0,)):
+    """(statistics, what is stored) of ``product_exp`` over slices of the vocabulary that begin so."""
+    stats = RowStats.empty(len(hidden), 1, hidden, entropy=False, mean=False, argmax=False)
+    stats.set_pivots(pivots)
+    stored = torch.full((len(hidden), len(weight) + 3), NAN, dtype=BF16)
+    for start, stop in zip(starts, (*starts[1:], len(weight)), strict=True):
+        bias_v = None if bias is None else bias[start:stop]
+        out, earlier = stored[:, start:stop] if store else None, stored[:, :start] if store and start else None
+        gemm_native.product_exp(hidden, weight[start:stop], labels, stats, start, bias_v, transform, out, earlier)
+    return stats, stored
+
+
+def check_exponentials(stats, stored, hidden, weight, labels, bias, transform):
+    """Against fp64 logits, over the pivots that came out."""
+    x = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    z = transform.apply(x)
+    exact = (z - stats.max_N.double().unsqueeze(1)).exp().scatter(1, labels, 0.0)
+    others = exact.sum(1)
+    assert ((stats.others_N.double() - others).abs() <= 2.0**-15 * others.clamp(min=1e-30)).all()
+    assert others.max() < 1e17 * z.shape[1]
+    if stored is not None:
+        slope = transform.derivative(z) / transform.slope
+        truth, got = exact * slope, stored[:, : len(weight)].double()
+        # Rounded once, and again where the pivot rose later; a softcap's slope near 0 keeps fewer digits.
+        assert ((got - truth).abs() <= 2.0**-6.9 * truth + 2.0**-20 * exact + 1e-30).all()
+        assert not got.gather(1, labels).any()
+        assert stored[:, len(weight) :].isnan().all(), "written beside the rows"
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 6.0, 1.5)], ids=["plain", "capped"])
+@pytest.mark.parametrize("starts", [(0,), (0, 64, 512)], ids=["at once", "in slices"])
+@pytest.mark.parametrize("pivots", ["label", "unset", "far too low", "some too low"])
+@pytest.mark.parametrize("shape", [(1, 8, 5), (37, 72, 1111), (150, 40, 600)], ids=str)
+def test_a_product_ends_in_exponentials(level, shape, pivots, starts, transform):
+    n, d, v = shape
+    if len(starts) > 1 and v < 600:
+        pytest.skip("one slice")
+    hidden, weight, bias = matrix(n, d, pad=3), matrix(v, d) * 2, torch.randn(v).bfloat16()
+    labels = (torch.arange(n) * 7 % v).unsqueeze(1)
+    z = transform.apply(hidden.double() @ weight.double().T + bias.double())
+    pivot = {
+        "label": z.gather(1, labels).squeeze(1),
+        "unset": torch.full((n,), -INF),
+        "far too low": z.amin(1) - 200,
+        "some too low": z.gather(1, labels).squeeze(1) - 120 * (torch.arange(n) % 3 == 0),
+    }[pivots].float()
+    for store in (True, False):
+        stats, stored = exponentials(hidden, weight, labels, bias, transform, pivot, store=store, starts=starts)
+        check_exponentials(stats, stored if store else None, hidden, weight, labels, bias, transform)
+
+
+def test_exponentials_have_the_same_bits_for_every_number_of_threads(level):
+    hidden, weight, labels = matrix(40, 72), matrix(3001, 72), (torch.arange(40) * 70).unsqueeze(1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            stats, stored = exponentials(hidden, weight, labels, None, LogitTransform(), torch.zeros(40) - 60)
+            found.append((stats.max_N, stats.others_N, stored[:, :3001].clone()))
+    finally:
+        torch.set_num_threads(before)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.ranks import HANG
 
-KERNELS = ("row_stats", "row_grad", "fused_forward", "merge_splits", "var_weights")
+KERNELS = ("row_stats", "row_grad", "row_exp", "fused_forward", "merge_splits", "var_weights")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
 
 
@@ -25,7 +25,10 @@ def test_every_configuration_compiles(target, fused):
     # A tile that is for another target has an empty cell.
     compiled = [line for line in result.stdout.splitlines() if "/" in line]
     count = {kernel: sum(kernel in line for line in compiled) for kernel in KERNELS}
-    assert count == {"row_stats": 9, "row_grad": 15, "fused_forward": fused, "merge_splits": 2, "var_weights": 8}
+    assert count == {
+        **{"row_stats": 9, "row_grad": 15, "row_exp": 9},
+        **{"fused_forward": fused, "merge_splits": 2, "var_weights": 8},
+    }
 
 
 def test_a_spill_is_noticed():
@@ -123,7 +126,7 @@ class Recorder:
         return launch
 
 kernels = {}
-for module, names in ((rows_triton, ("_row_stats_kernel", "_row_grad_kernel")),
+for module, names in ((rows_triton, ("_row_stats_kernel", "_row_grad_kernel", "_row_exp_kernel")),
                       (forward_triton, ("_fused_forward_kernel", "_merge_splits_kernel"))):
     for name in names:
         kernels[name] = getattr(module, name)
@@ -158,12 +161,18 @@ for case, v, targets in (("bare", 128256, 1), ("bare, odd V", 50257, 1), ("every
     for v_start, stop in ((0, v), (4096, 8192 if case == "bare" else 4096 + 4095)):
         tile = TileStorage(torch.zeros(n * _aligned(stop - v_start))).view(n, stop - v_start)
         labels = torch.zeros(n, targets, dtype=torch.int64)
-        stats = RowStats.empty(n, targets, tile, entropy=False, mean=False, argmax=False)
+        stats = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
         rows_triton.row_stats(tile, labels, stats, v_start, None, LogitTransform())
         same(f"row_stats fp32, {case}")
         coefficients = RowCoefficients(torch.ones(n), torch.ones(n, targets))
-        rows_triton.row_grad(tile, labels, torch.ones(n), coefficients, v_start, None, LogitTransform(), torch.bfloat16)
+        norms = torch.ones(2, n)
+        rows_triton.row_grad(tile, labels, norms, coefficients, v_start, None, LogitTransform(), torch.bfloat16)
         same(f"row_grad fp32, {case}, to bf16")
+        stored = TileStorage(torch.zeros(n * _aligned(stop), dtype=torch.bfloat16)).view(n, stop)
+        stats.set_pivots(torch.zeros(n))
+        earlier = stored[:, :v_start] if v_start else None
+        rows_triton.row_exp(tile, labels[:, :1], stats, v_start, None, LogitTransform(), stored[:, v_start:], earlier)
+        same(f"row_exp fp32, {case}, to bf16")
 
 for name, tile in forward_triton.TILES.items():
     for case, (n, d, v, targets) in {"bare": (256, 128, 4096, 1), "every option": (250, 144, 4001, 3)}.items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import rows_native
 from .compile_time import compile_time
+from .rows import LogitTransform, RowStats
 
 # Instructions of the GEMM: None for the fastest of this machine, else an index of LEVEL_NAMES; 0: torch's GEMMs. Those
 # up to AVX-512 multiply widened operands, the last two pairs of bf16.
@@ -58,3 +59,26 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False)
     AVX-512 BF16 denormal operands are 0.
     """
     torch.ops.var_kernels_native.product_into(out, left, right, add, _level())
+
+
+def takes_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
+    """Whether ``product_exp`` runs on these operands."""
+    return hidden_nd.shape[1] <= MAX_ROUNDED_DEPTH and _readable(hidden_nd) and _readable(weight_vd) and runs()
+
+
+def product_exp(
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+    out_nv: Tensor | None,
+    earlier_nc: Tensor | None,
+) -> None:
+    """``row_exp`` of the logits hidden W^T, which are taken as their sums are finished, and never written."""
+    given, place, memory, level = rows_native.exp_arguments(
+        labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc
+    )
+    torch.ops.var_kernels_native.product_exp(hidden_nd, weight_vd, *given, *place, *memory, _level(), level)

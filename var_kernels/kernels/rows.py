@@ -1,15 +1,19 @@
 """The contract of the row kernels: what every backend (plain torch, Triton, C++) computes on one tile of logits.
 
 A tile ``logits_nv`` holds the raw head output x = W h of n rows and one slice of the vocabulary, before bias and
-transform. Two kernels:
-``row_stats`` reduces it into running statistics, ``row_grad`` overwrites it with the gradient in x. They know neither
-losses nor autograd.
+transform. Three kernels:
+``row_stats`` reduces it into running statistics, ``row_exp`` does the same and stores exponentials that serve any
+gradient, ``row_grad`` overwrites it with the gradient in x. They know neither losses nor autograd.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+# ``row_exp`` raises a row's pivot where a sum of its exponentials exceeds this: they stay far inside bf16 and fp32, and
+# so does a gradient's scale, which divides by them.
+LARGEST_SUM = 1e17
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class LogitTransform:
     def slope(self) -> float:
         """dz/dx without the softcap's own derivative."""
         return self.logit_scale / self.temperature
+
+    def apply(self, x: Tensor) -> Tensor:
+        """z of raw logits x, bias included."""
+        if self.softcap is None:
+            return x * self.slope
+        return (x * (self.logit_scale / self.softcap)).tanh() * (self.softcap / self.temperature)
 
     def derivative(self, z: Tensor) -> Tensor | float:
         """dz/dx where the transform gives z."""
@@ -45,6 +55,8 @@ class RowStats:
     max_N: maximum, -inf at the start. sumexp_N: sum exp(z - max). label_logit_NK: z at the label ids.
     shifted_sum_N: sum exp(z - max) (z - max), for the entropy. logit_sum_N: sum z, for label smoothing. argmax_N:
         first id of the maximum.
+    Of ``row_exp``: max_N is a pivot that is known beforehand (the label's logit, where it is finite) and not a maximum;
+        others_N: sum exp(z - pivot) without the label's; top_N: the maximum, for argmax_N. ``add_label`` ends them.
     """
 
     max_N: Tensor
@@ -53,6 +65,8 @@ class RowStats:
     shifted_sum_N: Tensor | None
     logit_sum_N: Tensor | None
     argmax_N: Tensor | None
+    others_N: Tensor | None = None
+    top_N: Tensor | None = None
 
     @classmethod
     def empty(cls, n: int, k: int, like: Tensor, *, entropy: bool, mean: bool, argmax: bool) -> "RowStats":
@@ -77,16 +91,44 @@ class RowStats:
         views = (getattr(self, field.name) for field in fields(self))
         return RowStats(*(None if t is None else t[start:stop] for t in views))
 
+    def set_pivots(self, label_logit_N: Tensor) -> None:
+        """Begin ``row_exp``: the label's logits are known, and are the pivots where they are finite."""
+        self.label_logit_NK.copy_(label_logit_N.unsqueeze(1))
+        self.max_N.copy_(label_logit_N.where(label_logit_N.isfinite(), -torch.inf))
+        self.others_N = torch.zeros_like(self.max_N)
+        self.top_N = None if self.argmax_N is None else torch.full_like(self.max_N, -torch.inf)
+
+    def add_label(self, known_N: Tensor) -> None:
+        """End ``row_exp``: the label's exponential joins the sums, in rows whose label is in the vocabulary."""
+        above_N = (self.label_logit_NK.squeeze(1) - self.max_N).where(known_N, -torch.inf)
+        self.sumexp_N.copy_(self.others_N + above_N.exp())
+
     @property
     def lse_N(self) -> Tensor:
         return self.max_N + self.sumexp_N.log()
+
+    @property
+    def norms_2N(self) -> Tensor:
+        """max and log sum exp(z - max), in two parts: log p = (z - max) - log sum keeps the digits that lse, one
+        number as large as the logits, would round away."""
+        return torch.stack((self.max_N, self.sumexp_N.log()))
+
+    @property
+    def saved_4N(self) -> Tensor:
+        """Of rows with one target, for a backward over exponentials: pivot, their sum, the label's log p and logit."""
+        return torch.stack((self.max_N, self.sumexp_N, self.logp_NK(0.0, 0).squeeze(1), self.label_logit_NK.squeeze(1)))
 
     def logp_NK(self, label_smoothing: float, vocabulary: int) -> Tensor:
         """(1 - e) log p_y + e mean_v log p_v; differences with the maximum first, which keeps the digits of large
         logits.
         """
         log_sum = self.sumexp_N.log().unsqueeze(1)
-        logp = self.label_logit_NK - self.max_N.unsqueeze(1) - log_sum
+        above = self.label_logit_NK - self.max_N.unsqueeze(1)
+        logp = above - log_sum
+        if self.others_N is not None:
+            # Of a token more likely than all others together: never above 0, with the digits of 1 - p.
+            others = self.others_N.unsqueeze(1)
+            logp = (others / above.exp()).log1p().neg().where(above.exp() > others, logp)
         if label_smoothing:
             mean_logp = (self.logit_sum_N / vocabulary - self.max_N).unsqueeze(1) - log_sum
             # No difference of the two: both are -inf at a label that is forbidden.

@@ -94,10 +94,39 @@ def row_stats(
     )
 
 
+def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``row_exp`` serves operands of this dtype: fp16 holds too narrow a range of exponentials."""
+    return operand != torch.float16
+
+
+def exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc):
+    """Of ``row_exp`` and gemm_native's ``product_exp``: statistics, place and transform, memory, level."""
+    softcap = transform.softcap
+    cap_slope = 0.0 if softcap is None else transform.temperature / softcap
+    bias_v = None if bias_v is None else bias_v.contiguous()
+    given = labels_nk.contiguous(), stats.max_N, stats.others_N
+    return given, (v_start, bias_v, *_scalars(transform), cap_slope), (out_nv, earlier_nc), _level()
+
+
+def row_exp(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+    out_nv: Tensor | None,
+    earlier_nc: Tensor | None,
+) -> None:
+    """As ``rows_torch.row_exp``."""
+    given, place, memory, level = exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc)
+    _ops().row_exp(logits_nv, *given, stats.logit_sum_N, stats.argmax_N, stats.top_N, *place, *memory, level)
+
+
 def row_grad(
     logits_nv: Tensor,
     labels_nk: Tensor,
-    lse_n: Tensor,
+    norms_2n: Tensor,
     coefficients: RowCoefficients,
     v_start: int,
     bias_v: Tensor | None,
@@ -113,7 +142,7 @@ def row_grad(
     _ops().row_grad(
         logits_nv,
         packed(labels_nk),
-        packed(lse_n),
+        packed(norms_2n),
         packed(coefficients.prob_N),
         packed(coefficients.label_NK),
         packed(coefficients.logp_slope_N),

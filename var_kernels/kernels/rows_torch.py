@@ -5,7 +5,7 @@ their temporaries are small.
 import torch
 from torch import Tensor
 
-from .rows import LogitTransform, RowCoefficients, RowStats
+from .rows import LARGEST_SUM, LogitTransform, RowCoefficients, RowStats
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A gradient in another dtype than the tile's is a copy.
@@ -92,10 +92,81 @@ def _merge_block(z_nv: Tensor, labels_nk: Tensor, stats: RowStats, v_start: int)
     stats.max_N.copy_(new_max_n)
 
 
+def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``row_exp`` serves operands of this dtype: fp16 holds too narrow a range of exponentials, and raised
+    pivots are read on the host."""
+    return device.type == "cpu" and operand != torch.float16
+
+
+def row_exp(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+    out_nv: Tensor | None,
+    earlier_nc: Tensor | None,
+) -> None:
+    """exp(z - pivot) of one vocabulary slice, times dz/dx's factor of a softcap, into ``out_nv`` (if any), 0 at the
+    label; their sums, without that factor, into the statistics. The tile is left as it is.
+
+    A pivot that lies too low is raised to the slice's maximum, and ``earlier_nc``, the row's exponentials of earlier
+    slices, are scaled with it.
+    """
+    n, columns = logits_nv.shape
+    for start, stop in _blocks(n, columns):
+        z_nv = _transformed(logits_nv[start:stop], bias_v, transform, inplace=False)
+        rows = slice(start, stop)
+        _exp_block(
+            z_nv,
+            labels_nk[rows],
+            stats.rows(start, stop),
+            v_start,
+            transform,
+            None if out_nv is None else out_nv[rows],
+            None if earlier_nc is None else earlier_nc[rows],
+        )
+
+
+def _exp_block(z_nv, labels_nk, stats, v_start, transform, out_nv, earlier_nc) -> None:
+    if stats.logit_sum_N is not None:
+        stats.logit_sum_N += z_nv.sum(1)
+    if stats.argmax_N is not None:
+        slice_max_n, slice_argmax_n = z_nv.max(1)
+        stats.argmax_N.copy_(torch.where(slice_max_n > stats.top_N, slice_argmax_n + v_start, stats.argmax_N))
+        torch.maximum(stats.top_N, slice_max_n, out=stats.top_N)
+    local_nk, inside_nk = _label_columns(labels_nk, v_start, z_nv.shape[1])
+
+    def exponentials() -> tuple[Tensor, Tensor]:
+        pivot_n1 = stats.max_N.masked_fill(stats.max_N == -torch.inf, 0.0).unsqueeze(1)
+        exp_nv = (z_nv - pivot_n1).exp_()
+        exp_nv.scatter_(1, local_nk, exp_nv.gather(1, local_nk).masked_fill_(inside_nk, 0.0))
+        return exp_nv, exp_nv.sum(1)
+
+    exp_nv, sum_n = exponentials()
+    # A CPU tensor is read for nothing.
+    low_n = (sum_n > LARGEST_SUM) | (stats.max_N == -torch.inf)
+    if low_n.any():
+        raised_n = z_nv.amax(1).where(low_n, stats.max_N)
+        decay_n = (stats.max_N - raised_n).exp().masked_fill_(raised_n == stats.max_N, 1.0)
+        stats.max_N.copy_(raised_n)
+        stats.others_N.mul_(decay_n)
+        if earlier_nc is not None:
+            earlier_nc[low_n] = (earlier_nc[low_n] * decay_n[low_n].unsqueeze(1)).to(earlier_nc.dtype)
+        exp_nv, sum_n = exponentials()
+    stats.others_N += sum_n
+    if out_nv is None:
+        return
+    if transform.softcap is not None:
+        exp_nv.mul_((z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0))
+    out_nv.copy_(exp_nv)
+
+
 def row_grad(
     logits_nv: Tensor,
     labels_nk: Tensor,
-    lse_n: Tensor,
+    norms_2n: Tensor,
     coefficients: RowCoefficients,
     v_start: int,
     bias_v: Tensor | None,
@@ -109,7 +180,7 @@ def row_grad(
         grad_nv = _grad_block(
             _transformed(block_nv, bias_v, transform, inplace=True),
             labels_nk[start:stop],
-            lse_n[start:stop],
+            norms_2n[:, start:stop],
             coefficients.rows(start, stop),
             v_start,
             transform,
@@ -122,7 +193,7 @@ def row_grad(
 def _grad_block(
     z_nv: Tensor,
     labels_nk: Tensor,
-    lse_n: Tensor,
+    norms_2n: Tensor,
     coefficients: RowCoefficients,
     v_start: int,
     transform: LogitTransform,
@@ -132,7 +203,7 @@ def _grad_block(
         cap_slope_nv = (z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
     slope = transform.slope
     prob_n1 = (coefficients.prob_N * slope).unsqueeze(1)
-    logp_nv = z_nv.sub_(lse_n.unsqueeze(1))
+    logp_nv = z_nv.sub_(norms_2n[0].unsqueeze(1)).sub_(norms_2n[1].unsqueeze(1))
     if coefficients.logp_slope_N is None:
         grad_nv = logp_nv.exp_().mul_(prob_n1)
     else:

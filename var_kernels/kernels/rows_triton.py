@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LogitTransform, RowCoefficients, RowStats
+from .rows import LARGEST_SUM, LogitTransform, RowCoefficients, RowStats
 
 # Dtypes of a tile. fp64 is not among them: Triton's scalar arguments are fp32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,6 +19,8 @@ COPIES_GRADIENT = False
 # Columns a program holds at a time, and its warps: 16 elements a thread.
 BLOCK_COLUMNS = 4096
 NUM_WARPS = 8
+# Of row_exp, whose rare second walk takes registers too; half of it with a bias or a softcap.
+EXP_BLOCK_COLUMNS = 2048
 # Options of every launch. From Triton 3.10 on a * b + c is no longer one instruction by default: more work, other bits.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
@@ -131,7 +133,8 @@ def _row_grad_kernel(
     logits_ptr,  # (n, C), overwritten: in its own dtype, or in OUT at twice the row stride
     bias_ptr,
     labels_ptr,  # (n, K) int64
-    lse_ptr,  # (n,)
+    max_ptr,  # (n,)
+    log_sum_ptr,  # (n,)
     prob_ptr,  # (n,)
     logp_slope_ptr,
     constant_ptr,
@@ -155,7 +158,8 @@ def _row_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     out_ptr = logits_ptr.to(tl.pointer_type(OUT), bitcast=True) + row * out_stride
     logits_ptr += row * row_stride
-    lse = tl.load(lse_ptr + row)
+    top = tl.load(max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
     prob = tl.load(prob_ptr + row)
     if ENTROPY:
         logp_slope = tl.load(logp_slope_ptr + row)
@@ -167,7 +171,7 @@ def _row_grad_kernel(
         mask = columns < C
         x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
         z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
-        logp = z - lse
+        logp = (z - top) - log_sum
         p = tl.exp(logp)
         if ENTROPY:
             grad = p * (prob + logp_slope * tl.maximum(logp, -1e30))
@@ -185,6 +189,128 @@ def _row_grad_kernel(
         tl.debug_barrier()
         tl.store(out_ptr + columns, (grad * scale).to(OUT), mask=mask)
         tl.debug_barrier()
+
+
+@triton.jit
+def _exp_tile(
+    logits_ptr, bias_ptr, start, label, C, shift, scale, cap, inner,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """(columns, mask, z, z without the label, exp(z - shift) without it) of one block; -inf beyond the tile."""
+    columns = start + tl.arange(0, BLOCK)
+    mask = columns < C
+    x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
+    z = tl.where(mask, z, float("-inf"))
+    others = tl.where(columns == label, float("-inf"), z)
+    return columns, mask, z, others, tl.exp(others - shift)
+
+
+@triton.jit
+def _store_exp(out_ptr, columns, mask, z, e, cap_slope, HAS_CAP: tl.constexpr):
+    if HAS_CAP:
+        tanh = tl.where(e == 0.0, 0.0, z * cap_slope)
+        e *= 1.0 - tanh * tanh
+    tl.store(out_ptr + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_exp_kernel(
+    logits_ptr,  # (n, C), any floating dtype
+    bias_ptr,  # (C,)
+    labels_ptr,  # (n, 1) int64
+    pivot_ptr,  # (n,) and so on: the running statistics
+    others_ptr,
+    logit_sum_ptr,
+    argmax_ptr,
+    top_ptr,
+    out_ptr,  # (n, C), the exponentials
+    earlier_ptr,  # (n, EARLIER), those of the row's earlier slices
+    row_stride,
+    out_stride,
+    earlier_stride,
+    C,
+    earlier_columns,
+    v_start,
+    scale,
+    cap,
+    inner,
+    cap_slope,
+    largest_sum,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MEAN: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    STORE: tl.constexpr,
+    EARLIER: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    out_ptr += row * out_stride
+    pivot = tl.load(pivot_ptr + row)
+    unset = pivot == float("-inf")
+    shift = tl.where(unset, 0.0, pivot)
+    label = tl.load(labels_ptr + row) - v_start
+    label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+    lane_sum = tl.zeros((BLOCK,), tl.float32)
+    lane_total = tl.zeros((BLOCK,), tl.float32)
+    lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
+    lane_argmax = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, C, BLOCK):
+        columns, mask, z, _, e = _exp_tile(
+            logits_ptr, bias_ptr, start, label, C, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+        )
+        if MEAN:
+            lane_total += tl.where(mask, z, 0.0)
+        if ARGMAX:
+            lane_argmax = tl.where(z > lane_max, columns, lane_argmax)
+            lane_max = tl.where(z > lane_max, z, lane_max)
+        lane_sum += e
+        if STORE:
+            _store_exp(out_ptr, columns, mask, z, e, cap_slope, HAS_CAP)
+    total = tl.sum(lane_sum, 0)
+    others = tl.load(others_ptr + row)
+    # Rare: the exponentials are made again over a pivot that is the slice's maximum.
+    if (total > largest_sum) | unset:
+        lane_top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(0, C, BLOCK):
+            _, _, _, z, _ = _exp_tile(
+                logits_ptr, bias_ptr, start, label, C, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+            )
+            lane_top = tl.maximum(lane_top, z)
+        top = tl.max(lane_top, 0)
+        if top > pivot:
+            decay = tl.exp(pivot - top)
+            others *= decay
+            if EARLIER:
+                earlier_ptr += row * earlier_stride
+                for start in range(0, earlier_columns, BLOCK):
+                    columns = start + tl.arange(0, BLOCK)
+                    mask = columns < earlier_columns
+                    e = tl.load(earlier_ptr + columns, mask=mask, other=0.0).to(tl.float32) * decay
+                    tl.store(earlier_ptr + columns, e.to(earlier_ptr.dtype.element_ty), mask=mask)
+            pivot = top
+            lane_sum = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, C, BLOCK):
+                columns, mask, z, _, e = _exp_tile(
+                    logits_ptr, bias_ptr, start, label, C, pivot, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+                )
+                lane_sum += e
+                if STORE:
+                    _store_exp(out_ptr, columns, mask, z, e, cap_slope, HAS_CAP)
+            total = tl.sum(lane_sum, 0)
+    tl.store(pivot_ptr + row, pivot)
+    tl.store(others_ptr + row, others + total)
+    if MEAN:
+        tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(lane_total, 0))
+    if ARGMAX:
+        slice_max = tl.max(lane_max, 0)
+        slice_argmax = tl.min(tl.where(lane_max == slice_max, lane_argmax, C), 0)
+        old_top = tl.load(top_ptr + row)
+        old_argmax = tl.load(argmax_ptr + row)
+        tl.store(argmax_ptr + row, tl.where(slice_max > old_top, slice_argmax.to(tl.int64) + v_start, old_argmax))
+        tl.store(top_ptr + row, tl.maximum(old_top, slice_max))
 
 
 _TRITON_DTYPE = {
@@ -209,8 +335,8 @@ def on_device_of(t: Tensor):
     return torch.cuda.device_of(t) if t.is_cuda else contextlib.nullcontext()
 
 
-def _block(columns: int) -> int:
-    return min(BLOCK_COLUMNS, max(16, triton.next_power_of_2(columns)))
+def _block(columns: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(columns)))
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
@@ -247,7 +373,7 @@ def row_stats(
             labels_nk.shape[1],
             v_start,
             **_scalars(transform),
-            BLOCK=_block(columns),
+            BLOCK=_block(columns, BLOCK_COLUMNS),
             HAS_BIAS=bias_v is not None,
             HAS_CAP=transform.softcap is not None,
             ENTROPY=stats.shifted_sum_N is not None,
@@ -258,10 +384,64 @@ def row_stats(
         )
 
 
+def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``row_exp`` serves operands of this dtype: fp16 holds too narrow a range of exponentials."""
+    return operand != torch.float16
+
+
+def row_exp(
+    logits_nv: Tensor,
+    labels_nk: Tensor,
+    stats: RowStats,
+    v_start: int,
+    bias_v: Tensor | None,
+    transform: LogitTransform,
+    out_nv: Tensor | None,
+    earlier_nc: Tensor | None,
+) -> None:
+    """As ``rows_torch.row_exp``."""
+    n, columns = logits_nv.shape
+    if n == 0:
+        return
+    unused, softcap = stats.max_N, transform.softcap
+    block = EXP_BLOCK_COLUMNS if bias_v is None and softcap is None else EXP_BLOCK_COLUMNS // 2
+    with on_device_of(logits_nv):
+        _row_exp_kernel[(n,)](
+            logits_nv,
+            logits_nv if bias_v is None else bias_v.contiguous(),
+            labels_nk.contiguous(),
+            stats.max_N,
+            stats.others_N,
+            unused if stats.logit_sum_N is None else stats.logit_sum_N,
+            unused if stats.argmax_N is None else stats.argmax_N,
+            unused if stats.top_N is None else stats.top_N,
+            unused if out_nv is None else out_nv,
+            unused if earlier_nc is None else earlier_nc,
+            logits_nv.stride(0),
+            0 if out_nv is None else out_nv.stride(0),
+            0 if earlier_nc is None else earlier_nc.stride(0),
+            columns,
+            0 if earlier_nc is None else earlier_nc.shape[1],
+            v_start,
+            **_scalars(transform),
+            cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
+            largest_sum=LARGEST_SUM,
+            BLOCK=_block(columns, block),
+            HAS_BIAS=bias_v is not None,
+            HAS_CAP=softcap is not None,
+            MEAN=stats.logit_sum_N is not None,
+            ARGMAX=stats.argmax_N is not None,
+            STORE=out_nv is not None,
+            EARLIER=earlier_nc is not None,
+            num_warps=NUM_WARPS,
+            **LAUNCH_OPTIONS,
+        )
+
+
 def row_grad(
     logits_nv: Tensor,
     labels_nk: Tensor,
-    lse_n: Tensor,
+    norms_2n: Tensor,
     coefficients: RowCoefficients,
     v_start: int,
     bias_v: Tensor | None,
@@ -275,16 +455,18 @@ def row_grad(
     if n == 0:
         return out_nv
     softcap = transform.softcap
+    max_n, log_sum_n = norms_2n
 
     def vector(t: Tensor | None) -> Tensor:
-        return lse_n if t is None else t.contiguous()
+        return norms_2n if t is None else t.contiguous()
 
     with on_device_of(logits_nv):
         _row_grad_kernel[(n,)](
             logits_nv,
             vector(bias_v),
             vector(labels_nk),
-            vector(lse_n),
+            max_n.contiguous(),
+            log_sum_n.contiguous(),
             vector(coefficients.prob_N),
             vector(coefficients.logp_slope_N),
             vector(coefficients.constant_N),
@@ -296,7 +478,7 @@ def row_grad(
             v_start,
             **_scalars(transform),
             cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
-            BLOCK=_block(columns),
+            BLOCK=_block(columns, BLOCK_COLUMNS),
             OUT=_TRITON_DTYPE[out_dtype],
             HAS_BIAS=bias_v is not None,
             HAS_CAP=softcap is not None,

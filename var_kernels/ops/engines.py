@@ -1,9 +1,12 @@
 """The engines: which tiles are computed in which order. No autograd here; every tensor is flat and on one device.
 
-forward_pass      1 GEMM   statistics only: rows x vocabulary slices, merged
-one_pass          3 GEMMs  token_chunk_pass, whole rows: statistics, then the gradient in the same tile (known per-token
-                           gradient); 2 for a frozen head (frozen.py)
-vocabulary_pass   3 GEMMs  backward for any upstream gradient: logits recomputed slice by slice, dW written once
+forward_pass      1 GEMM   statistics: rows x vocabulary slices, merged; what the budget holds is kept for the backward
+exp_pass          3 GEMMs  a known per-token gradient, or 2 for hidden's alone: chunks of rows whose exponentials are
+                           stored once and serve every product (``row_exp``)
+logit_pass        3 GEMMs  the same where exponentials do not serve (entropy, several targets, fp16): whole rows of
+                           logits, overwritten by their gradient
+vocabulary_pass   3 GEMMs  backward for any upstream gradient: products of what was kept; logits of the others are
+                           recomputed slice by slice, dW is written once
 """
 
 from collections.abc import Callable
@@ -13,19 +16,24 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
-from var_kernels.ops import frozen
-from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into
-from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
+from var_kernels.ops import labels
+from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into, rounding_bytes
+from var_kernels.ops.head import Gradients, Head, Needs, TileStorage, accumulation_dtype, zero_row_ends
 from var_kernels.ops.workspace import (
+    DWEIGHT_ROWS,
     MAX_CPU_BACKWARD_ROWS,
     MAX_FORWARD_ROWS,
+    ExpPlan,
+    TileCost,
     TilePlan,
-    holds_token_chunks,
+    plan_exp_chunks,
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
     shortest_chunk,
     spans,
+    tile_share,
+    within_cache,
 )
 
 # Logits are kept from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
@@ -39,10 +47,61 @@ def forward_plan(head: Head) -> TilePlan:
     return plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
 
 
-def chunk_plan(head: Head, needs: Needs) -> TilePlan:
+def logit_plan(head: Head, needs: Needs) -> TilePlan:
     accumulator = dweight_bytes(head, needs)
     budget = head.options.budget - accumulator
     return plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
+
+
+def exp_plan(head: Head, needs: Needs) -> ExpPlan:
+    """Of ``exp_pass``, beside the accumulator of dW."""
+    return _exp_plan(head, needs, dweight_bytes(head, needs))
+
+
+def _exp_plan(head: Head, needs: Needs, accumulator: int) -> ExpPlan:
+    budget, cost = head.options.budget - accumulator, _exp_cost(head, needs)
+    tile = _tile_bytes(head, budget)
+    exp = head.operand.itemsize
+    if needs.whole_rows:
+        return plan_exp_chunks(head.n, head.v, budget, cost, exp, tile, accumulator)
+    rows = min(head.n, MAX_CPU_BACKWARD_ROWS if head.options.backend == "native" else MAX_FORWARD_ROWS)
+    if cost.with_row(head.v * exp).rows_within(budget - tile, 0) >= rows > 0:
+        return plan_exp_chunks(head.n, head.v, budget, cost, exp, tile, accumulator)
+    # Sums in hidden alone need no whole rows: what is stored is as wide as the tile.
+    cost = replace(cost, element=cost.element + exp)
+    plan = plan_forward(rows, head.v, head.tile_budget(rows, cost), cost)
+    return ExpPlan(plan.rows, plan.columns, plan.columns)
+
+
+def _exp_cost(head: Head, needs: Needs) -> TileCost:
+    """Of a tile of logits beside the exponentials, with the sums and the scaled hidden states of its rows."""
+    copies, operand, d = head.operand_copies(gradient=True), head.operand, head.d
+    wide = accumulation_dtype(operand)
+    row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if needs.hidden else d * operand.itemsize)
+    # One after the other.
+    fixed = max(
+        head.kernels.temporary_bytes(head.n, head.v, head.tile),
+        labels.gathered_bytes(head),
+        rounding_bytes(operand, head.n, d, head.v, head.options.backend),
+    )
+    return TileCost(head.tile.itemsize, copies, row, fixed)
+
+
+def _tile_bytes(head: Head, budget: int) -> int:
+    """Of the tile of logits beside stored exponentials: on a CPU one that stays cached."""
+    if head.hidden_ND.device.type != "cpu":
+        return tile_share(budget)
+    return min(
+        budget // 4, within_cache(min(head.n, MAX_CPU_BACKWARD_ROWS), head.v, budget, head.tile_cost(gradient=False))
+    )
+
+
+def exp_bytes(head: Head, needs: Needs) -> int:
+    """What ``exp_pass`` allocates beside gradients and vectors of a number a row."""
+    plan, cost = exp_plan(head, needs), _exp_cost(head, needs)
+    tile = plan.columns * (plan.rows * cost.element + cost.column)
+    stored = plan.rows * (plan.stored * head.operand.itemsize + cost.row)
+    return cost.fixed + tile + stored + dweight_bytes(head, needs)
 
 
 def slice_plan(head: Head) -> TilePlan:
@@ -84,22 +143,34 @@ def add_factor_gradients(
             add_product(gradients.dright_VR[columns], slice_nv.t(), head.left_NR[rows].to(head.operand), backend)
 
 
-def kept_columns(head: Head, *, in_place: bool = True) -> int:
-    """Leading vocabulary columns whose logits the budget holds from the forward to the backward, beside a tile for the
-    others: that part of the GEMM is not repeated. 0 where it would save too little. in_place: the backward may
-    overwrite them, so that all of them need no tile.
+def kept_columns(head: Head, needs: Needs, *, in_place: bool = True) -> int:
+    """Leading vocabulary columns that the budget holds from the forward to the backward, beside a tile: that part of
+    the GEMM is not repeated. 0 where it would save too little. Exponentials, or logits, which the backward may
+    overwrite (``in_place``), so that all of them need no tile.
     """
     if _holds(head.n == 0):
         return 0
-    cost, budget = head.tile_cost(gradient=True), head.options.budget
-    if in_place and cost.columns_within(budget, head.n) >= head.v:
+    cost, budget, on_cpu = head.tile_cost(gradient=True), head.options.budget, head.hidden_ND.device.type == "cpu"
+    if head.stores_exp(needs):
+        cost = replace(_exp_cost(head, needs), element=head.operand.itemsize)
+        tile = _tile_bytes(head, budget)
+    else:
+        if in_place and _holds(cost.columns_within(budget, head.n) >= head.v):
+            return head.v
+        native = head.options.backend == "native"
+        tile = head.tile_budget(min(head.n, MAX_CPU_BACKWARD_ROWS), cost) if native else budget // 4
+    columns = cost.columns_within(budget - tile, head.n)
+    if _holds(columns >= head.v):
         return head.v
-    if head.hidden_ND.device.type == "cpu" and head.d < _MIN_KEPT_DEPTH:
+    if on_cpu and head.d < _MIN_KEPT_DEPTH:
         return 0
-    native = head.options.backend == "native"
-    tile = head.tile_budget(min(head.n, MAX_CPU_BACKWARD_ROWS), cost) if native else budget // 4
-    columns = min(head.v, cost.columns_within(budget - tile, head.n) // 64 * 64)
+    columns = columns // 64 * 64
     return columns if _holds(columns * _FEWEST_KEPT >= head.v) else 0
+
+
+def new_kept(head: Head, needs: Needs, columns: int) -> Tensor:
+    """For ``columns`` of every row: exponentials where they serve, else logits."""
+    return head.new_kept(columns, head.operand if head.stores_exp(needs) else head.tile)
 
 
 def _holds(condition: bool) -> bool:
@@ -111,33 +182,66 @@ def _holds(condition: bool) -> bool:
     return guard_or_false(condition)
 
 
-def _beside(head: Head, kept: int) -> Head:
+def _beside(head: Head, kept: int, itemsize: int) -> Head:
     """The same call with what ``kept`` columns leave of the budget."""
     if kept == 0:
         return head
-    taken = head.n * kept * head.tile.itemsize
+    taken = head.n * kept * itemsize
     return replace(head, options=replace(head.options, budget=head.options.budget - taken))
 
 
-def forward_pass(head: Head, kept_NC: Tensor | None = None) -> RowStats:
+def forward_pass(head: Head, kept_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:
     """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers. ``kept_NC`` takes
-    the raw logits of its leading columns, for ``vocabulary_pass``.
+    the raw logits of its leading columns, or with ``exp`` their exponentials, for ``vocabulary_pass``.
     """
     stats = head.new_stats()
     if head.options.budget == 0:
         _fused_forward(head, stats)
         return stats
     kept = 0 if kept_NC is None else kept_NC.shape[1]
-    plan = forward_plan(_beside(head, kept) if kept < head.v else head)
-    columns = [*spans(0, kept, head.v), *spans(kept, head.v, plan.columns)]
-    storage = head.new_tile(plan.rows, plan.columns) if kept < head.v else None
+    if exp:
+        stats.set_pivots(labels.label_logits(head))
+    tiled = exp or kept < head.v
+    plan = forward_plan(_beside(head, kept, kept_NC.itemsize) if kept and tiled else head)
+    fused = exp and head.ends_in_exp
+    width = head.v if fused else plan.columns
+    columns = [*spans(0, kept, width if exp else head.v), *spans(kept, head.v, width)]
+    storage = head.new_tile(plan.rows, plan.columns) if tiled and not fused else None
     for start, stop in spans(0, head.n, plan.rows):
-        hidden_nd = head.upcast_rows(start, stop)
+        rows, hidden_nd = slice(start, stop), head.upcast_rows(start, stop)
+        chunk = stats.rows(start, stop)
         for v_start, v_stop in columns:
-            logits_nv = kept_NC[start:stop] if v_stop <= kept else storage.view(stop - start, v_stop - v_start)
-            fill_logits(head, logits_nv, hidden_nd, slice(start, stop), slice(v_start, v_stop))
-            head.row_stats(logits_nv, slice(start, stop), stats.rows(start, stop), v_start)
+            is_kept = v_stop <= kept
+            if exp:
+                out_nv = kept_NC[rows, v_start:v_stop] if is_kept else None
+                earlier_nc = kept_NC[rows, : min(v_start, kept)] if v_start and kept else None
+                _exp_tile(head, hidden_nd, rows, slice(v_start, v_stop), storage, chunk, out_nv, earlier_nc)
+                continue
+            logits_nv = kept_NC[rows] if is_kept else storage.view(stop - start, v_stop - v_start)
+            fill_logits(head, logits_nv, hidden_nd, rows, slice(v_start, v_stop))
+            head.row_stats(logits_nv, rows, chunk, v_start)
+    if exp:
+        stats.add_label(labels.known(head.labels_NK.squeeze(1), head.v))
     return stats
+
+
+def _exp_tile(
+    head: Head,
+    hidden_nd: Tensor,
+    rows: slice,
+    columns: slice,
+    storage: TileStorage | None,
+    stats: RowStats,
+    out_nv: Tensor | None,
+    earlier_nc: Tensor | None,
+) -> None:
+    """``row_exp`` of some rows and columns, through a tile of logits in ``storage``, or as their GEMM ends."""
+    if storage is None:
+        head.product_exp(columns, rows, stats, out_nv, earlier_nc)
+        return
+    logits_nv = storage.view(rows.stop - rows.start, columns.stop - columns.start)
+    fill_logits(head, logits_nv, hidden_nd, rows, columns)
+    head.row_exp(logits_nv, rows, stats, columns.start, out_nv, earlier_nc)
 
 
 def _fused_forward(head: Head, stats: RowStats) -> None:
@@ -155,58 +259,235 @@ def _fused_forward(head: Head, stats: RowStats) -> None:
 
 def one_pass_fits(head: Head, needs: Needs) -> bool:
     """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
-    length; a frozen head needs neither.
+    length; hidden's gradient alone needs neither.
     """
-    if frozen.serves(head, needs):
+    if not needs.whole_rows and head.stores_exp(needs):
         return True
-    budget = head.options.budget - dweight_bytes(head, needs)
-    shortest = shortest_chunk(head.hidden_ND.device)
-    return holds_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), shortest)
+    rows = one_pass_rows(head, needs)
+    if rows < min(head.n, shortest_chunk(head.hidden_ND.device)):
+        return False
+    if head.hidden_ND.device.type == "cpu" or rows >= head.n:
+        return True
+    # In GEMMs: the fp32 dW that each chunk reads and writes, under its own GEMM or after it, against what two passes
+    # recompute.
+    moved = -(-head.n // rows) * DWEIGHT_ROWS / 2 / head.n
+    return 3 + moved <= 4 - kept_columns(head, needs) / head.v
 
 
-def _in_one_chunk(head: Head) -> bool:
-    """Whether the budget holds all rows at once: dW is then one product and needs no accumulator."""
-    return head.chunk_cost(head.options.budget).rows_within(head.options.budget, head.v) >= head.n > 0
+def one_pass_rows(head: Head, needs: Needs) -> int:
+    """Rows of one pass's chunks that the budget holds beside the accumulator of dW; 0 or less: none."""
+    return _rows_within(head, needs, head.options.budget - dweight_bytes(head, needs))
+
+
+def _rows_within(head: Head, needs: Needs, budget: int) -> int:
+    if not head.stores_exp(needs):
+        return head.chunk_cost(budget).rows_within(budget, head.v)
+    cost = _exp_cost(head, needs).with_row(head.v * head.operand.itemsize)
+    return cost.rows_within(budget - _tile_bytes(head, budget), 0)
 
 
 def dweight_bytes(head: Head, needs: Needs) -> int:
     """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
     accumulation = accumulation_dtype(head.operand)
-    if not needs.lm_head_weight or accumulation == head.operand or _in_one_chunk(head):
+    if not needs.lm_head_weight or accumulation == head.operand:
+        return 0
+    # All rows at once: dW is one product.
+    if _rows_within(head, needs, head.options.budget) >= head.n > 0:
         return 0
     return head.v * head.d * accumulation.itemsize
 
 
-def one_pass(
-    head: Head, needs: Needs, coefficients_of: Callable[[slice, RowStats], RowCoefficients]
-) -> tuple[RowStats, Gradients]:
+CoefficientsOf = Callable[[slice, RowStats], RowCoefficients]
+
+
+def one_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
     gradient.
     """
-    if frozen.serves(head, needs):
-        return frozen.frozen_head_pass(head, coefficients_of)
-    return token_chunk_pass(head, needs, coefficients_of)
+    run = exp_pass if head.stores_exp(needs) else logit_pass
+    return run(head, needs, coefficients_of)
 
 
-def token_chunk_pass(
-    head: Head, needs: Needs, coefficients_of: Callable[[slice, RowStats], RowCoefficients]
-) -> tuple[RowStats, Gradients]:
-    """``one_pass`` over chunks of whole rows."""
-    stats = head.new_stats()
-    gradients, backend = Gradients(), head.options.backend
-    plan = chunk_plan(head, needs)
+def _empty_gradients(head: Head, needs: Needs, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
+    """dhidden and dW to be written, sums of the others from 0."""
+    gradients, device = Gradients(), head.hidden_ND.device
+    if needs.hidden:
+        gradients.dhidden_ND = torch.empty(head.hidden_ND.shape, dtype=dhidden, device=device)
+    if needs.lm_head_weight:
+        create = torch.empty if head.n else torch.zeros
+        gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dweight, device=device)
+    if needs.bias:
+        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation_dtype(head.operand), device=device)
+    start_factor_gradients(head, needs, gradients)
+    return gradients
+
+
+def exp_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf | None) -> tuple[RowStats, Gradients]:
+    """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
+    for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
+    """
+    stats, plan, wide = head.new_stats(), exp_plan(head, needs), accumulation_dtype(head.operand)
+    stats.set_pivots(labels.label_logits(head))
+    gradients = _empty_gradients(head, needs, head.operand, wide if plan.rows < head.n else head.operand)
+    smooth = head.options.label_smoothing > 0 and coefficients_of is not None
+    weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
+    stored = head.new_exp(plan.rows, plan.stored)
+    fused = head.ends_in_exp
+    storage, width = (None, head.v) if fused else (head.new_tile(plan.rows, plan.columns), plan.columns)
+    sums_nd = None
+    if needs.hidden and wide != head.operand:
+        sums_nd = torch.empty(plan.rows, head.d, dtype=wide, device=head.hidden_ND.device)
+    for start, stop in spans(0, head.n, plan.rows):
+        rows, hidden_nd = slice(start, stop), head.upcast_rows(start, stop)
+        chunk = stats.rows(start, stop)
+        sum_nd = None
+        if needs.hidden:
+            sum_nd = gradients.dhidden_ND[rows] if sums_nd is None else sums_nd[: stop - start]
+        for first, last in spans(0, head.v, plan.stored):
+            exp_nv = stored.view(stop - start, last - first)
+            before_n = chunk.max_N.clone() if first else None
+            for v_start, v_stop in spans(first, last, width):
+                out_nv = exp_nv[:, v_start - first : v_stop - first]
+                earlier_nc = exp_nv[:, : v_start - first] if v_start > first else None
+                _exp_tile(head, hidden_nd, rows, slice(v_start, v_stop), storage, chunk, out_nv, earlier_nc)
+            _zero_ends(exp_nv)
+            if first:
+                _follow_pivots(before_n, chunk.max_N, sum_nd, None if not needs.left else gradients.dleft_NR[rows])
+            if not needs.whole_rows:
+                _add_row_sums(head, gradients, exp_nv, rows, first, sum_nd, add=first > 0)
+        chunk.add_label(labels.known(head.labels_NK[rows].squeeze(1), head.v))
+        if coefficients_of is None:
+            scale_n, label_n = head.options.transform.slope / chunk.sumexp_N, None
+        else:
+            coefficients = coefficients_of(rows, chunk)
+            scale_n, label_n = _row_scales(head, rows, coefficients, chunk.saved_4N)
+        if needs.whole_rows:
+            scaled_nd = gradients.dhidden_ND[rows] if needs.hidden else torch.empty_like(head.hidden_ND[rows])
+            _add_token_sums(head, gradients, exp_nv, rows, (scale_n, label_n), scaled_nd, plan.columns, add=start > 0)
+            _add_row_sums(head, gradients, exp_nv, rows, 0, sum_nd, add=False)
+        _end_row_sums(head, gradients, rows, (scale_n, label_n), sum_nd)
+        if smooth:
+            sum_nd.addcmul_((coefficients.constant_N * head.options.transform.slope).unsqueeze(1), weight_sum_D)
+        if sums_nd is not None:
+            gradients.dhidden_ND[rows] = sum_nd
+    return stats, gradients
+
+
+def frozen_gradient(head: Head, others_ND: Tensor, saved_4N: Tensor, coefficients: RowCoefficients) -> Tensor:
+    """dhidden for any coefficients, without a product: prob sum_{v != y} p_v W_v (``others_ND``, of ``exp_pass``), with
+    the label's vector in fp32, and the smoothing's sum of all.
+    """
+    _, label_N = _row_scales(head, slice(0, head.n), coefficients, saved_4N)
+    dhidden_ND, wide = torch.empty_like(others_ND), accumulation_dtype(head.operand)
+    constant_N = coefficients.constant_N
+    weight_sum_D = None if constant_N is None else head.lm_head_weight_VD.sum(0, dtype=wide)
+    for start, stop in spans(0, head.n, labels.step(head, head.d)):
+        rows = slice(start, stop)
+        total_nd = others_ND[rows] * coefficients.prob_N[rows].unsqueeze(1)
+        labels.add_label_vectors(total_nd, head.lm_head_weight_VD, head.labels_NK[rows].squeeze(1), label_N[rows], head)
+        if constant_N is not None:
+            total_nd.addcmul_((constant_N[rows] * head.options.transform.slope).unsqueeze(1), weight_sum_D)
+        dhidden_ND[rows] = total_nd
+    return dhidden_ND
+
+
+def _zero_ends(exp_nv: Tensor) -> None:
+    if exp_nv.device.type == "cpu" and exp_nv.dtype == torch.bfloat16:
+        zero_row_ends(exp_nv)
+
+
+def _follow_pivots(before_n: Tensor, pivot_n: Tensor, *sums: Tensor | None) -> None:
+    """Sums over exponentials of earlier columns, after their rows' pivots were raised."""
+    raised_n = pivot_n != before_n
+    # A CPU tensor is read for nothing.
+    if pivot_n.device.type == "cpu" and not raised_n.any():
+        return
+    decay_n1 = (before_n - pivot_n).exp().where(raised_n, 1.0).unsqueeze(1)
+    for sum_nx in sums:
+        if sum_nx is not None:
+            sum_nx.mul_(decay_n1)
+
+
+def _row_scales(head: Head, rows: slice, coefficients: RowCoefficients, saved_4n: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the gradient in the raw logits: its factor of the exponentials, and the label's entry, (n,) each."""
+    _, sumexp_n, logp_n, label_logit_n = saved_4n
+    transform, prob_n = head.options.transform, coefficients.prob_N
+    # p - 1 of a confident token is formed as such.
+    label_n = prob_n + coefficients.label_NK.squeeze(1) + prob_n * logp_n.expm1()
+    label_n = label_n * transform.derivative(label_logit_n)
+    in_vocabulary_n = labels.known(head.labels_NK[rows].squeeze(1), head.v)
+    return prob_n * transform.slope / sumexp_n, label_n.where(in_vocabulary_n, 0.0)
+
+
+def _add_row_sums(
+    head: Head, gradients: Gradients, exp_nc: Tensor, rows: slice, v_start: int, sum_nd: Tensor | None, *, add: bool
+) -> None:
+    """What each row sums over the vocabulary: E W in ``sum_nd``, E right in dleft; scaled by ``_end_row_sums``."""
+    columns, backend = slice(v_start, v_start + exp_nc.shape[1]), head.options.backend
+    if sum_nd is not None:
+        (add_product if add else product_into)(sum_nd, exp_nc, head.lm_head_weight_VD[columns], backend)
+    if gradients.dleft_NR is not None:
+        add_product(gradients.dleft_NR[rows], exp_nc, head.right_VR[columns].to(head.operand), backend)
+
+
+def _end_row_sums(
+    head: Head, gradients: Gradients, rows: slice, scales: tuple[Tensor, Tensor | None], sum_nd: Tensor | None
+) -> None:
+    """They become gradients: scaled, with the label's vector (if any)."""
+    scale_n, label_n = scales
+    dleft_nr = None if gradients.dleft_NR is None else gradients.dleft_NR[rows]
+    for sum_nx, matrix_VX in ((sum_nd, head.lm_head_weight_VD), (dleft_nr, head.right_VR)):
+        if sum_nx is not None:
+            sum_nx.mul_(scale_n.unsqueeze(1))
+            if label_n is not None:
+                labels.add_label_vectors(sum_nx, matrix_VX, head.labels_NK[rows].squeeze(1), label_n, head)
+
+
+def _add_token_sums(
+    head: Head,
+    gradients: Gradients,
+    exp_nc: Tensor,
+    rows: slice,
+    scales: tuple[Tensor, Tensor],
+    scaled_nd: Tensor,
+    step: int,
+    *,
+    add: bool,
+) -> None:
+    """What each vocabulary entry sums over the rows, of the leading columns that exp_nc holds: dW, dbias and dright.
+    scaled_nd: memory for scale_n hidden_n.
+    """
+    (scale_n, label_n), backend, c = scales, head.options.backend, exp_nc.shape[1]
+    labels_n = head.labels_NK[rows].squeeze(1)
+    label_n = label_n.where(labels_n < c, 0.0)
+    if gradients.dweight_VD is not None:
+        hidden_nd = head.hidden_ND[rows]
+        labels.scale_rows(scaled_nd, hidden_nd, scale_n, head)
+        for start, stop in spans(0, c, step if head.operand_copies(gradient=True) else c):
+            multiply = add_product if add else product_into
+            multiply(gradients.dweight_VD[start:stop], exp_nc[:, start:stop].t(), scaled_nd, backend)
+        labels.add_label_rows(gradients.dweight_VD[:c], labels_n, label_n, hidden_nd, head)
+    if gradients.dbias_V is not None:
+        # In two parts, so that the scale keeps its digits in 16 bit.
+        scale_n2 = torch.stack((scale_n, scale_n - scale_n.to(head.operand)), 1).to(head.operand)
+        dbias_c2 = scale_n.new_zeros(c, 2)
+        add_product(dbias_c2, exp_nc.t(), scale_n2, backend)
+        gradients.dbias_V[:c] += dbias_c2.sum(1)
+        labels.add_label_rows(gradients.dbias_V[:c, None], labels_n, label_n, torch.ones_like(label_n)[:, None], head)
+    if gradients.dright_VR is not None:
+        left_nr = head.left_NR[rows]
+        scaled_nr = (left_nr * scale_n.unsqueeze(1)).to(head.operand)
+        add_product(gradients.dright_VR[:c], exp_nc.t(), scaled_nr, backend)
+        labels.add_label_rows(gradients.dright_VR[:c], labels_n, label_n, left_nr, head)
+
+
+def logit_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
+    """``one_pass`` over chunks of whole rows of logits."""
+    stats, plan, backend = head.new_stats(), logit_plan(head, needs), head.options.backend
+    wide = accumulation_dtype(head.operand)
+    gradients = _empty_gradients(head, needs, head.operand, wide if plan.rows < head.n else head.operand)
     slice_width = head.weight_slice(head.options.budget - dweight_bytes(head, needs))
     storage = head.new_tile(plan.rows, head.v)
-    accumulation = accumulation_dtype(head.operand)
-    if needs.hidden:
-        gradients.dhidden_ND = torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format)
-    if needs.lm_head_weight:
-        dtype = accumulation if plan.rows < head.n else head.operand
-        create = torch.empty if head.n else torch.zeros
-        gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dtype, device=head.hidden_ND.device)
-    if needs.bias:
-        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
-    start_factor_gradients(head, needs, gradients)
 
     for start, stop in spans(0, head.n, plan.rows):
         rows = slice(start, stop)
@@ -217,7 +498,7 @@ def token_chunk_pass(
         chunk_stats = stats.rows(start, stop)
         head.row_stats(logits_nv, rows, chunk_stats, 0)
         coefficients = coefficients_of(rows, chunk_stats)
-        dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.lse_N, coefficients, 0, gradients.dbias_V)
+        dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.norms_2N, coefficients, 0, gradients.dbias_V)
         if needs.hidden:
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
         if needs.lm_head_weight:
@@ -233,32 +514,39 @@ def token_chunk_pass(
 def vocabulary_pass(
     head: Head,
     needs: Needs,
-    lse_N: Tensor,
+    saved: Tensor,
     coefficients: RowCoefficients,
     kept_NC: Tensor | None = None,
     *,
     in_place: bool = True,
 ) -> Gradients:
-    """Gradients for any per-row coefficients; logits are recomputed once, slice by slice, but for those that
-    ``forward_pass`` kept, which are overwritten, or copied slice by slice.
+    """Gradients for any per-row coefficients. saved: ``RowStats.norms_2N``, or with exponentials ``saved_4N``. Products
+    of what ``forward_pass`` kept: exponentials, or logits, which are overwritten (or copied slice by slice); the other
+    logits are recomputed once, slice by slice.
     """
-    accumulation, backend = accumulation_dtype(head.operand), head.options.backend
+    wide, backend, exp = accumulation_dtype(head.operand), head.options.backend, saved.shape[0] == 4
     kept = 0 if kept_NC is None else kept_NC.shape[1]
+    overwrites = not exp and in_place
+    gradients = _empty_gradients(head, needs, wide, head.operand)
+    norms_2N = torch.stack((saved[0], saved[1].log())) if exp else saved
+    if exp and kept:
+        scales = _row_scales(head, slice(0, head.n), coefficients, saved)
+        reused = gradients.dhidden_ND if needs.hidden and wide == head.operand else None
+        scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and needs.lm_head_weight else reused
+        _add_token_sums(head, gradients, kept_NC, slice(0, head.n), scales, scaled_ND, kept, add=False)
+        del scaled_ND
+        _add_row_sums(head, gradients, kept_NC, slice(0, head.n), 0, gradients.dhidden_ND, add=False)
+        scales = scales[0], scales[1].where(head.labels_NK.squeeze(1) < kept, 0.0)
+        _end_row_sums(head, gradients, slice(0, head.n), scales, gradients.dhidden_ND)
+    elif needs.hidden:
+        gradients.dhidden_ND.zero_()
     # (first column, end, rows at a time)
-    slices = [(0, kept, head.n)] if kept and in_place else []
-    if kept < head.v or not in_place:
-        plan = slice_plan(_beside(head, kept))
+    slices = [(0, kept, head.n)] if kept and overwrites else []
+    if kept < head.v or not (exp or in_place):
+        plan = slice_plan(_beside(head, kept, kept_NC.itemsize) if kept else head)
         storage = head.new_tile(plan.rows, plan.columns)
-        copied = [] if in_place else spans(0, kept, plan.columns)
+        copied = spans(0, kept, plan.columns) if not (exp or in_place) else []
         slices += [(*span, plan.rows) for span in (*copied, *spans(kept, head.v, plan.columns))]
-    gradients = Gradients()
-    if needs.hidden:
-        gradients.dhidden_ND = torch.zeros(head.hidden_ND.shape, dtype=accumulation, device=head.hidden_ND.device)
-    if needs.lm_head_weight:
-        gradients.dweight_VD = torch.empty_like(head.lm_head_weight_VD, memory_format=torch.contiguous_format)
-    if needs.bias:
-        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=head.hidden_ND.device)
-    start_factor_gradients(head, needs, gradients)
 
     for v_start, v_stop, step in slices:
         row_spans = list(spans(0, head.n, step))
@@ -269,19 +557,19 @@ def vocabulary_pass(
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
                 create = torch.empty if head.n else torch.zeros
-                dweight_vd = create(weight_vd.shape, dtype=accumulation, device=head.hidden_ND.device)
+                dweight_vd = create(weight_vd.shape, dtype=wide, device=head.hidden_ND.device)
         for start, stop in row_spans:
             rows = slice(start, stop)
             columns = slice(v_start, v_stop)
             if v_stop > kept:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
                 fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, columns)
-            elif in_place:
+            elif overwrites:
                 logits_nv = kept_NC
             else:
                 logits_nv = storage.view(stop - start, v_stop - v_start).copy_(kept_NC[rows, columns])
             chunk = coefficients.rows(start, stop)
-            dlogits_nv = head.row_grad(logits_nv, rows, lse_N[rows], chunk, v_start, dbias_v)
+            dlogits_nv = head.row_grad(logits_nv, rows, norms_2N[:, rows], chunk, v_start, dbias_v)
             if needs.hidden:
                 add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd, backend)
             if needs.lm_head_weight:

@@ -4,7 +4,16 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import chunk_plan, dweight_bytes, forward_plan, kept_columns, one_pass_fits, slice_plan
+from var_kernels.ops.engines import (
+    dweight_bytes,
+    exp_bytes,
+    exp_plan,
+    forward_plan,
+    kept_columns,
+    logit_plan,
+    one_pass_fits,
+    slice_plan,
+)
 from var_kernels.ops.gemm import rounding_bytes
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.workspace import MIB, budget_bytes
@@ -27,6 +36,9 @@ def most_bytes(
 ) -> int:
     """What tiles of logits and the copies beside them take at most: the budget, or less where all of them are less."""
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
+    everything = Needs(hidden=True, lm_head_weight=True, bias=False)
+    if head.stores_exp(everything) and one_pass_fits(head, everything):
+        return min(head.options.budget, exp_bytes(head, everything))
     cost = head.tile_cost(gradient=True)
     whole = cost.fixed + cost.element * n * v + cost.column * v + cost.row * n
     return min(head.options.budget, whole + rounding_bytes(head.operand, n, d, v, head.options.backend))
@@ -43,11 +55,12 @@ def explain_engines(
     if dtype == torch.float16:
         weighted = "two passes, 4 GEMMs: gradients made early underflow in fp16"
     elif one_pass_fits(head, everything):
-        rows = chunk_plan(head, everything).rows
+        plan = exp_plan if head.stores_exp(everything) else logit_plan
+        rows = plan(head, everything).rows
         weighted = f"one pass, 3 GEMMs: {budget:,.0f} MiB hold chunks of {rows:,} of {n:,} rows{wide}"
     else:
         weighted = f"two passes, 4 GEMMs: {budget:,.0f} MiB hold no useful chunk of whole rows{wide}"
-    kept = kept_columns(head)
+    kept = kept_columns(head, everything)
     if kept == v:
         general = f"two passes, 3 GEMMs: {budget:,.0f} MiB hold all logits for the backward"
     else:

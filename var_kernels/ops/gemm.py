@@ -109,6 +109,11 @@ def _in_cpp(backend: str, out: torch.dtype, left: Tensor, right: Tensor) -> bool
     return backend == "native" and gemm_native.takes(out, left, right)
 
 
+def ends_in_exp(hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> bool:
+    """Whether the forward GEMM runs ``row_exp`` on its sums (``gemm_native.product_exp``)."""
+    return backend == "native" and gemm_native.takes_exp(hidden_nd, lm_head_weight_vd)
+
+
 def rounding_bytes(operand: torch.dtype, n: int, d: int, v: int, backend: str) -> int:
     """Bytes of the fp32 sums that the C++ GEMM keeps beside a gradient in bf16: of dH (n, d) over v columns, of dW
     (v, d) over n rows.

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from var_kernels.kernels import gemm_native
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
-from var_kernels.ops.gemm import partial_bytes, rounding_bytes, upcasts
+from var_kernels.ops.gemm import ends_in_exp, partial_bytes, rounding_bytes, upcasts
 from var_kernels.ops.workspace import TileCost, within_cache
 
 _ROW_ELEMENTS = 32
@@ -158,9 +159,14 @@ class Head:
     def new_tile(self, rows: int, columns: int) -> "TileStorage":
         return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
 
-    def new_kept(self, columns: int) -> Tensor:
-        """For the logits of all rows and ``columns`` columns; rows end in zeros."""
-        kept_NC = torch.empty(self.n, _aligned(columns), dtype=self.tile, device=self.hidden_ND.device)
+    def new_exp(self, rows: int, columns: int) -> "TileStorage":
+        """As ``new_tile``, for ``row_exp``'s exponentials in the operands' dtype; rows end in zeros."""
+        elements = torch.empty(rows * _aligned(columns), dtype=self.operand, device=self.hidden_ND.device)
+        return TileStorage(elements)
+
+    def new_kept(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """For all rows and ``columns`` columns, logits or exponentials; rows end in zeros."""
+        kept_NC = torch.empty(self.n, _aligned(columns), dtype=dtype, device=self.hidden_ND.device)
         kept_NC[:, columns:] = 0.0
         return kept_NC
 
@@ -175,11 +181,55 @@ class Head:
         bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
         self.kernels.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
 
+    def row_exp(
+        self,
+        logits_nv: Tensor,
+        rows: slice,
+        stats: RowStats,
+        v_start: int,
+        out_nv: Tensor | None,
+        earlier_nc: Tensor | None,
+    ) -> None:
+        """Statistics, and exponentials into out_nv; earlier_nc: those of the row's earlier slices (see the kernel)."""
+        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
+        labels_nk, transform = self.labels_NK[rows], self.options.transform
+        self.kernels.row_exp(logits_nv, labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc)
+
+    @property
+    def ends_in_exp(self) -> bool:
+        """Whether the backend's GEMM runs ``row_exp`` on its sums: no tile of logits is written."""
+        options = self.options
+        if options.argmax or options.label_smoothing or self.left_NR is not None or self.tile != torch.float32:
+            return False
+        return ends_in_exp(self.hidden_ND, self.lm_head_weight_VD, options.backend)
+
+    def product_exp(
+        self, columns: slice, rows: slice, stats: RowStats, out_nv: Tensor | None, earlier_nc: Tensor | None
+    ) -> None:
+        """As ``row_exp``, where the GEMM ends in it."""
+        bias_v = self.bias_slice(columns.start, columns.stop)
+        operands = self.hidden_ND[rows], self.lm_head_weight_VD[columns], self.labels_NK[rows]
+        gemm_native.product_exp(*operands, stats, columns.start, bias_v, self.options.transform, out_nv, earlier_nc)
+
+    def stores_exp(self, needs: "Needs") -> bool:
+        """Whether stored exponentials support every gradient that is needed: one target a row, none of the entropy,
+        none of a bias of more digits; label smoothing only with hidden's alone, and without a softcap. A call without
+        gradients takes the same way, so that its log-probs have the same bits.
+        """
+        options = self.options
+        if self.labels_NK.shape[1] != 1 or options.entropy or options.budget == 0:
+            return False
+        if needs.bias and self.bias_V.dtype != self.operand:
+            return False
+        if not self.kernels.stores_exp(self.hidden_ND.device, self.operand):
+            return False
+        return not options.label_smoothing or (needs.hidden_alone and options.transform.softcap is None)
+
     def row_grad(
         self,
         logits_nv: Tensor,
         rows: slice,
-        lse_n: Tensor,
+        norms_2n: Tensor,
         coefficients: RowCoefficients,
         v_start: int,
         dbias_v: Tensor | None,
@@ -189,7 +239,9 @@ class Head:
         labels_nk, transform = self.labels_NK[rows], self.options.transform
         # The columns' entries cancel, so they are summed before they are rounded.
         dtype = self.operand if dbias_v is None else self.tile
-        dlogits_nv = self.kernels.row_grad(logits_nv, labels_nk, lse_n, coefficients, v_start, bias_v, transform, dtype)
+        dlogits_nv = self.kernels.row_grad(
+            logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, dtype
+        )
         if dbias_v is not None:
             dbias_v += dlogits_nv.sum(0, dtype=dbias_v.dtype)
         dlogits_nv = dlogits_nv.to(self.operand)
@@ -217,6 +269,15 @@ class Needs:
     def flags(self) -> list[bool]:
         """In the order of ``HeadCall.tensors``."""
         return [self.hidden, self.lm_head_weight, self.bias, self.left, self.right]
+
+    @property
+    def hidden_alone(self) -> bool:
+        return self.hidden and not (self.lm_head_weight or self.bias or self.left or self.right)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Of a gradient that sums over tokens, which have to know their normalisers first."""
+        return self.lm_head_weight or self.bias or self.right
 
     @property
     def some(self) -> bool:

@@ -10,10 +10,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowStats
-from var_kernels.ops import frozen
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
-from var_kernels.ops.engines import forward_pass, kept_columns, vocabulary_pass
+from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, kept_columns, new_kept, vocabulary_pass
 from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, Needs, accumulation_dtype
 from var_kernels.ops.signatures import LogprobKeywords, Precision
@@ -134,10 +133,10 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
     head, needs, options = call.head, call.needs, call.options
     frozen_head = _is_frozen_head(head, needs)
-    kept = kept_columns(head, in_place=not call.traced) if needs.some and not frozen_head else 0
+    kept = kept_columns(head, needs, in_place=not call.traced) if needs.some and not frozen_head else 0
     if call.traced:
         op_call = OpCall([*call.tensors, call.labels_NK], options, needs, sizes=[kept], flags=[frozen_head])
-        logp_NK, lse_N, entropy_N, argmax_N, _ = _logprob_op(op_call)
+        logp_NK, lse_N, entropy_N, argmax_N, *_ = _logprob_op(op_call)
         lse_N = lse_N if options.lse else None
         entropy_N = entropy_N if options.entropy else None
         argmax_N = argmax_N if options.argmax else None
@@ -149,42 +148,42 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
 
 
 def _is_frozen_head(head: Head, needs: Needs) -> bool:
-    """Only hidden needs a gradient, and only through logp of one target: one [N, D] product serves every upstream
-    gradient.
+    """Only hidden needs a gradient, of one target: one [N, D] product serves every upstream gradient."""
+    return needs.hidden_alone and head.stores_exp(needs)
+
+
+def _forward(head: Head, needs: Needs, frozen_head: bool, kept: int) -> tuple[RowStats, Tensor, Tensor | None]:
+    """Statistics, what is saved of them, and what the backward begins with: the product of a frozen head, else what is
+    kept of the logits.
     """
-    return frozen.serves(head, needs) and not head.options.lse
-
-
-def _forward(head: Head, frozen_head: bool, kept: int) -> tuple[RowStats, Tensor | None]:
-    """Statistics, and what the backward begins with: dlogp/dhidden of a frozen head, else the logits that are kept."""
     if frozen_head:
-        stats, gradients = frozen.frozen_head_pass(head, lambda rows, _: head.coefficients(_ones(head, rows)))
-        return stats, gradients.dhidden_ND
-    kept_NC = head.new_kept(kept) if kept else None
-    return forward_pass(head, None if kept_NC is None else kept_NC[:, :kept]), kept_NC
-
-
-def _ones(head: Head, rows: slice) -> Tensor:
-    dtype = torch.float64 if head.operand == torch.float64 else torch.float32
-    return torch.ones(rows.stop - rows.start, 1, dtype=dtype, device=head.hidden_ND.device)
+        stats, gradients = exp_pass(head, needs, None)
+        return stats, stats.saved_4N, gradients.dhidden_ND
+    exp = head.stores_exp(needs)
+    kept_NC = new_kept(head, needs, kept) if kept else None
+    stats = forward_pass(head, None if kept_NC is None else kept_NC[:, :kept], exp=exp)
+    return stats, stats.saved_4N if exp else stats.norms_2N, kept_NC
 
 
 def _backward(
     head: Head,
     needs: Needs,
-    lse_N: Tensor,
+    saved: Tensor,
     entropy_N: Tensor | None,
     upstream: tuple[Tensor | None, ...],
-    kept_NC: Tensor | None,
+    begun: Tensor | None,
     *,
+    frozen_head: bool,
     in_place: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``HeadCall.tensors`` under the upstream gradients of logp, lse and entropy."""
     dlogp_NK, dlse_N, dentropy_N = upstream
     if dlogp_NK is None:
-        dlogp_NK = torch.zeros(head.labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
+        dlogp_NK = torch.zeros(head.labels_NK.shape, dtype=saved.dtype, device=saved.device)
     coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-    gradients = vocabulary_pass(head, needs, lse_N, coefficients, kept_NC, in_place=in_place)
+    if frozen_head:
+        return frozen_gradient(head, begun, saved, coefficients), *(None,) * 4
+    gradients = vocabulary_pass(head, needs, saved, coefficients, begun, in_place=in_place)
     return gradients.like(head.tensors).tensors
 
 
@@ -192,8 +191,8 @@ class LinearLogprobFunction(torch.autograd.Function):
     """(the five of ``HeadCall.tensors``, labels_NK, options, needs, frozen_head, kept) -> logp_NK, lse_N, entropy_N,
     argmax_N.
 
-    Saves lse and entropy and recomputes logits in the backward, but for ``kept`` columns: the first backward uses them
-    up. With a frozen head it saves dlogp/dhidden instead.
+    Saves the normalisers and entropy and recomputes logits in the backward, but for ``kept`` columns: exponentials, or
+    logits, which the first backward uses up. With a frozen head it saves a product in place of hidden.
     """
 
     @staticmethod
@@ -202,13 +201,16 @@ class LinearLogprobFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.options, ctx.frozen_head, ctx.kept_NC = needs, options, frozen_head, None
         head = Head.of(tensors, labels_NK, options)
-        stats, begun = _forward(head, frozen_head, kept)
+        stats, saved, begun = _forward(head, needs, frozen_head, kept)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
         if frozen_head:
-            ctx.save_for_backward(begun)
+            _, *others = tensors
+            ctx.save_for_backward(begun, *others, labels_NK, saved, entropy_N, begun)
         elif needs:
-            ctx.kept_NC = None if begun is None else begun[:, :kept]
-            ctx.save_for_backward(*tensors, labels_NK, lse_N, entropy_N)
+            kept_NC = None if begun is None else begun[:, :kept]
+            exp = head.stores_exp(needs)
+            ctx.kept_NC = None if exp else kept_NC
+            ctx.save_for_backward(*tensors, labels_NK, saved, entropy_N, kept_NC if exp else None)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
         return stats.logp_NK(options.label_smoothing, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
@@ -220,27 +222,23 @@ class LinearLogprobFunction(torch.autograd.Function):
         upstream = dlogp_NK, dlse_N, dentropy_N
         if all(g is None for g in upstream):
             return (*(None,) * 5, *no_others)
-        if ctx.frozen_head:
-            return _of_frozen_head(dlogp_NK, ctx.saved_tensors[0]), *(None,) * 4, *no_others
-        *tensors, labels_NK, lse_N, entropy_N = ctx.saved_tensors
+        *tensors, labels_NK, saved, entropy_N, begun = ctx.saved_tensors
         head = Head.of(tensors, labels_NK, ctx.options)
-        kept_NC, ctx.kept_NC = ctx.kept_NC, None
-        return (*_backward(head, ctx.needs, lse_N, entropy_N, upstream, kept_NC, in_place=True), *no_others)
-
-
-def _of_frozen_head(dlogp_NK: Tensor, dlogp_dhidden_ND: Tensor) -> Tensor:
-    return (dlogp_NK * dlogp_dhidden_ND).to(dlogp_dhidden_ND.dtype)
+        if begun is None:
+            begun, ctx.kept_NC = ctx.kept_NC, None
+        options = {"frozen_head": ctx.frozen_head, "in_place": True}
+        return (*_backward(head, ctx.needs, saved, entropy_N, upstream, begun, **options), *no_others)
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------
 
 
 def _run(call: OpCall) -> list[Tensor | None]:
-    """logp (N, K), lse (N,), entropy, argmax (N,) or None, what the backward begins with."""
+    """logp (N, K), lse (N,), entropy, argmax (N,) or None, saved statistics, what the backward begins with."""
     head, options = call.head(call.tensors[5]), call.options
-    stats, begun = _forward(head, call.flags[0], call.sizes[0])
+    stats, saved, begun = _forward(head, call.needs, call.flags[0], call.sizes[0])
     entropy_N = stats.entropy_N if options.entropy else None
-    return [stats.logp_NK(options.label_smoothing, head.v), stats.lse_N, entropy_N, stats.argmax_N, begun]
+    return [stats.logp_NK(options.label_smoothing, head.v), stats.lse_N, entropy_N, stats.argmax_N, saved, begun]
 
 
 def _shapes(call: OpCall) -> list[Tensor | None]:
@@ -250,34 +248,38 @@ def _shapes(call: OpCall) -> list[Tensor | None]:
     if call.flags[0]:
         begun = head.hidden_ND.new_empty(head.hidden_ND.shape)
     elif call.sizes[0]:
-        begun = head.new_kept(call.sizes[0])
+        begun = new_kept(head, call.needs, call.sizes[0])
     row_N = head.hidden_ND.new_empty(head.n, dtype=wide)
     return [
         row_N.new_empty(labels_NK.shape),
         row_N,
         torch.empty_like(row_N) if options.entropy else None,
         labels_NK.new_empty(head.n) if options.argmax else None,
+        row_N.new_empty(4 if head.stores_exp(call.needs) else 2, head.n),
         begun,
     ]
 
 
 def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    _, lse_N, entropy_N, _, begun = outputs
+    _, _, entropy_N, _, saved, begun = outputs
     dlogp_NK, dlse_N, dentropy_N, *_ = upstream
     if not call.options.entropy:
         entropy_N = dentropy_N = None
-    if call.flags[0]:
-        return [_of_frozen_head(dlogp_NK, begun)]
-    begun = begun if call.sizes[0] else None
-    tensors = [*call.tensors, lse_N, entropy_N, begun, dlogp_NK, dlse_N, dentropy_N]
+    begun = begun if call.flags[0] or call.sizes[0] else None
+    tensors = [*call.tensors, saved, entropy_N, begun, dlogp_NK, dlse_N, dentropy_N]
     return _logprob_backward_op(replace(call, tensors=tensors))
 
 
 def _run_backward(call: OpCall) -> list[Tensor | None]:
-    labels_NK, lse_N, entropy_N, begun, dlogp_NK, *upstream = call.tensors[5:]
-    kept_NC = None if begun is None else begun[:, : call.sizes[0]]
-    upstream = (dlogp_NK, *upstream)
-    return list(_backward(call.head(labels_NK), call.needs, lse_N, entropy_N, upstream, kept_NC, in_place=False))
+    labels_NK, saved, entropy_N, begun, dlogp_NK, *upstream = call.tensors[5:]
+    frozen_head, upstream = call.flags[0], (dlogp_NK, *upstream)
+    if begun is not None and not frozen_head:
+        begun = begun[:, : call.sizes[0]]
+    return list(
+        _backward(
+            call.head(labels_NK), call.needs, saved, entropy_N, upstream, begun, frozen_head=frozen_head, in_place=False
+        )
+    )
 
 
 _logprob_op = registered("logprob", _run, _shapes, _gradients)

@@ -199,7 +199,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
             stats, gradients = one_pass(head, needs, coefficients_of)
             gradients = gradients.like(head.tensors)
         else:  # no slopes: under inference_mode there are none to be had
-            stats, gradients = forward_pass(head), Gradients()
+            stats, gradients = forward_pass(head, exp=head.stores_exp(needs)), Gradients()
             logp_N = stats.logp_NK(0.0, head.v).squeeze(1)
             entropy_N = stats.entropy_N if options.entropy else None
             losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, kept_N).sum())

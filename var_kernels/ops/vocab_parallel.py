@@ -113,7 +113,7 @@ class VocabParallelLogprobFunction(torch.autograd.Function):
         stats = _merged(forward_pass(head), head.labels_NK, head.v, shard)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
         if needs:
-            ctx.save_for_backward(*tensors, labels_NK, lse_N, entropy_N)
+            ctx.save_for_backward(*tensors, labels_NK, stats.norms_2N, entropy_N)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
         return stats.logp_NK(0.0, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
@@ -124,12 +124,12 @@ class VocabParallelLogprobFunction(torch.autograd.Function):
         others = (None,) * 4
         if dlogp_NK is None and dlse_N is None and dentropy_N is None:
             return (*(None,) * 5, *others)
-        *tensors, labels_NK, lse_N, entropy_N = ctx.saved_tensors
+        *tensors, labels_NK, norms_2N, entropy_N = ctx.saved_tensors
         head = Head.of(tensors, labels_NK - ctx.shard.start, ctx.options)
         if dlogp_NK is None:
-            dlogp_NK = torch.zeros(labels_NK.shape, dtype=lse_N.dtype, device=lse_N.device)
+            dlogp_NK = torch.zeros(labels_NK.shape, dtype=norms_2N.dtype, device=norms_2N.device)
         coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-        gradients = vocabulary_pass(head, ctx.needs, lse_N, coefficients)
+        gradients = vocabulary_pass(head, ctx.needs, norms_2N, coefficients)
         for partial in (gradients.dhidden_ND, gradients.dleft_NR):
             if partial is not None:
                 dist.all_reduce(partial, group=ctx.shard.group)  # before it is rounded

@@ -190,7 +190,7 @@ def _forward(
         stats, gradients = one_pass(head, needs, coefficients_of)
         gradients = gradients.like(head.tensors)
     else:
-        stats, gradients = forward_pass(head), Gradients()
+        stats, gradients = forward_pass(head, exp=head.stores_exp(needs)), Gradients()
     logp_NK = stats.logp_NK(head.options.label_smoothing, head.v)
     nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
     # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.

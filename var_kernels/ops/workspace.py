@@ -14,9 +14,12 @@ _MIN_ROWS = 64
 # On an accelerator. A chunk of R rows reads and writes the fp32 dW: 8 bytes an element for 2 R FLOP, bound by memory
 # below R = 4 rate / bandwidth (640 on an A100, 780 on an H200, 870 on an H100); one GEMM saved is then worth as much.
 _MIN_ACCELERATOR_ROWS = 1024
+DWEIGHT_ROWS = 780
 MAX_FORWARD_ROWS = 4096
 # The C++ GEMM packs a block of dlogits^T faster where it is wide than where it is deep.
 MAX_CPU_BACKWARD_ROWS = 1024
+# Of a tile beside stored exponentials, on an accelerator: enough for a GEMM of its own.
+_TILE_BYTES = 256 * MIB
 # Of a tile on a CPU: it stays in the last-level cache there, and fresh pages cost more than a narrower GEMM.
 _CACHED_BYTES = 4 * MIB
 
@@ -55,6 +58,13 @@ class TilePlan:
 
     rows: int
     columns: int
+
+
+@dataclass(frozen=True)
+class ExpPlan(TilePlan):
+    """Rows and columns of a tile, and how many columns' exponentials are stored before they are multiplied."""
+
+    stored: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,25 @@ def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: 
 def shortest_chunk(device: torch.device, gemms_saved: int = 1) -> int:
     """Rows of a chunk from which on one pass is faster than two that run so many more GEMMs."""
     return _MIN_ROWS if device.type == "cpu" else _MIN_ACCELERATOR_ROWS // gemms_saved
+
+
+def tile_share(budget: int) -> int:
+    """What a tile takes of a budget that stores exponentials, where tiles need not stay in a cache."""
+    return min(budget // 4, _TILE_BYTES)
+
+
+def plan_exp_chunks(n: int, v: int, budget: int, cost: TileCost, exp: int, tile: int, accumulator: int) -> ExpPlan:
+    """Chunks of whole rows, ``exp`` bytes a stored element, beside a tile of ``tile`` bytes, or of the fewest columns
+    where that is too narrow or leaves no row; ``accumulator`` bytes are already taken from the budget.
+    """
+    stored = cost.with_row(v * exp)
+    narrow = min(v, _MIN_COLUMNS)
+    rows = min(max(n, 1), stored.rows_within(budget - tile, 0))
+    columns = replace(cost, row=0, fixed=0).columns_within(tile, rows) if rows > 0 else 0
+    if columns < narrow:
+        columns = narrow
+        rows = min(max(n, 1), _rows_or_refuse(budget, stored, narrow, "one pass over token chunks", accumulator))
+    return ExpPlan(rows, _slice_width(columns, v), v)
 
 
 def holds_token_chunks(n: int, v: int, budget: int, cost: TileCost, shortest: int) -> bool:

@@ -8,12 +8,15 @@ from torch import Tensor
 from var_kernels.ops.head import Head, accumulation_dtype
 from var_kernels.ops.workspace import MIB, spans
 
+# What stays cached on a CPU; on an accelerator enough for few launches.
 _GATHERED_BYTES = 4 * MIB
+_ACCELERATOR_BYTES = 64 * MIB
 
 
 def gathered_bytes(head: Head) -> int:
     """What the gathered vectors below take of the budget: at least a row's."""
-    return max(min(_GATHERED_BYTES, head.options.budget // 8), _row_bytes(head.d, head))
+    most = _GATHERED_BYTES if head.hidden_ND.device.type == "cpu" else _ACCELERATOR_BYTES
+    return max(min(most, head.options.budget // 8), _row_bytes(head.d, head))
 
 
 def _row_bytes(width: int, head: Head) -> int:

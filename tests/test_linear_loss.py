@@ -263,3 +263,25 @@ def test_an_item_of_weight_zero_has_no_part_whatever_its_log_prob(name):
         return
     for got, want in zip(run(labels), run(kept), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_a_call_parses_no_signature(name, monkeypatch):
+    """They are parsed as a loss is registered."""
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("a signature is parsed"))
+    linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "kto"])
+def test_compiled_in_one_graph(name):
+    """But for class A, whose weights autograd finds on the way."""
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_loss, fullgraph=True, backend="aot_eager")
+    got, eager = (
+        f(name, hidden, weight, labels, inputs, item_weight=item_weight, **options) for f in (compiled, linear_loss)
+    )
+    torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(got, (hidden, weight)), gradients(eager, (hidden, weight)), strict=True):
+        assert_gradient(a, b.double(), b)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from var_kernels.losses.checks import times
 from var_kernels.losses.pair import implicit_reward
-from var_kernels.losses.registry import Loss, find_loss, single_name
+from var_kernels.losses.registry import Loss, find_loss
 from var_kernels.losses.sail import draw_preference
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
 from var_kernels.losses.var import HEAD_OPTIONS
@@ -176,7 +176,7 @@ class _Rows:
                 f"{loss.name!r} needs inputs {', '.join(map(repr, missing))}, got "
                 f"{', '.join(map(repr, inputs)) or 'none'}"
             )
-        known = {single_name(name)[0] for name in loss.tensors}
+        known = {name for name, _ in loss.single_names.values()}
         if unknown := sorted(set(inputs) - known):
             reads = ", ".join(map(repr, loss.inputs)) or "none"
             raise ValueError(f"{loss.name!r} takes no inputs {', '.join(map(repr, unknown))}; it reads {reads}")
@@ -234,8 +234,7 @@ class _Rows:
     def _arguments(self, policy: dict[str, Tensor]) -> dict[str, Tensor]:
         known = {**self.inputs, **policy}
         found = {}
-        for name in self.loss.tensors:
-            single, row = single_name(name)
+        for name, (single, row) in self.loss.single_names.items():
             if single not in known and single == "lengths":
                 known["lengths"] = sequence_lengths(self.labels, **self.layout)
             if single not in known and single == "mask":

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,12 @@ class Loss:
         group       policy_logp (B,) with group_ids (B,)                the same; rows of a prompt share an id
         pair        policy_chosen_logp, policy_rejected_logp (P,)       ref_chosen_logp, chosen_reward, chosen_lengths
         token       token_logp (...)                                    old_token_logp, ref_token_logp, advantage (...)
+
+    From the signature: tensors: names of the tensors, in the function's order; single_names: ``single_name`` of each;
+    optional_tensors: those with a default. inputs: what a caller must give of each row, the required tensors but the
+    policy's own and those that labels give, a pair's two under one name. reads_tokens: the policy's log-probs come per
+    token and not as sums of sequences. options: defaults, ``inspect.Parameter.empty`` where there is none;
+    option_types: annotations, else the defaults' types, or float.
     """
 
     name: str
@@ -41,49 +47,38 @@ class Loss:
     formula: str
     source: str
     evidence: str
+    tensors: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    single_names: dict[str, tuple[str, int | None]] = field(init=False, repr=False, compare=False)
+    optional_tensors: frozenset[str] = field(init=False, repr=False, compare=False)
+    inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    reads_tokens: bool = field(init=False, repr=False, compare=False)
+    options: dict[str, object] = field(init=False, repr=False, compare=False)
+    option_types: dict[str, object] = field(init=False, repr=False, compare=False)
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that the function takes, in its order."""
-        return tuple(p.name for p in self._parameters() if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-    @property
-    def optional_tensors(self) -> frozenset[str]:
-        return frozenset(p.name for p in self._parameters() if p.name in self.tensors and p.default is not p.empty)
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """What a caller must give of each row: the required tensors but the policy's own and those that labels give, a
-        pair's two under one name.
-        """
-        rows = (single_name(name)[0] for name in self.tensors if name not in self.optional_tensors)
-        return tuple(dict.fromkeys(name for name in rows if name not in _KNOWN))
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the policy's log-probs come per token and not as sums of sequences."""
-        return any(single_name(name)[0] == "token_logp" for name in self.tensors)
-
-    @property
-    def options(self) -> dict[str, object]:
-        """Options and their defaults; ``inspect.Parameter.empty`` where one must be given."""
-        return {p.name: p.default for p in self._parameters() if p.kind is p.KEYWORD_ONLY}
-
-    @property
-    def option_types(self) -> dict[str, object]:
-        """Annotations of the options; else their defaults' types, or float."""
-        kinds = {
-            name: float if default is inspect.Parameter.empty else type(default)
-            for name, default in self.options.items()
+    def __post_init__(self):
+        """Parses the signature, once."""
+        parameters = inspect.signature(self.function).parameters.values()
+        rows, options = ([p for p in parameters if p.kind is kind] for kind in _PARAMETER_KINDS)
+        single = {p.name: single_name(p.name) for p in rows}
+        inputs = dict.fromkeys(single[p.name][0] for p in rows if p.default is p.empty)
+        types = {p.name: float if p.default is p.empty else type(p.default) for p in options}
+        parsed = {
+            "tensors": tuple(single),
+            "single_names": single,
+            "optional_tensors": frozenset(p.name for p in rows if p.default is not p.empty),
+            "inputs": tuple(name for name in inputs if name not in _KNOWN),
+            "reads_tokens": any(name == "token_logp" for name, _ in single.values()),
+            "options": {p.name: p.default for p in options},
+            "option_types": types | {p.name: p.annotation for p in options if p.annotation is not p.empty},
         }
-        annotated = (p for p in self._parameters() if p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty)
-        return kinds | {p.name: p.annotation for p in annotated}
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
 
     def no_rows(self) -> dict[str, Tensor]:
         """Arguments of an empty batch, on which the function only checks its options."""
         empty = {}
-        for name in self.tensors:
-            kind = _KINDS.get(single_name(name)[0], torch.float32)
+        for name, (single, _) in self.single_names.items():
+            kind = _KINDS.get(single, torch.float32)
             if name != "kl_baseline":
                 empty[name] = torch.zeros((0, 1) if self.reads_tokens and self.pass_class == "C" else 0, dtype=kind)
         return empty
@@ -97,10 +92,8 @@ class Loss:
         if missing:
             raise ValueError(f"{self.name!r} needs {', '.join(f'{name}=' for name in missing)}; it has no default")
 
-    def _parameters(self) -> list[inspect.Parameter]:
-        return list(inspect.signature(self.function).parameters.values())
 
-
+_PARAMETER_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # What is no floating-point number.
 _KINDS = {"lengths": torch.int64, "group_ids": torch.int64, "desirable": torch.bool, "mask": torch.bool}
 # From the head and the labels themselves.

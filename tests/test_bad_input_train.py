@@ -105,7 +105,7 @@ COMMAND_LINES = {
         "model: nobody/nothing is no local directory with a model in it, and could not be had from the hub",
     ),
     "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb: expected > 0, or None, got -3.0"),
-    "unknown SFT set": ({"method": "sft", "sft-on": "worst"}, {}, "sft_on: expected 'best' or 'all', got 'worst'"),
+    "unknown SFT set": ({"method": "sft", "sft-on": "worst"}, {}, "sft_on must be one of 'best', 'all', got 'worst'"),
     "moving precomputed reference": ({"sync-ref-model": True}, {}, "pass precompute_ref_log_probs=False"),
     "no such file": ({"dataset": "none.jsonl"}, {}, "dataset: no such file: none.jsonl"),
     "a directory": ({"dataset": "."}, {}, "dataset: . is a directory"),

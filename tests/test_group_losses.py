@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from var_kernels.losses.advantages import ADVANTAGES, advantages_by_name, group_advantage, leave_one_out_advantage
 from var_kernels.losses.group import (
     best_of_group,
     exo_loss,
-    group_advantage,
     group_log_softmax,
     lire_loss,
     raft_loss,
@@ -91,6 +91,36 @@ def test_group_advantage_by_hand():
     torch.testing.assert_close(group_advantage(reward, IDS), want)
     # far from 0, in fp32: the difference is formed in fp64
     torch.testing.assert_close(group_advantage(reward + 4096, IDS), want)
+
+
+def test_advantages_by_name_by_hand():
+    reward = torch.tensor(
+        [1.0, 0.0, 4.0, 1.0, 2.0, 3.0], dtype=torch.float64
+    )  # group 7: 1 4 1, group 4: 0 2, group 9: 3
+    mean = torch.tensor([-1.0, -1.0, 2.0, -1.0, 1.0, 0.0], dtype=torch.float64)
+    got = {name: advantages_by_name(name, reward, IDS) for name in ADVANTAGES}
+    assert got["given"].tolist() == reward.tolist()
+    assert got["group_mean"].tolist() == mean.tolist()
+    assert got["leave_one_out"].tolist() == [-1.5, -2.0, 3.0, -1.5, 2.0, 0.0]  # 1 - (4 + 1) / 2, 0 - 2, ...
+    torch.testing.assert_close(got["group"], group_advantage(reward, IDS))
+    torch.testing.assert_close(got["batch"], (reward - reward.mean()) / (reward.std(correction=0) + 1e-5))
+    torch.testing.assert_close(got["group_mean_batch_std"], mean / (mean.square().mean().sqrt() + 1e-5))
+    with pytest.raises(ValueError, match=r"advantages must be one of 'group', .*, got 'std'"):
+        advantages_by_name("std", reward, IDS)
+
+
+def test_leave_one_out_is_without_bias():
+    """Over all pairs of draws: the expected gradient is that of the expected reward, whatever the policy."""
+    logits = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    reward = torch.arange(5.0, dtype=torch.float64).square()
+    logp = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logp.exp() * reward).sum(), logits, retain_graph=True)
+    first, second = (index.flatten() for index in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+    pairs = torch.stack([first, second], 1)  # every outcome of two draws
+    chance = logp.detach().exp()[pairs].prod(1)
+    advantage = leave_one_out_advantage(reward[pairs].flatten(), torch.arange(25).repeat_interleave(2)).view(25, 2)
+    (got,) = torch.autograd.grad((chance * (advantage * logp[pairs]).mean(1)).sum(), logits)
+    torch.testing.assert_close(got, exact)
 
 
 def test_exo_by_hand():

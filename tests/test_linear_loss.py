@@ -38,6 +38,7 @@ def problem(name, dtype=torch.float32, b=B, t=T, v=V, d=D):
     values = {
         "reward": randn(b),
         "ref_logp": -40 + 3 * randn(b),
+        "old_logp": -40 + 3 * randn(b),
         "value": 0.3 * randn(b),
         "group_ids": torch.arange(b) // 4,
         "desirable": randn(b) > 0,

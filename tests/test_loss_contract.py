@@ -6,10 +6,10 @@ import inspect
 import pytest
 import torch
 
-from var_kernels.losses import group, kto, margin, pair, regression, sail, supervised
+from var_kernels.losses import group, kto, margin, pair, policy_gradient, regression, sail, supervised
 from var_kernels.losses.registry import LOSSES
 
-MODULES = (group, kto, margin, pair, regression, sail, supervised)
+MODULES = (group, kto, margin, pair, policy_gradient, regression, sail, supervised)
 
 # options that make each loss and each of its modes: a new loss of these modules gets a line here
 CASES = {
@@ -40,10 +40,14 @@ CASES = {
     "qrpo": ("qrpo", {"beta": 0.3}),
     "dro": ("dro", {"tau": 0.3}),
     "kto": ("kto", {"beta": 0.3}),
+    "gspo": ("gspo", {"clip_low": 0.3, "clip_high": 0.3}),
+    "reinforce": ("reinforce", {}),
+    "vespo": ("vespo", {}),
+    "topr": ("topr", {}),
 }
-# whose gradient is not the derivative of their value: part of it stands behind a stopped gradient (test_sail.py) or
-# behind the batch's own baseline, which is then given
-STOPPED = ("sail_pp", "sail_pr")
+# whose gradient is not the derivative of their value: part of it stands behind a stopped gradient (test_sail.py,
+# test_policy_gradient.py) or behind the batch's own baseline, which is then given
+STOPPED = ("sail_pp", "sail_pr", "vespo", "topr")
 
 ROWS = 6
 GROUP_IDS = torch.tensor([7, 4, 7, 7, 4, 9])
@@ -63,7 +67,9 @@ def inputs_of(loss, seed=0, spread=3.0, dtype=torch.float64) -> dict[str, torch.
         elif name.endswith("logp"):
             logp = -(20 + spread * torch.randn(ROWS, dtype=torch.float64, generator=generator)).abs()
             tensors[name] = logp.to(dtype)
-        elif name in ("reward", "chosen_reward", "rejected_reward", "value", "advantage", "sample_weight"):
+        elif name == "advantage":  # of both signs in every row over a few seeds
+            tensors[name] = (torch.rand(ROWS, dtype=torch.float64, generator=generator) - 0.5).to(dtype)
+        elif name in ("reward", "chosen_reward", "rejected_reward", "value", "sample_weight"):
             tensors[name] = torch.rand(ROWS, dtype=torch.float64, generator=generator).to(dtype)
         else:
             assert name == "kl_baseline", f"no test input for {name}"
@@ -83,7 +89,7 @@ def policy_gradient(case, tensors) -> dict[str, torch.Tensor]:
 
 def test_every_loss_of_these_modules_is_here():
     owners = {module.__name__ for module in MODULES}
-    registered = {name for name, loss in LOSSES.items() if loss.function.__module__ in owners}
+    registered = {name for name, x in LOSSES.items() if x.function.__module__ in owners and x.item != "token"}
     assert registered == {name for name, _ in CASES.values()}
 
 
@@ -118,7 +124,7 @@ def test_one_loss_per_row_and_wide_enough(case):
 def test_gradient_by_finite_differences(case):
     name, options = CASES[case]
     if name in STOPPED:
-        pytest.skip("part of the gradient is stopped: test_sail.py")
+        pytest.skip("part of the gradient is stopped: test_sail.py, test_policy_gradient.py")
     loss = LOSSES[name]
     tensors = inputs_of(loss)
     if name == "kto":
@@ -156,7 +162,7 @@ def test_pass_class_is_true(case):
     """A: the gradient does not know the log-probs. C: it does, within the item. D: across the batch as well."""
     loss = LOSSES[CASES[case][0]]
     felt = torch.zeros(ROWS, ROWS, dtype=torch.bool)
-    for seed in range(5):  # a hinge is flat in places
+    for seed in range(8):  # a hinge is flat in places
         tensors = inputs_of(loss, seed)
         base = policy_gradient(case, tensors)
         for key in base:
@@ -207,7 +213,7 @@ def test_every_tensor_and_option_is_checked(case):
     name, options = CASES[case]
     loss = LOSSES[name]
     tensors = inputs_of(loss)
-    unused = options.get("token_reduction", "mean" if name in ("ipo", "simpo", "orpo") else "sum") == "sum"
+    unused = options.get("token_reduction", "mean" if name in ("ipo", "simpo", "orpo", "gspo") else "sum") == "sum"
     used = {key: value for key, value in tensors.items() if not (unused and key.endswith("lengths"))}
     for key, value in used.items():
         mistakes = [([0.0] * ROWS, TypeError), (value.cfloat(), TypeError)]

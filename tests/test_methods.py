@@ -7,7 +7,7 @@ from tests.tiny_training import ROWS, losses, tiny_model, tiny_trainer, tokenize
 from var_kernels.integrations.data import DataError, encode_examples, parse_row
 from var_kernels.integrations.hf.heads import load_head
 from var_kernels.integrations.trainer.methods import METHODS
-from var_kernels.losses import LOSSES, single_name
+from var_kernels.losses import LOSSES, advantages_by_name, single_name
 
 PAIRS = [
     {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][2],
@@ -128,6 +128,10 @@ def naive_loss(method, config):
     loss = LOSSES[method]
     options = METHODS[method].loss_options(config)
     columns = {"policy_logp": s, "ref_logp": sr, "reward": reward, "lengths": length, "group_ids": group}
+    columns["old_logp"] = sr  # the reference stands for what drew the data
+    if hasattr(config, "advantages"):
+        columns["advantage"] = advantages_by_name(config.advantages, reward, group)
+    count = {"sequence": length, "token": length.sum() / len(table)}.get(getattr(config, "length_normalization", ""), 1)
     if loss.item == "pair":
         best = [int((reward + (group != g) * -1e9).argmax()) for g in group.unique()]
         worst = [int((reward + (group != g) * 1e9).argmin()) for g in group.unique()]
@@ -158,20 +162,20 @@ def naive_loss(method, config):
     if loss.item == "token":
         total = 0.0
         for index, entry in enumerate(table):
-            mean = reward[group == group[index]].mean()
-            spread = reward[group == group[index]].std() + 1e-4
-            advantage = {"rgold": reward[index].sigmoid()}.get(method, (reward[index] - mean) / spread)
+            advantage = columns["advantage"][index] if "advantage" in columns else reward[index].sigmoid()
             values = {"token_logp": entry["logp"], "old_token_logp": ref[index], "ref_token_logp": ref[index]}
             values["advantage"] = advantage.expand_as(entry["logp"])
             terms = loss.function(**{name: values[name] for name in loss.tensors}, **options)
-            total = total + (terms.mean() if method in ("ppo", "grpo") else terms.sum()) / len(table)
+            share = count[index] if isinstance(count, torch.Tensor) and count.dim() else count
+            total = total + terms.sum() / share / len(table)
         return model, total
     arguments = {name: columns[name] for name in loss.tensors if name in columns}
-    return model, loss.function(**arguments, **options).mean()
+    return model, (loss.function(**arguments, **options) / count).mean()
 
 
 NAIVE = ["dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "rebel", "sail_pr", "exo", "lire", "raft", "awr",
-         "weighted_bc", "qrpo", "kto", "dro", "rlol", "rgold", "ppo", "grpo"]  # fmt: skip
+         "weighted_bc", "qrpo", "kto", "dro", "rlol", "rgold", "ppo", "grpo", "cispo", "sapo", "gspo", "reinforce",
+         "vespo", "topr"]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", NAIVE)

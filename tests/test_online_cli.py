@@ -92,7 +92,7 @@ REFUSED = {
     "unknown label": (
         {"method": "sail_pr", "label_by": "best"},
         {},
-        "label_by: expected 'draw' or 'higher', got 'best'",
+        "label_by must be one of 'draw', 'higher', got 'best'",
     ),
     "label of another method": (
         {"label_by": "draw"},

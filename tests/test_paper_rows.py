@@ -58,6 +58,18 @@ ROWS = {
     "GRPO": ("grpo", ""),
     "DAPO": ("dapo", ""),
     "Dr. GRPO": ("dr_grpo", ""),
+    "dual-clip PPO": ("dual_clip", ""),
+    "CISPO": ("cispo", "ratio_min=0.0"),
+    "CISPO, clipped on both sides": ("cispo_clipped", ""),
+    "SAPO": ("sapo", "temperature_neg=1.05"),
+    "GSPO": ("gspo", "clip_low=0.0003"),
+    "signed REINFORCE": ("reinforce", "advantages=leave_one_out"),
+    "RLOO": ("rloo", ""),
+    "REINFORCE++": ("reinforce_plus_plus", ""),
+    "REINFORCE++-baseline": ("reinforce_plus_plus_baseline", ""),
+    "weighted SFT": ("weighted_sft", ""),
+    "VESPO": ("vespo", "k_pos=2.0"),
+    "TOPR": ("topr", "advantages=given"),
     "token-wise KL to a reference": ("token_kl", ""),
     "Bradley-Terry reward model": ("bradley_terry", ""),
 }
@@ -97,7 +109,7 @@ def test_a_variant_is_what_it_says(name, tmp_path):
     config = method_config(variant.loss)(**settings, **variant.settings)
     given = {key: getattr(config, key) for key in variant.settings}
     assert given == dict(variant.settings)
-    if name not in ("best_of_n", "var_self_normalised"):  # a method's default, by its other name
+    if name not in ("best_of_n", "var_self_normalised", "rloo"):  # a method's default, by its other name
         assert given != {key: getattr(plain, key) for key in variant.settings}
 
 
@@ -123,7 +135,7 @@ def test_variants_are_methods_of_the_command(tmp_path, capsys, monkeypatch):
     for method, more, expected in (
         ("cdpo", [], {"method": "dpo", "label_smoothing": 0.1}),
         ("cdpo", ["--label-smoothing", "0.3"], {"method": "dpo", "label_smoothing": 0.3}),
-        ("dr_grpo", [], {"method": "ppo", "advantage_std": False, "length_normalization": "constant"}),
+        ("dr_grpo", [], {"method": "ppo", "advantages": "group_mean", "length_normalization": "constant"}),
         ("online_sail_pp", ["--max-new-tokens", "4"], sail),
     ):
         with pytest.raises(StoppedError):
@@ -132,7 +144,7 @@ def test_variants_are_methods_of_the_command(tmp_path, capsys, monkeypatch):
     # as it is printed: the same settings by flags
     with pytest.raises(StoppedError):
         main(["train", *VARIANTS["dr_grpo"].use.split(), *base])
-    assert seen[-1].advantage_std is False
+    assert seen[-1].advantages == "group_mean"
     assert main(["train", "--method", "token_kl", *base]) == 2
     assert "token_kl is no method of training; call linear_token_kl(...)" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.ranks import HANG
-from var_kernels.losses.supervised import awr_loss, sft_loss, standardised_advantage
+from var_kernels.losses.advantages import standardised_advantage
+from var_kernels.losses.supervised import awr_loss, sft_loss
 
 ZERO = torch.zeros(3)
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
+from var_kernels.losses.policy_gradient import cispo_loss, sapo_loss
 from var_kernels.losses.registry import LOSSES
 from var_kernels.losses.token import (
     dft_loss,
@@ -143,6 +144,8 @@ CALLS = {
     "dft": dft_loss,
     "ppo": lambda logp: ppo_loss(logp, OLD, ADVANTAGE),
     "grpo": lambda logp: grpo_loss(logp, OLD, REF, ADVANTAGE, beta=0.3),
+    "cispo": lambda logp: cispo_loss(logp, OLD, ADVANTAGE),
+    "sapo": lambda logp: sapo_loss(logp, OLD, ADVANTAGE),
 }
 
 

@@ -12,7 +12,7 @@ DATA = {
     "prompt, completion, reward": ("answers with a reward each", [("single_rows", "required")]),
     "prompt, completions, rewards": (
         "several answers to each prompt, with a reward each",
-        [("var_items", "required"), ("whole_prompts", "required")],
+        [("var_items", "required"), ("whole_prompts", "required"), ("advantage_items", "required")],
     ),
     "prompt, chosen, rejected": ("pairs; of answers with rewards the best and the worst", [("pairs", "unless_pair")]),
     "prompt, chosen, rejected, chosen_reward, rejected_reward": ("pairs with rewards", [("pairs", "required")]),
@@ -29,7 +29,7 @@ SYMBOLS = {
     "lp": "log-prob of a token",
     "p": "exp(lp)",
     "sr, lpr, lp_ref": "the same under the reference",
-    "lp_old": "the same under the model that drew the answer",
+    "lp_old, s_old": "the same under the model that drew the answer",
     "len": "tokens of the answer",
     "_w, _l, +, -": "of the chosen (winner) and of the rejected (loser)",
     "D": "(s_w - sr_w) - (s_l - sr_l)",
@@ -44,6 +44,7 @@ SYMBOLS = {
     "mu": "what the reward head says at a token",
     "Q, KL, TD": "of AVA: help(var_kernels.losses.ava_d_loss)",
     "e": "label_smoothing, or clip_range",
+    "k, lam, t": "options of the loss, one for each sign of A",
     "sg": "without a gradient",
 }
 

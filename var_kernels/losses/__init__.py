@@ -4,6 +4,13 @@ for their passes over the head.
 Importing the modules fills ``LOSSES``.
 """
 
+from var_kernels.losses.advantages import (
+    ADVANTAGES,
+    advantages_by_name,
+    group_advantage,
+    leave_one_out_advantage,
+    standardised_advantage,
+)
 from var_kernels.losses.alol import (
     alol_advantage,
     alol_kl_loss,
@@ -15,16 +22,24 @@ from var_kernels.losses.alol import (
     weighted_bc_loss,
 )
 from var_kernels.losses.ava import ava_d_loss, ava_p_loss, bradley_terry_loss, literal_q, pair_accuracy
-from var_kernels.losses.group import best_of_group, exo_loss, group_advantage, lire_loss, raft_loss
+from var_kernels.losses.group import best_of_group, exo_loss, lire_loss, raft_loss
 from var_kernels.losses.kto import kto_baseline, kto_loss
 from var_kernels.losses.linear import linear_loss
 from var_kernels.losses.margin import orpo_loss, simpo_loss, slic_loss
 from var_kernels.losses.pair import dpo_loss, hinge_loss, implicit_reward, ipo_loss, robust_dpo_loss
+from var_kernels.losses.policy_gradient import (
+    cispo_loss,
+    gspo_loss,
+    reinforce_loss,
+    sapo_loss,
+    topr_loss,
+    vespo_loss,
+)
 from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
 from var_kernels.losses.regression import dro_loss, dro_value_loss, qrpo_loss, quantile_reward, rebel_loss
 from var_kernels.losses.sail import draw_preference, sail_dp_loss, sail_pp_loss, sail_pr_loss
 from var_kernels.losses.sequences import sequence_lengths, sequence_sum
-from var_kernels.losses.supervised import awr_loss, reweighted_loss, sft_loss, standardised_advantage
+from var_kernels.losses.supervised import awr_loss, reweighted_loss, sft_loss
 from var_kernels.losses.token import (
     dft_loss,
     grpo_loss,
@@ -48,6 +63,7 @@ from var_kernels.losses.weights import (
 )
 
 __all__ = [
+    "ADVANTAGES",
     "LOSSES",
     "PASS_CLASSES",
     "VARIANTS",
@@ -58,6 +74,7 @@ __all__ = [
     "VARStats",
     "VARWeights",
     "Variant",
+    "advantages_by_name",
     "alol_advantage",
     "alol_kl_loss",
     "alol_loss",
@@ -68,6 +85,7 @@ __all__ = [
     "awr_loss",
     "best_of_group",
     "bradley_terry_loss",
+    "cispo_loss",
     "dft_loss",
     "dpo_loss",
     "draw_preference",
@@ -78,6 +96,7 @@ __all__ = [
     "find_loss",
     "group_advantage",
     "grpo_loss",
+    "gspo_loss",
     "hinge_loss",
     "implicit_reward",
     "ipo_loss",
@@ -86,6 +105,7 @@ __all__ = [
     "kl_k3",
     "kto_baseline",
     "kto_loss",
+    "leave_one_out_advantage",
     "length_weights",
     "linear_loss",
     "lire_loss",
@@ -99,6 +119,7 @@ __all__ = [
     "raft_loss",
     "rebel_loss",
     "register",
+    "reinforce_loss",
     "reweighted_loss",
     "rgold_loss",
     "rlol_loss",
@@ -106,6 +127,7 @@ __all__ = [
     "sail_dp_loss",
     "sail_pp_loss",
     "sail_pr_loss",
+    "sapo_loss",
     "sequence_lengths",
     "sequence_sum",
     "sft_loss",
@@ -114,8 +136,10 @@ __all__ = [
     "slic_loss",
     "standardised_advantage",
     "token_objective",
+    "topr_loss",
     "var_loss",
     "var_weights",
+    "vespo_loss",
     "warn_if_collapsed",
     "warn_if_rewards_ignored",
     "weighted_bc_loss",

@@ -15,9 +15,6 @@ from var_kernels.losses.checks import (
 )
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
-from var_kernels.losses.weight_checks import warn_if_advantages_vanish
-
-ADVANTAGE_EPS = 1e-4  # as other trainers have it
 
 
 @register(
@@ -178,39 +175,6 @@ def best_of_group(reward: Tensor, group_ids: Tensor) -> Tensor:
     row_B = torch.arange(reward.shape[0], device=reward.device)
     earliest_first_B = (-row_B.double()).where(reward == groups.max(reward), -torch.inf)
     return earliest_first_B == groups.max(earliest_first_B)
-
-
-def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = True) -> Tensor:
-    """(r - mean r) / (std r + 1e-4) over the completions of the row's prompt: the advantage of GRPO, for ``ppo_loss``
-    and ``grpo_loss``.
-
-    Args:
-        reward: (B,) reward units.
-        group_ids: (B,) integers, equal for the same prompt; 0 comes of a group of one, and of equal rewards.
-        divide_by_std: by the standard deviation of a sample (of n - 1). False: Dr. GRPO.
-
-    Returns:
-        (B,), fp32 (fp64 for fp64 inputs), detached; repeat it over the tokens of its row.
-
-    Raises:
-        TypeError, ValueError: shapes and dtypes; on the CPU also rewards that are not finite.
-
-    Warns:
-        IgnoredRewardsWarning: all are 0 (CPU).
-
-    Source: arXiv 2402.03300 and 2503.20783, as other trainers implement them.
-    """
-    check_rows(reward=reward)
-    check_integers("reward", reward, group_ids=group_ids)
-    check_constants(reward=reward)
-    groups, exact_B = group_rows(group_ids), reward.detach().double()
-    size_B = groups.sum(torch.ones_like(exact_B))
-    advantage_B = exact_B - groups.sum(exact_B) / size_B
-    warn_if_advantages_vanish(advantage_B, exact_B, "group")
-    if divide_by_std:
-        spread_B = (groups.sum(advantage_B.square()) / (size_B - 1).clamp(min=1)).sqrt()
-        advantage_B = advantage_B / (spread_B + ADVANTAGE_EPS)
-    return advantage_B.to(wide(reward).dtype)
 
 
 def group_log_softmax(score_B: Tensor, groups: Groups) -> Tensor:

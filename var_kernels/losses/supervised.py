@@ -2,15 +2,10 @@
 
 import math
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
-from var_kernels.losses.weight_checks import warn_if_advantages_vanish
-
-ADVANTAGE_EPS = 1e-5  # the authors' code
 
 
 @register(
@@ -80,43 +75,6 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     check_constants(advantage=advantage)
     log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
     return times(-log_weight_B.exp(), wide(policy_logp))
-
-
-def standardised_advantage(
-    reward: Tensor, value: Tensor | None = None, *, process_group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """(A - mean A) / (std A + 1e-5) over the batch, A = reward - value: (B,) fp32 (fp64 for fp64 inputs), detached.
-
-    Args:
-        reward: (B,) reward units.  value: (B,) a baseline, such as a learned V(x); None: 0.
-        process_group: mean and standard deviation (of the population) then span all its ranks; their B may differ.
-
-    Raises:
-        TypeError, ValueError: shapes and dtypes; on the CPU also values that are not finite.
-
-    Warns:
-        IgnoredRewardsWarning: all are 0 (CPU).
-
-    Source: arXiv 1910.00177, the authors' code.
-    """
-    tensors = {"reward": reward} if value is None else {"reward": reward, "value": value}
-    check_rows(**tensors)
-    check_constants(**tensors)
-    advantage_B = wide(reward.detach())
-    if value is not None:
-        advantage_B = advantage_B - wide(value.detach())
-    exact_B = advantage_B.double()
-    total = torch.stack([exact_B.sum(), exact_B.new_tensor(exact_B.numel())])  # a sum and a count
-    if process_group is not None:
-        dist.all_reduce(total, group=process_group)
-    count = total[1].clamp(min=1)
-    centred_B = exact_B - total[0] / count
-    squares = centred_B.square().sum()
-    if process_group is not None:
-        dist.all_reduce(squares, group=process_group)
-    deviation = (squares / count).sqrt()
-    warn_if_advantages_vanish(deviation, exact_B, "batch")
-    return (centred_B / (deviation + ADVANTAGE_EPS)).to(advantage_B.dtype)
 
 
 @register(

@@ -19,7 +19,7 @@ from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
 from var_kernels.ops.checks import values_readable
 
-LENGTH_NORMALIZATIONS = ("sequence", "token", "constant")
+LENGTH_NORMALIZATIONS = ("sequence", "token", "constant", "sum")
 # Beyond e^20 a ratio of probabilities says nothing any more, and fp32 overflows at e^88.
 _LARGEST_LOG_RATIO = 20.0
 
@@ -52,18 +52,26 @@ def dft_loss(token_logp: Tensor) -> Tensor:
     "ppo",
     pass_class="B",
     item="token",
-    formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(lp - lp_old)",
-    source="PPO, arXiv 1707.06347",
+    formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(lp - lp_old); if A < 0 at most -dual_clip A",
+    source="PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729",
     evidence="third-party code",
 )
 def ppo_loss(
-    token_logp: Tensor, old_token_logp: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
+    token_logp: Tensor,
+    old_token_logp: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """PPO's clipped surrogate, one importance ratio a token.
 
         ratio_t = exp(lp_t - lp_old_t);   loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
+        with dual_clip, where A_t < 0:    min(loss_t, -dual_clip A_t)
 
-    clip_high above clip_low is DAPO's "clip-higher". From 20 nats on the ratio follows its tangent, so that it cannot
+    clip_high above clip_low is DAPO's "clip-higher". Without dual_clip a token of negative advantage that the policy
+    has made much likelier costs without bound. From 20 nats on the ratio follows its tangent, so that it cannot
     overflow.
 
     Args:
@@ -72,6 +80,8 @@ def ppo_loss(
         advantage: (...) a constant; for an outcome reward the sequence's, repeated over its tokens.
         clip_low: in [0, 1).
         clip_high: >= 0.
+        dual_clip: > 1, the largest ratio that a negative advantage is multiplied by; None: any. 3 in verl and ms-swift;
+            TRL's ``delta``.
 
     Returns:
         The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
@@ -79,28 +89,36 @@ def ppo_loss(
     Raises:
         TypeError, ValueError: clip range, shapes that differ, integer tensors.
 
-    Source: arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476; both as other trainers implement them.
+    Source: arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476; dual clip, arXiv 1912.09729; all as other
+    trainers implement them.
     """
-    _check_clip(clip_low, clip_high)
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
-    ratio = _bounded_exp(wide(token_logp) - wide(old_token_logp.detach()))
-    advantage = wide(advantage.detach())
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    ratio = importance_ratio(token_logp, old_token_logp)
+    return clipped_surrogate(ratio, wide(advantage.detach()), clip_low, clip_high, dual_clip)
 
 
 def ppo_clipped(
-    token_logp: Tensor, old_token_logp: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
+    token_logp: Tensor,
+    old_token_logp: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """(...) bool: the tokens at which the clip of ``ppo_loss`` stops the gradient; its mean is the clip fraction.
+    """(...) bool: the tokens at which a clip of ``ppo_loss`` stops the gradient; its mean is the clip fraction.
 
-    ratio > 1 + clip_high where the advantage is positive, ratio < 1 - clip_low where it is negative.
+    ratio > 1 + clip_high where the advantage is positive, ratio < 1 - clip_low or > dual_clip where it is negative.
 
     Args: as ``ppo_loss``, nothing differentiated.
     """
-    _check_clip(clip_low, clip_high)
+    _check_clip(clip_low, clip_high, dual_clip)
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
-    ratio = _bounded_exp(wide(token_logp.detach()) - wide(old_token_logp.detach()))
-    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+    ratio = importance_ratio(token_logp.detach(), old_token_logp)
+    outside = ratio < 1 - clip_low
+    if dual_clip is not None:
+        outside = outside | (ratio > dual_clip)
+    return ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & outside)
 
 
 @register(
@@ -120,6 +138,7 @@ def grpo_loss(
     beta: float,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """GRPO's loss of a token: PPO's clipped surrogate and beta times the estimate k3 of KL(policy || reference).
 
@@ -129,7 +148,7 @@ def grpo_loss(
     (``token_objective``). Without a reference use ``ppo_loss``.
 
     Args:
-        token_logp, old_token_logp, advantage, clip_low, clip_high: see ``ppo_loss``.
+        token_logp, old_token_logp, advantage, clip_low, clip_high, dual_clip: see ``ppo_loss``.
         ref_token_logp: (...) log-probs of the labels under the frozen reference, nats; a constant.
         beta: >= 0, units of the advantage a nat.
 
@@ -142,11 +161,28 @@ def grpo_loss(
     Source: arXiv 2402.03300, as other trainers implement it.
     """
     check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
-    surrogate = ppo_loss(token_logp, old_token_logp, advantage, clip_low=clip_low, clip_high=clip_high)
+    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    surrogate = ppo_loss(token_logp, old_token_logp, advantage, **clips)
     return surrogate + beta * kl_k3(token_logp, ref_token_logp)
 
 
 # ---- what the losses are made of and combined with -------------------------------------------------------------------
+
+
+def importance_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """exp(logp - old_logp), no gradient to old_logp; from 20 nats on its tangent, so that it cannot overflow."""
+    return _bounded_exp(wide(logp) - wide(old_logp.detach()))
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """-min(ratio A, clip(ratio) A), at most -dual_clip A where A < 0: of tokens or of sequences, see ``ppo_loss``."""
+    _check_clip(clip_low, clip_high, dual_clip)
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
 
 
 def token_objective(
@@ -191,6 +227,7 @@ def length_weights(
         "sequence"      1 / (num_items len_i)  sequences with a token, here                GRPO
         "token"         1 / num_items          tokens, here                                DAPO
         "constant"      1 / num_items          to be given: sequences x longest allowed    Dr. GRPO
+        "sum"           1 / num_items          sequences with a token, here                REINFORCE
 
     A batch that is spread over ranks or accumulation steps needs num_items of the whole.
 
@@ -216,9 +253,10 @@ def length_weights(
         return kept  # a batch without a token in a step without one
     if num_items is not None:
         check_number("num_items", num_items, remedy="count the items of the global batch")
+    if normalization in ("sequence", "sum") and num_items is None:
+        num_items = (lengths_B > 0).sum().clamp(min=1)
     if normalization == "sequence":
-        sequences = (lengths_B > 0).sum().clamp(min=1) if num_items is None else num_items
-        return kept / expand_to_tokens(lengths_B.clamp(min=1) * sequences, labels, cu_seqlens)
+        return kept / expand_to_tokens(lengths_B.clamp(min=1) * num_items, labels, cu_seqlens)
     return kept / (lengths_B.sum().clamp(min=1) if num_items is None else num_items)
 
 
@@ -264,6 +302,8 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.clamp(max=_LARGEST_LOG_RATIO), torch.relu(x - _LARGEST_LOG_RATIO)
 
 
-def _check_clip(clip_low: float, clip_high: float) -> None:
+def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
     check_number("clip_low", clip_low, high=1.0, closed=True, remedy="the ratio is kept above 1 - clip_low")
     check_number("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, 1.0, remedy="pass None for no second clip")

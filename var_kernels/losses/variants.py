@@ -147,12 +147,64 @@ _enter(
 )
 _enter(
     "dr_grpo",
-    "ppo, sums over a constant length, advantages not divided",
+    "ppo, sums over a constant length, advantages not divided by their deviation",
     "arXiv 2503.20783",
     "third-party code",
     "ppo",
     length_normalization="constant",
-    advantage_std=False,
+    advantages="group_mean",
+)
+_enter(
+    "dual_clip",
+    "ppo, whose loss at a negative advantage is at most 3 |A|",
+    "arXiv 1912.09729",
+    "third-party code",
+    "ppo",
+    dual_clip=3.0,
+)
+_enter(
+    "cispo_clipped",
+    "cispo, the ratio clipped on both sides, as verl has it",
+    "arXiv 2506.13585",
+    "third-party code",
+    "cispo",
+    ratio_min=0.8,
+    ratio_max=1.2,
+)
+_enter(
+    "rloo",
+    "reinforce, r minus the mean over the prompt's other completions",
+    "arXiv 2402.14740",
+    "third-party code",
+    "reinforce",
+    advantages="leave_one_out",
+)
+_enter(
+    "reinforce_plus_plus",
+    "reinforce, rewards standardised over the global batch, mean over its tokens",
+    "arXiv 2501.03262",
+    "third-party code",
+    "reinforce",
+    advantages="batch",
+    length_normalization="token",
+)
+_enter(
+    "reinforce_plus_plus_baseline",
+    "reinforce, r minus the prompt's mean, standardised over the global batch, mean over its tokens",
+    "arXiv 2501.03262",
+    "third-party code",
+    "reinforce",
+    advantages="group_mean_batch_std",
+    length_normalization="token",
+)
+_enter(
+    "weighted_sft",
+    "-w nll of each sequence, w the reward column as it is, of any sign; mean over the batch's tokens",
+    "maximum likelihood",
+    _DERIVED,
+    "reinforce",
+    advantages="given",
+    length_normalization="token",
 )
 _enter(
     "token_kl",

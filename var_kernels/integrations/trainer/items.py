@@ -4,6 +4,8 @@ import logging
 
 import torch
 
+from var_kernels.losses.advantages import WITHIN_PROMPT
+
 logger = logging.getLogger(__name__)
 _NAMED = 3
 
@@ -33,6 +35,11 @@ def whole_prompts(rows, config) -> list[list[int]]:
             len(lonely), len(rows.groups), _places(rows, lonely),
         )  # fmt: skip
     return items
+
+
+def advantage_items(rows, config) -> list[list[int]]:
+    """Whole prompts where an advantage compares the completions of one, else single rows."""
+    return whole_prompts(rows, config) if config.advantages in WITHIN_PROMPT else single_rows(rows, config)
 
 
 def var_items(rows, config) -> list[list[int]]:

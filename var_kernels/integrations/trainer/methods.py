@@ -28,7 +28,9 @@ from var_kernels.losses import (
     quantile_reward,
     single_name,
 )
+from var_kernels.losses.advantages import ADVANTAGES
 from var_kernels.losses.ava import last_value
+from var_kernels.losses.checks import check_choice
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
@@ -66,7 +68,7 @@ class Method:
         reads = set(self.loss.inputs)
         if reads & {"ref_token_logp", "old_token_logp"}:
             return "token"
-        return "sequence" if "ref_logp" in reads or self.loss.name == "var" else ""
+        return "sequence" if reads & {"ref_logp", "old_logp"} or self.loss.name == "var" else ""
 
     @property
     def reads_policy(self) -> bool:
@@ -87,14 +89,8 @@ class Method:
 
     def check(self, config) -> None:
         """Settings out of range are refused before anything is read: by the loss itself, on no rows, and here."""
-        if "sft_on" in self.settings and config.sft_on not in ("best", "all"):
-            raise ValueError(f"sft_on: expected 'best' or 'all', got {config.sft_on!r}")
-        if "label_by" in self.settings and config.label_by not in ("draw", "higher"):
-            raise ValueError(f"label_by: expected 'draw' or 'higher', got {config.label_by!r}")
-        if "length_normalization" in self.settings and config.length_normalization not in LENGTH_NORMALIZATIONS:
-            raise ValueError(
-                f"length_normalization: expected one of {LENGTH_NORMALIZATIONS}, got {config.length_normalization!r}"
-            )
+        for name in _CHOICES.keys() & self.settings.keys():
+            check_choice(name, getattr(config, name), _CHOICES[name])
         self.loss.function(**self.loss.no_rows(), **self.loss_options(config))
         if getattr(config, "baseline", "none") != "none" and config.per_device_train_batch_size == 1:
             raise ValueError(
@@ -204,9 +200,11 @@ def loss_in_head(
 
 
 _SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}
-_GROUP_RELATIVE = {
-    "advantage_std": (bool, True, "divide advantages by their standard deviation within the prompt"),
-    "length_normalization": (str, "sequence", "sequence (GRPO), token (DAPO) or constant (Dr. GRPO)"),
+_CHOICES = {
+    "sft_on": ("best", "all"),
+    "label_by": ("draw", "higher"),
+    "advantages": ADVANTAGES,
+    "length_normalization": LENGTH_NORMALIZATIONS,
 }
 _LABEL_BY = {
     "label_by": (str, "draw", "online: the label is a draw from sigmoid(r_1 - r_2), or higher: the larger reward wins")
@@ -219,14 +217,17 @@ _VAR = {
 }
 _ALOL = {"head": "fitted", "prepare": shares.alol, "compares": "data"}
 _SFT = {"items": items.sft_items, "need_rewards": "optional"}
-_CLIPPED = {
-    "items": items.whole_prompts,
-    "need_rewards": "required",
-    "prepare": shares.group_relative,
-    "settings": _GROUP_RELATIVE,
-    "compares": "prompt",
-    "reads_draws": True,
-}
+
+
+def _policy_gradient(advantages: str = "group", length_normalization: str = "sequence", **more) -> dict:
+    """A policy gradient: advantages by name, and how tokens are weighed where the loss is no mean itself ("")."""
+    named = f"from rewards: {', '.join(ADVANTAGES)}"
+    settings = {"advantages": (str, advantages, named)}
+    if length_normalization:
+        of = "sequence (GRPO), token (DAPO), constant (Dr. GRPO) or sum (REINFORCE)"
+        settings["length_normalization"] = (str, length_normalization, of)
+    shared = {"items": items.advantage_items, "need_rewards": "required", "prepare": shares.policy_gradient}
+    return {**shared, "settings": settings, "compares": "prompt", "reads_draws": True, **more}
 
 
 def _of_loss(loss: Loss) -> dict:
@@ -331,12 +332,18 @@ _ENTRIES = {
     "ava_d": {**_SFT, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
     "ava_p": {"head": "reward", "settings": _HEAD_RATE},
     "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
-    "ppo": _CLIPPED,
-    "grpo": {**_CLIPPED, "defaults": {"beta": 0.04}},
+    "ppo": _policy_gradient(),
+    "grpo": _policy_gradient(defaults={"beta": 0.04}),
+    "cispo": _policy_gradient(length_normalization="token"),
+    "sapo": _policy_gradient(),
+    "gspo": _policy_gradient(length_normalization=""),
+    "reinforce": _policy_gradient("leave_one_out", "sum"),
+    "vespo": _policy_gradient(length_normalization="token"),
+    "topr": _policy_gradient("given", "sum"),
 }
 METHODS = {name: _method(name, entry) for name, entry in _ENTRIES.items()}
 # what a row of data has without a method's help
-_IN_THE_DATA = frozenset(["reward", "ref_logp", "ref_token_logp", "old_token_logp", "group_ids"])
+_IN_THE_DATA = frozenset(["reward", "ref_logp", "old_logp", "ref_token_logp", "old_token_logp", "group_ids"])
 
 
 def find_method(name: str) -> Method:

@@ -35,13 +35,7 @@ class StepMetrics:
             self.add("token_accuracy", result.hits.sum(), tokens)
             self.add("nll_per_token", -result.logp.sum(), tokens)
             if "clip_low" in method.loss.options:
-                given = (
-                    result.token_logp,
-                    rows["old_token_logp"],
-                    rows["advantage"].unsqueeze(1).expand_as(result.hits),
-                )
-                clipped = ppo_clipped(*given, clip_low=config.clip_low, clip_high=config.clip_high)
-                self.add("clip_share", (clipped & result.computed).sum(), tokens)
+                self._add_clip_share(config, rows, result)
             if "ref_token_logp" in rows:
                 kl = kl_k3(result.token_logp, rows["ref_token_logp"]).where(result.computed, 0.0)
                 self.add("kl_k3", kl.sum(), tokens)
@@ -53,6 +47,18 @@ class StepMetrics:
                 self.add("kl_to_ref", (change * rows["weight"]).sum(), rows["weight"].sum())
         if method.loss.item == "pair":
             self._add_pairs(method, config, rows, result)
+
+    def _add_clip_share(self, config, rows: dict[str, Tensor], result) -> None:
+        """Of the tokens, or of the sequences where the ratio is theirs."""
+        if "old_token_logp" in rows:
+            given, counted = (result.token_logp, rows["old_token_logp"]), result.computed
+            advantage = rows["advantage"].unsqueeze(1).expand_as(result.hits)
+        else:
+            length, advantage = rows["length"].clamp(min=1), rows["advantage"]
+            given, counted = (result.logp / length, rows["old_logp"] / length), result.computed.any(-1)
+        clips = {name: getattr(config, name, None) for name in ("clip_low", "clip_high", "dual_clip")}
+        clipped = ppo_clipped(*(values.to(advantage.dtype) for values in given), advantage, **clips)
+        self.add("clip_share", (clipped & counted).sum(), counted.sum())
 
     def _add_pairs(self, method, config, rows: dict[str, Tensor], result) -> None:
         score = result.score - (rows["ref_logp"] if method.reference else 0.0)

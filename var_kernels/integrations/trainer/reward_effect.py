@@ -4,7 +4,8 @@ import logging
 
 import torch
 
-from var_kernels.integrations.trainer.items import whole_prompts
+from var_kernels.integrations.trainer.items import advantage_items, whole_prompts
+from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weight_checks import MIN_REWARD_SPREAD
 
@@ -30,6 +31,8 @@ def compared_with(method, config) -> str:
     """What a reward is compared with: the completions of its "prompt", of the "step", of the "data", or "" nothing."""
     if method.loss.name == "var" and config.normalizer in ("group", "self_normalised"):
         return "prompt"
+    if advantages := getattr(config, "advantages", ""):
+        return "prompt" if advantages in WITHIN_PROMPT else "step" if advantages == "batch" else ""
     return "prompt" if getattr(config, "sft_on", "") == "best" else method.compares
 
 
@@ -75,7 +78,7 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
             float(reward.max()), ", or pass squash=False for rewards in [0, 1]" if hasattr(config, "squash") else "",
         )  # fmt: skip
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    if scope and method.compares == "step" and per_step == 1:
+    if "step" in (scope, method.compares) and per_step == 1:
         return (
             f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
             "gradient_accumulation_steps"
@@ -88,7 +91,8 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
     groups = rows.groups
     if hasattr(config, "sft_on"):  # a pair is ordered without rewards
         groups = [group for group, is_pair in zip(groups, rows.is_pair, strict=True) if not is_pair]
-    if method.items is whole_prompts:  # which leaves out single completions, and says so
+    leaves_out = method.items in (whole_prompts, advantage_items)  # single completions, and says so
+    if leaves_out:
         groups = [group for group in groups if len(group) > 1]
     prompts = group_rows(rows.group)
     spread = (prompts.max(rows.reward) + prompts.max(-rows.reward)).tolist()  # of each row's prompt
@@ -100,7 +104,7 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
     if tied:
         counts.append(f"{len(tied)} of {len(rows.groups)} prompts have completions of equal rewards")
     found = " and ".join(counts)
-    complete = len(groups) == len(rows.groups) or method.items is whole_prompts
+    complete = len(groups) == len(rows.groups) or leaves_out
     if found and complete and len(alone) + len(tied) == len(groups):
         other = "" if config.method == "var" else "method 'var' with "
         return (

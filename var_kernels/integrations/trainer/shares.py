@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses import alol_advantage, group_advantage, standardised_advantage, var_weights
+from var_kernels.losses import advantages_by_name, alol_advantage, standardised_advantage, var_weights
+from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
 
 Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
@@ -86,17 +87,18 @@ def rgold(step: Rows, config, group) -> Prepared:
     return {"weight": _equal_weights(step, group), "advantage": step["reward"].sigmoid()}, {}
 
 
-def group_relative(step: Rows, config, group) -> Prepared:
-    """Advantages within a prompt, (r - mean) / std, and the weights of GRPO, DAPO or Dr. GRPO."""
-    prompts = group_rows(step["group"])
-    tied = prompts.max(step["reward"]) == -prompts.max(-step["reward"])
-    advantage = group_advantage(step["reward"], step["group"], divide_by_std=config.advantage_std)
-    length = step["length"].clamp(min=1)
-    if config.length_normalization == "sequence":
-        weight = _equal_weights(step, group) / length
-    elif config.length_normalization == "token":
+def policy_gradient(step: Rows, config, group) -> Prepared:
+    """Advantages by their name, and the weights of GRPO, DAPO, Dr. GRPO or REINFORCE."""
+    advantage = advantages_by_name(config.advantages, step["reward"], step["group"], process_group=group)
+    weight, metrics = _equal_weights(step, group), {}
+    if config.advantages in WITHIN_PROMPT:
+        prompts = group_rows(step["group"])
+        metrics["tied_share"] = prompts.max(step["reward"]) == -prompts.max(-step["reward"])
+    normalization = getattr(config, "length_normalization", "sum")  # a loss of means has none
+    if normalization == "sequence":
+        weight = weight / step["length"].clamp(min=1)
+    elif normalization == "token":
         weight = _equal_weights(step, group, step["length"].sum())
-    else:
-        longest = config.max_new_tokens if config.online else config.max_length
-        weight = _equal_weights(step, group) / longest
-    return {"weight": weight, "advantage": advantage}, {"tied_share": tied}
+    elif normalization == "constant":
+        weight = weight / (config.max_new_tokens if config.online else config.max_length)
+    return {"weight": weight, "advantage": advantage}, metrics

@@ -292,7 +292,8 @@ def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]
         if name not in inputs and method.head in ("value", "reward"):
             continue  # made inside the head
         # completions of a data set come from the reference: it is the policy that drew them, too
-        source = {"group_ids": "group", "old_token_logp": "ref_token_logp"}.get(name, name)
+        others = {"group_ids": "group", "old_token_logp": "ref_token_logp", "old_logp": "ref_logp"}
+        source = others.get(name, name)
         values = inputs[name if name in inputs else source]
         rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
     return rows

@@ -284,14 +284,17 @@ class OnlineLoop(TrainerCallback):
         rows = encode_drawn(stored.drawn, pairs=False)
         refresh = self.args.refresh_reference
         now = initial = None
-        if "old_token_logp" in reads or self.args.keep_initial_model or (self.method.reference and refresh):
+        drawn_by = {"old_token_logp", "old_logp"} & set(reads)  # the policy as it is
+        if drawn_by or self.args.keep_initial_model or (self.method.reference and refresh):
             now = self._log_probs(trainer.accelerator.unwrap_model(trainer.model), rows, "policy")
         if self.reads_initial_model:
             model = trainer.model if trainer.ref_model is None else trainer.ref_model
             with trainer._as_reference(model):
                 initial = self._log_probs(model, rows, "initial model")
-        if "old_token_logp" in reads:
+        if "old_token_logp" in drawn_by:
             stored.token_columns["old_token_logp"] = now
+        if "old_logp" in drawn_by:
+            stored.columns["old_logp"] = rows.row_sums(now)
         if self.method.reference:
             ref = now if refresh else initial
             if "ref_token_logp" in reads:

@@ -1,0 +1,262 @@
+"""Policy gradients by an importance ratio: detached and bounded (CISPO, VESPO, TOPR), soft (SAPO), of whole sequences
+(GSPO), or none (REINFORCE). Advantages come from outside, of any sign: ``group_advantage`` and its kin.
+
+PPO and GRPO, and the ratio and the clip that all share, are in ``token``.
+"""
+
+import torch
+from torch import Tensor
+
+from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, per_token, times, wide
+from var_kernels.losses.registry import register
+from var_kernels.losses.token import clipped_surrogate, importance_ratio
+
+
+@register(
+    "cispo",
+    pass_class="B",
+    item="token",
+    formula="-sg(clip(ratio, ratio_min, ratio_max)) A lp, ratio = exp(lp - lp_old)",
+    source="CISPO, arXiv 2506.13585",
+    evidence="third-party code",
+)
+def cispo_loss(
+    token_logp: Tensor,
+    old_token_logp: Tensor,
+    advantage: Tensor,
+    *,
+    ratio_min: float = 0.0,
+    ratio_max: float = 5.0,
+) -> Tensor:
+    """CISPO: the importance ratio is clipped and held constant, so that every token keeps a gradient.
+
+        loss_t = -sg(clip(ratio_t, ratio_min, ratio_max)) A_t lp_t,     ratio_t = exp(lp_t - lp_old_t)
+
+    The bounds are of the ratio itself. The paper tunes the upper one alone, as TRL has it (its ``epsilon_high`` is
+    ratio_max, 5 as in arXiv 2510.13786); verl clips on both sides (ratio_min = 1 - low, ratio_max = 1 + high).
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+        old_token_logp: (...) the same under the policy that drew the tokens; a constant.
+        advantage: (...) a constant; for an outcome reward the sequence's, repeated over its tokens.
+        ratio_min: >= 0.
+        ratio_max: >= ratio_min.
+
+    Returns:
+        The shape of token_logp, nats times units of the advantage, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: bounds, shapes that differ, integer tensors.
+
+    Source: arXiv 2506.13585 eq. 4; as other trainers implement it.
+    """
+    check_number("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
+    check_number("ratio_max", ratio_max, closed=True, remedy="1e9 hardly clips")
+    if ratio_max < ratio_min:
+        raise ValueError(f"ratio_max must be at least ratio_min, {ratio_min}, got {ratio_max}; swap them")
+    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
+    ratio = importance_ratio(token_logp.detach(), old_token_logp).clamp(ratio_min, ratio_max)
+    return times(-ratio * wide(advantage.detach()), wide(token_logp))
+
+
+@register(
+    "sapo",
+    pass_class="B",
+    item="token",
+    formula="-A (4 / t) sigmoid(t (ratio - 1)), t by the sign of A",
+    source="SAPO, arXiv 2511.20347",
+    evidence="third-party code",
+)
+def sapo_loss(
+    token_logp: Tensor,
+    old_token_logp: Tensor,
+    advantage: Tensor,
+    *,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.05,
+) -> Tensor:
+    """SAPO: a sigmoid in place of PPO's clip; the gradient fades with the distance from the old policy.
+
+        loss_t = -A_t (4 / t) sigmoid(t (ratio_t - 1)),     t = temperature_pos where A_t > 0, else temperature_neg
+
+    At ratio 1 the slope in the ratio is -A, as PPO's.
+
+    Args:
+        token_logp, old_token_logp, advantage: see ``cispo_loss``.
+        temperature_pos, temperature_neg: > 0; larger ones fade sooner.
+
+    Returns:
+        The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: temperatures, shapes that differ, integer tensors.
+
+    Source: arXiv 2511.20347; as TRL implements it.
+    """
+    for name, value in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
+        check_number(name, value, remedy="1 is the paper's for positive advantages, 1.05 for negative ones")
+    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
+    advantage = wide(advantage.detach())
+    temperature = torch.where(advantage > 0, temperature_pos, temperature_neg).to(advantage.dtype)
+    gate = (temperature * (importance_ratio(token_logp, old_token_logp) - 1)).sigmoid()
+    return -advantage * 4 / temperature * gate
+
+
+@register(
+    "gspo",
+    pass_class="C",
+    item="sequence",
+    formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp((s - s_old) / len)",
+    source="GSPO, arXiv 2507.18071",
+    evidence="third-party code",
+)
+def gspo_loss(
+    policy_logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    lengths: Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Tensor:
+    """GSPO: PPO's clipped surrogate with one importance ratio a sequence, the geometric mean of its tokens'.
+
+        ratio = exp((s - s_old) / len);   loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
+
+    The paper's other form, a token loss with sg(ratio) lp / sg(lp) in place of the ratio (GSPO-token, which verl runs),
+    has the same gradient where the advantage is the sequence's.
+
+    Args:
+        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
+        old_logp: (B,) the same under the policy that drew the sequences, nats; constants.
+        advantage: (B,) constants.
+        lengths: (B,) integers, tokens that carry loss.
+        clip_low, clip_high: see ``ppo_loss``; a geometric mean is near 1, and so are the paper's bounds.
+
+    Returns:
+        (B,) in units of the advantage, fp32 (fp64 for fp64); the caller takes the mean over sequences.
+
+    Raises:
+        TypeError, ValueError: clip range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2507.18071; as TRL implements it (``importance_sampling_level="sequence"``).
+    """
+    _check_sequences(policy_logp, old_logp, advantage)
+    means = [per_token(wide(s), lengths, "mean", name="lengths", like="policy_logp") for s in (policy_logp, old_logp)]
+    return clipped_surrogate(importance_ratio(*means), wide(advantage.detach()), clip_low, clip_high)
+
+
+@register(
+    "reinforce",
+    pass_class="A",
+    item="sequence",
+    formula="-A s, A of any sign",
+    source="Williams (1992); RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262",
+    evidence="third-party code",
+)
+def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
+    """Signed REINFORCE: log-likelihood times a given weight, which may be negative. One pass of the head.
+
+        loss = -A s
+
+    The weight is a column of the data, or an advantage: that of a prompt's other completions (RLOO,
+    ``leave_one_out_advantage``), standardised over the global batch (REINFORCE++, ``standardised_advantage``), or
+    within the prompt (``group_advantage``). A sequence of negative weight has no lower bound of its loss.
+
+    Args:
+        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
+        advantage: (B,) any sign; constants.
+
+    Returns:
+        (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
+
+    Raises:
+        TypeError, ValueError: shapes and dtypes; on the CPU also advantages that are not finite.
+
+    Source: Williams (1992); arXiv 2402.14740, 2501.03262, as other trainers implement them on fresh draws.
+    """
+    check_rows(policy_logp=policy_logp, advantage=advantage)
+    check_constants(advantage=advantage)
+    return times(-wide(advantage.detach()), wide(policy_logp))
+
+
+@register(
+    "vespo",
+    pass_class="C",
+    item="sequence",
+    formula="-sg(phi) A s, phi = w^k exp(lam (1 - w)), w = exp(s - s_old); k, lam by the sign of A",
+    source="VESPO, arXiv 2602.10693",
+    evidence="third-party code",
+)
+def vespo_loss(
+    policy_logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    *,
+    k_pos: float = 2.0,
+    lam_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lam_neg: float = 2.0,
+) -> Tensor:
+    """VESPO: the sequence's importance ratio, reshaped by a gamma density that vanishes at 0 and at infinity.
+
+        w = exp(s - s_old),   phi(w) = w^k exp(lam (1 - w)),   loss = -sg(phi(w)) A s
+
+    phi(1) = 1: on policy it is REINFORCE.
+
+    Args:
+        policy_logp, old_logp, advantage: see ``gspo_loss``; the sums themselves, not means.
+        k_pos, lam_pos: > 0, where A >= 0.  k_neg, lam_neg: > 0, where A < 0.
+
+    Returns:
+        (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
+
+    Raises:
+        TypeError, ValueError: options, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2602.10693; as TRL implements it, but for its floor of w at 1e-8, where phi is below 1e-14.
+    """
+    for name, value in (("k_pos", k_pos), ("lam_pos", lam_pos), ("k_neg", k_neg), ("lam_neg", lam_neg)):
+        check_number(name, value, remedy="the defaults are the authors'")
+    _check_sequences(policy_logp, old_logp, advantage)
+    advantage_B = wide(advantage.detach())
+    k_B, lam_B = (torch.where(advantage_B >= 0, *pair) for pair in ((k_pos, k_neg), (lam_pos, lam_neg)))
+    log_w_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=20.0)  # phi is 0 long before
+    phi_B = (lam_B + k_B * log_w_B - lam_B * log_w_B.exp()).exp().to(advantage_B.dtype)
+    return times(-phi_B * advantage_B, wide(policy_logp))
+
+
+@register(
+    "topr",
+    pass_class="C",
+    item="sequence",
+    formula="-sg(c) A s, c = 1 where A >= 0, else min(exp(s - s_old), 1)",
+    source="TOPR, arXiv 2503.14286",
+    evidence="third-party code",
+)
+def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
+    """TOPR: SFT on good sequences; bad ones are pushed down only as far as the policy still draws them.
+
+        loss = -sg(c) A s,     c = 1 where A >= 0, else min(exp(s - s_old), 1)
+
+    Args:
+        policy_logp, old_logp: (B,) see ``gspo_loss``; the sums themselves.
+        advantage: (B,) the reward, of both signs (1 and -1 for right and wrong in the paper), or an advantage.
+
+    Returns:
+        (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
+
+    Raises:
+        TypeError, ValueError: shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2503.14286; as Trinity-RFT implements it, with the ratio of the whole sequence as in the paper.
+    """
+    _check_sequences(policy_logp, old_logp, advantage)
+    advantage_B = wide(advantage.detach())
+    ratio_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=0.0).exp()
+    return times(-torch.where(advantage_B >= 0, 1.0, ratio_B) * advantage_B, wide(policy_logp))
+
+
+def _check_sequences(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> None:
+    check_rows(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
+    check_constants(old_logp=old_logp, advantage=advantage)

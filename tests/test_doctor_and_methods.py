@@ -250,8 +250,8 @@ def test_every_symbol_of_a_formula_is_explained():
             left |= {symbol} - explained if {stem, stem.rstrip("+"), symbol} & explained == set() else set()
     mathematics = "exp log logit relu sigmoid softmax softmax_k min max clip sum_t"
     given = "var_weights rewards ref_logp low high"
-    prose = """a and any at by completion completions constant default desirable each for head highest if its last means most of or
-    others over per prompt reward sign sum summed sums the token where"""
+    prose = """a and any at by completion completions constant default desirable each else for head highest if its last
+    means most of or others over per prompt reward sign sum summed sums the token where"""
     assert left <= set(f"{mathematics} {given} {prose}".split())
 
 

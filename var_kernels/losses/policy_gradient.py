@@ -63,7 +63,7 @@ def cispo_loss(
     "sapo",
     pass_class="B",
     item="token",
-    formula="-A (4 / t) sigmoid(t (ratio - 1)), t by the sign of A",
+    formula="-A (4 / t) sigmoid(t (ratio - 1)), ratio = exp(lp - lp_old), t by the sign of A",
     source="SAPO, arXiv 2511.20347",
     evidence="third-party code",
 )

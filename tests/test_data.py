@@ -260,13 +260,25 @@ def test_rows_of_any_mapping_and_messages_in_a_tuple():
 
 def test_every_problem_is_counted_and_ten_are_shown(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join('{"prompt": 1}\n' for _ in range(13)))
+    path.write_text("".join(f'{{"prompt": "p", "key{i}": 1}}\n' for i in range(13)))
     with pytest.raises(DataError) as caught:
         load_examples(path)
     assert len(caught.value.problems) == 13
     assert "13 malformed rows" in str(caught.value)
     assert "... and 3 more" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 12
+
+
+def test_a_reason_that_many_rows_share_is_shown_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join('{"prompt": 1}\n' for _ in range(13)) + '{"prompt": "p"}\n')
+    with pytest.raises(DataError) as caught:
+        load_examples(path)
+    _, first, second = str(caught.value).splitlines()
+    assert first.startswith(f"  {path}:1: ")
+    assert first.endswith(" (and 12 more rows like it)")
+    assert second.startswith(f"  {path}:14: ")
+    assert "more rows" not in second
 
 
 def test_lines_that_are_not_json(tmp_path):

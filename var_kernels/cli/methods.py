@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  data       {columns}: {DATA[columns][0]}")
     print(f"  gradient   class {loss.pass_class}: {PASS_CLASSES[loss.pass_class]}")
     print(f"  an item    {loss.item}; rewards {_NEED[method.need_rewards]}")
-    print(f"  reference  {_READS[method.reference]}")
+    print(f"  reference  {_reads(method)}")
     if method.head:
         print(f"  head       {method.head}, beside the lm_head")
     print(f"  source     {loss.source} (evidence: {loss.evidence})")
@@ -105,6 +105,13 @@ def run(args: argparse.Namespace) -> int:
     print()
     print(inspect.getdoc(loss.function))
     return 0
+
+
+def _reads(method) -> str:
+    """What of the reference is read, by default and with the setting that asks for more."""
+    reads = _READS[method.reference]
+    _, default, _ = method.own_settings.get("reference", (str, "", ""))
+    return f"not read; with --reference mean or sum {reads}" if default == "none" else reads
 
 
 def columns_of(method) -> str:

@@ -46,8 +46,8 @@ class Problem:
 
 
 class DataError(ValueError):
-    """Every problem found in the data; the message shows the first ten and the number of the others, and only one in a
-    single line."""
+    """Every problem found in the data; the message shows the first ten reasons, each once with the number of rows that
+    share it, and a single problem in a single line."""
 
     def __init__(
         self, problems: list[Problem], remedy: str = "mend what is malformed, or pass skip_malformed (--skip-malformed)"
@@ -56,9 +56,16 @@ class DataError(ValueError):
         if len(problems) == 1:
             super().__init__(f"{problems[0]}; {remedy}")
             return
-        shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        if len(problems) > SHOWN_PROBLEMS:
-            shown.append(f"  ... and {len(problems) - SHOWN_PROBLEMS} more")
+        rows: dict[str, list[str]] = {}
+        for problem in problems:
+            rows.setdefault(problem.reason, []).append(problem.where)
+        shown = [
+            f"  {where[0]}: {reason}" + (f" (and {len(where) - 1} more rows like it)" if len(where) > 1 else "")
+            for reason, where in list(rows.items())[:SHOWN_PROBLEMS]
+        ]
+        hidden = sum(map(len, list(rows.values())[SHOWN_PROBLEMS:]))
+        if hidden:
+            shown.append(f"  ... and {hidden} more")
         super().__init__("\n".join([f"{len(problems)} malformed rows: {remedy}", *shown]))
 
 

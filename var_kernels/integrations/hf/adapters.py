@@ -17,7 +17,7 @@ from var_kernels.integrations.hf.quantised import own_forward
 
 _REMEDY = (
     "Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or "
-    "merge_and_unload() first"
+    "merge it first (merge_and_unload(), right only where the lm_head is not tied to the embedding)"
 )
 
 

@@ -49,7 +49,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(workspace, "_MIN_COLUMNS", 50)
     monkeypatch.setattr(workspace, "_MIN_ROWS", 4)
     monkeypatch.setattr(workspace, "_MIN_ACCELERATOR_ROWS", 4)
-    monkeypatch.setattr(engines, "_MIN_KEPT_DEPTH", 1)
+    monkeypatch.setattr(engines, "_MIN_CACHED_DEPTH", 1)
 
 
 @pytest.fixture(params=TARGETS)

@@ -44,7 +44,7 @@ class Checking(torch.fx.Interpreter):
 @pytest.mark.parametrize("kind", ["everything", "frozen"])
 def test_opcheck(op, kind, monkeypatch):
     """Schema, fake tensors, gradients; of the backward's op too, whose arguments are those of a real backward."""
-    monkeypatch.setattr(engines, "_MIN_KEPT_DEPTH", 1)
+    monkeypatch.setattr(engines, "_MIN_CACHED_DEPTH", 1)
     frozen = kind == "frozen"
     case = Case("", shape=(7, 5, 507), bias=not frozen, frozen=("weight",) if frozen else ())
     hidden, weight, labels, bias = case.inputs()

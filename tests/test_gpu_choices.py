@@ -20,7 +20,6 @@ GPUS = {
 }
 HEADS = ((2304, 256000), (896, 151936), (4096, 128256), (3584, 152064), (2048, 128256), (1152, 262144), (4096, 151936))
 N = 8192
-EVERYTHING = Needs(hidden=True, lm_head_weight=True, bias=False)
 
 
 @pytest.fixture(params=GPUS)
@@ -41,6 +40,7 @@ def head_of(n, d, v) -> Head:
         None,
         labels,
         HeadOptions(LogitTransform(), 0.0, "fp32", workspace.budget_bytes(None, weight), "triton"),
+        Needs(hidden=True, lm_head_weight=True),
     )
 
 
@@ -51,8 +51,8 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     """
     _, rate, bandwidth = gpu
     head = head_of(N, d, v)
-    rows = max(0, engines.one_pass_rows(head, EVERYTHING))
-    one = engines.one_pass_fits(head, EVERYTHING)
+    rows = max(0, engines.one_pass_rows(head))
+    one = engines.one_pass_fits(head)
     if rows == 0 or rows >= N:
         assert one == (rows >= N)
         return
@@ -61,7 +61,7 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     moved_s = 8 * v * d / bandwidth
     under = 2 * gemm_s + sum(max(2 * chunk * d * v / rate, moved_s) for chunk in chunks)
     after = 3 * gemm_s + len(chunks) * moved_s
-    two = gemm_s * (4 - engines.kept_columns(head, EVERYTHING) / v)
+    two = gemm_s * (4 - engines.cached_columns(head) / v)
     for guess in (under, after):
         chosen, other = (guess, two) if one else (two, guess)
         assert chosen + row_kernels_s <= 1.2 * (other + row_kernels_s), f"{'one' if one else 'two'}: {rows} rows"
@@ -83,7 +83,7 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
 def test_one_pass_or_two(name, d, v, one, monkeypatch):
     monkeypatch.setattr(workspace, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
-    assert engines.one_pass_fits(head_of(N, d, v), EVERYTHING) == one
+    assert engines.one_pass_fits(head_of(N, d, v)) == one
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_kl_in_one_pass_or_two(name, d, v, one, monkeypatch):
     monkeypatch.setattr(workspace, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), True)
-    assert kl_engine.kl_one_pass_fits(pair, EVERYTHING) == one
+    assert kl_engine.kl_one_pass_fits(pair) == one
 
 
 def test_few_rows_and_a_cpu():

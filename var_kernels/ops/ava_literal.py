@@ -9,7 +9,7 @@ from var_kernels.ops.call import prepare
 from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
 from var_kernels.ops.engines import forward_pass
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Head, Needs, accumulation_dtype
+from var_kernels.ops.head import Head, accumulation_dtype
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
 from var_kernels.ops.signatures import Precision
 from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
@@ -61,10 +61,11 @@ def linear_prob_lse(
     options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "precision": precision}
     options |= {"low_rank": low_rank, "ignore_index": ignore_index, "workspace_mb": workspace_mb}
     call = prepare(hidden, lm_head_weight, labels, bias, label_smoothing=0.0, **options)
-    tensors, alpha = [*call.tensors, call.labels_NK], float(alpha)
+    head, alpha = call.head, float(alpha)
     if call.traced:
-        return call.restore(_prob_lse_op(OpCall(tensors, call.options, call.needs, [alpha]))[0])
-    return call.restore(LinearProbLseFunction.apply(*tensors, alpha, call.options, call.needs))
+        tensors = [*head.tensors, head.labels_NK]
+        return call.restore(_prob_lse_op(OpCall(tensors, head.options, head.needs, [alpha]))[0])
+    return call.restore(LinearProbLseFunction.apply(head, *head.tensors, alpha))
 
 
 @dataclass
@@ -115,9 +116,9 @@ class _Tiles:
                 weighted_N[rows] += shares_nv.mul_(p_nv).sum(1)
         return total_N, weighted_N / total_N
 
-    def gradients(self, needs: Needs, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor):
+    def gradients(self, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor):
         head, cost = self.head, self.cost(gradient=True)
-        plan = plan_slices(head, self.budget(head.n, cost), cost, needs)
+        plan = plan_slices(head, self.budget(head.n, cost), cost)
         storage = head.new_tile(plan.rows, plan.columns)
         transform = head.options.transform
 
@@ -132,39 +133,38 @@ class _Tiles:
             grad_nv = p_nv.mul_(shares_nv).mul_(scale_n.unsqueeze(1))
             return grad_nv if cap_slope_nv is None else grad_nv.mul_(cap_slope_nv)
 
-        return gradients_by_slices(head, needs, plan, tile_gradient)
+        return gradients_by_slices(head, plan, tile_gradient)
 
 
 def _forward(head: Head, alpha: float) -> tuple[Tensor, ...]:
-    """log sum_v exp(alpha p_v), and what the backward begins with, each (N,)."""
+    """log sum_v exp(alpha p_v), and what is saved for the backward, each (N,)."""
     stats = forward_pass(head)
     total_N, mean_N = _Tiles(head, alpha, stats.max_N, stats.sumexp_N).sums()
     return alpha / stats.sumexp_N + total_N.log(), stats.max_N, stats.sumexp_N, total_N, mean_N
 
 
-def _backward(head: Head, needs: Needs, alpha: float, max_N, sumexp_N, total_N, mean_N, upstream_N):
-    return _Tiles(head, alpha, max_N, sumexp_N).gradients(needs, total_N, mean_N, upstream_N).tensors
+def _backward(head: Head, alpha: float, max_N, sumexp_N, total_N, mean_N, upstream_N):
+    return _Tiles(head, alpha, max_N, sumexp_N).gradients(total_N, mean_N, upstream_N).tensors
 
 
 class LinearProbLseFunction(torch.autograd.Function):
-    """(the five of ``HeadCall.tensors``, labels_NK, alpha, options, needs) -> log sum_v exp(alpha p_v), (N,)."""
+    """(head, ``Head.tensors``, alpha) -> log sum_v exp(alpha p_v), (N,)."""
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, labels_NK, alpha, options, needs = args
-        ctx.alpha, ctx.options, ctx.needs = alpha, options, needs
-        prob_lse_N, *begun = _forward(Head.of(tensors, labels_NK, options), alpha)
-        if needs:
-            ctx.save_for_backward(*tensors, labels_NK, *begun)
+        head, *tensors, alpha = args
+        ctx.alpha, ctx.head = alpha, head.without_tensors
+        prob_lse_N, *saved = _forward(head, alpha)
+        if head.needs:
+            ctx.save_for_backward(*tensors, head.labels_NK, *saved)
         return prob_lse_N
 
     @staticmethod
     @first_order
     def backward(ctx, upstream_N):
         *tensors, labels_NK, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
-        head = Head.of(tensors, labels_NK, ctx.options)
-        begun = max_N, sumexp_N, total_N, mean_N
-        return (*_backward(head, ctx.needs, ctx.alpha, *begun, upstream_N), *(None,) * 4)
+        head = ctx.head.with_tensors(tensors, labels_NK)
+        return None, *_backward(head, ctx.alpha, max_N, sumexp_N, total_N, mean_N, upstream_N), None
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------
@@ -185,8 +185,8 @@ def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor 
 
 
 def _run_backward(call: OpCall) -> list[Tensor | None]:
-    labels_NK, *begun_and_upstream = call.tensors[5:]
-    return list(_backward(call.head(labels_NK), call.needs, call.numbers[0], *begun_and_upstream))
+    labels_NK, *saved_and_upstream = call.tensors[5:]
+    return list(_backward(call.head(labels_NK), call.numbers[0], *saved_and_upstream))
 
 
 _prob_lse_op = registered("prob_lse", _run, _shapes, _gradients)

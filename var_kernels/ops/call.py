@@ -14,43 +14,28 @@ from var_kernels.ops.workspace import budget_bytes
 
 @dataclass
 class HeadCall:
-    """The rows that count, flat, and how to go back.
+    """A call over the active rows, and the way back to the caller's shape.
 
-    kept_NK: which (row, target) pairs count, in the call's own rows. rows: indices of the rows that were kept, None
-        for all of them. masked: whether rows without a target that counts may be among them. traced: there are no
-        values (see ``checks.is_traced``), so the registered ops are called.
+    head: tensors of the active rows, options, gradients that are needed. active_NK: (row, target) pairs that count, of
+        the head's rows. rows: indices of the head's rows among the caller's, None for all of them. masked: rows
+        without a target that counts may be among them. traced: there are no values (see ``checks.is_traced``), so the
+        registered ops are called.
     """
 
-    hidden_ND: Tensor
-    lm_head_weight_VD: Tensor
-    bias_V: Tensor | None
-    left_NR: Tensor | None
-    right_VR: Tensor | None
-    labels_NK: Tensor
-    kept_NK: Tensor
+    head: Head
+    active_NK: Tensor
     rows: Tensor | None
     masked: bool
     traced: bool
-    options: HeadOptions
-    needs: Needs
     leading: torch.Size
     several: bool
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What may have a gradient, in the order in which autograd functions and registered ops take it."""
-        return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
-
-    @property
-    def head(self) -> Head:
-        return Head.of(self.tensors, self.labels_NK, self.options)
-
     def restore(self, values: Tensor, fill: float = 0) -> Tensor:
-        """(n,) or (n, K) of the kept rows -> the call's leading shape, ``fill`` in the other rows."""
+        """(n,) or (n, K) of the active rows -> the call's leading shape, ``fill`` in the other rows."""
         n_all = self.leading.numel()
         if self.masked:
-            kept_N = self.kept_NK.any(1)
-            values = values.where(kept_N if values.dim() == 1 else kept_N.unsqueeze(1), fill)
+            active_N = self.active_NK.any(1)
+            values = values.where(active_N if values.dim() == 1 else active_N.unsqueeze(1), fill)
         if self.rows is not None:
             full = values.new_full((n_all, *values.shape[1:]), fill)
             values = full.index_copy(0, self.rows, values)
@@ -60,7 +45,7 @@ class HeadCall:
         return self.restore(values_NK if self.several else values_NK.squeeze(1))
 
     def select_targets(self, values: Tensor) -> Tensor:
-        """(...) or (..., K) in the call's shape -> (n, K) of the kept rows."""
+        """(...) or (..., K) in the call's shape -> (n, K) of the active rows."""
         flat_NK = values.reshape(self.leading.numel(), values.shape[-1] if self.several else 1)
         return flat_NK if self.rows is None else flat_NK.index_select(0, self.rows)
 
@@ -84,18 +69,18 @@ def _taken(values_NX: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values_NX is None else _TakeRows.apply(values_NX, rows)
 
 
-def _active_rows(kept_N: Tensor, num_active: int) -> Tensor | None:
-    """``num_active`` distinct rows with every kept one among them, or None for all rows; nothing is read from the
+def _active_rows(active_N: Tensor, num_active: int) -> Tensor | None:
+    """``num_active`` distinct rows with every active one among them, or None for all rows; nothing is read from the
     device, where a count that is too small ends the run by a device-side assertion.
     """
-    if num_active >= kept_N.shape[0]:
+    if num_active >= active_N.shape[0]:
         return None
-    enough = kept_N.sum() <= num_active
-    if checks.values_readable(kept_N):
-        checks.check_enough_rows(bool(enough), kept_N, num_active)
+    enough = active_N.sum() <= num_active
+    if checks.values_readable(active_N):
+        checks.check_enough_rows(bool(enough), active_N, num_active)
     else:
         torch._assert_async(enough, "num_active is smaller than the number of rows that count")
-    return (~kept_N).to(torch.uint8).argsort(stable=True)[:num_active]
+    return (~active_N).to(torch.uint8).argsort(stable=True)[:num_active]
 
 
 def prepare(
@@ -143,11 +128,11 @@ def prepare(
     leading = hidden.shape[:-1]
     several = labels.dim() == hidden.dim()
     labels_NK = labels.reshape(leading.numel(), labels.shape[-1] if several else 1).to(torch.int64)
-    kept_NK = labels_NK != ignore_index
+    active_NK = labels_NK != ignore_index
     # A learned weight has a gradient at 0 too.
     if token_weight is not None and not (torch.is_grad_enabled() and token_weight.requires_grad):
-        kept_NK = kept_NK & (token_weight.reshape(kept_NK.shape) != 0)
-    labels_NK = labels_NK.where(kept_NK, 0)
+        active_NK = active_NK & (token_weight.reshape(active_NK.shape) != 0)
+    labels_NK = labels_NK.where(active_NK, 0)
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
     left_NR = None if left is None else left.reshape(leading.numel(), left.shape[-1])
 
@@ -157,21 +142,21 @@ def prepare(
     rows = None
     if masked:
         if num_active is not None:
-            rows = _active_rows(kept_NK.any(1), num_active)
+            rows = _active_rows(active_NK.any(1), num_active)
         if rows is not None:
             hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
-            labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
+            labels_NK, active_NK = labels_NK[rows], active_NK[rows]
         # Some of these rows may not count: masked. Padding may hold NaN.
-        kept_N1 = kept_NK.any(1, keepdim=True)
-        hidden_ND, left_NR = hidden_ND.where(kept_N1, 0.0), None if left_NR is None else left_NR.where(kept_N1, 0.0)
+        active_N1 = active_NK.any(1, keepdim=True)
+        hidden_ND, left_NR = hidden_ND.where(active_N1, 0.0), None if left_NR is None else left_NR.where(active_N1, 0.0)
     else:
         # The one synchronisation of a call: the number of rows decides the sizes of every GEMM that follows.
-        rows = kept_NK.any(1).nonzero().squeeze(1)
+        rows = active_NK.any(1).nonzero().squeeze(1)
         if rows.numel() == hidden_ND.shape[0]:
             rows = None
         else:
             hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
-            labels_NK, kept_NK = labels_NK[rows], kept_NK[rows]
+            labels_NK, active_NK = labels_NK[rows], active_NK[rows]
 
     grad = torch.is_grad_enabled()
     needs = Needs(
@@ -185,28 +170,15 @@ def prepare(
     checks.check_budget(budget, needs.some)
     if not traced:
         warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
-    return HeadCall(
-        hidden_ND=hidden_ND,
-        lm_head_weight_VD=lm_head_weight,
-        bias_V=bias,
-        left_NR=left_NR,
-        right_VR=right,
-        labels_NK=labels_NK,
-        kept_NK=kept_NK,
-        rows=rows,
-        masked=masked,
-        traced=traced,
-        options=HeadOptions(
-            transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
-            label_smoothing=label_smoothing,
-            precision=precision,
-            budget=budget,
-            backend=choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
-            lse=lse,
-            entropy=entropy,
-            argmax=argmax,
-        ),
-        needs=needs,
-        leading=leading,
-        several=several,
+    options = HeadOptions(
+        transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
+        label_smoothing=label_smoothing,
+        precision=precision,
+        budget=budget,
+        backend=choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
+        lse=lse,
+        entropy=entropy,
+        argmax=argmax,
     )
+    head = Head(hidden_ND, lm_head_weight, bias, labels_NK, options, needs, left_NR, right)
+    return HeadCall(head, active_NK, rows, masked, traced, leading, several)

@@ -225,11 +225,11 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor, ignore_index
         raise ValueError("token_weight must be finite, got NaN or inf; check the rewards it was made from")
 
 
-def check_num_items(num_items, kept_NK: Tensor) -> None:
+def check_num_items(num_items, active_NK: Tensor) -> None:
     """Positive; 0 items are none of which a row could be one."""
     if num_items is None or (isinstance(num_items, Tensor) and not values_readable(num_items)):
         return
-    if 0 < num_items < math.inf or (num_items == 0 and values_readable(kept_NK) and not kept_NK.any()):
+    if 0 < num_items < math.inf or (num_items == 0 and values_readable(active_NK) and not active_NK.any()):
         return
     raise ValueError(
         f"num_items must be positive and finite (0 only where no row counts), got {num_items}; count the items of the "
@@ -248,11 +248,11 @@ def check_num_active(num_active) -> None:
         raise ValueError(f"num_active must be 0 or positive, got {num_active}; None counts the rows that carry a label")
 
 
-def check_enough_rows(enough: bool, kept_N: Tensor, num_active: int) -> None:
+def check_enough_rows(enough: bool, active_N: Tensor, num_active: int) -> None:
     if not enough:
         raise ValueError(
-            f"num_active must be at least the number of rows that count, {int(kept_N.sum())}, got {num_active}; count "
-            "labels != ignore_index after the shift"
+            f"num_active must be at least the number of rows that count, {int(active_N.sum())}, got {num_active}; "
+            "count labels != ignore_index after the shift"
         )
 
 

@@ -1,8 +1,8 @@
 """The primitives as ``torch.library`` ops, for torch.compile: opaque to the compiler, shapes and gradients registered.
 
 Under the compiler an autograd.Function is traced through, so the public functions take this way when they are being
-compiled. Engines, backend, budget and what is kept are chosen where the call is prepared, as ever, and become arguments
-of the op: what it returns follows from them and from shapes. Rows that do not count are masked, not left out: their
+compiled. Engines, backend, budget and what is cached are chosen where the call is prepared and become arguments of the
+op: what it returns follows from them and from shapes. Rows that do not count are masked, not left out: their
 number would have to be read from the device. Each op is declared beside its autograd.Function.
 """
 
@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass
 class OpCall:
-    """What a registered op is called with: the five of ``HeadCall.tensors`` and others of the op's own; the head's
+    """What a registered op is called with: the five of ``Head.tensors`` and others of the op's own; the head's
     options; numbers (z_loss, alpha, ...), sizes, flags and words of the op's own.
     """
 
@@ -40,7 +40,7 @@ class OpCall:
     words: list[str] = field(default_factory=list)
 
     def head(self, labels_NK: Tensor) -> Head:
-        return Head.of(self.tensors[:5], labels_NK, self.options)
+        return Head.of(self.tensors[:5], labels_NK, self.options, self.needs)
 
 
 def packed_transform(transform: LogitTransform) -> list[float]:

@@ -1,11 +1,11 @@
 """The engines: which tiles are computed in which order. No autograd here; every tensor is flat and on one device.
 
-forward_pass      1 GEMM   statistics: rows x vocabulary slices, merged; what the budget holds is kept for the backward
+forward_pass      1 GEMM   statistics: rows x vocabulary slices, merged; what the budget holds is cached
 exp_pass          3 GEMMs  a known per-token gradient, or 2 for hidden's alone: chunks of rows whose exponentials are
                            stored once and serve every product (``row_exp``)
 logit_pass        3 GEMMs  the same where exponentials do not serve (entropy, several targets, fp16): whole rows of
                            logits, overwritten by their gradient
-vocabulary_pass   3 GEMMs  backward for any upstream gradient: products of what was kept; logits of the others are
+vocabulary_pass   3 GEMMs  backward for any upstream gradient: products of what was cached; logits of the others are
                            recomputed slice by slice, dW is written once
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import labels
 from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into, rounding_bytes
-from var_kernels.ops.head import Gradients, Head, Needs, TileStorage, accumulation_dtype, zero_row_ends
+from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, zero_row_ends
 from var_kernels.ops.workspace import (
     DWEIGHT_ROWS,
     MAX_CPU_BACKWARD_ROWS,
@@ -36,10 +36,10 @@ from var_kernels.ops.workspace import (
     within_cache,
 )
 
-# Logits are kept from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
-_FEWEST_KEPT = 8
+# Logits are cached from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
+_FEWEST_CACHED = 8
 # On a CPU fresh pages cost as much as the GEMM of a narrow head.
-_MIN_KEPT_DEPTH = 256
+_MIN_CACHED_DEPTH = 256
 
 
 def forward_plan(head: Head) -> TilePlan:
@@ -47,22 +47,22 @@ def forward_plan(head: Head) -> TilePlan:
     return plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
 
 
-def logit_plan(head: Head, needs: Needs) -> TilePlan:
-    accumulator = dweight_bytes(head, needs)
+def logit_plan(head: Head) -> TilePlan:
+    accumulator = dweight_bytes(head)
     budget = head.options.budget - accumulator
     return plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
 
 
-def exp_plan(head: Head, needs: Needs) -> ExpPlan:
+def exp_plan(head: Head) -> ExpPlan:
     """Of ``exp_pass``, beside the accumulator of dW."""
-    return _exp_plan(head, needs, dweight_bytes(head, needs))
+    return _exp_plan(head, dweight_bytes(head))
 
 
-def _exp_plan(head: Head, needs: Needs, accumulator: int) -> ExpPlan:
-    budget, cost = head.options.budget - accumulator, _exp_cost(head, needs)
+def _exp_plan(head: Head, accumulator: int) -> ExpPlan:
+    budget, cost = head.options.budget - accumulator, _exp_cost(head)
     tile = _tile_bytes(head, budget)
     exp = head.operand.itemsize
-    if needs.whole_rows:
+    if head.needs.whole_rows:
         return plan_exp_chunks(head.n, head.v, budget, cost, exp, tile, accumulator)
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS if head.options.backend == "native" else MAX_FORWARD_ROWS)
     if cost.with_row(head.v * exp).rows_within(budget - tile, 0) >= rows > 0:
@@ -73,11 +73,11 @@ def _exp_plan(head: Head, needs: Needs, accumulator: int) -> ExpPlan:
     return ExpPlan(plan.rows, plan.columns, plan.columns)
 
 
-def _exp_cost(head: Head, needs: Needs) -> TileCost:
+def _exp_cost(head: Head) -> TileCost:
     """Of a tile of logits beside the exponentials, with the sums and the scaled hidden states of its rows."""
     copies, operand, d = head.operand_copies(gradient=True), head.operand, head.d
     wide = accumulation_dtype(operand)
-    row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if needs.hidden else d * operand.itemsize)
+    row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
     # One after the other.
     fixed = max(
         head.kernels.temporary_bytes(head.n, head.v, head.tile),
@@ -96,12 +96,12 @@ def _tile_bytes(head: Head, budget: int) -> int:
     )
 
 
-def exp_bytes(head: Head, needs: Needs) -> int:
+def exp_bytes(head: Head) -> int:
     """What ``exp_pass`` allocates beside gradients and vectors of a number a row."""
-    plan, cost = exp_plan(head, needs), _exp_cost(head, needs)
+    plan, cost = exp_plan(head), _exp_cost(head)
     tile = plan.columns * (plan.rows * cost.element + cost.column)
     stored = plan.rows * (plan.stored * head.operand.itemsize + cost.row)
-    return cost.fixed + tile + stored + dweight_bytes(head, needs)
+    return cost.fixed + tile + stored + dweight_bytes(head)
 
 
 def slice_plan(head: Head) -> TilePlan:
@@ -119,12 +119,12 @@ def fill_logits(head: Head, logits_nv: Tensor, hidden_nd: Tensor, rows: slice, c
         add_low_rank(logits_nv, head.left_NR[rows], head.right_VR[columns])
 
 
-def start_factor_gradients(head: Head, needs: Needs, gradients: Gradients) -> None:
+def start_factor_gradients(head: Head, gradients: Gradients) -> None:
     """Zeros for the gradients of the low-rank factors that are needed."""
     dtype = accumulation_dtype(head.operand)
-    if needs.left:
+    if head.needs.left:
         gradients.dleft_NR = torch.zeros(head.left_NR.shape, dtype=dtype, device=head.hidden_ND.device)
-    if needs.right:
+    if head.needs.right:
         gradients.dright_VR = torch.zeros(head.right_VR.shape, dtype=dtype, device=head.hidden_ND.device)
 
 
@@ -143,7 +143,7 @@ def add_factor_gradients(
             add_product(gradients.dright_VR[columns], slice_nv.t(), head.left_NR[rows].to(head.operand), backend)
 
 
-def kept_columns(head: Head, needs: Needs, *, in_place: bool = True) -> int:
+def cached_columns(head: Head, *, in_place: bool = True) -> int:
     """Leading vocabulary columns that the budget holds from the forward to the backward, beside a tile: that part of
     the GEMM is not repeated. 0 where it would save too little. Exponentials, or logits, which the backward may
     overwrite (``in_place``), so that all of them need no tile.
@@ -151,8 +151,8 @@ def kept_columns(head: Head, needs: Needs, *, in_place: bool = True) -> int:
     if _holds(head.n == 0):
         return 0
     cost, budget, on_cpu = head.tile_cost(gradient=True), head.options.budget, head.hidden_ND.device.type == "cpu"
-    if head.stores_exp(needs):
-        cost = replace(_exp_cost(head, needs), element=head.operand.itemsize)
+    if head.stores_exp:
+        cost = replace(_exp_cost(head), element=head.operand.itemsize)
         tile = _tile_bytes(head, budget)
     else:
         if in_place and _holds(cost.columns_within(budget, head.n) >= head.v):
@@ -162,15 +162,15 @@ def kept_columns(head: Head, needs: Needs, *, in_place: bool = True) -> int:
     columns = cost.columns_within(budget - tile, head.n)
     if _holds(columns >= head.v):
         return head.v
-    if on_cpu and head.d < _MIN_KEPT_DEPTH:
+    if on_cpu and head.d < _MIN_CACHED_DEPTH:
         return 0
     columns = columns // 64 * 64
-    return columns if _holds(columns * _FEWEST_KEPT >= head.v) else 0
+    return columns if _holds(columns * _FEWEST_CACHED >= head.v) else 0
 
 
-def new_kept(head: Head, needs: Needs, columns: int) -> Tensor:
+def new_cached(head: Head, columns: int) -> Tensor:
     """For ``columns`` of every row: exponentials where they serve, else logits."""
-    return head.new_kept(columns, head.operand if head.stores_exp(needs) else head.tile)
+    return head.new_cached(columns, head.operand if head.stores_exp else head.tile)
 
 
 def _holds(condition: bool) -> bool:
@@ -182,42 +182,42 @@ def _holds(condition: bool) -> bool:
     return guard_or_false(condition)
 
 
-def _beside(head: Head, kept: int, itemsize: int) -> Head:
-    """The same call with what ``kept`` columns leave of the budget."""
-    if kept == 0:
+def _beside(head: Head, cached: int, itemsize: int) -> Head:
+    """The same call with what ``cached`` columns leave of the budget."""
+    if cached == 0:
         return head
-    taken = head.n * kept * itemsize
+    taken = head.n * cached * itemsize
     return replace(head, options=replace(head.options, budget=head.options.budget - taken))
 
 
-def forward_pass(head: Head, kept_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:
-    """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers. ``kept_NC`` takes
-    the raw logits of its leading columns, or with ``exp`` their exponentials, for ``vocabulary_pass``.
+def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:
+    """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers. ``cached_NC``
+    receives the raw logits of its leading columns, or with ``exp`` their exponentials, for ``vocabulary_pass``.
     """
     stats = head.new_stats()
     if head.options.budget == 0:
         _fused_forward(head, stats)
         return stats
-    kept = 0 if kept_NC is None else kept_NC.shape[1]
+    cached = 0 if cached_NC is None else cached_NC.shape[1]
     if exp:
         stats.set_pivots(labels.label_logits(head))
-    tiled = exp or kept < head.v
-    plan = forward_plan(_beside(head, kept, kept_NC.itemsize) if kept and tiled else head)
+    tiled = exp or cached < head.v
+    plan = forward_plan(_beside(head, cached, cached_NC.itemsize) if cached and tiled else head)
     fused = exp and head.ends_in_exp
     width = head.v if fused else plan.columns
-    columns = [*spans(0, kept, width if exp else head.v), *spans(kept, head.v, width)]
+    columns = [*spans(0, cached, width if exp else head.v), *spans(cached, head.v, width)]
     storage = head.new_tile(plan.rows, plan.columns) if tiled and not fused else None
     for start, stop in spans(0, head.n, plan.rows):
         rows, hidden_nd = slice(start, stop), head.upcast_rows(start, stop)
         chunk = stats.rows(start, stop)
         for v_start, v_stop in columns:
-            is_kept = v_stop <= kept
+            is_cached = v_stop <= cached
             if exp:
-                out_nv = kept_NC[rows, v_start:v_stop] if is_kept else None
-                earlier_nc = kept_NC[rows, : min(v_start, kept)] if v_start and kept else None
+                out_nv = cached_NC[rows, v_start:v_stop] if is_cached else None
+                earlier_nc = cached_NC[rows, : min(v_start, cached)] if v_start and cached else None
                 _exp_tile(head, hidden_nd, rows, slice(v_start, v_stop), storage, chunk, out_nv, earlier_nc)
                 continue
-            logits_nv = kept_NC[rows] if is_kept else storage.view(stop - start, v_stop - v_start)
+            logits_nv = cached_NC[rows] if is_cached else storage.view(stop - start, v_stop - v_start)
             fill_logits(head, logits_nv, hidden_nd, rows, slice(v_start, v_stop))
             head.row_stats(logits_nv, rows, chunk, v_start)
     if exp:
@@ -257,13 +257,13 @@ def _fused_forward(head: Head, stats: RowStats) -> None:
     fused_forward(*operands, stats, head.options.transform)
 
 
-def one_pass_fits(head: Head, needs: Needs) -> bool:
+def one_pass_fits(head: Head) -> bool:
     """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
     length; hidden's gradient alone needs neither.
     """
-    if not needs.whole_rows and head.stores_exp(needs):
+    if not head.needs.whole_rows and head.stores_exp:
         return True
-    rows = one_pass_rows(head, needs)
+    rows = one_pass_rows(head)
     if rows < min(head.n, shortest_chunk(head.hidden_ND.device)):
         return False
     if head.hidden_ND.device.type == "cpu" or rows >= head.n:
@@ -271,28 +271,28 @@ def one_pass_fits(head: Head, needs: Needs) -> bool:
     # In GEMMs: the fp32 dW that each chunk reads and writes, under its own GEMM or after it, against what two passes
     # recompute.
     moved = -(-head.n // rows) * DWEIGHT_ROWS / 2 / head.n
-    return 3 + moved <= 4 - kept_columns(head, needs) / head.v
+    return 3 + moved <= 4 - cached_columns(head) / head.v
 
 
-def one_pass_rows(head: Head, needs: Needs) -> int:
+def one_pass_rows(head: Head) -> int:
     """Rows of one pass's chunks that the budget holds beside the accumulator of dW; 0 or less: none."""
-    return _rows_within(head, needs, head.options.budget - dweight_bytes(head, needs))
+    return _rows_within(head, head.options.budget - dweight_bytes(head))
 
 
-def _rows_within(head: Head, needs: Needs, budget: int) -> int:
-    if not head.stores_exp(needs):
+def _rows_within(head: Head, budget: int) -> int:
+    if not head.stores_exp:
         return head.chunk_cost(budget).rows_within(budget, head.v)
-    cost = _exp_cost(head, needs).with_row(head.v * head.operand.itemsize)
+    cost = _exp_cost(head).with_row(head.v * head.operand.itemsize)
     return cost.rows_within(budget - _tile_bytes(head, budget), 0)
 
 
-def dweight_bytes(head: Head, needs: Needs) -> int:
+def dweight_bytes(head: Head) -> int:
     """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
     accumulation = accumulation_dtype(head.operand)
-    if not needs.lm_head_weight or accumulation == head.operand:
+    if not head.needs.lm_head_weight or accumulation == head.operand:
         return 0
     # All rows at once: dW is one product.
-    if _rows_within(head, needs, head.options.budget) >= head.n > 0:
+    if _rows_within(head, head.options.budget) >= head.n > 0:
         return 0
     return head.v * head.d * accumulation.itemsize
 
@@ -300,48 +300,48 @@ def dweight_bytes(head: Head, needs: Needs) -> int:
 CoefficientsOf = Callable[[slice, RowStats], RowCoefficients]
 
 
-def one_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
+def one_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
     gradient.
     """
-    run = exp_pass if head.stores_exp(needs) else logit_pass
-    return run(head, needs, coefficients_of)
+    run = exp_pass if head.stores_exp else logit_pass
+    return run(head, coefficients_of)
 
 
-def _empty_gradients(head: Head, needs: Needs, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
+def _empty_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
     """dhidden and dW to be written, sums of the others from 0."""
     gradients, device = Gradients(), head.hidden_ND.device
-    if needs.hidden:
+    if head.needs.hidden:
         gradients.dhidden_ND = torch.empty(head.hidden_ND.shape, dtype=dhidden, device=device)
-    if needs.lm_head_weight:
+    if head.needs.lm_head_weight:
         create = torch.empty if head.n else torch.zeros
         gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dweight, device=device)
-    if needs.bias:
+    if head.needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation_dtype(head.operand), device=device)
-    start_factor_gradients(head, needs, gradients)
+    start_factor_gradients(head, gradients)
     return gradients
 
 
-def exp_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf | None) -> tuple[RowStats, Gradients]:
+def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
-    stats, plan, wide = head.new_stats(), exp_plan(head, needs), accumulation_dtype(head.operand)
+    stats, plan, wide = head.new_stats(), exp_plan(head), accumulation_dtype(head.operand)
     stats.set_pivots(labels.label_logits(head))
-    gradients = _empty_gradients(head, needs, head.operand, wide if plan.rows < head.n else head.operand)
+    gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
     stored = head.new_exp(plan.rows, plan.stored)
     fused = head.ends_in_exp
     storage, width = (None, head.v) if fused else (head.new_tile(plan.rows, plan.columns), plan.columns)
     sums_nd = None
-    if needs.hidden and wide != head.operand:
+    if head.needs.hidden and wide != head.operand:
         sums_nd = torch.empty(plan.rows, head.d, dtype=wide, device=head.hidden_ND.device)
     for start, stop in spans(0, head.n, plan.rows):
         rows, hidden_nd = slice(start, stop), head.upcast_rows(start, stop)
         chunk = stats.rows(start, stop)
         sum_nd = None
-        if needs.hidden:
+        if head.needs.hidden:
             sum_nd = gradients.dhidden_ND[rows] if sums_nd is None else sums_nd[: stop - start]
         for first, last in spans(0, head.v, plan.stored):
             exp_nv = stored.view(stop - start, last - first)
@@ -352,8 +352,8 @@ def exp_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf | None) -
                 _exp_tile(head, hidden_nd, rows, slice(v_start, v_stop), storage, chunk, out_nv, earlier_nc)
             _zero_ends(exp_nv)
             if first:
-                _follow_pivots(before_n, chunk.max_N, sum_nd, None if not needs.left else gradients.dleft_NR[rows])
-            if not needs.whole_rows:
+                _follow_pivots(before_n, chunk.max_N, sum_nd, None if not head.needs.left else gradients.dleft_NR[rows])
+            if not head.needs.whole_rows:
                 _add_row_sums(head, gradients, exp_nv, rows, first, sum_nd, add=first > 0)
         chunk.add_label(labels.known(head.labels_NK[rows].squeeze(1), head.v))
         if coefficients_of is None:
@@ -361,8 +361,8 @@ def exp_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf | None) -
         else:
             coefficients = coefficients_of(rows, chunk)
             scale_n, label_n = _row_scales(head, rows, coefficients, chunk.saved_4N)
-        if needs.whole_rows:
-            scaled_nd = gradients.dhidden_ND[rows] if needs.hidden else torch.empty_like(head.hidden_ND[rows])
+        if head.needs.whole_rows:
+            scaled_nd = gradients.dhidden_ND[rows] if head.needs.hidden else torch.empty_like(head.hidden_ND[rows])
             _add_token_sums(head, gradients, exp_nv, rows, (scale_n, label_n), scaled_nd, plan.columns, add=start > 0)
             _add_row_sums(head, gradients, exp_nv, rows, 0, sum_nd, add=False)
         _end_row_sums(head, gradients, rows, (scale_n, label_n), sum_nd)
@@ -481,12 +481,12 @@ def _add_token_sums(
         labels.add_label_rows(gradients.dright_VR[:c], labels_n, label_n, left_nr, head)
 
 
-def logit_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
+def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of whole rows of logits."""
-    stats, plan, backend = head.new_stats(), logit_plan(head, needs), head.options.backend
+    stats, plan, backend = head.new_stats(), logit_plan(head), head.options.backend
     wide = accumulation_dtype(head.operand)
-    gradients = _empty_gradients(head, needs, head.operand, wide if plan.rows < head.n else head.operand)
-    slice_width = head.weight_slice(head.options.budget - dweight_bytes(head, needs))
+    gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
+    slice_width = head.weight_slice(head.options.budget - dweight_bytes(head))
     storage = head.new_tile(plan.rows, head.v)
 
     for start, stop in spans(0, head.n, plan.rows):
@@ -499,9 +499,9 @@ def logit_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf) -> tup
         head.row_stats(logits_nv, rows, chunk_stats, 0)
         coefficients = coefficients_of(rows, chunk_stats)
         dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.norms_2N, coefficients, 0, gradients.dbias_V)
-        if needs.hidden:
+        if head.needs.hidden:
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
-        if needs.lm_head_weight:
+        if head.needs.lm_head_weight:
             for v_start, v_stop in spans(0, head.v, slice_width):
                 multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
@@ -513,47 +513,46 @@ def logit_pass(head: Head, needs: Needs, coefficients_of: CoefficientsOf) -> tup
 
 def vocabulary_pass(
     head: Head,
-    needs: Needs,
     saved: Tensor,
     coefficients: RowCoefficients,
-    kept_NC: Tensor | None = None,
+    cached_NC: Tensor | None = None,
     *,
     in_place: bool = True,
 ) -> Gradients:
     """Gradients for any per-row coefficients. saved: ``RowStats.norms_2N``, or with exponentials ``saved_4N``. Products
-    of what ``forward_pass`` kept: exponentials, or logits, which are overwritten (or copied slice by slice); the other
-    logits are recomputed once, slice by slice.
+    of what ``forward_pass`` cached: exponentials, or logits, which are overwritten (or copied slice by slice); the
+    other logits are recomputed once, slice by slice.
     """
     wide, backend, exp = accumulation_dtype(head.operand), head.options.backend, saved.shape[0] == 4
-    kept = 0 if kept_NC is None else kept_NC.shape[1]
+    cached = 0 if cached_NC is None else cached_NC.shape[1]
     overwrites = not exp and in_place
-    gradients = _empty_gradients(head, needs, wide, head.operand)
+    gradients = _empty_gradients(head, wide, head.operand)
     norms_2N = torch.stack((saved[0], saved[1].log())) if exp else saved
-    if exp and kept:
+    if exp and cached:
         scales = _row_scales(head, slice(0, head.n), coefficients, saved)
-        reused = gradients.dhidden_ND if needs.hidden and wide == head.operand else None
-        scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and needs.lm_head_weight else reused
-        _add_token_sums(head, gradients, kept_NC, slice(0, head.n), scales, scaled_ND, kept, add=False)
+        reused = gradients.dhidden_ND if head.needs.hidden and wide == head.operand else None
+        scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and head.needs.lm_head_weight else reused
+        _add_token_sums(head, gradients, cached_NC, slice(0, head.n), scales, scaled_ND, cached, add=False)
         del scaled_ND
-        _add_row_sums(head, gradients, kept_NC, slice(0, head.n), 0, gradients.dhidden_ND, add=False)
-        scales = scales[0], scales[1].where(head.labels_NK.squeeze(1) < kept, 0.0)
+        _add_row_sums(head, gradients, cached_NC, slice(0, head.n), 0, gradients.dhidden_ND, add=False)
+        scales = scales[0], scales[1].where(head.labels_NK.squeeze(1) < cached, 0.0)
         _end_row_sums(head, gradients, slice(0, head.n), scales, gradients.dhidden_ND)
-    elif needs.hidden:
+    elif head.needs.hidden:
         gradients.dhidden_ND.zero_()
     # (first column, end, rows at a time)
-    slices = [(0, kept, head.n)] if kept and overwrites else []
-    if kept < head.v or not (exp or in_place):
-        plan = slice_plan(_beside(head, kept, kept_NC.itemsize) if kept else head)
+    slices = [(0, cached, head.n)] if cached and overwrites else []
+    if cached < head.v or not (exp or in_place):
+        plan = slice_plan(_beside(head, cached, cached_NC.itemsize) if cached else head)
         storage = head.new_tile(plan.rows, plan.columns)
-        copied = spans(0, kept, plan.columns) if not (exp or in_place) else []
-        slices += [(*span, plan.rows) for span in (*copied, *spans(kept, head.v, plan.columns))]
+        copied = spans(0, cached, plan.columns) if not (exp or in_place) else []
+        slices += [(*span, plan.rows) for span in (*copied, *spans(cached, head.v, plan.columns))]
 
     for v_start, v_stop, step in slices:
         row_spans = list(spans(0, head.n, step))
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
-        dbias_v = gradients.dbias_V[v_start:v_stop] if needs.bias else None
+        dbias_v = gradients.dbias_V[v_start:v_stop] if head.needs.bias else None
         dweight_vd = None
-        if needs.lm_head_weight:
+        if head.needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
                 create = torch.empty if head.n else torch.zeros
@@ -561,22 +560,22 @@ def vocabulary_pass(
         for start, stop in row_spans:
             rows = slice(start, stop)
             columns = slice(v_start, v_stop)
-            if v_stop > kept:
+            if v_stop > cached:
                 logits_nv = storage.view(stop - start, v_stop - v_start)
                 fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, columns)
             elif overwrites:
-                logits_nv = kept_NC
+                logits_nv = cached_NC
             else:
-                logits_nv = storage.view(stop - start, v_stop - v_start).copy_(kept_NC[rows, columns])
+                logits_nv = storage.view(stop - start, v_stop - v_start).copy_(cached_NC[rows, columns])
             chunk = coefficients.rows(start, stop)
             dlogits_nv = head.row_grad(logits_nv, rows, norms_2N[:, rows], chunk, v_start, dbias_v)
-            if needs.hidden:
+            if head.needs.hidden:
                 add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd, backend)
-            if needs.lm_head_weight:
+            if head.needs.lm_head_weight:
                 multiply = add_product if start else product_into
                 multiply(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
             add_factor_gradients(head, gradients, dlogits_nv, rows, v_start, v_stop - v_start)
             del dlogits_nv
-        if needs.lm_head_weight and len(row_spans) != 1:
+        if head.needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
     return gradients

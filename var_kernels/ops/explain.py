@@ -5,11 +5,11 @@ import torch
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.engines import (
+    cached_columns,
     dweight_bytes,
     exp_bytes,
     exp_plan,
     forward_plan,
-    kept_columns,
     logit_plan,
     one_pass_fits,
     slice_plan,
@@ -28,7 +28,8 @@ def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, 
     backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
     lm_head_weight = stand_in(v, d)
     options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, lm_head_weight), backend)
-    return Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options)
+    needs = Needs(hidden=True, lm_head_weight=True)
+    return Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options, needs)
 
 
 def most_bytes(
@@ -36,9 +37,8 @@ def most_bytes(
 ) -> int:
     """What tiles of logits and the copies beside them take at most: the budget, or less where all of them are less."""
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
-    everything = Needs(hidden=True, lm_head_weight=True, bias=False)
-    if head.stores_exp(everything) and one_pass_fits(head, everything):
-        return min(head.options.budget, exp_bytes(head, everything))
+    if head.stores_exp and one_pass_fits(head):
+        return min(head.options.budget, exp_bytes(head))
     cost = head.tile_cost(gradient=True)
     whole = cost.fixed + cost.element * n * v + cost.column * v + cost.row * n
     return min(head.options.budget, whole + rounding_bytes(head.operand, n, d, v, head.options.backend))
@@ -49,25 +49,24 @@ def explain_engines(
 ) -> dict[str, str]:
     """Kind of call -> engine and reason, for n rows, hidden size d, vocabulary v; nothing of that size is allocated."""
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
-    everything = Needs(hidden=True, lm_head_weight=True, bias=False)
-    budget, accumulator = head.options.budget / MIB, dweight_bytes(head, everything) / MIB
+    budget, accumulator = head.options.budget / MIB, dweight_bytes(head) / MIB
     wide = f" after an fp32 dW of {accumulator:,.0f} MiB" if accumulator else ""
     if dtype == torch.float16:
         weighted = "two passes, 4 GEMMs: gradients made early underflow in fp16"
-    elif one_pass_fits(head, everything):
-        plan = exp_plan if head.stores_exp(everything) else logit_plan
-        rows = plan(head, everything).rows
+    elif one_pass_fits(head):
+        plan = exp_plan if head.stores_exp else logit_plan
+        rows = plan(head).rows
         weighted = f"one pass, 3 GEMMs: {budget:,.0f} MiB hold chunks of {rows:,} of {n:,} rows{wide}"
     else:
         weighted = f"two passes, 4 GEMMs: {budget:,.0f} MiB hold no useful chunk of whole rows{wide}"
-    kept = kept_columns(head, everything)
-    if kept == v:
+    cached = cached_columns(head)
+    if cached == v:
         general = f"two passes, 3 GEMMs: {budget:,.0f} MiB hold all logits for the backward"
     else:
-        slices = -(-(v - kept) // slice_plan(head).columns)
-        some = f"{budget:,.0f} MiB hold {kept / v:.0%} of the logits, " if kept else ""
+        slices = -(-(v - cached) // slice_plan(head).columns)
+        some = f"{budget:,.0f} MiB hold {cached / v:.0%} of the logits, " if cached else ""
         general = (
-            f"two passes, {4 - kept / v:.3g} GEMMs: {some}the backward recomputes {slices} slices of the vocabulary"
+            f"two passes, {4 - cached / v:.3g} GEMMs: {some}the backward recomputes {slices} slices of the vocabulary"
         )
     tile = forward_plan(head)
     return {

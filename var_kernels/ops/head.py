@@ -1,5 +1,6 @@
 """One call's tensors, options and costs, the gradients it gives, and its tiles' memory: what every engine works on."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,39 @@ class HeadOptions:
     lse: bool = False
     entropy: bool = False
     argmax: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients somebody asked for."""
+
+    hidden: bool = False
+    lm_head_weight: bool = False
+    bias: bool = False
+    left: bool = False
+    right: bool = False
+
+    @property
+    def flags(self) -> list[bool]:
+        """In the order of ``Head.tensors``."""
+        return [self.hidden, self.lm_head_weight, self.bias, self.left, self.right]
+
+    @property
+    def hidden_alone(self) -> bool:
+        return self.hidden and not (self.lm_head_weight or self.bias or self.left or self.right)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Of a gradient that sums over tokens, which have to know their normalisers first."""
+        return self.lm_head_weight or self.bias or self.right
+
+    @property
+    def some(self) -> bool:
+        """bool(needs), which torch 2.11 does not trace."""
+        return self.hidden or self.lm_head_weight or self.bias or self.left or self.right
+
+    def __bool__(self):
+        return self.some
 
 
 def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
@@ -67,8 +101,10 @@ class TileStorage:
 
 @dataclass
 class Head:
-    """One call's tensors: hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), the options,
-    and two factors or None: raw logits are hidden W^T + left right^T.
+    """One call over the head, built where it is prepared and handed to engines, autograd functions and registered ops.
+
+    hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), the options, which gradients are
+    needed, and two factors or None: raw logits are hidden W^T + left right^T.
     """
 
     hidden_ND: Tensor
@@ -76,6 +112,7 @@ class Head:
     bias_V: Tensor | None
     labels_NK: Tensor
     options: HeadOptions
+    needs: Needs = Needs()
     left_NR: Tensor | None = None
     right_VR: Tensor | None = None
 
@@ -89,15 +126,26 @@ class Head:
         self.upcast = upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile, self.options.backend)
 
     @classmethod
-    def of(cls, tensors, labels_NK: Tensor, options: HeadOptions) -> "Head":
-        """From ``HeadCall.tensors``."""
+    def of(cls, tensors, labels_NK: Tensor, options: HeadOptions, needs: Needs) -> "Head":
+        """The call over tensors in the order of ``tensors``."""
         hidden_ND, lm_head_weight_VD, bias_V, left_NR, right_VR = tensors
-        return cls(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, left_NR, right_VR)
+        return cls(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs, left_NR, right_VR)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of ``HeadCall.tensors``."""
+        """Tensors that may have a gradient, in the order in which autograd functions and registered ops take them."""
         return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
+
+    def with_tensors(self, tensors, labels_NK: Tensor | None) -> "Head":
+        """The same call over other tensors of these shapes: those that autograd saved, or None while it keeps them."""
+        head = copy(self)
+        head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.left_NR, head.right_VR = tensors
+        head.labels_NK = labels_NK
+        return head
+
+    @property
+    def without_tensors(self) -> "Head":
+        return self.with_tensors((None,) * 5, None)
 
     def new_stats(self) -> RowStats:
         options = self.options
@@ -164,11 +212,11 @@ class Head:
         elements = torch.empty(rows * _aligned(columns), dtype=self.operand, device=self.hidden_ND.device)
         return TileStorage(elements)
 
-    def new_kept(self, columns: int, dtype: torch.dtype) -> Tensor:
+    def new_cached(self, columns: int, dtype: torch.dtype) -> Tensor:
         """For all rows and ``columns`` columns, logits or exponentials; rows end in zeros."""
-        kept_NC = torch.empty(self.n, _aligned(columns), dtype=dtype, device=self.hidden_ND.device)
-        kept_NC[:, columns:] = 0.0
-        return kept_NC
+        cached_NC = torch.empty(self.n, _aligned(columns), dtype=dtype, device=self.hidden_ND.device)
+        cached_NC[:, columns:] = 0.0
+        return cached_NC
 
     def upcast_rows(self, start: int, stop: int) -> Tensor:
         rows_nd = self.hidden_ND[start:stop]
@@ -211,7 +259,8 @@ class Head:
         operands = self.hidden_ND[rows], self.lm_head_weight_VD[columns], self.labels_NK[rows]
         gemm_native.product_exp(*operands, stats, columns.start, bias_v, self.options.transform, out_nv, earlier_nc)
 
-    def stores_exp(self, needs: "Needs") -> bool:
+    @property
+    def stores_exp(self) -> bool:
         """Whether stored exponentials support every gradient that is needed: one target a row, none of the entropy,
         none of a bias of more digits; label smoothing only with hidden's alone, and without a softcap. A call without
         gradients takes the same way, so that its log-probs have the same bits.
@@ -219,11 +268,11 @@ class Head:
         options = self.options
         if self.labels_NK.shape[1] != 1 or options.entropy or options.budget == 0:
             return False
-        if needs.bias and self.bias_V.dtype != self.operand:
+        if self.needs.bias and self.bias_V.dtype != self.operand:
             return False
         if not self.kernels.stores_exp(self.hidden_ND.device, self.operand):
             return False
-        return not options.label_smoothing or (needs.hidden_alone and options.transform.softcap is None)
+        return not options.label_smoothing or (self.needs.hidden_alone and options.transform.softcap is None)
 
     def row_grad(
         self,
@@ -255,39 +304,6 @@ class Head:
         )
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients somebody asked for."""
-
-    hidden: bool
-    lm_head_weight: bool
-    bias: bool
-    left: bool = False
-    right: bool = False
-
-    @property
-    def flags(self) -> list[bool]:
-        """In the order of ``HeadCall.tensors``."""
-        return [self.hidden, self.lm_head_weight, self.bias, self.left, self.right]
-
-    @property
-    def hidden_alone(self) -> bool:
-        return self.hidden and not (self.lm_head_weight or self.bias or self.left or self.right)
-
-    @property
-    def whole_rows(self) -> bool:
-        """Of a gradient that sums over tokens, which have to know their normalisers first."""
-        return self.lm_head_weight or self.bias or self.right
-
-    @property
-    def some(self) -> bool:
-        """bool(needs), which torch 2.11 does not trace."""
-        return self.hidden or self.lm_head_weight or self.bias or self.left or self.right
-
-    def __bool__(self):
-        return self.some
-
-
 @dataclass
 class Gradients:
     """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), the others in fp32; None where not
@@ -307,7 +323,7 @@ class Gradients:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of ``HeadCall.tensors``."""
+        """In the order of ``Head.tensors``."""
         return self.dhidden_ND, self.dweight_VD, self.dbias_V, self.dleft_NR, self.dright_VR
 
 

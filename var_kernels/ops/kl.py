@@ -121,31 +121,33 @@ def linear_token_kl(
 def _token_kl(policy, reference, options: dict, transform: LogitTransform, reverse: bool, reduction: str, engine: str):
     token_weight = policy[4]
     call = prepare(*policy, label_smoothing=0.0, **options)
-    pair_options = (call.options, _reference_options(call, reference, transform), reverse)
-    tensors = (*call.tensors, *_reference_rows(call, reference))
-    pair = _pair(tensors, pair_options)
-    kept_N = call.kept_NK.squeeze(1)
-    weight_N = kept_N.to(pair.math)
+    head = call.head
+    no_labels_NK = head.labels_NK[:, :0]
+    policy = Head.of(head.tensors, no_labels_NK, head.options, head.needs)
+    ref_options = _reference_options(call, reference, transform)
+    ref = Head.of(_reference_rows(call, reference), no_labels_NK, ref_options, Needs())
+    pair = HeadPair(policy, ref, reverse)
+    active_N = call.active_NK.squeeze(1)
+    weight_N = active_N.to(pair.math)
     if token_weight is not None:
-        weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(kept_N, 0.0)
-    needs = call.needs
-    one_pass = needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair, needs))
+        weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
+    one_pass = head.needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair))
     if reduction == "sum" and one_pass:
         if call.traced:
-            return _weighted_kl_op(_op_call([*tensors, weight_N, kept_N], pair_options, needs))[0]
-        return LinearWeightedKLFunction.apply(*tensors, weight_N, kept_N, pair_options, needs)
-    frozen_head = one_pass and needs.flags == [True, False, False, False, False]
+            return _weighted_kl_op(_op_call(pair, [weight_N, active_N]))[0]
+        return LinearWeightedKLFunction.apply(pair, *pair.tensors, weight_N, active_N)
+    frozen_head = one_pass and head.needs.hidden_alone
     if call.traced:
-        kl_N = _token_kl_op(_op_call(tensors, pair_options, needs, frozen_head))[0]
+        kl_N = _token_kl_op(_op_call(pair, [], frozen_head))[0]
     else:
-        kl_N = LinearTokenKLFunction.apply(*tensors, pair_options, needs, frozen_head)
-    kl_N = kl_N.where(kept_N, 0.0)
+        kl_N = LinearTokenKLFunction.apply(pair, *pair.tensors, frozen_head)
+    kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
 
 
-def _one_pass_serves(pair: HeadPair, needs: Needs) -> bool:
-    return not underflows(pair.policy.operand) and kl_one_pass_fits(pair, needs)
+def _one_pass_serves(pair: HeadPair) -> bool:
+    return not underflows(pair.policy.operand) and kl_one_pass_fits(pair)
 
 
 def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
@@ -211,41 +213,34 @@ def _reference_dtype(ref_hidden: Tensor) -> torch.dtype:
 
 
 def _reference_rows(call: HeadCall, reference) -> tuple[Tensor | None, ...]:
-    """The reference's five of ``HeadCall.tensors``: constants, of the kept rows, in autocast's dtype under autocast."""
+    """The reference's five of ``Head.tensors``: constants, of the active rows, in autocast's dtype under autocast."""
     hidden, lm_head_weight, bias, left, right = (None if t is None else t.detach() for t in reference)
     if _autocasts(hidden):
         dtype = _reference_dtype(hidden)
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias, left, right = (None if t is None else t.to(dtype) for t in (bias, left, right))
 
-    def kept_rows(values: Tensor | None) -> Tensor | None:
+    def active_rows(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
         values_NX = values.reshape(call.leading.numel(), values.shape[-1])
         if call.rows is not None:
             values_NX = values_NX.index_select(0, call.rows)
-        return values_NX.where(call.kept_NK.any(1, keepdim=True), 0.0) if call.masked else values_NX
+        return values_NX.where(call.active_NK.any(1, keepdim=True), 0.0) if call.masked else values_NX
 
-    return kept_rows(hidden), lm_head_weight, bias, kept_rows(left), right
+    return active_rows(hidden), lm_head_weight, bias, active_rows(left), right
 
 
 def _reference_options(call: HeadCall, reference, transform: LogitTransform) -> HeadOptions:
-    tile = tile_dtype(_reference_dtype(reference[0]), call.options.precision)
+    tile = tile_dtype(_reference_dtype(reference[0]), call.head.options.precision)
     backend, _ = choose_backend(reference[0].device, tile)
-    return replace(call.options, transform=transform, backend=backend)
+    return replace(call.head.options, transform=transform, backend=backend)
 
 
-def _pair(tensors, pair_options) -> HeadPair:
-    policy_options, ref_options, reverse = pair_options
-    no_labels_NK = torch.empty(tensors[0].shape[0], 0, dtype=torch.int64, device=tensors[0].device)
-    policy = Head.of(tensors[:5], no_labels_NK, policy_options)
-    return HeadPair(policy, Head.of(tensors[5:], no_labels_NK, ref_options), reverse)
-
-
-def _forward(pair: HeadPair, needs: Needs, frozen_head: bool) -> tuple[Tensor, Tensor]:
-    """KL (N,), and what the backward begins with: dKL/dhidden of a frozen head, else both normalisers (4, N)."""
+def _forward(pair: HeadPair, frozen_head: bool) -> tuple[Tensor, Tensor]:
+    """KL (N,), and what is saved for the backward: dKL/dhidden of a frozen head, else both normalisers (4, N)."""
     if frozen_head:
-        kl_N, gradients = kl_chunk_pass(pair, needs, pair.zeros(pair.n).fill_(1.0))
+        kl_N, gradients = kl_chunk_pass(pair, pair.zeros(pair.n).fill_(1.0))
         return kl_N, gradients.dhidden_ND
     return kl_forward_pass(pair)
 
@@ -255,30 +250,30 @@ def _of_frozen_head(dkl_N: Tensor, dkl_dhidden_ND: Tensor) -> Tensor:
 
 
 class LinearTokenKLFunction(torch.autograd.Function):
-    """(the five of ``HeadCall.tensors``, the reference's five, options, needs, frozen_head) -> kl_N.
+    """(pair, ``HeadPair.tensors``, frozen_head) -> kl_N.
 
     Saves both normalisers and recomputes logits in the backward; with a frozen head it saves dKL/dhidden instead.
     """
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, ctx.pair_options, ctx.needs, ctx.frozen_head = args
-        kl_N, begun = _forward(_pair(tensors, ctx.pair_options), ctx.needs, ctx.frozen_head)
+        pair, *tensors, ctx.frozen_head = args
+        ctx.pair = pair.with_tensors((None,) * 10)
+        kl_N, saved = _forward(pair, ctx.frozen_head)
         if ctx.frozen_head:
-            ctx.save_for_backward(begun)
-        elif ctx.needs:
-            ctx.save_for_backward(*tensors, begun, kl_N)
+            ctx.save_for_backward(saved)
+        elif pair.policy.needs:
+            ctx.save_for_backward(*tensors, saved, kl_N)
         return kl_N
 
     @staticmethod
     @first_order
     def backward(ctx, dkl_N):
         if ctx.frozen_head:
-            return _of_frozen_head(dkl_N, ctx.saved_tensors[0]), *(None,) * 12
+            return None, _of_frozen_head(dkl_N, ctx.saved_tensors[0]), *(None,) * 10
         *tensors, norms_4N, kl_N = ctx.saved_tensors
-        pair = _pair(tensors, ctx.pair_options)
-        gradients = kl_vocabulary_pass(pair, ctx.needs, norms_4N, kl_N, dkl_N)
-        return *gradients.tensors, *(None,) * 8
+        gradients = kl_vocabulary_pass(ctx.pair.with_tensors(tensors), norms_4N, kl_N, dkl_N)
+        return None, *gradients.tensors, *(None,) * 6
 
 
 class LinearWeightedKLFunction(torch.autograd.Function):
@@ -286,9 +281,9 @@ class LinearWeightedKLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, weight_N, kept_N, pair_options, needs = args
-        kl_N, gradients = kl_chunk_pass(_pair(tensors, pair_options), needs, weight_N)
-        kl_N = kl_N.where(kept_N, 0.0)
+        pair, *_, weight_N, active_N = args
+        kl_N, gradients = kl_chunk_pass(pair, weight_N)
+        kl_N = kl_N.where(active_N, 0.0)
         ctx.save_for_backward(*gradients.tensors, kl_N)
         return (weight_N * kl_N).sum()
 
@@ -296,52 +291,55 @@ class LinearWeightedKLFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dloss):
         *gradients, kl_N = ctx.saved_tensors
-        weight_grad = dloss * kl_N if ctx.needs_input_grad[10] else None
-        return (*scaled_gradients(gradients, dloss), *(None,) * 5, weight_grad, *(None,) * 3)
+        weight_grad = dloss * kl_N if ctx.needs_input_grad[11] else None
+        return None, *scaled_gradients(gradients, dloss), *(None,) * 5, weight_grad, None
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------
 
 
-def _op_call(tensors, pair_options, needs: Needs, frozen_head: bool = False) -> OpCall:
-    options, ref_options, reverse = pair_options
+def _op_call(pair: HeadPair, others: list[Tensor], frozen_head: bool = False) -> OpCall:
+    policy, ref_options = pair.policy, pair.ref.options
     numbers, words = packed_transform(ref_options.transform), [ref_options.backend]
-    return OpCall(list(tensors), options, needs, numbers, flags=[reverse, frozen_head], words=words)
+    tensors, flags = [*pair.tensors, *others], [pair.reverse, frozen_head]
+    return OpCall(tensors, policy.options, policy.needs, numbers, flags=flags, words=words)
 
 
 def _pair_of(call: OpCall) -> HeadPair:
     transform = unpacked_transform(call.numbers)
     ref_options = replace(call.options, transform=transform, backend=call.words[0])
-    return _pair(call.tensors[:10], (call.options, ref_options, call.flags[0]))
+    no_labels_NK = call.tensors[0].new_empty(call.tensors[0].shape[0], 0, dtype=torch.int64)
+    ref = Head.of(call.tensors[5:10], no_labels_NK, ref_options, Needs())
+    return HeadPair(call.head(no_labels_NK), ref, call.flags[0])
 
 
 def _run(call: OpCall) -> list[Tensor | None]:
-    """KL (N,), what the backward begins with."""
-    return list(_forward(_pair_of(call), call.needs, call.flags[1]))
+    """KL (N,), what is saved for the backward."""
+    return list(_forward(_pair_of(call), call.flags[1]))
 
 
 def _shapes(call: OpCall) -> list[Tensor | None]:
     pair, hidden_ND = _pair_of(call), call.tensors[0]
-    begun = hidden_ND.new_empty(hidden_ND.shape) if call.flags[1] else pair.zeros(4, pair.n)
-    return [pair.zeros(pair.n), begun]
+    saved = hidden_ND.new_empty(hidden_ND.shape) if call.flags[1] else pair.zeros(4, pair.n)
+    return [pair.zeros(pair.n), saved]
 
 
 def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    (kl_N, begun), dkl_N = outputs, upstream[0]
+    (kl_N, saved), dkl_N = outputs, upstream[0]
     if call.flags[1]:
-        return [_of_frozen_head(dkl_N, begun)]
-    return _token_kl_backward_op(replace(call, tensors=[*call.tensors, begun, kl_N, dkl_N]))
+        return [_of_frozen_head(dkl_N, saved)]
+    return _token_kl_backward_op(replace(call, tensors=[*call.tensors, saved, kl_N, dkl_N]))
 
 
 def _run_backward(call: OpCall) -> list[Tensor | None]:
-    return list(kl_vocabulary_pass(_pair_of(call), call.needs, *call.tensors[10:]).tensors)
+    return list(kl_vocabulary_pass(_pair_of(call), *call.tensors[10:]).tensors)
 
 
 def _run_weighted(call: OpCall) -> list[Tensor | None]:
     """The weighted sum (), KL (N,), gradients of the policy's five."""
-    *_, weight_N, kept_N = call.tensors
-    kl_N, gradients = kl_chunk_pass(_pair_of(call), call.needs, weight_N)
-    kl_N = kl_N.where(kept_N, 0.0)
+    *_, weight_N, active_N = call.tensors
+    kl_N, gradients = kl_chunk_pass(_pair_of(call), weight_N)
+    kl_N = kl_N.where(active_N, 0.0)
     return [(weight_N * kl_N).sum(), kl_N, *gradients.tensors]
 
 

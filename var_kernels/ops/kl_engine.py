@@ -6,6 +6,7 @@ kl_vocabulary_pass   4 GEMMs   backward for any upstream gradient: both heads' l
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.engines import add_factor_gradients, dweight_bytes, fill_logits, start_factor_gradients
 from var_kernels.ops.gemm import add_product, product_into
-from var_kernels.ops.head import Gradients, Head, Needs, TileStorage, accumulation_dtype
+from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype
 from var_kernels.ops.workspace import (
     MAX_FORWARD_ROWS,
     TileCost,
@@ -45,6 +46,18 @@ class HeadPair:
         wide = torch.promote_types(self.policy.tile, self.ref.tile)
         self.math = torch.promote_types(wide, torch.float32)
         self.device = self.policy.hidden_ND.device
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """``Head.tensors`` of the policy and of the reference."""
+        return *self.policy.tensors, *self.ref.tensors
+
+    def with_tensors(self, tensors) -> "HeadPair":
+        """The same pair over other tensors, see ``Head.with_tensors``."""
+        pair = copy(self)
+        pair.policy = self.policy.with_tensors(tensors[:5], self.policy.labels_NK)
+        pair.ref = self.ref.with_tensors(tensors[5:], self.ref.labels_NK)
+        return pair
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.math, device=self.device)
@@ -215,36 +228,36 @@ def _kl_and_grad(pair: HeadPair, z_nv, w_nv, upstream_n, norms_4n=None, kl_n=Non
     return kl_n, grad_nv if cap_slope_nv is None else grad_nv.mul_(cap_slope_nv)
 
 
-def kl_one_pass_fits(pair: HeadPair, needs: Needs) -> bool:
+def kl_one_pass_fits(pair: HeadPair) -> bool:
     """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length:
     two passes would compute the logits of both heads again.
     """
-    budget = pair.budget - dweight_bytes(pair.policy, needs)
+    budget = pair.budget - dweight_bytes(pair.policy)
     shortest = shortest_chunk(pair.policy.hidden_ND.device, gemms_saved=2)
     return holds_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), shortest)
 
 
-def kl_chunk_pass(pair: HeadPair, needs: Needs, upstream_N: Tensor) -> tuple[Tensor, Gradients]:
+def kl_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gradients]:
     """KL (N,) and the gradients of sum_n upstream_n KL_n, in one pass."""
     head = pair.policy
-    accumulator = dweight_bytes(head, needs)
+    accumulator = dweight_bytes(head)
     budget = pair.budget - accumulator
     plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), accumulator)
     step = pair.weight_slice(budget)
     storages = pair.storages(plan.rows, pair.v)
-    kl_N, gradients = pair.zeros(pair.n), _empty_gradients(head, needs, one_pass=True)
+    kl_N, gradients = pair.zeros(pair.n), _empty_gradients(head, one_pass=True)
     backend = head.options.backend
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
         z_nv, w_nv = pair.logits(storages, rows, 0, pair.v, step)
         kl_n, grad_nv = _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows])
         kl_N[rows] = kl_n
-        if needs.bias:
+        if head.needs.bias:
             gradients.dbias_V += grad_nv.sum(0)
         grad_nv = grad_nv.to(head.operand)
-        if needs.hidden:
+        if head.needs.hidden:
             _product_in_slices(gradients.dhidden_ND[rows], grad_nv, head.lm_head_weight_VD, step, backend)
-        if needs.lm_head_weight:
+        if head.needs.lm_head_weight:
             for v_start, v_stop in spans(0, pair.v, step):
                 grad_vn, dweight_vd = grad_nv[:, v_start:v_stop].t(), gradients.dweight_VD[v_start:v_stop]
                 add_product(dweight_vd, grad_vn, head.hidden_ND[rows], backend)
@@ -264,37 +277,35 @@ def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step:
     out_nd.copy_(total_nd)
 
 
-def kl_vocabulary_pass(pair: HeadPair, needs: Needs, norms_4N: Tensor, kl_N: Tensor, upstream_N: Tensor) -> Gradients:
+def kl_vocabulary_pass(pair: HeadPair, norms_4N: Tensor, kl_N: Tensor, upstream_N: Tensor) -> Gradients:
     """Gradients of sum_n upstream_n KL_n from what ``kl_forward_pass`` gave."""
     cost = pair.cost(gradient=True)
-    plan = plan_slices(pair.policy, pair.tile_budget(pair.n, cost), cost, needs)
+    plan = plan_slices(pair.policy, pair.tile_budget(pair.n, cost), cost)
     storages = pair.storages(plan.rows, plan.columns)
 
     def tile_gradient(rows: slice, v_start: int, v_stop: int) -> Tensor:
         z_nv, w_nv = pair.logits(storages, rows, v_start, v_stop, plan.columns)
         return _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows], norms_4N[:, rows], kl_N[rows])[1]
 
-    return gradients_by_slices(pair.policy, needs, plan, tile_gradient)
+    return gradients_by_slices(pair.policy, plan, tile_gradient)
 
 
-def plan_slices(head: Head, budget: int, cost: TileCost, needs: Needs) -> TilePlan:
+def plan_slices(head: Head, budget: int, cost: TileCost) -> TilePlan:
     plan = plan_vocabulary_slices(head.n, head.v, budget, cost)
-    if plan.rows < head.n and needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
+    if plan.rows < head.n and head.needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
         accumulator = head.d * accumulation_dtype(head.operand).itemsize
         plan = plan_vocabulary_slices(head.n, head.v, budget, replace(cost, column=cost.column + accumulator))
     return plan
 
 
-def gradients_by_slices(
-    head: Head, needs: Needs, plan: TilePlan, tile_gradient: Callable[[slice, int, int], Tensor]
-) -> Gradients:
+def gradients_by_slices(head: Head, plan: TilePlan, tile_gradient: Callable[[slice, int, int], Tensor]) -> Gradients:
     """Gradients from those in the raw logits, tile_gradient(rows, v_start, v_stop); a slice of dW is written once."""
-    gradients, backend = _empty_gradients(head, needs, one_pass=False), head.options.backend
+    gradients, backend = _empty_gradients(head, one_pass=False), head.options.backend
     row_spans = list(spans(0, head.n, plan.rows))
     for v_start, v_stop in spans(0, head.v, plan.columns):
         weight_vd = head.lm_head_weight_VD[v_start:v_stop]
         dweight_vd = None
-        if needs.lm_head_weight:
+        if head.needs.lm_head_weight:
             dweight_vd = gradients.dweight_VD[v_start:v_stop]
             if len(row_spans) != 1:
                 dweight_vd = torch.zeros(
@@ -303,23 +314,23 @@ def gradients_by_slices(
         for start, stop in row_spans:
             rows = slice(start, stop)
             grad_nv = tile_gradient(rows, v_start, v_stop)
-            if needs.bias:
+            if head.needs.bias:
                 gradients.dbias_V[v_start:v_stop] += grad_nv.sum(0)
             grad_nv = grad_nv.to(head.operand)
-            if needs.hidden:
+            if head.needs.hidden:
                 add_product(gradients.dhidden_ND[rows], grad_nv, weight_vd, backend)
-            if needs.lm_head_weight and len(row_spans) == 1:
+            if head.needs.lm_head_weight and len(row_spans) == 1:
                 product_into(dweight_vd, grad_nv.t(), head.hidden_ND, backend)
-            elif needs.lm_head_weight:
+            elif head.needs.lm_head_weight:
                 add_product(dweight_vd, grad_nv.t(), head.hidden_ND[rows], backend)
             add_factor_gradients(head, gradients, grad_nv, rows, v_start, plan.columns)
             del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
-        if needs.lm_head_weight and len(row_spans) != 1:
+        if head.needs.lm_head_weight and len(row_spans) != 1:
             gradients.dweight_VD[v_start:v_stop] = dweight_vd
     return gradients.like(head.tensors)
 
 
-def _empty_gradients(head: Head, needs: Needs, *, one_pass: bool) -> Gradients:
+def _empty_gradients(head: Head, *, one_pass: bool) -> Gradients:
     """What is summed up starts from zeros, in fp32 at least; what is written once is empty, in the operands' dtype: dW
     in the vocabulary's slices, dhidden in chunks of whole rows.
     """
@@ -331,11 +342,11 @@ def _empty_gradients(head: Head, needs: Needs, *, one_pass: bool) -> Gradients:
             return torch.zeros(like.shape, dtype=accumulation, device=device)
         return torch.empty_like(like, memory_format=torch.contiguous_format)
 
-    if needs.hidden:
+    if head.needs.hidden:
         gradients.dhidden_ND = empty(head.hidden_ND, accumulates=not one_pass)
-    if needs.lm_head_weight:
+    if head.needs.lm_head_weight:
         gradients.dweight_VD = empty(head.lm_head_weight_VD, accumulates=one_pass)
-    if needs.bias:
+    if head.needs.bias:
         gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=device)
-    start_factor_gradients(head, needs, gradients)
+    start_factor_gradients(head, gradients)
     return gradients

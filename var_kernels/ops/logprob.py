@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
-from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, kept_columns, new_kept, vocabulary_pass
+from var_kernels.ops.engines import cached_columns, exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Head, Needs, accumulation_dtype
+from var_kernels.ops.head import Head, accumulation_dtype
 from var_kernels.ops.signatures import LogprobKeywords, Precision
 
 
@@ -130,87 +130,83 @@ def linear_logprob(
 
 
 def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the kept rows."""
-    head, needs, options = call.head, call.needs, call.options
-    frozen_head = _is_frozen_head(head, needs)
-    kept = kept_columns(head, needs, in_place=not call.traced) if needs.some and not frozen_head else 0
+    """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the active rows."""
+    head, options = call.head, call.head.options
+    frozen_head = _is_frozen_head(head)
+    cached = cached_columns(head, in_place=not call.traced) if head.needs.some and not frozen_head else 0
     if call.traced:
-        op_call = OpCall([*call.tensors, call.labels_NK], options, needs, sizes=[kept], flags=[frozen_head])
+        op_call = OpCall([*head.tensors, head.labels_NK], options, head.needs, sizes=[cached], flags=[frozen_head])
         logp_NK, lse_N, entropy_N, argmax_N, *_ = _logprob_op(op_call)
         lse_N = lse_N if options.lse else None
         entropy_N = entropy_N if options.entropy else None
         argmax_N = argmax_N if options.argmax else None
     else:
-        logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(
-            *call.tensors, call.labels_NK, options, needs, frozen_head, kept
-        )
-    return logp_NK.where(call.kept_NK, 0.0), lse_N, entropy_N, argmax_N
+        logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(head, *head.tensors, frozen_head, cached)
+    return logp_NK.where(call.active_NK, 0.0), lse_N, entropy_N, argmax_N
 
 
-def _is_frozen_head(head: Head, needs: Needs) -> bool:
+def _is_frozen_head(head: Head) -> bool:
     """Only hidden needs a gradient, of one target: one [N, D] product serves every upstream gradient."""
-    return needs.hidden_alone and head.stores_exp(needs)
+    return head.needs.hidden_alone and head.stores_exp
 
 
-def _forward(head: Head, needs: Needs, frozen_head: bool, kept: int) -> tuple[RowStats, Tensor, Tensor | None]:
-    """Statistics, what is saved of them, and what the backward begins with: the product of a frozen head, else what is
-    kept of the logits.
+def _forward(head: Head, frozen_head: bool, cached: int) -> tuple[RowStats, Tensor, Tensor | None]:
+    """Statistics, and what is saved for the backward: their part of it; the product of a frozen head, else the cached
+    columns.
     """
     if frozen_head:
-        stats, gradients = exp_pass(head, needs, None)
+        stats, gradients = exp_pass(head, None)
         return stats, stats.saved_4N, gradients.dhidden_ND
-    exp = head.stores_exp(needs)
-    kept_NC = new_kept(head, needs, kept) if kept else None
-    stats = forward_pass(head, None if kept_NC is None else kept_NC[:, :kept], exp=exp)
-    return stats, stats.saved_4N if exp else stats.norms_2N, kept_NC
+    exp = head.stores_exp
+    cached_NC = new_cached(head, cached) if cached else None
+    stats = forward_pass(head, None if cached_NC is None else cached_NC[:, :cached], exp=exp)
+    return stats, stats.saved_4N if exp else stats.norms_2N, cached_NC
 
 
 def _backward(
     head: Head,
-    needs: Needs,
     saved: Tensor,
     entropy_N: Tensor | None,
     upstream: tuple[Tensor | None, ...],
-    begun: Tensor | None,
+    product_or_cached: Tensor | None,
     *,
     frozen_head: bool,
     in_place: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``HeadCall.tensors`` under the upstream gradients of logp, lse and entropy."""
+    """Gradients of ``Head.tensors`` under the upstream gradients of logp, lse and entropy."""
     dlogp_NK, dlse_N, dentropy_N = upstream
     if dlogp_NK is None:
         dlogp_NK = torch.zeros(head.labels_NK.shape, dtype=saved.dtype, device=saved.device)
     coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
     if frozen_head:
-        return frozen_gradient(head, begun, saved, coefficients), *(None,) * 4
-    gradients = vocabulary_pass(head, needs, saved, coefficients, begun, in_place=in_place)
+        return frozen_gradient(head, product_or_cached, saved, coefficients), *(None,) * 4
+    gradients = vocabulary_pass(head, saved, coefficients, product_or_cached, in_place=in_place)
     return gradients.like(head.tensors).tensors
 
 
 class LinearLogprobFunction(torch.autograd.Function):
-    """(the five of ``HeadCall.tensors``, labels_NK, options, needs, frozen_head, kept) -> logp_NK, lse_N, entropy_N,
-    argmax_N.
+    """(head, ``Head.tensors``, frozen_head, cached) -> logp_NK, lse_N, entropy_N, argmax_N.
 
-    Saves the normalisers and entropy and recomputes logits in the backward, but for ``kept`` columns: exponentials, or
-    logits, which the first backward uses up. With a frozen head it saves a product in place of hidden.
+    Saves the normalisers and entropy and recomputes logits in the backward, but for ``cached`` columns: exponentials,
+    or logits, which the first backward uses up. With a frozen head it saves a product in place of hidden.
     """
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, labels_NK, options, needs, frozen_head, kept = args
+        head, *tensors, frozen_head, cached = args
+        options = head.options
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.options, ctx.frozen_head, ctx.kept_NC = needs, options, frozen_head, None
-        head = Head.of(tensors, labels_NK, options)
-        stats, saved, begun = _forward(head, needs, frozen_head, kept)
+        ctx.head, ctx.frozen_head, ctx.cached_NC = head.without_tensors, frozen_head, None
+        stats, saved, product_or_cached = _forward(head, frozen_head, cached)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
         if frozen_head:
             _, *others = tensors
-            ctx.save_for_backward(begun, *others, labels_NK, saved, entropy_N, begun)
-        elif needs:
-            kept_NC = None if begun is None else begun[:, :kept]
-            exp = head.stores_exp(needs)
-            ctx.kept_NC = None if exp else kept_NC
-            ctx.save_for_backward(*tensors, labels_NK, saved, entropy_N, kept_NC if exp else None)
+            ctx.save_for_backward(product_or_cached, *others, head.labels_NK, saved, entropy_N, product_or_cached)
+        elif head.needs:
+            cached_NC = None if product_or_cached is None else product_or_cached[:, :cached]
+            exp = head.stores_exp
+            ctx.cached_NC = None if exp else cached_NC
+            ctx.save_for_backward(*tensors, head.labels_NK, saved, entropy_N, cached_NC if exp else None)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
         return stats.logp_NK(options.label_smoothing, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
@@ -218,68 +214,71 @@ class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
-        no_others = (None,) * 5
         upstream = dlogp_NK, dlse_N, dentropy_N
         if all(g is None for g in upstream):
-            return (*(None,) * 5, *no_others)
-        *tensors, labels_NK, saved, entropy_N, begun = ctx.saved_tensors
-        head = Head.of(tensors, labels_NK, ctx.options)
-        if begun is None:
-            begun, ctx.kept_NC = ctx.kept_NC, None
+            return (None,) * 8
+        *tensors, labels_NK, saved, entropy_N, product_or_cached = ctx.saved_tensors
+        head = ctx.head.with_tensors(tensors, labels_NK)
+        if product_or_cached is None:
+            product_or_cached, ctx.cached_NC = ctx.cached_NC, None
         options = {"frozen_head": ctx.frozen_head, "in_place": True}
-        return (*_backward(head, ctx.needs, saved, entropy_N, upstream, begun, **options), *no_others)
+        return None, *_backward(head, saved, entropy_N, upstream, product_or_cached, **options), None, None
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------
 
 
 def _run(call: OpCall) -> list[Tensor | None]:
-    """logp (N, K), lse (N,), entropy, argmax (N,) or None, saved statistics, what the backward begins with."""
+    """logp (N, K), lse (N,), entropy, argmax (N,) or None, saved statistics, what is saved for the backward."""
     head, options = call.head(call.tensors[5]), call.options
-    stats, saved, begun = _forward(head, call.needs, call.flags[0], call.sizes[0])
+    stats, saved, product_or_cached = _forward(head, call.flags[0], call.sizes[0])
     entropy_N = stats.entropy_N if options.entropy else None
-    return [stats.logp_NK(options.label_smoothing, head.v), stats.lse_N, entropy_N, stats.argmax_N, saved, begun]
+    return [
+        stats.logp_NK(options.label_smoothing, head.v),
+        stats.lse_N,
+        entropy_N,
+        stats.argmax_N,
+        saved,
+        product_or_cached,
+    ]
 
 
 def _shapes(call: OpCall) -> list[Tensor | None]:
     labels_NK, options = call.tensors[5], call.options
     head = call.head(labels_NK)
-    wide, begun = accumulation_dtype(head.operand), None
+    wide, product_or_cached = accumulation_dtype(head.operand), None
     if call.flags[0]:
-        begun = head.hidden_ND.new_empty(head.hidden_ND.shape)
+        product_or_cached = head.hidden_ND.new_empty(head.hidden_ND.shape)
     elif call.sizes[0]:
-        begun = new_kept(head, call.needs, call.sizes[0])
+        product_or_cached = new_cached(head, call.sizes[0])
     row_N = head.hidden_ND.new_empty(head.n, dtype=wide)
     return [
         row_N.new_empty(labels_NK.shape),
         row_N,
         torch.empty_like(row_N) if options.entropy else None,
         labels_NK.new_empty(head.n) if options.argmax else None,
-        row_N.new_empty(4 if head.stores_exp(call.needs) else 2, head.n),
-        begun,
+        row_N.new_empty(4 if head.stores_exp else 2, head.n),
+        product_or_cached,
     ]
 
 
 def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    _, _, entropy_N, _, saved, begun = outputs
+    _, _, entropy_N, _, saved, product_or_cached = outputs
     dlogp_NK, dlse_N, dentropy_N, *_ = upstream
     if not call.options.entropy:
         entropy_N = dentropy_N = None
-    begun = begun if call.flags[0] or call.sizes[0] else None
-    tensors = [*call.tensors, saved, entropy_N, begun, dlogp_NK, dlse_N, dentropy_N]
+    product_or_cached = product_or_cached if call.flags[0] or call.sizes[0] else None
+    tensors = [*call.tensors, saved, entropy_N, product_or_cached, dlogp_NK, dlse_N, dentropy_N]
     return _logprob_backward_op(replace(call, tensors=tensors))
 
 
 def _run_backward(call: OpCall) -> list[Tensor | None]:
-    labels_NK, saved, entropy_N, begun, dlogp_NK, *upstream = call.tensors[5:]
+    labels_NK, saved, entropy_N, product_or_cached, dlogp_NK, *upstream = call.tensors[5:]
     frozen_head, upstream = call.flags[0], (dlogp_NK, *upstream)
-    if begun is not None and not frozen_head:
-        begun = begun[:, : call.sizes[0]]
-    return list(
-        _backward(
-            call.head(labels_NK), call.needs, saved, entropy_N, upstream, begun, frozen_head=frozen_head, in_place=False
-        )
-    )
+    if product_or_cached is not None and not frozen_head:
+        product_or_cached = product_or_cached[:, : call.sizes[0]]
+    options = {"frozen_head": frozen_head, "in_place": False}
+    return list(_backward(call.head(labels_NK), saved, entropy_N, upstream, product_or_cached, **options))
 
 
 _logprob_op = registered("logprob", _run, _shapes, _gradients)

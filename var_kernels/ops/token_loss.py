@@ -12,7 +12,7 @@ from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.engines import forward_pass, one_pass
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Gradients, Head
+from var_kernels.ops.head import Gradients
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.signatures import ENGINES, Engine, Precision, TokenLossKeywords
 from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
@@ -126,7 +126,7 @@ def linear_token_loss(
         loss, logp_NK, entropy_N, argmax_N = apply_token_loss(call, token_loss, inputs)
     else:
         logp_NK, _, entropy_N, argmax_N = apply_logprob(call)
-        loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs, call.kept_NK.squeeze(1)).sum()
+        loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs, call.active_NK.squeeze(1)).sum()
     outputs = [loss]
     if return_logp:
         outputs.append(call.restore_targets(logp_NK.detach()))
@@ -142,11 +142,11 @@ def _without_entropy(token_loss: TokenLoss) -> TokenLoss:
 
 
 def _evaluate(
-    token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor], kept_n: Tensor
+    token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor], active_n: Tensor
 ) -> Tensor:
     """(n,) losses, 0 where a row does not count (there are such rows only where they are masked)."""
     # Masked on both sides: such a row may have a slope of NaN, which a mask of the result alone lets through.
-    known = [t.where(kept_n, 0.0) for t in (logp_n, entropy_n) if t is not None]
+    known = [t.where(active_n, 0.0) for t in (logp_n, entropy_n) if t is not None]
     loss_n = token_loss(*known, *inputs)
     if not isinstance(loss_n, Tensor) or loss_n.shape != logp_n.shape:
         got = tuple(loss_n.shape) if isinstance(loss_n, Tensor) else type(loss_n).__name__
@@ -154,22 +154,15 @@ def _evaluate(
             f"token_loss must return one loss a token, shape {tuple(logp_n.shape)}, got {got}; leave the sum to "
             "linear_token_loss"
         )
-    return loss_n.where(kept_n, 0.0)
+    return loss_n.where(active_n, 0.0)
 
 
 def apply_token_loss(
     call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The scalar loss; detached logp (n, 1), entropy and argmax (n,) or None."""
-    return LinearTokenLossFunction.apply(
-        *call.tensors,
-        call.labels_NK,
-        call.kept_NK.squeeze(1),
-        token_loss,
-        inputs,
-        call.options,
-        call.needs,
-    )
+    head = call.head
+    return LinearTokenLossFunction.apply(head, *head.tensors, call.active_NK.squeeze(1), token_loss, inputs)
 
 
 class LinearTokenLossFunction(torch.autograd.Function):
@@ -177,9 +170,9 @@ class LinearTokenLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, labels_NK, kept_N, token_loss, inputs, options, needs = args
+        head, *_, active_N, token_loss, inputs = args
+        options = head.options
         ctx.set_materialize_grads(False)
-        head = Head.of(tensors, labels_NK, options)
         losses: list[Tensor] = []
 
         def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
@@ -187,7 +180,7 @@ class LinearTokenLossFunction(torch.autograd.Function):
             leaves = [t.requires_grad_() for t in known]
             with torch.enable_grad():
                 entropy_n = leaves[1] if options.entropy else None
-                loss_n = _evaluate(token_loss, leaves[0], entropy_n, [t[rows] for t in inputs], kept_N[rows])
+                loss_n = _evaluate(token_loss, leaves[0], entropy_n, [t[rows] for t in inputs], active_N[rows])
                 slope_n, *entropy_slope_n = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True)
             losses.append(loss_n.detach().sum())
             slope_n = torch.zeros_like(leaves[0]) if slope_n is None else slope_n
@@ -195,14 +188,14 @@ class LinearTokenLossFunction(torch.autograd.Function):
                 return head.coefficients(slope_n.unsqueeze(1))
             return head.coefficients(slope_n.unsqueeze(1), None, entropy_slope_n[0], known[1].detach())
 
-        if needs:
-            stats, gradients = one_pass(head, needs, coefficients_of)
+        if head.needs:
+            stats, gradients = one_pass(head, coefficients_of)
             gradients = gradients.like(head.tensors)
         else:  # no slopes: under inference_mode there are none to be had
-            stats, gradients = forward_pass(head, exp=head.stores_exp(needs)), Gradients()
+            stats, gradients = forward_pass(head, exp=head.stores_exp), Gradients()
             logp_N = stats.logp_NK(0.0, head.v).squeeze(1)
             entropy_N = stats.entropy_N if options.entropy else None
-            losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, kept_N).sum())
+            losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, active_N).sum())
         logp_NK = stats.logp_NK(0.0, head.v)
         ctx.save_for_backward(*gradients.tensors)
         entropy_N = stats.entropy_N if options.entropy else None
@@ -213,7 +206,6 @@ class LinearTokenLossFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dloss, *_):
-        others = (None,) * 6
         if dloss is None:
-            return (*(None,) * 5, *others)
-        return (*scaled_gradients(ctx.saved_tensors, dloss), *others)
+            return (None,) * 9
+        return None, *scaled_gradients(ctx.saved_tensors, dloss), None, None, None

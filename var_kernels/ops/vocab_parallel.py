@@ -12,7 +12,6 @@ from var_kernels.ops.call import prepare
 from var_kernels.ops.compiled import outside_of_graphs
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Head
 from var_kernels.ops.signatures import Precision
 
 
@@ -83,10 +82,8 @@ def vocab_parallel_logprob(
         argmax=return_argmax,
     )
     shard = Shard(start, process_group)
-    logp_NK, lse_N, entropy_N, argmax_N = VocabParallelLogprobFunction.apply(
-        *call.tensors, call.labels_NK, call.options, call.needs, shard
-    )
-    outputs = [call.restore_targets(logp_NK.where(call.kept_NK, 0.0))]
+    logp_NK, lse_N, entropy_N, argmax_N = VocabParallelLogprobFunction.apply(call.head, *call.head.tensors, shard)
+    outputs = [call.restore_targets(logp_NK.where(call.active_NK, 0.0))]
     outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
     if argmax_N is not None:
         outputs.append(call.restore(argmax_N, fill=-1))
@@ -102,18 +99,19 @@ class Shard:
 
 
 class VocabParallelLogprobFunction(torch.autograd.Function):
-    """(the five of ``HeadCall.tensors``, labels_NK, options, needs, shard) -> logp_NK, lse_N, entropy_N, argmax_N."""
+    """(head, ``Head.tensors``, shard) -> logp_NK, lse_N, entropy_N, argmax_N."""
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, labels_NK, options, needs, shard = args
+        head, *tensors, shard = args
+        options = head.options
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.options, ctx.shard = needs, options, shard
-        head = Head.of(tensors, labels_NK - shard.start, options)
+        ctx.head, ctx.shard = head.without_tensors, shard
+        head = head.with_tensors(tensors, head.labels_NK - shard.start)
         stats = _merged(forward_pass(head), head.labels_NK, head.v, shard)
         lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
-        if needs:
-            ctx.save_for_backward(*tensors, labels_NK, stats.norms_2N, entropy_N)
+        if head.needs:
+            ctx.save_for_backward(*tensors, head.labels_NK, stats.norms_2N, entropy_N)
         if stats.argmax_N is not None:
             ctx.mark_non_differentiable(stats.argmax_N)
         return stats.logp_NK(0.0, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
@@ -121,19 +119,18 @@ class VocabParallelLogprobFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
-        others = (None,) * 4
         if dlogp_NK is None and dlse_N is None and dentropy_N is None:
-            return (*(None,) * 5, *others)
+            return (None,) * 7
         *tensors, labels_NK, norms_2N, entropy_N = ctx.saved_tensors
-        head = Head.of(tensors, labels_NK - ctx.shard.start, ctx.options)
+        head = ctx.head.with_tensors(tensors, labels_NK)
         if dlogp_NK is None:
             dlogp_NK = torch.zeros(labels_NK.shape, dtype=norms_2N.dtype, device=norms_2N.device)
         coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-        gradients = vocabulary_pass(head, ctx.needs, norms_2N, coefficients)
+        gradients = vocabulary_pass(head, norms_2N, coefficients)
         for partial in (gradients.dhidden_ND, gradients.dleft_NR):
             if partial is not None:
                 dist.all_reduce(partial, group=ctx.shard.group)  # before it is rounded
-        return (*gradients.like(head.tensors).tensors, *others)
+        return None, *gradients.like(head.tensors).tensors, None
 
 
 def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard) -> RowStats:

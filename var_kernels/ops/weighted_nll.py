@@ -12,7 +12,7 @@ from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.compiled import OpCall, gradient_shapes, of_finished, registered
 from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
 from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Gradients, Head, Needs, accumulation_dtype
+from var_kernels.ops.head import Gradients, Head, accumulation_dtype
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.signatures import ENGINES, REDUCTIONS, Engine, Precision, Reduction, WeightedNLLKeywords
 
@@ -120,15 +120,15 @@ def linear_weighted_nll(
         lse=z_loss != 0,
         argmax=return_argmax,
     )
-    checks.check_num_items(num_items, call.kept_NK)
+    checks.check_num_items(num_items, call.active_NK)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
-        weight_NK = call.kept_NK.to(dtype)
+        weight_NK = call.active_NK.to(dtype)
     else:
-        weight_NK = call.select_targets(token_weight).to(dtype).where(call.kept_NK, 0.0)
+        weight_NK = call.select_targets(token_weight).to(dtype).where(call.active_NK, 0.0)
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
-        weight_NK = weight_NK.where(call.kept_NK, 0.0)  # num_items may be 0 then
+        weight_NK = weight_NK.where(call.active_NK, 0.0)  # num_items may be 0 then
 
     if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
         loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
@@ -160,24 +160,25 @@ def underflows(operand: torch.dtype) -> bool:
 
 def one_pass_serves(call: HeadCall) -> bool:
     """Whether the budget holds one pass (see ``one_pass_fits``), and the dtype the gradients that it makes."""
-    return not underflows(call.hidden_ND.dtype) and one_pass_fits(call.head, call.needs)
+    return not underflows(call.head.operand) and one_pass_fits(call.head)
 
 
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
+    head = call.head
     if call.traced:
-        tensors = [*call.tensors, weight_NK, call.labels_NK, call.kept_NK]
-        loss, logp_NK, argmax_N, *_ = _weighted_nll_op(OpCall(tensors, call.options, call.needs, [z_loss]))
-        logp_NK, argmax_N = logp_NK.detach(), argmax_N if call.options.argmax else None
+        tensors = [*head.tensors, weight_NK, head.labels_NK, call.active_NK]
+        loss, logp_NK, argmax_N, *_ = _weighted_nll_op(OpCall(tensors, head.options, head.needs, [z_loss]))
+        logp_NK, argmax_N = logp_NK.detach(), argmax_N if head.options.argmax else None
     else:
         loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
-            *call.tensors, weight_NK, call.labels_NK, call.kept_NK, z_loss, call.options, call.needs
+            head, *head.tensors, weight_NK, call.active_NK, z_loss
         )
-    return loss, logp_NK.where(call.kept_NK, 0.0), argmax_N
+    return loss, logp_NK.where(call.active_NK, 0.0), argmax_N
 
 
 def _forward(
-    head: Head, needs: Needs, weight_NK: Tensor, kept_NK: Tensor, z_loss: float
+    head: Head, weight_NK: Tensor, active_NK: Tensor, z_loss: float
 ) -> tuple[RowStats, Gradients, Tensor, Tensor]:
     """Statistics, finished gradients of the loss, logp_NK and nll_NK."""
 
@@ -186,15 +187,15 @@ def _forward(
         dlse_n = 2 * z_loss * weight_nk.sum(1) * stats.lse_N if z_loss else None
         return head.coefficients(-weight_nk, dlse_n)
 
-    if needs:
-        stats, gradients = one_pass(head, needs, coefficients_of)
+    if head.needs:
+        stats, gradients = one_pass(head, coefficients_of)
         gradients = gradients.like(head.tensors)
     else:
-        stats, gradients = forward_pass(head, exp=head.stores_exp(needs)), Gradients()
+        stats, gradients = forward_pass(head, exp=head.stores_exp), Gradients()
     logp_NK = stats.logp_NK(head.options.label_smoothing, head.v)
     nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
     # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
-    return stats, gradients, logp_NK, nll_NK.where(kept_NK, 0.0)
+    return stats, gradients, logp_NK, nll_NK.where(active_NK, 0.0)
 
 
 class LinearWeightedNLLFunction(torch.autograd.Function):
@@ -205,10 +206,9 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, weight_NK, labels_NK, kept_NK, z_loss, options, needs = args
+        head, *_, weight_NK, active_NK, z_loss = args
         ctx.set_materialize_grads(False)
-        head = Head.of(tensors, labels_NK, options)
-        stats, gradients, logp_NK, nll_NK = _forward(head, needs, weight_NK, kept_NK, z_loss)
+        stats, gradients, logp_NK, nll_NK = _forward(head, weight_NK, active_NK, z_loss)
         ctx.save_for_backward(*gradients.tensors, nll_NK)
         ctx.mark_non_differentiable(logp_NK)
         if stats.argmax_N is not None:
@@ -219,10 +219,10 @@ class LinearWeightedNLLFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 11
+            return (None,) * 9
         *gradients, nll_NK = ctx.saved_tensors
         gradients = scaled_gradients(gradients, dloss)
-        return (*gradients, dloss * nll_NK if ctx.needs_input_grad[5] else None, *(None,) * 5)
+        return None, *gradients, dloss * nll_NK if ctx.needs_input_grad[6] else None, None, None
 
 
 def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
@@ -238,8 +238,8 @@ def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
 
 def _run(call: OpCall) -> list[Tensor | None]:
     """loss (), logp (N, K), argmax (N,) or None, nll (N, K), gradients of the five."""
-    weight_NK, labels_NK, kept_NK = call.tensors[5:]
-    stats, gradients, logp_NK, nll_NK = _forward(call.head(labels_NK), call.needs, weight_NK, kept_NK, call.numbers[0])
+    weight_NK, labels_NK, active_NK = call.tensors[5:]
+    stats, gradients, logp_NK, nll_NK = _forward(call.head(labels_NK), weight_NK, active_NK, call.numbers[0])
     return [(weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N, nll_NK, *gradients.tensors]
 
 

@@ -248,7 +248,7 @@ def test_every_symbol_of_a_formula_is_explained():
             stem = re.sub(r"_(w|l|t|target|last)\b", "", symbol)
             explained = legend | defined | set(method.own_settings) | set(METHODS)
             left |= {symbol} - explained if {stem, stem.rstrip("+"), symbol} & explained == set() else set()
-    mathematics = "exp log logit relu sigmoid softmax softmax_k min max clip sum_t"
+    mathematics = "mean std exp log logit relu sigmoid softmax softmax_k min max clip sum_t"
     given = "var_weights rewards ref_logp low high"
     prose = """a and any at by completion completions constant default desirable each else for head highest if its last
     means most of or others over per prompt reward sign sum summed sums the token where"""

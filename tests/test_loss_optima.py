@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from var_kernels.losses.group import exo_loss, lire_loss, raft_loss
+from var_kernels.losses.listwise import gvpo_loss, info_nca_loss, nca_loss, target_po_loss
 from var_kernels.losses.pair import dpo_loss, ipo_loss, robust_dpo_loss
-from var_kernels.losses.regression import dro_loss, dro_value_loss, qrpo_loss, quantile_reward, rebel_loss
+from var_kernels.losses.regression import (
+    astar_po_loss,
+    dro_loss,
+    dro_value_loss,
+    qrpo_loss,
+    quantile_reward,
+    rebel_loss,
+    soft_value,
+)
 from var_kernels.losses.supervised import awr_loss
 
 R = 6  # responses
@@ -28,6 +37,9 @@ def tilted(reward, lam=LAM, prior=PI_REF):
 
 
 PI_STAR = tilted(REWARD)
+LOG_Z = (PI_REF * (REWARD / LAM).exp()).sum().log()
+UNIFORM = torch.full((R,), -math.log(R), dtype=torch.float64)
+MU = torch.rand(R, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).softmax(0)  # whoever drew them
 
 
 def minimise(loss_of) -> torch.Tensor:
@@ -78,6 +90,29 @@ OPTIMA = {
         ).sum(),
         PI_STAR,
     ),
+    "InfoNCA, beta * reward_temperature = lam": (
+        lambda logp: info_nca_loss(logp, REF_LOGP, REWARD, ONE_PROMPT, beta=0.4, reward_temperature=LAM / 0.4).sum(),
+        PI_STAR,
+    ),
+    "NCA on draws of a uniform reference, beta 1": (
+        lambda logp: nca_loss(logp, UNIFORM, REWARD, ONE_PROMPT, beta=1.0, reward_temperature=LAM).sum(),
+        tilted(REWARD, prior=UNIFORM.exp()),
+    ),
+    "GVPO": (lambda logp: gvpo_loss(logp, REF_LOGP, REWARD, ONE_PROMPT, beta=LAM).sum(), PI_STAR),
+    "target PO, eta = lam / std r": (
+        lambda logp: target_po_loss(logp, REF_LOGP, REWARD, ONE_PROMPT, eta=LAM / (REWARD.std().item() + 1e-4)).sum(),
+        PI_STAR,
+    ),
+    "A*-PO with the reference's value": (
+        lambda logp: (MU * astar_po_loss(logp, REF_LOGP, REWARD, LAM * LOG_Z.expand(R), beta=LAM)).sum(),
+        PI_STAR,
+    ),
+    "A*-PO with the value of a uniform reference's draws": (
+        lambda logp: astar_po_loss(
+            logp, UNIFORM, REWARD, soft_value(REWARD, ONE_PROMPT, temperature=LAM), beta=LAM
+        ).sum(),
+        tilted(REWARD, prior=UNIFORM.exp()),
+    ),
     "AWR on the reference's draws, below its clip": (
         lambda logp: (PI_REF * awr_loss(logp, REWARD, beta=LAM, max_weight=1e9)).sum(),
         PI_STAR,
@@ -99,6 +134,13 @@ WRONG = {
     "DPO where labels are flipped": lambda logp: (flip(BRADLEY_TERRY, 0.2) * of_pairs(dpo_loss, logp, beta=LAM)).sum(),
     "IPO": lambda logp: (BRADLEY_TERRY * of_pairs(ipo_loss, logp, tau=LAM, token_reduction="sum")).sum(),
     "REBEL, eta = lam": lambda logp: of_pairs(rebel_loss, logp, REWARD[WIN], REWARD[LOSE], eta=LAM).sum(),
+    "GVPO, beta = 1 / lam": lambda logp: gvpo_loss(logp, REF_LOGP, REWARD, ONE_PROMPT, beta=1 / LAM).sum(),
+    "A*-PO with the mean reward for its value": lambda logp: (
+        MU * astar_po_loss(logp, REF_LOGP, REWARD, (PI_REF * REWARD).sum().expand(R), beta=LAM)
+    ).sum(),
+    "NCA where the reference is not uniform": lambda logp: nca_loss(
+        logp, REF_LOGP, REWARD, ONE_PROMPT, beta=1.0, reward_temperature=LAM
+    ).sum(),
     "QRPO with Z of quantiles on raw rewards": lambda logp: qrpo_loss(logp, REF_LOGP, REWARD, beta=LAM).sum(),
     "AWR on every response once": lambda logp: awr_loss(logp, REWARD, beta=LAM, max_weight=1e9).sum(),
 }

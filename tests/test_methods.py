@@ -7,7 +7,7 @@ from tests.tiny_training import ROWS, losses, tiny_model, tiny_trainer, tokenize
 from var_kernels.integrations.data import DataError, encode_examples, parse_row
 from var_kernels.integrations.hf.heads import load_head
 from var_kernels.integrations.trainer.methods import METHODS
-from var_kernels.losses import LOSSES, advantages_by_name, single_name
+from var_kernels.losses import LOSSES, advantages_by_name, single_name, soft_value
 
 PAIRS = [
     {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][2],
@@ -147,6 +147,8 @@ def naive_loss(method, config):
         return model, loss.function(**arguments, **options).sum() / 8
     if method == "awr":
         columns["advantage"] = (reward - reward.mean()) / (reward.std(correction=0) + 1e-5)
+    if method == "astar_po":
+        columns["value"] = soft_value(reward, group, temperature=config.beta)
     if method == "qrpo":
         columns["reward"] = torch.stack(
             [(reward[group == g] <= r).double().mean() for r, g in zip(reward, group, strict=True)]
@@ -175,7 +177,7 @@ def naive_loss(method, config):
 
 NAIVE = ["dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "rebel", "sail_pr", "exo", "lire", "raft", "awr",
          "weighted_bc", "qrpo", "kto", "dro", "rlol", "rgold", "ppo", "grpo", "cispo", "sapo", "gspo", "reinforce",
-         "vespo", "topr"]  # fmt: skip
+         "vespo", "topr", "info_nca", "nca", "gvpo", "target_po", "astar_po"]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", NAIVE)

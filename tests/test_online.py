@@ -211,7 +211,8 @@ def test_reference_and_old_log_probs_are_those_of_the_right_model(refresh, tmp_p
 
 # ---- the temperature of draws and log-probs --------------------------------------------------------------------------
 
-READS_DRAWS = ["ppo", "grpo", "cispo", "sapo", "gspo", "reinforce", "vespo", "topr", "rlol", "rgold", "weighted_bc",
+READS_DRAWS = ["ppo", "grpo", "cispo", "sapo", "gspo", "reinforce", "vespo", "topr", "gvpo",
+               "target_po", "astar_po", "rlol", "rgold", "weighted_bc",
                "sail_pp", "sail_pr", "var", "qrpo"]  # fmt: skip
 
 

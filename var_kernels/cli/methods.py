@@ -38,13 +38,14 @@ SYMBOLS = {
     "q": "quantile of r among the rewards of the prompt's answers",
     "T, Z": "T(q) = q, and Z = E[exp(T(q) / beta)]",
     "V": "value of the prompt, learned",
-    "A": "advantage: r above the mean",
+    "A": "advantage: r above the mean, or as --advantages says",
     "A+": "max(R - V, 0)",
     "z0": "estimate of the KL to the reference in the batch",
     "mu": "what the reward head says at a token",
     "Q, KL, TD": "of AVA: help(var_kernels.losses.ava_d_loss)",
     "e": "label_smoothing, or clip_range",
     "k, lam, t": "options of the loss, one for each sign of A",
+    "K": "answers of the prompt",
     "sg": "without a gradient",
 }
 

@@ -25,6 +25,7 @@ from var_kernels.losses.ava import ava_d_loss, ava_p_loss, bradley_terry_loss, l
 from var_kernels.losses.group import best_of_group, exo_loss, lire_loss, raft_loss
 from var_kernels.losses.kto import kto_baseline, kto_loss
 from var_kernels.losses.linear import linear_loss
+from var_kernels.losses.listwise import gvpo_loss, info_nca_loss, nca_loss, target_po_loss
 from var_kernels.losses.margin import orpo_loss, simpo_loss, slic_loss
 from var_kernels.losses.pair import dpo_loss, hinge_loss, implicit_reward, ipo_loss, robust_dpo_loss
 from var_kernels.losses.policy_gradient import (
@@ -36,7 +37,15 @@ from var_kernels.losses.policy_gradient import (
     vespo_loss,
 )
 from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
-from var_kernels.losses.regression import dro_loss, dro_value_loss, qrpo_loss, quantile_reward, rebel_loss
+from var_kernels.losses.regression import (
+    astar_po_loss,
+    dro_loss,
+    dro_value_loss,
+    qrpo_loss,
+    quantile_reward,
+    rebel_loss,
+    soft_value,
+)
 from var_kernels.losses.sail import draw_preference, sail_dp_loss, sail_pp_loss, sail_pr_loss
 from var_kernels.losses.sequences import sequence_lengths, sequence_sum
 from var_kernels.losses.supervised import awr_loss, reweighted_loss, sft_loss
@@ -80,6 +89,7 @@ __all__ = [
     "alol_loss",
     "alol_ref_free_loss",
     "alol_seq_loss",
+    "astar_po_loss",
     "ava_d_loss",
     "ava_p_loss",
     "awr_loss",
@@ -97,8 +107,10 @@ __all__ = [
     "group_advantage",
     "grpo_loss",
     "gspo_loss",
+    "gvpo_loss",
     "hinge_loss",
     "implicit_reward",
+    "info_nca_loss",
     "ipo_loss",
     "kl_k1",
     "kl_k2",
@@ -110,6 +122,7 @@ __all__ = [
     "linear_loss",
     "lire_loss",
     "literal_q",
+    "nca_loss",
     "orpo_loss",
     "pair_accuracy",
     "ppo_clipped",
@@ -134,7 +147,9 @@ __all__ = [
     "simpo_loss",
     "single_name",
     "slic_loss",
+    "soft_value",
     "standardised_advantage",
+    "target_po_loss",
     "token_objective",
     "topr_loss",
     "var_loss",

@@ -1,13 +1,15 @@
-"""Losses that regress a policy's log-ratio onto rewards: REBEL (pairs), QRPO and DRO-V (single completions). Class C:
-the gradient is the residual, known only with the sequence's sum."""
+"""Losses that regress a policy's log-ratio onto rewards: REBEL (pairs), QRPO, A*-PO and DRO-V (single completions).
+Class C: the gradient is the residual, known only with the sequence's sum."""
 
 import math
 
+import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
+from var_kernels.losses.segments import group_rows
 
 
 @register(
@@ -136,6 +138,70 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
 
 
 @register(
+    "astar_po",
+    pass_class="C",
+    item="sequence",
+    formula="(r - V - beta (s - sr))^2, V = T log mean exp(r / T) over the prompt's completions, T = value_temperature",
+    source="A*-PO, arXiv 2505.20686; OAPL, arXiv 2602.19362",
+    evidence="paper",
+)
+def astar_po_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, beta: float) -> Tensor:
+    """A*-PO: the log-ratio regressed onto the optimal advantage, its value estimated from draws of the reference.
+
+        loss = (r - V - beta (s - sr))^2,     V by ``soft_value`` of the rewards of the reference's own completions
+
+    At V = beta log Z the residual vanishes at pi* = pi_ref exp(r / beta) / Z, VAR's, whoever drew the completions.
+    A*-PO draws these from the policy and V's from the reference beforehand; OAPL takes V from the same group, with the
+    lagged policy that drew it as the reference. ``dro_loss`` learns V and is 2 beta times smaller.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the reference, nats; constants.
+        reward: (B,) reward units; constants.
+        value: (B,) V of the row's prompt, reward units; constants.
+        beta: > 0, the KL temperature, reward units per nat; 1e-3 in the authors' runs, on long completions.
+
+    Returns:
+        (B,) reward units^2 per sequence, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: beta out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2505.20686 eq. 4, 2602.19362.
+    """
+    _check_dro(policy_logp, ref_logp, reward, value, "beta", beta)
+    return _dro_residual(policy_logp, ref_logp, reward, value.detach(), beta).square()
+
+
+def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tensor:
+    """temperature log mean exp(r / temperature) over the completions of the row's prompt: (B,), detached.
+
+    For completions of the reference it estimates V = temperature log Z, from below where they are few. Large
+    temperatures give their mean, small ones the best of them.
+
+    Args:
+        reward: (B,) reward units.  group_ids: (B,) integers, equal for the same prompt.
+        temperature: > 0, reward units.
+
+    Returns:
+        (B,) reward units, equal within a prompt, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: temperature out of range, shapes and dtypes; on the CPU also rewards that are not finite.
+
+    Source: arXiv 2505.20686.
+    """
+    check_number("temperature", temperature, remedy="negate the rewards to minimise them")
+    check_rows(reward=reward)
+    check_integers("reward", reward, group_ids=group_ids)
+    check_constants(reward=reward)
+    groups, exact_B = group_rows(group_ids), reward.detach().double()
+    best_B = groups.max(exact_B)
+    mass_B = groups.sum(((exact_B - best_B) / temperature).exp()) / groups.sum(torch.ones_like(exact_B))
+    return (best_B + temperature * mass_B.log()).to(wide(reward).dtype)
+
+
+@register(
     "dro",
     pass_class="C",
     item="sequence",
@@ -167,7 +233,7 @@ def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tenso
 
     Source: arXiv 2405.19107.
     """
-    _check_dro(policy_logp, ref_logp, reward, value, tau)
+    _check_dro(policy_logp, ref_logp, reward, value, "tau", tau)
     residual_B = _dro_residual(policy_logp, ref_logp, reward, value.detach(), tau)
     return residual_B.square() / (2 * tau)
 
@@ -189,12 +255,14 @@ def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward:
 
     Source: arXiv 2405.19107.
     """
-    _check_dro(policy_logp, ref_logp, reward, value, tau)
+    _check_dro(policy_logp, ref_logp, reward, value, "tau", tau)
     return 0.5 * _dro_residual(policy_logp.detach(), ref_logp, reward, value, tau).square()
 
 
-def _check_dro(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> None:
-    check_number("tau", tau, remedy="negate the rewards to minimise them")
+def _check_dro(
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, name: str, temperature: float
+) -> None:
+    check_number(name, temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
 

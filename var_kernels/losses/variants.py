@@ -163,6 +163,14 @@ _enter(
     dual_clip=3.0,
 )
 _enter(
+    "oapl",
+    "astar_po on draws of the lagged policy, which is the reference, V over the same draws",
+    "arXiv 2602.19362",
+    "paper",
+    "astar_po",
+    online=True,
+)
+_enter(
     "cispo_clipped",
     "cispo, the ratio clipped on both sides, as verl has it",
     "arXiv 2506.13585",

@@ -27,6 +27,7 @@ from var_kernels.losses import (
     linear_loss,
     quantile_reward,
     single_name,
+    soft_value,
 )
 from var_kernels.losses.advantages import ADVANTAGES
 from var_kernels.losses.ava import last_value
@@ -121,6 +122,12 @@ def _quantiles(rows, config, _train) -> Rows:
     for group in rows.groups:
         reward[group] = quantile_reward(rows.reward[group], rows.reward[group].expand(len(group), -1))
     return {"reward": reward}
+
+
+def _soft_values(rows, config, _train) -> Rows:
+    """A*-PO: V of each prompt from the rewards of its completions, taken for draws of the reference."""
+    temperature = config.beta if config.value_temperature is None else config.value_temperature
+    return {"value": soft_value(rows.reward, rows.group, temperature=temperature)}
 
 
 def _standardised(rows, config, train) -> Rows:
@@ -313,6 +320,17 @@ _ENTRIES = {
         "settings": {"desirable_above": (float, 0.0, "completions with a reward above this are desirable")},
     },
     "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}, "compares": "prompt", "reads_draws": True},
+    "info_nca": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
+    "nca": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
+    "gvpo": {"defaults": {"beta": 0.1}, "reads_draws": True},
+    "target_po": {"reads_draws": True},
+    "astar_po": {
+        "columns": _soft_values,
+        "defaults": {"beta": 0.1},
+        "settings": {"value_temperature": (float | None, None, "of V, in reward units; None: beta")},
+        "compares": "prompt",
+        "reads_draws": True,
+    },
     "dro": {
         "columns": _standardised,
         "compares": "data",

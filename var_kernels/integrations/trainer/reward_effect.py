@@ -123,7 +123,13 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
 
 
 # Of the methods that weigh by exp(reward / scale): the setting that is the scale.
-_SCALES = {"var": "lam", "exo": "reward_temperature", "awr": "beta"}
+_SCALES = {
+    "var": "lam",
+    "exo": "reward_temperature",
+    "info_nca": "reward_temperature",
+    "nca": "reward_temperature",
+    "awr": "beta",
+}
 
 
 def _check_scale(spread: float, where: str, rows, config, name: str) -> None:

@@ -1,0 +1,185 @@
+"""Losses that fit a target over all completions of a prompt, known from their rewards: flat (B,) rows, equal group_ids
+for one prompt. Each returns one term per row; a group's loss is the sum of its rows' terms. Class C."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from var_kernels.losses.advantages import group_advantage
+from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, times, wide
+from var_kernels.losses.group import group_log_softmax
+from var_kernels.losses.registry import register
+from var_kernels.losses.segments import Groups, group_rows
+
+_NEGATE = "negate the rewards to minimise them"
+
+
+@register(
+    "info_nca",
+    pass_class="C",
+    item="group",
+    formula="-softmax_k(r / reward_temperature) log softmax_k(beta (s - sr)), summed over a prompt's completions",
+    source="InfoNCA, arXiv 2402.05369",
+    evidence="third-party code",
+)
+def info_nca_loss(
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
+) -> Tensor:
+    """InfoNCA: cross-entropy of the softmax of a prompt's log-ratios against the softmax of its rewards.
+
+        loss of row k = -softmax_k(r / reward_temperature) log softmax_k(beta (s - sr))
+
+    ``exo_loss`` with the divergence the other way round: forward KL, up to the target's entropy. Its minimiser over a
+    full candidate set is pi_ref exp(r / (beta reward_temperature)) / Z. Only differences of log-ratios matter.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the frozen reference, nats; constants.
+        reward: (B,) reward units; constants.
+        group_ids: (B,) integers, equal for the same prompt. A group of one row costs nothing.
+        beta: > 0, on the policy's log-ratio.
+        reward_temperature: > 0, reward units.
+
+    Returns:
+        (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2402.05369; of a pair with a hard preference it is DPO.
+    """
+    groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    return times(-_reward_softmax(reward, reward_temperature, groups), group_log_softmax(scaled_B, groups))
+
+
+@register(
+    "nca",
+    pass_class="C",
+    item="group",
+    formula="-log sigmoid(-beta (s - sr)) / K - softmax_k(r / reward_temperature) log sigmoid(beta (s - sr)), summed "
+    "over a prompt's completions",
+    source="NCA, arXiv 2402.05369",
+    evidence="third-party code",
+)
+def nca_loss(
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
+) -> Tensor:
+    """NCA: each completion told by itself from noise of the reference, so that log-ratios have a level of their own.
+
+        loss of row k = -log sigmoid(-beta rho_k) / K - softmax_k(r / reward_temperature) log sigmoid(beta rho_k)
+        rho = s - sr,   K completions of the prompt
+
+    Unlike ``info_nca_loss`` it does not let the likelihood of good completions fall as long as that of bad ones falls
+    faster. Where the K completions are draws of the reference it aims at pi_ref exp(r / reward_temperature) / Z for
+    beta 1, with Z their mean of exp(r / reward_temperature). TRL's ``nca_pair`` is this with (1, 0) for the softmax.
+
+    Args: as ``info_nca_loss``; a group of one costs log 2 or more.
+
+    Returns, Raises: as ``info_nca_loss``.
+
+    Source: arXiv 2402.05369.
+    """
+    groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    size_B = groups.sum(torch.ones_like(scaled_B))
+    target_B = _reward_softmax(reward, reward_temperature, groups)
+    return -logsigmoid(-scaled_B) / size_B - times(target_B, logsigmoid(scaled_B))
+
+
+@register(
+    "gvpo",
+    pass_class="C",
+    item="group",
+    formula="(beta (rho - mean rho) - (r - mean r))^2 / (2 (K - 1)), rho = s - sr, summed over a prompt's completions",
+    source="GVPO, arXiv 2504.19599",
+    evidence="third-party code",
+)
+def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float) -> Tensor:
+    """GVPO: half the variance, over a prompt's completions, of what the log-ratios miss of the rewards.
+
+        loss of row k = (beta (rho_k - mean rho) - (r_k - mean r))^2 / (2 (K - 1)),     rho = s - sr
+
+    Z cancels in the differences from the mean, and whoever drew the completions need not be the reference: the
+    minimiser over completions of any full support is pi_ref exp(r / beta) / Z. With two completions it is
+    ``rebel_loss`` at eta = 1 / beta, times beta^2 / 4.
+
+    Args:
+        policy_logp, ref_logp, reward, group_ids: see ``info_nca_loss``. A group of one costs nothing.
+        beta: > 0, the KL temperature, reward units per nat.
+
+    Returns:
+        (B,) the rows' terms, reward units^2, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
+
+    Raises:
+        TypeError, ValueError: beta out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2504.19599 (its loss divided by beta has the same gradient).
+    """
+    groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    missed_B = scaled_B - wide(reward.detach())
+    size_B = groups.sum(torch.ones_like(missed_B))
+    missed_B = missed_B - groups.sum(missed_B) / size_B
+    return missed_B.square() / (2 * (size_B - 1).clamp(min=1))
+
+
+@register(
+    "target_po",
+    pass_class="C",
+    item="group",
+    formula="-softmax_k(s_old + A / eta) log softmax_k(s), A = (r - mean r) / std r, over a prompt's completions",
+    source="Target policy optimisation, arXiv 2604.06159",
+    evidence="paper",
+)
+def target_po_loss(
+    policy_logp: Tensor, old_logp: Tensor, reward: Tensor, group_ids: Tensor, *, eta: float = 1.0
+) -> Tensor:
+    """Target policy optimisation: cross-entropy against the old policy, tilted by standardised rewards, on its draws.
+
+        u = (r - mean r) / std r,   q = softmax_k(s_old + u / eta),   loss of row k = -q_k log softmax_k(s)
+
+    The gradient, softmax_k(s) - q_k, is 0 once the target is met, and needs no clip. Not to be taken for the loss of
+    triples that is called TPO too.
+
+    Args:
+        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
+        old_logp: (B,) the same under the policy that drew the completions, nats; constants.
+        reward: (B,) reward units; constants.
+        group_ids: (B,) integers, equal for the same prompt. A group of one row costs nothing.
+        eta: > 0; small ones follow the reward.
+
+    Returns:
+        (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
+
+    Raises:
+        TypeError, ValueError: eta out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2604.06159.
+    """
+    check_number("eta", eta, remedy=_NEGATE)
+    check_rows(policy_logp=policy_logp, old_logp=old_logp)
+    groups = _check_groups(policy_logp, reward, group_ids)
+    check_constants(old_logp=old_logp)
+    tilted_B = wide(old_logp.detach()) + group_advantage(reward, group_ids) / eta
+    return times(-group_log_softmax(tilted_B, groups).exp(), group_log_softmax(wide(policy_logp), groups))
+
+
+def _scaled_log_ratio(
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, beta: float
+) -> tuple[Groups, Tensor]:
+    """The groups and beta (s - sr), (B,), checked; no gradient to the reference."""
+    check_number("beta", beta, remedy=_NEGATE)
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
+    groups = _check_groups(policy_logp, reward, group_ids)
+    check_constants(ref_logp=ref_logp)
+    return groups, beta * (wide(policy_logp) - wide(ref_logp.detach()))
+
+
+def _check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Groups:
+    check_rows(policy_logp=policy_logp, reward=reward)
+    check_integers("policy_logp", policy_logp, group_ids=group_ids)
+    check_constants(reward=reward)
+    return group_rows(group_ids)
+
+
+def _reward_softmax(reward: Tensor, reward_temperature: float, groups: Groups) -> Tensor:
+    check_number("reward_temperature", reward_temperature, remedy=_NEGATE)
+    return group_log_softmax(wide(reward.detach()) / reward_temperature, groups).exp()

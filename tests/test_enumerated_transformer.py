@@ -62,6 +62,12 @@ def naive_tokens(model) -> torch.Tensor:
     return logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).where(labels != -100, 0.0).view(X, R, -1)
 
 
+def naive_entropies(model) -> torch.Tensor:
+    """Of the policy at every token, (X, R, T)."""
+    logp = model(EVERY["input_ids"], attention_mask=EVERY["attention_mask"]).logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1).view(X, R, -1)
+
+
 def naive(model) -> torch.Tensor:
     """Log-prob of every response, (X, R)."""
     return naive_tokens(model).sum(-1)
@@ -322,7 +328,14 @@ def test_every_loss_is_that_of_full_logits_in_every_parameter(name):
         naive_tokens(MODEL),
         (next_labels(EVERY["labels"], EVERY["labels"].unsqueeze(-1)) != -100).view(TOKENS.shape),
     )
-    known = {"token_logp": tokens, "policy_logp": tokens.sum(-1), "mask": kept, "lengths": kept.sum(-1), **given}
+    known = {
+        "token_logp": tokens,
+        "entropy": naive_entropies(MODEL),
+        "policy_logp": tokens.sum(-1),
+        "mask": kept,
+        "lengths": kept.sum(-1),
+        **given,
+    }
     arguments = {}
     for argument in loss.tensors:
         single, row = single_name(argument)

@@ -61,9 +61,16 @@ def problem(name, dtype=torch.float32, b=B, t=T, v=V, d=D):
 def naive(name, hidden, weight, labels, inputs, item_weight, options, dtype):
     """By full logits and the pure function; per-token losses where labels are ignored count nothing."""
     loss, kept = LOSSES[name], labels != -100
-    logp = linear_logprob_ref(hidden, weight, labels, dtype=dtype)
+    logp, entropy = linear_logprob_ref(hidden, weight, labels, dtype=dtype, return_entropy=True)
     wide = {key: x.to(logp.dtype) if x.is_floating_point() else x for key, x in inputs.items()}
-    known = {"token_logp": logp, "policy_logp": logp.sum(1), "mask": kept, "lengths": kept.sum(1), **wide}
+    known = {
+        "token_logp": logp,
+        "entropy": entropy,
+        "policy_logp": logp.sum(1),
+        "mask": kept,
+        "lengths": kept.sum(1),
+        **wide,
+    }
     arguments = {}
     for argument in loss.tensors:
         single, row = single_name(argument)

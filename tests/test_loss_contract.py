@@ -6,10 +6,21 @@ import inspect
 import pytest
 import torch
 
-from var_kernels.losses import group, kto, listwise, margin, pair, policy_gradient, regression, sail, supervised
+from var_kernels.losses import (
+    finetuning,
+    group,
+    kto,
+    listwise,
+    margin,
+    pair,
+    policy_gradient,
+    regression,
+    sail,
+    supervised,
+)
 from var_kernels.losses.registry import LOSSES
 
-MODULES = (group, kto, listwise, margin, pair, policy_gradient, regression, sail, supervised)
+MODULES = (finetuning, group, kto, listwise, margin, pair, policy_gradient, regression, sail, supervised)
 
 # options that make each loss and each of its modes: a new loss of these modules gets a line here
 CASES = {
@@ -42,6 +53,7 @@ CASES = {
     "kto": ("kto", {"beta": 0.3}),
     "gspo": ("gspo", {"clip_low": 0.3, "clip_high": 0.3}),
     "reinforce": ("reinforce", {}),
+    "iw_sft": ("iw_sft", {"temperature": 0.7}),
     "info_nca": ("info_nca", {"beta": 0.3, "reward_temperature": 0.5}),
     "nca": ("nca", {"beta": 0.3, "reward_temperature": 0.5}),
     "gvpo": ("gvpo", {"beta": 0.3}),
@@ -51,8 +63,8 @@ CASES = {
     "topr": ("topr", {}),
 }
 # whose gradient is not the derivative of their value: part of it stands behind a stopped gradient (test_sail.py,
-# test_policy_gradient.py) or behind the batch's own baseline, which is then given
-STOPPED = ("sail_pp", "sail_pr", "vespo", "topr")
+# test_policy_gradient.py, test_finetuning_losses.py) or behind the batch's own baseline, which is then given
+STOPPED = ("sail_pp", "sail_pr", "vespo", "topr", "iw_sft")
 
 ROWS = 6
 GROUP_IDS = torch.tensor([7, 4, 7, 7, 4, 9])
@@ -219,7 +231,9 @@ def test_every_tensor_and_option_is_checked(case):
     name, options = CASES[case]
     loss = LOSSES[name]
     tensors = inputs_of(loss)
-    unused = options.get("token_reduction", "mean" if name in ("ipo", "simpo", "orpo", "gspo") else "sum") == "sum"
+    unused = (
+        options.get("token_reduction", "mean" if name in ("ipo", "simpo", "orpo", "gspo", "iw_sft") else "sum") == "sum"
+    )
     used = {key: value for key, value in tensors.items() if not (unused and key.endswith("lengths"))}
     for key, value in used.items():
         mistakes = [([0.0] * ROWS, TypeError), (value.cfloat(), TypeError)]

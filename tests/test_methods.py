@@ -111,7 +111,17 @@ def naive_rows(model, rows=ROWS):
             kept = (row["labels"] != -100).nonzero().flatten()
             token_logp = output.logits[0].log_softmax(-1)[kept - 1, row["labels"][kept]]
             state = output.hidden_states[-1][0, kept[0] - 1]
-            table.append({"logp": token_logp, "reward": row["reward"].double(), "group": number, "state": state})
+            policy = output.logits[0].log_softmax(-1)[kept - 1]
+            entropy = -(policy.exp() * policy).sum(-1)
+            table.append(
+                {
+                    "logp": token_logp,
+                    "entropy": entropy,
+                    "reward": row["reward"].double(),
+                    "group": number,
+                    "state": state,
+                }
+            )
     return table
 
 
@@ -131,7 +141,8 @@ def naive_loss(method, config):
     columns["old_logp"] = sr  # the reference stands for what drew the data
     if hasattr(config, "advantages"):
         columns["advantage"] = advantages_by_name(config.advantages, reward, group)
-    count = {"sequence": length, "token": length.sum() / len(table)}.get(getattr(config, "length_normalization", ""), 1)
+    shared = "token" if hasattr(config, "sft_on") else getattr(config, "length_normalization", "")
+    count = {"sequence": length, "token": length.sum() / len(table)}.get(shared, 1)
     if loss.item == "pair":
         best = [int((reward + (group != g) * -1e9).argmax()) for g in group.unique()]
         worst = [int((reward + (group != g) * 1e9).argmin()) for g in group.unique()]
@@ -166,7 +177,7 @@ def naive_loss(method, config):
         for index, entry in enumerate(table):
             advantage = columns["advantage"][index] if "advantage" in columns else reward[index].sigmoid()
             values = {"token_logp": entry["logp"], "old_token_logp": ref[index], "ref_token_logp": ref[index]}
-            values["advantage"] = advantage.expand_as(entry["logp"])
+            values["advantage"], values["entropy"] = advantage.expand_as(entry["logp"]), entry["entropy"]
             terms = loss.function(**{name: values[name] for name in loss.tensors}, **options)
             share = count[index] if isinstance(count, torch.Tensor) and count.dim() else count
             total = total + terms.sum() / share / len(table)
@@ -177,12 +188,14 @@ def naive_loss(method, config):
 
 NAIVE = ["dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "rebel", "sail_pr", "exo", "lire", "raft", "awr",
          "weighted_bc", "qrpo", "kto", "dro", "rlol", "rgold", "ppo", "grpo", "cispo", "sapo", "gspo", "reinforce",
-         "vespo", "topr", "info_nca", "nca", "gvpo", "target_po", "astar_po"]  # fmt: skip
+         "vespo", "topr", "info_nca", "nca", "gvpo", "target_po", "astar_po", "iw_sft_token", "psft",
+         "eaft", "chord_phi", "iw_sft"]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", NAIVE)
 def test_first_step_is_the_naive_one(method, tmp_path):
-    trainer = run(tmp_path, method, max_steps=1, learning_rate=0.1, logging_steps=1)
+    all_rows = {"sft_on": "all"} if "sft_on" in METHODS[method].settings else {}
+    trainer = run(tmp_path, method, max_steps=1, learning_rate=0.1, logging_steps=1, **all_rows)
     model, loss = naive_loss(method, trainer.args)
     loss.backward()
     # logged in fp32, and made of fp32 sums of reference log-probs

@@ -140,7 +140,7 @@ def test_a_dual_clip_is_where_the_gradient_stops():
 
 REFUSED = {
     "ratio_min": ("ratio_min must be finite and >= 0, got -1", lambda: cispo_loss(OLD, OLD, A, ratio_min=-1.0)),
-    "bounds": ("ratio_max must be at least ratio_min, 2,", lambda: cispo_loss(OLD, OLD, A, ratio_min=2, ratio_max=1)),
+    "bounds": ("ratio_max must be finite and >= 2, got 1;", lambda: cispo_loss(OLD, OLD, A, ratio_min=2, ratio_max=1)),
     "temperature": ("temperature_neg must be finite and > 0", lambda: sapo_loss(OLD, OLD, A, temperature_neg=0.0)),
     "dual_clip": ("dual_clip must be finite and > 1, got 1.0; pass None", lambda: ppo_loss(OLD, OLD, A, dual_clip=1.0)),
     "k": ("k_neg must be finite and > 0", lambda: vespo_loss(OLD, OLD, A, k_neg=0.0)),

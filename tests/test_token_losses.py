@@ -9,6 +9,7 @@ import torch
 
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
+from var_kernels.losses.finetuning import chord_phi_loss, iw_sft_token_loss, psft_loss
 from var_kernels.losses.policy_gradient import cispo_loss, sapo_loss
 from var_kernels.losses.registry import LOSSES
 from var_kernels.losses.token import (
@@ -146,6 +147,9 @@ CALLS = {
     "grpo": lambda logp: grpo_loss(logp, OLD, REF, ADVANTAGE, beta=0.3),
     "cispo": lambda logp: cispo_loss(logp, OLD, ADVANTAGE),
     "sapo": lambda logp: sapo_loss(logp, OLD, ADVANTAGE),
+    "iw_sft_token": lambda logp: iw_sft_token_loss(logp, REF),
+    "psft": lambda logp: psft_loss(logp, OLD),
+    "chord_phi": chord_phi_loss,
 }
 
 

@@ -46,6 +46,7 @@ SYMBOLS = {
     "e": "label_smoothing, or clip_range",
     "k, lam, t": "options of the loss, one for each sign of A",
     "K": "answers of the prompt",
+    "H": "entropy of the policy at a token",
     "sg": "without a gradient",
 }
 

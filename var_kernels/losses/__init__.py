@@ -22,6 +22,7 @@ from var_kernels.losses.alol import (
     weighted_bc_loss,
 )
 from var_kernels.losses.ava import ava_d_loss, ava_p_loss, bradley_terry_loss, literal_q, pair_accuracy
+from var_kernels.losses.finetuning import chord_phi_loss, eaft_loss, iw_sft_loss, iw_sft_token_loss, psft_loss
 from var_kernels.losses.group import best_of_group, exo_loss, lire_loss, raft_loss
 from var_kernels.losses.kto import kto_baseline, kto_loss
 from var_kernels.losses.linear import linear_loss
@@ -95,12 +96,14 @@ __all__ = [
     "awr_loss",
     "best_of_group",
     "bradley_terry_loss",
+    "chord_phi_loss",
     "cispo_loss",
     "dft_loss",
     "dpo_loss",
     "draw_preference",
     "dro_loss",
     "dro_value_loss",
+    "eaft_loss",
     "effective_sample_size",
     "exo_loss",
     "find_loss",
@@ -112,6 +115,8 @@ __all__ = [
     "implicit_reward",
     "info_nca_loss",
     "ipo_loss",
+    "iw_sft_loss",
+    "iw_sft_token_loss",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -127,6 +132,7 @@ __all__ = [
     "pair_accuracy",
     "ppo_clipped",
     "ppo_loss",
+    "psft_loss",
     "qrpo_loss",
     "quantile_reward",
     "raft_loss",

@@ -223,7 +223,7 @@ _VAR = {
     "reference": (str, DEFAULT_REFERENCE, "reference term in VAR's weights: none, mean or sum"),
 }
 _ALOL = {"head": "fitted", "prepare": shares.alol, "compares": "data"}
-_SFT = {"items": items.sft_items, "need_rewards": "optional"}
+_SFT = {"items": items.sft_items, "need_rewards": "optional", "prepare": shares.tokens}
 
 
 def _policy_gradient(advantages: str = "group", length_normalization: str = "sequence", **more) -> dict:
@@ -294,8 +294,13 @@ _ENTRIES = {
         "compares": "step",
         "reads_draws": True,
     },
-    "sft": {**_SFT, "prepare": shares.tokens, "settings": _SFT_ON},
+    "sft": {**_SFT, "settings": _SFT_ON},
     "dft": {**_SFT, "settings": _SFT_ON},
+    "iw_sft": {**_SFT, "settings": _SFT_ON},
+    "iw_sft_token": {**_SFT, "settings": _SFT_ON},
+    "psft": {**_SFT, "settings": _SFT_ON},
+    "eaft": {**_SFT, "settings": _SFT_ON},
+    "chord_phi": {**_SFT, "settings": _SFT_ON},
     "raft": {},
     "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}, "compares": "step"},
     "weighted_bc": {"reads_draws": True},
@@ -347,7 +352,7 @@ _ENTRIES = {
     "alol_kl": {**_ALOL, "defaults": {"beta": 0.1}},
     "rlol": {"reads_draws": True},
     "rgold": {"prepare": shares.rgold, "reads_draws": True},
-    "ava_d": {**_SFT, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
+    "ava_d": {**_SFT, "prepare": shares.rows, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
     "ava_p": {"head": "reward", "settings": _HEAD_RATE},
     "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
     "ppo": _policy_gradient(),

@@ -1,0 +1,191 @@
+"""Supervised fine-tuning that weighs tokens or sequences by how the policy sees them: importance-weighted SFT, proximal
+SFT, entropy-adaptive fine-tuning and CHORD's phi. Weights are constants; DFT, the first of the kind, is in ``token``.
+"""
+
+from torch import Tensor
+
+from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, per_token, times, wide
+from var_kernels.losses.registry import register
+from var_kernels.losses.token import importance_ratio
+
+_IW_SFT = "iw-SFT, arXiv 2507.12856, and its authors' code"
+
+
+@register(
+    "iw_sft",
+    pass_class="C",
+    item="sequence",
+    formula="-sg(min(exp(temperature (s - sr) / len), max_weight)) s",
+    source=_IW_SFT,
+    evidence="code",
+)
+def iw_sft_loss(
+    policy_logp: Tensor, ref_logp: Tensor, lengths: Tensor, *, temperature: float = 1.0, max_weight: float = 16.0
+) -> Tensor:
+    """Importance-weighted SFT: each sequence counts by how much likelier the policy finds it than the reference.
+
+        loss = -sg(min(exp(temperature (s - sr) / len), max_weight)) s
+
+    On curated data, a tighter lower bound of the reward than SFT's. At the reference it is SFT.
+
+    Args:
+        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
+        ref_logp: (B,) the same under the frozen reference, nats; constants.
+        lengths: (B,) integers, tokens that carry loss.
+        temperature: >= 0, a factor of the mean log-ratio. max_weight: > 0.
+
+    Returns:
+        (B,) nats per sequence, fp32 (fp64 for fp64 inputs); the authors divide by the batch's tokens.
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
+
+    Source: arXiv 2507.12856; weight and clip as in the authors' code, which runs temperature 1.
+    """
+    check_number("temperature", temperature, closed=True, remedy="0 is SFT")
+    check_number("max_weight", max_weight, remedy="1e9 hardly clips")
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
+    check_constants(ref_logp=ref_logp)
+    change_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
+    mean_B = per_token(change_B, lengths, "mean", name="lengths", like="policy_logp")
+    weight_B = importance_ratio(times(temperature, mean_B), mean_B.new_zeros(())).clamp(max=max_weight)
+    return times(-weight_B, wide(policy_logp))
+
+
+@register(
+    "iw_sft_token",
+    pass_class="B",
+    item="token",
+    formula="-sg(clip(exp(lp - lp_ref), ratio_min, ratio_max)) lp",
+    source=_IW_SFT,
+    evidence="code",
+)
+def iw_sft_token_loss(
+    token_logp: Tensor, ref_token_logp: Tensor, *, ratio_min: float = 0.2, ratio_max: float = 1.8
+) -> Tensor:
+    """Importance-weighted SFT with a weight for each token, in one pass.
+
+        loss_t = -sg(clip(exp(lp_t - lp_ref_t), ratio_min, ratio_max)) lp_t
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+        ref_token_logp: (...) the same under the frozen reference; a constant.
+        ratio_min, ratio_max: 0 <= ratio_min <= ratio_max.
+
+    Returns:
+        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: bounds, shapes that differ, integer tensors.
+
+    Source: arXiv 2507.12856; the other form in the authors' code.
+    """
+    check_number("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
+    check_number("ratio_max", ratio_max, ratio_min, closed=True, remedy="1e9 hardly clips")
+    check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp)
+    ratio = importance_ratio(token_logp.detach(), ref_token_logp).clamp(ratio_min, ratio_max)
+    return times(-ratio, wide(token_logp))
+
+
+@register(
+    "psft",
+    pass_class="B",
+    item="token",
+    formula="-min(ratio, 1 + clip_high), ratio = exp(lp - lp_old)",
+    source="PSFT, arXiv 2508.17784",
+    evidence="summary",
+)
+def psft_loss(token_logp: Tensor, old_token_logp: Tensor, *, clip_high: float = 0.2) -> Tensor:
+    """Proximal SFT: PPO's clipped surrogate with an advantage of 1 for every token of the data.
+
+        loss_t = -min(ratio_t, 1 + clip_high),     ratio_t = exp(lp_t - lp_old_t)
+
+    ``ppo_loss`` at advantage 1, whose lower clip never binds there. A token stops learning once the policy finds it
+    1 + clip_high times as likely as the old policy did.
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+        old_token_logp: (...) the same under an earlier policy, such as the one training began with; a constant.
+        clip_high: >= 0.
+
+    Returns:
+        The shape of token_logp, without unit, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: clip_high, shapes that differ, integer tensors.
+
+    Source: arXiv 2508.17784, from its summaries; the clip range is PPO's.
+    """
+    check_number("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
+    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp)
+    return -importance_ratio(token_logp, old_token_logp).clamp(max=1 + clip_high)
+
+
+@register(
+    "eaft",
+    pass_class="B",
+    item="token",
+    formula="-sg((H / max_entropy)^alpha) lp",
+    source="EAFT, arXiv 2601.02151",
+    evidence="third-party code",
+)
+def eaft_loss(token_logp: Tensor, entropy: Tensor, *, alpha: float = 1.0, max_entropy: float = 3.0) -> Tensor:
+    """Entropy-adaptive fine-tuning: a token counts by how undecided the policy is there.
+
+        loss_t = -sg((H_t / max_entropy)^alpha) lp_t
+
+    Where the policy is sure, and the data say otherwise, little is unlearnt. H is that of the whole vocabulary, which
+    the head gives in the same pass. The authors approximate it by the 20 likeliest tokens, made to sum to 1, and
+    divide by 3, about log 20; the two differ where the tail of the distribution has mass.
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+        entropy: (...) H of the policy at each token, nats; a constant here.
+        alpha: >= 0; 0 is SFT.
+        max_entropy: > 0, nats.
+
+    Returns:
+        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: options out of range, shapes that differ, integer tensors.
+
+    Source: arXiv 2601.02151; as LLaMA-Factory and axolotl implement it, but for the entropy's 20 tokens.
+    """
+    check_number("alpha", alpha, closed=True, remedy="0 is SFT")
+    check_number("max_entropy", max_entropy, remedy="3 is about the log of the authors' 20 tokens")
+    check_tokens(token_logp=token_logp, entropy=entropy)
+    gate = (wide(entropy.detach()).clamp(min=0.0) / max_entropy).pow(alpha)
+    return times(-gate, wide(token_logp))
+
+
+@register(
+    "chord_phi",
+    pass_class="B",
+    item="token",
+    formula="-sg(p (1 - p)) lp",
+    source="CHORD, arXiv 2508.11408",
+    evidence="third-party code",
+)
+def chord_phi_loss(token_logp: Tensor) -> Tensor:
+    """CHORD's phi: SFT on tokens that the policy neither knows already nor rules out.
+
+        loss_t = -sg(p_t (1 - p_t)) lp_t,     p_t = exp(lp_t)
+
+    The gradient in a token's log-prob is that of -p + p^2 / 2. CHORD adds it, scaled, to a policy gradient.
+
+    Args:
+        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
+
+    Returns:
+        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: token_logp of integers.
+
+    Source: arXiv 2508.11408; as Trinity-RFT and ms-swift implement it.
+    """
+    check_tokens(token_logp=token_logp)
+    logp = wide(token_logp)
+    p = logp.detach().exp()
+    return times(-p * (1 - p), logp)

@@ -1,14 +1,13 @@
 """``linear_prob_lse``: log sum_v exp(alpha p_v) over the vocabulary's probabilities, for AVA's Q read literally."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from var_kernels.ops.call import prepare
-from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
+from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import forward_pass
-from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, accumulation_dtype
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
 from var_kernels.ops.signatures import Precision
@@ -61,11 +60,13 @@ def linear_prob_lse(
     options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "precision": precision}
     options |= {"low_rank": low_rank, "ignore_index": ignore_index, "workspace_mb": workspace_mb}
     call = prepare(hidden, lm_head_weight, labels, bias, label_smoothing=0.0, **options)
-    head, alpha = call.head, float(alpha)
-    if call.traced:
-        tensors = [*head.tensors, head.labels_NK]
-        return call.restore(_prob_lse_op(OpCall(tensors, head.options, head.needs, [alpha]))[0])
-    return call.restore(LinearProbLseFunction.apply(head, *head.tensors, alpha))
+    return call.restore(*_prob_lse(ProbLseArguments(call.head, float(alpha)), call.traced))
+
+
+@dataclass
+class ProbLseArguments:
+    head: Head
+    alpha: float
 
 
 @dataclass
@@ -136,58 +137,24 @@ class _Tiles:
         return gradients_by_slices(head, plan, tile_gradient)
 
 
-def _forward(head: Head, alpha: float) -> tuple[Tensor, ...]:
-    """log sum_v exp(alpha p_v), and what is saved for the backward, each (N,)."""
+def _forward(arguments: ProbLseArguments) -> Forward:
+    head, alpha = arguments.head, arguments.alpha
     stats = forward_pass(head)
     total_N, mean_N = _Tiles(head, alpha, stats.max_N, stats.sumexp_N).sums()
-    return alpha / stats.sumexp_N + total_N.log(), stats.max_N, stats.sumexp_N, total_N, mean_N
+    prob_lse_N = alpha / stats.sumexp_N + total_N.log()
+    return Forward((prob_lse_N,), (stats.max_N, stats.sumexp_N, total_N, mean_N), arguments)
 
 
-def _backward(head: Head, alpha: float, max_N, sumexp_N, total_N, mean_N, upstream_N):
-    return _Tiles(head, alpha, max_N, sumexp_N).gradients(total_N, mean_N, upstream_N).tensors
-
-
-class LinearProbLseFunction(torch.autograd.Function):
-    """(head, ``Head.tensors``, alpha) -> log sum_v exp(alpha p_v), (N,)."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        head, *tensors, alpha = args
-        ctx.alpha, ctx.head = alpha, head.without_tensors
-        prob_lse_N, *saved = _forward(head, alpha)
-        if head.needs:
-            ctx.save_for_backward(*tensors, head.labels_NK, *saved)
-        return prob_lse_N
-
-    @staticmethod
-    @first_order
-    def backward(ctx, upstream_N):
-        *tensors, labels_NK, max_N, sumexp_N, total_N, mean_N = ctx.saved_tensors
-        head = ctx.head.with_tensors(tensors, labels_NK)
-        return None, *_backward(head, ctx.alpha, max_N, sumexp_N, total_N, mean_N, upstream_N), None
-
-
-# ---- under torch.compile ---------------------------------------------------------------------------------------------
-
-
-def _run(call: OpCall) -> list[Tensor | None]:
-    return list(_forward(call.head(call.tensors[5]), call.numbers[0]))
-
-
-def _shapes(call: OpCall) -> list[Tensor | None]:
-    hidden_ND = call.tensors[0]
+def _shapes(arguments: ProbLseArguments) -> Forward:
+    hidden_ND = arguments.head.hidden_ND
     dtype = accumulation_dtype(hidden_ND.dtype)
-    return [hidden_ND.new_empty(hidden_ND.shape[0], dtype=dtype) for _ in range(5)]
+    prob_lse_N, *saved = (hidden_ND.new_empty(hidden_ND.shape[0], dtype=dtype) for _ in range(5))
+    return Forward((prob_lse_N,), tuple(saved))
 
 
-def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    return _prob_lse_backward_op(replace(call, tensors=[*call.tensors, *outputs[1:], upstream[0]]))
+def _backward(arguments: ProbLseArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
+    max_N, sumexp_N, total_N, mean_N = saved
+    return _Tiles(arguments.head, arguments.alpha, max_N, sumexp_N).gradients(total_N, mean_N, *upstream).tensors
 
 
-def _run_backward(call: OpCall) -> list[Tensor | None]:
-    labels_NK, *saved_and_upstream = call.tensors[5:]
-    return list(_backward(call.head(labels_NK), call.numbers[0], *saved_and_upstream))
-
-
-_prob_lse_op = registered("prob_lse", _run, _shapes, _gradients)
-_prob_lse_backward_op = registered("prob_lse_backward", _run_backward, gradient_shapes)
+_prob_lse = define_op("prob_lse", ProbLseArguments, _forward, _backward, _shapes, outputs=1)

@@ -1,6 +1,5 @@
 """One call's tensors, options and costs, the gradients it gives, and its tiles' memory: what every engine works on."""
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -133,19 +132,8 @@ class Head:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Tensors that may have a gradient, in the order in which autograd functions and registered ops take them."""
+        """Tensors that may have a gradient, in the order in which autograd functions take them."""
         return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
-
-    def with_tensors(self, tensors, labels_NK: Tensor | None) -> "Head":
-        """The same call over other tensors of these shapes: those that autograd saved, or None while it keeps them."""
-        head = copy(self)
-        head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.left_NR, head.right_VR = tensors
-        head.labels_NK = labels_NK
-        return head
-
-    @property
-    def without_tensors(self) -> "Head":
-        return self.with_tensors((None,) * 5, None)
 
     def new_stats(self) -> RowStats:
         options = self.options

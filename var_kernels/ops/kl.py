@@ -1,6 +1,6 @@
 """``linear_token_kl``: the KL divergence between two models' next-token distributions, over the whole vocabulary."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,15 +10,7 @@ from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.compiled import (
-    OpCall,
-    gradient_shapes,
-    of_finished,
-    packed_transform,
-    registered,
-    unpacked_transform,
-)
-from var_kernels.ops.first_order import first_order
+from var_kernels.ops.define import Forward, Tensors, define_op, gradient_shapes
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.kl_engine import (
     HeadPair,
@@ -28,7 +20,7 @@ from var_kernels.ops.kl_engine import (
     kl_vocabulary_pass,
 )
 from var_kernels.ops.signatures import DIRECTIONS, ENGINES, Direction, Engine, Precision
-from var_kernels.ops.weighted_nll import scaled_gradients, underflows
+from var_kernels.ops.weighted_nll import underflows
 
 _IGNORED = -100
 
@@ -121,26 +113,19 @@ def linear_token_kl(
 def _token_kl(policy, reference, options: dict, transform: LogitTransform, reverse: bool, reduction: str, engine: str):
     token_weight = policy[4]
     call = prepare(*policy, label_smoothing=0.0, **options)
-    head = call.head
-    no_labels_NK = head.labels_NK[:, :0]
-    policy = Head.of(head.tensors, no_labels_NK, head.options, head.needs)
-    ref_options = _reference_options(call, reference, transform)
-    ref = Head.of(_reference_rows(call, reference), no_labels_NK, ref_options, Needs())
-    pair = HeadPair(policy, ref, reverse)
+    no_labels_NK = call.head.labels_NK[:, :0]
+    head = replace(call.head, labels_NK=no_labels_NK)
+    ref_tensors, ref_options = _reference_rows(call, reference), _reference_options(call, reference, transform)
+    pair = HeadPair(head, Head.of(ref_tensors, no_labels_NK, ref_options, Needs()), reverse)
     active_N = call.active_NK.squeeze(1)
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
     one_pass = head.needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair))
     if reduction == "sum" and one_pass:
-        if call.traced:
-            return _weighted_kl_op(_op_call(pair, [weight_N, active_N]))[0]
-        return LinearWeightedKLFunction.apply(pair, *pair.tensors, weight_N, active_N)
+        return _weighted_kl(WeightedKLArguments(head, pair.ref, reverse, weight_N, active_N), call.traced)[0]
     frozen_head = one_pass and head.needs.hidden_alone
-    if call.traced:
-        kl_N = _token_kl_op(_op_call(pair, [], frozen_head))[0]
-    else:
-        kl_N = LinearTokenKLFunction.apply(pair, *pair.tensors, frozen_head)
+    (kl_N,) = _unweighted_kl(TokenKLArguments(head, pair.ref, reverse, frozen_head), call.traced)
     kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
@@ -237,122 +222,69 @@ def _reference_options(call: HeadCall, reference, transform: LogitTransform) -> 
     return replace(call.head.options, transform=transform, backend=backend)
 
 
-def _forward(pair: HeadPair, frozen_head: bool) -> tuple[Tensor, Tensor]:
-    """KL (N,), and what is saved for the backward: dKL/dhidden of a frozen head, else both normalisers (4, N)."""
-    if frozen_head:
+@dataclass
+class TokenKLArguments:
+    """head: the policy's. frozen_head: the backward scales dKL/dhidden, which the forward saves."""
+
+    head: Head
+    ref: Head
+    reverse: bool
+    frozen_head: bool
+
+    @property
+    def pair(self) -> HeadPair:
+        return HeadPair(self.head, self.ref, self.reverse)
+
+
+def _forward(arguments: TokenKLArguments) -> Forward:
+    """KL (N,); dKL/dhidden of a frozen head, else both normalisers (4, N)."""
+    pair = arguments.pair
+    if arguments.frozen_head:
         kl_N, gradients = kl_chunk_pass(pair, pair.zeros(pair.n).fill_(1.0))
-        return kl_N, gradients.dhidden_ND
-    return kl_forward_pass(pair)
+        return Forward((kl_N,), (gradients.dhidden_ND, None))
+    kl_N, norms_4N = kl_forward_pass(pair)
+    return Forward((kl_N,), (norms_4N, kl_N), arguments)
 
 
-def _of_frozen_head(dkl_N: Tensor, dkl_dhidden_ND: Tensor) -> Tensor:
-    return (dkl_N.unsqueeze(1) * dkl_dhidden_ND).to(dkl_dhidden_ND.dtype)
+def _shapes(arguments: TokenKLArguments) -> Forward:
+    pair, hidden_ND = arguments.pair, arguments.head.hidden_ND
+    kl_N = pair.zeros(pair.n)
+    if arguments.frozen_head:
+        return Forward((kl_N,), (hidden_ND.new_empty(hidden_ND.shape), None))
+    return Forward((kl_N,), (pair.zeros(4, pair.n), kl_N))
 
 
-class LinearTokenKLFunction(torch.autograd.Function):
-    """(pair, ``HeadPair.tensors``, frozen_head) -> kl_N.
-
-    Saves both normalisers and recomputes logits in the backward; with a frozen head it saves dKL/dhidden instead.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        pair, *tensors, ctx.frozen_head = args
-        ctx.pair = pair.with_tensors((None,) * 10)
-        kl_N, saved = _forward(pair, ctx.frozen_head)
-        if ctx.frozen_head:
-            ctx.save_for_backward(saved)
-        elif pair.policy.needs:
-            ctx.save_for_backward(*tensors, saved, kl_N)
-        return kl_N
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dkl_N):
-        if ctx.frozen_head:
-            return None, _of_frozen_head(dkl_N, ctx.saved_tensors[0]), *(None,) * 10
-        *tensors, norms_4N, kl_N = ctx.saved_tensors
-        gradients = kl_vocabulary_pass(ctx.pair.with_tensors(tensors), norms_4N, kl_N, dkl_N)
-        return None, *gradients.tensors, *(None,) * 6
+def _backward(arguments: TokenKLArguments | None, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
+    statistics, kl_N = saved
+    (dkl_N,) = upstream
+    if kl_N is None:
+        return (dkl_N.unsqueeze(1) * statistics).to(statistics.dtype), *(None,) * 4
+    return kl_vocabulary_pass(arguments.pair, statistics, kl_N, dkl_N).tensors
 
 
-class LinearWeightedKLFunction(torch.autograd.Function):
-    """The sum of weight_N kl_N. Saves finished gradients; the backward gives them as they are or scales copies."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        pair, *_, weight_N, active_N = args
-        kl_N, gradients = kl_chunk_pass(pair, weight_N)
-        kl_N = kl_N.where(active_N, 0.0)
-        ctx.save_for_backward(*gradients.tensors, kl_N)
-        return (weight_N * kl_N).sum()
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dloss):
-        *gradients, kl_N = ctx.saved_tensors
-        weight_grad = dloss * kl_N if ctx.needs_input_grad[11] else None
-        return None, *scaled_gradients(gradients, dloss), *(None,) * 5, weight_grad, None
+@dataclass
+class WeightedKLArguments:
+    head: Head
+    ref: Head
+    reverse: bool
+    weight_N: Tensor
+    active_N: Tensor
 
 
-# ---- under torch.compile ---------------------------------------------------------------------------------------------
+def _forward_weighted(arguments: WeightedKLArguments) -> Forward:
+    """The sum of weight_N kl_N, with finished gradients."""
+    pair = HeadPair(arguments.head, arguments.ref, arguments.reverse)
+    kl_N, gradients = kl_chunk_pass(pair, arguments.weight_N)
+    kl_N = kl_N.where(arguments.active_N, 0.0)
+    return Forward(((arguments.weight_N * kl_N).sum(),), (*gradients.tensors, kl_N))
 
 
-def _op_call(pair: HeadPair, others: list[Tensor], frozen_head: bool = False) -> OpCall:
-    policy, ref_options = pair.policy, pair.ref.options
-    numbers, words = packed_transform(ref_options.transform), [ref_options.backend]
-    tensors, flags = [*pair.tensors, *others], [pair.reverse, frozen_head]
-    return OpCall(tensors, policy.options, policy.needs, numbers, flags=flags, words=words)
+def _shapes_weighted(arguments: WeightedKLArguments) -> Forward:
+    weight_N = arguments.weight_N
+    return Forward((weight_N.new_empty(()),), (*gradient_shapes(arguments.head), torch.empty_like(weight_N)))
 
 
-def _pair_of(call: OpCall) -> HeadPair:
-    transform = unpacked_transform(call.numbers)
-    ref_options = replace(call.options, transform=transform, backend=call.words[0])
-    no_labels_NK = call.tensors[0].new_empty(call.tensors[0].shape[0], 0, dtype=torch.int64)
-    ref = Head.of(call.tensors[5:10], no_labels_NK, ref_options, Needs())
-    return HeadPair(call.head(no_labels_NK), ref, call.flags[0])
-
-
-def _run(call: OpCall) -> list[Tensor | None]:
-    """KL (N,), what is saved for the backward."""
-    return list(_forward(_pair_of(call), call.flags[1]))
-
-
-def _shapes(call: OpCall) -> list[Tensor | None]:
-    pair, hidden_ND = _pair_of(call), call.tensors[0]
-    saved = hidden_ND.new_empty(hidden_ND.shape) if call.flags[1] else pair.zeros(4, pair.n)
-    return [pair.zeros(pair.n), saved]
-
-
-def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    (kl_N, saved), dkl_N = outputs, upstream[0]
-    if call.flags[1]:
-        return [_of_frozen_head(dkl_N, saved)]
-    return _token_kl_backward_op(replace(call, tensors=[*call.tensors, saved, kl_N, dkl_N]))
-
-
-def _run_backward(call: OpCall) -> list[Tensor | None]:
-    return list(kl_vocabulary_pass(_pair_of(call), *call.tensors[10:]).tensors)
-
-
-def _run_weighted(call: OpCall) -> list[Tensor | None]:
-    """The weighted sum (), KL (N,), gradients of the policy's five."""
-    *_, weight_N, active_N = call.tensors
-    kl_N, gradients = kl_chunk_pass(_pair_of(call), weight_N)
-    kl_N = kl_N.where(active_N, 0.0)
-    return [(weight_N * kl_N).sum(), kl_N, *gradients.tensors]
-
-
-def _shapes_weighted(call: OpCall) -> list[Tensor | None]:
-    pair = _pair_of(call)
-    return [pair.zeros(), pair.zeros(pair.n), *gradient_shapes(call)]
-
-
-def _gradients_weighted(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    dloss, (kl_N, *gradients) = upstream[0], outputs[1:]
-    return [*of_finished(gradients, dloss), *[None] * 5, dloss * kl_N]
-
-
-_token_kl_op = registered("token_kl", _run, _shapes, _gradients)
-_token_kl_backward_op = registered("token_kl_backward", _run_backward, gradient_shapes)
-_weighted_kl_op = registered("weighted_kl", _run_weighted, _shapes_weighted, _gradients_weighted)
+_unweighted_kl = define_op("token_kl", TokenKLArguments, _forward, _backward, _shapes, outputs=1)
+_weighted_kl = define_op(
+    "weighted_kl", WeightedKLArguments, _forward_weighted, None, _shapes_weighted, outputs=1, learns=("weight_N",)
+)

@@ -6,7 +6,6 @@ kl_vocabulary_pass   4 GEMMs   backward for any upstream gradient: both heads' l
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,18 +45,6 @@ class HeadPair:
         wide = torch.promote_types(self.policy.tile, self.ref.tile)
         self.math = torch.promote_types(wide, torch.float32)
         self.device = self.policy.hidden_ND.device
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """``Head.tensors`` of the policy and of the reference."""
-        return *self.policy.tensors, *self.ref.tensors
-
-    def with_tensors(self, tensors) -> "HeadPair":
-        """The same pair over other tensors, see ``Head.with_tensors``."""
-        pair = copy(self)
-        pair.policy = self.policy.with_tensors(tensors[:5], self.policy.labels_NK)
-        pair.ref = self.ref.with_tensors(tensors[5:], self.ref.labels_NK)
-        return pair
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.math, device=self.device)

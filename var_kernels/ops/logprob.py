@@ -2,18 +2,17 @@
 upstream gradient.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from var_kernels.kernels.rows import RowStats
+from var_kernels.kernels.rows import RowCoefficients
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.compiled import OpCall, gradient_shapes, registered
+from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import cached_columns, exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
-from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Head, accumulation_dtype
 from var_kernels.ops.signatures import LogprobKeywords, Precision
 
@@ -129,157 +128,83 @@ def linear_logprob(
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
+@dataclass
+class LogprobArguments:
+    """frozen_head: the backward scales one product that the forward saves. cached: leading columns whose exponentials,
+    or logits, are kept for the backward, which overwrites logits where it may (``in_place``).
+    """
+
+    head: Head
+    frozen_head: bool
+    cached: int
+    in_place: bool
+
+
 def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the active rows."""
-    head, options = call.head, call.head.options
-    frozen_head = _is_frozen_head(head)
-    cached = cached_columns(head, in_place=not call.traced) if head.needs.some and not frozen_head else 0
-    if call.traced:
-        op_call = OpCall([*head.tensors, head.labels_NK], options, head.needs, sizes=[cached], flags=[frozen_head])
-        logp_NK, lse_N, entropy_N, argmax_N, *_ = _logprob_op(op_call)
-        lse_N = lse_N if options.lse else None
-        entropy_N = entropy_N if options.entropy else None
-        argmax_N = argmax_N if options.argmax else None
-    else:
-        logp_NK, lse_N, entropy_N, argmax_N = LinearLogprobFunction.apply(head, *head.tensors, frozen_head, cached)
-    return logp_NK.where(call.active_NK, 0.0), lse_N, entropy_N, argmax_N
+    head, in_place = call.head, not call.traced
+    # Only hidden needs a gradient, of one target: one [N, D] product serves every upstream gradient.
+    frozen_head = head.needs.hidden_alone and head.stores_exp
+    cached = cached_columns(head, in_place=in_place) if head.needs.some and not frozen_head else 0
+    logp_NK, *others = _logprob(LogprobArguments(head, frozen_head, cached, in_place), call.traced)
+    return logp_NK.where(call.active_NK, 0.0), *others
 
 
-def _is_frozen_head(head: Head) -> bool:
-    """Only hidden needs a gradient, of one target: one [N, D] product serves every upstream gradient."""
-    return head.needs.hidden_alone and head.stores_exp
-
-
-def _forward(head: Head, frozen_head: bool, cached: int) -> tuple[RowStats, Tensor, Tensor | None]:
-    """Statistics, and what is saved for the backward: their part of it; the product of a frozen head, else the cached
-    columns.
-    """
-    if frozen_head:
+def _forward(arguments: LogprobArguments) -> Forward:
+    head, options, cached = arguments.head, arguments.head.options, arguments.cached
+    exp, cached_NC = head.stores_exp, None
+    if arguments.frozen_head:
         stats, gradients = exp_pass(head, None)
-        return stats, stats.saved_4N, gradients.dhidden_ND
-    exp = head.stores_exp
-    cached_NC = new_cached(head, cached) if cached else None
-    stats = forward_pass(head, None if cached_NC is None else cached_NC[:, :cached], exp=exp)
-    return stats, stats.saved_4N if exp else stats.norms_2N, cached_NC
+    else:
+        cached_NC = new_cached(head, cached) if cached else None  # rows end in zeros
+        stats = forward_pass(head, cached_NC[:, :cached] if cached else None, exp=exp)
+    entropy_N = stats.entropy_N if options.entropy else None
+    lse_N = stats.lse_N if options.lse else None
+    outputs = stats.logp_NK(options.label_smoothing, head.v), lse_N, entropy_N, stats.argmax_N
+    if arguments.frozen_head:
+        product_ND = gradients.dhidden_ND
+        reads = replace(arguments, head=replace(head, hidden_ND=product_ND))  # of hidden's shape and dtype
+        return Forward(outputs, (stats.saved_4N, None, product_ND), reads)
+    if exp:
+        return Forward(outputs, (stats.saved_4N, None, cached_NC), arguments)
+    return Forward(outputs, (stats.norms_2N, entropy_N, None), arguments, once=cached_NC)
 
 
-def _backward(
-    head: Head,
-    saved: Tensor,
-    entropy_N: Tensor | None,
-    upstream: tuple[Tensor | None, ...],
-    product_or_cached: Tensor | None,
-    *,
-    frozen_head: bool,
-    in_place: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``Head.tensors`` under the upstream gradients of logp, lse and entropy."""
-    dlogp_NK, dlse_N, dentropy_N = upstream
-    if dlogp_NK is None:
-        dlogp_NK = torch.zeros(head.labels_NK.shape, dtype=saved.dtype, device=saved.device)
-    coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-    if frozen_head:
-        return frozen_gradient(head, product_or_cached, saved, coefficients), *(None,) * 4
-    gradients = vocabulary_pass(head, saved, coefficients, product_or_cached, in_place=in_place)
+def _shapes(arguments: LogprobArguments) -> Forward:
+    head, options, cached = arguments.head, arguments.head.options, None
+    if arguments.frozen_head:
+        cached = head.hidden_ND.new_empty(head.hidden_ND.shape)
+    elif arguments.cached:
+        cached = new_cached(head, arguments.cached)
+    wide = accumulation_dtype(head.operand)
+
+    def new(*shape: int, asked: bool = True, dtype: torch.dtype = wide) -> Tensor | None:
+        return head.hidden_ND.new_empty(shape, dtype=dtype) if asked else None
+
+    lse_N, argmax_N = new(head.n, asked=options.lse), new(head.n, asked=options.argmax, dtype=torch.int64)
+    outputs = new(*head.labels_NK.shape), lse_N, new(head.n, asked=options.entropy), argmax_N
+    if head.stores_exp:
+        return Forward(outputs, (new(4, head.n), None, cached))
+    return Forward(outputs, (new(2, head.n), new(head.n, asked=options.entropy), None), once=cached)
+
+
+def _backward(arguments: LogprobArguments, saved: Tensors, upstream: Tensors, once: Tensor | None) -> Tensors:
+    head, (statistics, entropy_N, cached) = arguments.head, saved
+    coefficients = coefficients_of(head, upstream, statistics, entropy_N)
+    if arguments.frozen_head:
+        return frozen_gradient(head, cached, statistics, coefficients), *(None,) * 4
+    cached = once if cached is None else cached
+    cached_NC = None if cached is None else cached[:, : arguments.cached]
+    gradients = vocabulary_pass(head, statistics, coefficients, cached_NC, in_place=arguments.in_place)
     return gradients.like(head.tensors).tensors
 
 
-class LinearLogprobFunction(torch.autograd.Function):
-    """(head, ``Head.tensors``, frozen_head, cached) -> logp_NK, lse_N, entropy_N, argmax_N.
-
-    Saves the normalisers and entropy and recomputes logits in the backward, but for ``cached`` columns: exponentials,
-    or logits, which the first backward uses up. With a frozen head it saves a product in place of hidden.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        head, *tensors, frozen_head, cached = args
-        options = head.options
-        ctx.set_materialize_grads(False)
-        ctx.head, ctx.frozen_head, ctx.cached_NC = head.without_tensors, frozen_head, None
-        stats, saved, product_or_cached = _forward(head, frozen_head, cached)
-        lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
-        if frozen_head:
-            _, *others = tensors
-            ctx.save_for_backward(product_or_cached, *others, head.labels_NK, saved, entropy_N, product_or_cached)
-        elif head.needs:
-            cached_NC = None if product_or_cached is None else product_or_cached[:, :cached]
-            exp = head.stores_exp
-            ctx.cached_NC = None if exp else cached_NC
-            ctx.save_for_backward(*tensors, head.labels_NK, saved, entropy_N, cached_NC if exp else None)
-        if stats.argmax_N is not None:
-            ctx.mark_non_differentiable(stats.argmax_N)
-        return stats.logp_NK(options.label_smoothing, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
-        upstream = dlogp_NK, dlse_N, dentropy_N
-        if all(g is None for g in upstream):
-            return (None,) * 8
-        *tensors, labels_NK, saved, entropy_N, product_or_cached = ctx.saved_tensors
-        head = ctx.head.with_tensors(tensors, labels_NK)
-        if product_or_cached is None:
-            product_or_cached, ctx.cached_NC = ctx.cached_NC, None
-        options = {"frozen_head": ctx.frozen_head, "in_place": True}
-        return None, *_backward(head, saved, entropy_N, upstream, product_or_cached, **options), None, None
+def coefficients_of(head: Head, upstream: Tensors, like: Tensor, entropy_N: Tensor | None) -> RowCoefficients:
+    """From the gradients of logp, lse, entropy and argmax."""
+    dlogp_NK, dlse_N, dentropy_N, _ = upstream
+    if dlogp_NK is None:
+        dlogp_NK = like.new_zeros(head.labels_NK.shape)
+    return head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
 
 
-# ---- under torch.compile ---------------------------------------------------------------------------------------------
-
-
-def _run(call: OpCall) -> list[Tensor | None]:
-    """logp (N, K), lse (N,), entropy, argmax (N,) or None, saved statistics, what is saved for the backward."""
-    head, options = call.head(call.tensors[5]), call.options
-    stats, saved, product_or_cached = _forward(head, call.flags[0], call.sizes[0])
-    entropy_N = stats.entropy_N if options.entropy else None
-    return [
-        stats.logp_NK(options.label_smoothing, head.v),
-        stats.lse_N,
-        entropy_N,
-        stats.argmax_N,
-        saved,
-        product_or_cached,
-    ]
-
-
-def _shapes(call: OpCall) -> list[Tensor | None]:
-    labels_NK, options = call.tensors[5], call.options
-    head = call.head(labels_NK)
-    wide, product_or_cached = accumulation_dtype(head.operand), None
-    if call.flags[0]:
-        product_or_cached = head.hidden_ND.new_empty(head.hidden_ND.shape)
-    elif call.sizes[0]:
-        product_or_cached = new_cached(head, call.sizes[0])
-    row_N = head.hidden_ND.new_empty(head.n, dtype=wide)
-    return [
-        row_N.new_empty(labels_NK.shape),
-        row_N,
-        torch.empty_like(row_N) if options.entropy else None,
-        labels_NK.new_empty(head.n) if options.argmax else None,
-        row_N.new_empty(4 if head.stores_exp else 2, head.n),
-        product_or_cached,
-    ]
-
-
-def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    _, _, entropy_N, _, saved, product_or_cached = outputs
-    dlogp_NK, dlse_N, dentropy_N, *_ = upstream
-    if not call.options.entropy:
-        entropy_N = dentropy_N = None
-    product_or_cached = product_or_cached if call.flags[0] or call.sizes[0] else None
-    tensors = [*call.tensors, saved, entropy_N, product_or_cached, dlogp_NK, dlse_N, dentropy_N]
-    return _logprob_backward_op(replace(call, tensors=tensors))
-
-
-def _run_backward(call: OpCall) -> list[Tensor | None]:
-    labels_NK, saved, entropy_N, product_or_cached, dlogp_NK, *upstream = call.tensors[5:]
-    frozen_head, upstream = call.flags[0], (dlogp_NK, *upstream)
-    if product_or_cached is not None and not frozen_head:
-        product_or_cached = product_or_cached[:, : call.sizes[0]]
-    options = {"frozen_head": frozen_head, "in_place": False}
-    return list(_backward(call.head(labels_NK), saved, entropy_N, upstream, product_or_cached, **options))
-
-
-_logprob_op = registered("logprob", _run, _shapes, _gradients)
-_logprob_backward_op = registered("logprob_backward", _run_backward, gradient_shapes)
+_logprob = define_op("logprob", LogprobArguments, _forward, _backward, _shapes, outputs=4)

@@ -1,6 +1,7 @@
 """``linear_token_loss``: any loss of each token's own log-prob and entropy, in one pass over the head."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -10,12 +11,12 @@ from typing_extensions import Unpack
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
+from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import forward_pass, one_pass
-from var_kernels.ops.first_order import first_order
-from var_kernels.ops.head import Gradients
+from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.signatures import ENGINES, Engine, Precision, TokenLossKeywords
-from var_kernels.ops.weighted_nll import one_pass_serves, scaled_gradients
+from var_kernels.ops.weighted_nll import one_pass_serves
 
 TokenLoss = Callable[..., Tensor]
 
@@ -126,7 +127,8 @@ def linear_token_loss(
         loss, logp_NK, entropy_N, argmax_N = apply_token_loss(call, token_loss, inputs)
     else:
         logp_NK, _, entropy_N, argmax_N = apply_logprob(call)
-        loss = _evaluate(token_loss, logp_NK.squeeze(1), entropy_N, inputs, call.active_NK.squeeze(1)).sum()
+        known = [logp_NK.squeeze(1), *([] if entropy_N is None else [entropy_N])]
+        loss = _evaluate(token_loss, known, inputs, call.active_NK.squeeze(1)).sum()
     outputs = [loss]
     if return_logp:
         outputs.append(call.restore_targets(logp_NK.detach()))
@@ -141,71 +143,64 @@ def _without_entropy(token_loss: TokenLoss) -> TokenLoss:
     return lambda logp_n, _entropy_n, *inputs: token_loss(logp_n, *inputs)
 
 
-def _evaluate(
-    token_loss: TokenLoss, logp_n: Tensor, entropy_n: Tensor | None, inputs: list[Tensor], active_n: Tensor
-) -> Tensor:
+def _evaluate(token_loss: TokenLoss, known: list[Tensor], inputs: list[Tensor], active_n: Tensor) -> Tensor:
     """(n,) losses, 0 where a row does not count (there are such rows only where they are masked)."""
     # Masked on both sides: such a row may have a slope of NaN, which a mask of the result alone lets through.
-    known = [t.where(active_n, 0.0) for t in (logp_n, entropy_n) if t is not None]
-    loss_n = token_loss(*known, *inputs)
-    if not isinstance(loss_n, Tensor) or loss_n.shape != logp_n.shape:
+    loss_n = token_loss(*(t.where(active_n, 0.0) for t in known), *inputs)
+    if not isinstance(loss_n, Tensor) or loss_n.shape != active_n.shape:
         got = tuple(loss_n.shape) if isinstance(loss_n, Tensor) else type(loss_n).__name__
         raise ValueError(
-            f"token_loss must return one loss a token, shape {tuple(logp_n.shape)}, got {got}; leave the sum to "
+            f"token_loss must return one loss a token, shape {tuple(active_n.shape)}, got {got}; leave the sum to "
             "linear_token_loss"
         )
     return loss_n.where(active_n, 0.0)
 
 
-def apply_token_loss(
-    call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+@dataclass
+class TokenLossArguments:
+    head: Head
+    active_N: Tensor
+    token_loss: TokenLoss
+    inputs: list[Tensor]
+
+
+def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]) -> Tensors:
     """The scalar loss; detached logp (n, 1), entropy and argmax (n,) or None."""
-    head = call.head
-    return LinearTokenLossFunction.apply(head, *head.tensors, call.active_NK.squeeze(1), token_loss, inputs)
+    return _token_loss(TokenLossArguments(call.head, call.active_NK.squeeze(1), token_loss, inputs))
 
 
-class LinearTokenLossFunction(torch.autograd.Function):
-    """(sum of token_loss, logp_NK, entropy_N, argmax_N). Saves finished gradients, as ``LinearWeightedNLLFunction``."""
+def _forward(arguments: TokenLossArguments) -> Forward:
+    """The sum of token_loss; log-probs, entropy and argmax for the caller's metrics; finished gradients."""
+    head, with_entropy, losses = arguments.head, arguments.head.options.entropy, []
 
-    @staticmethod
-    def forward(ctx, *args):
-        head, *_, active_N, token_loss, inputs = args
-        options = head.options
-        ctx.set_materialize_grads(False)
-        losses: list[Tensor] = []
+    def evaluate(known: list[Tensor], rows: slice) -> Tensor:
+        inputs = [t[rows] for t in arguments.inputs]
+        return _evaluate(arguments.token_loss, known, inputs, arguments.active_N[rows])
 
-        def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
-            known = [stats.logp_NK(0.0, head.v).squeeze(1), *([stats.entropy_N] if options.entropy else [])]
-            leaves = [t.requires_grad_() for t in known]
-            with torch.enable_grad():
-                entropy_n = leaves[1] if options.entropy else None
-                loss_n = _evaluate(token_loss, leaves[0], entropy_n, [t[rows] for t in inputs], active_N[rows])
-                slope_n, *entropy_slope_n = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True)
-            losses.append(loss_n.detach().sum())
-            slope_n = torch.zeros_like(leaves[0]) if slope_n is None else slope_n
-            if not entropy_slope_n or entropy_slope_n[0] is None:
-                return head.coefficients(slope_n.unsqueeze(1))
-            return head.coefficients(slope_n.unsqueeze(1), None, entropy_slope_n[0], known[1].detach())
+    def known_of(stats: RowStats) -> list[Tensor]:
+        return [stats.logp_NK(0.0, head.v).squeeze(1), *([stats.entropy_N] if with_entropy else [])]
 
-        if head.needs:
-            stats, gradients = one_pass(head, coefficients_of)
-            gradients = gradients.like(head.tensors)
-        else:  # no slopes: under inference_mode there are none to be had
-            stats, gradients = forward_pass(head, exp=head.stores_exp), Gradients()
-            logp_N = stats.logp_NK(0.0, head.v).squeeze(1)
-            entropy_N = stats.entropy_N if options.entropy else None
-            losses.append(_evaluate(token_loss, logp_N, entropy_N, inputs, active_N).sum())
-        logp_NK = stats.logp_NK(0.0, head.v)
-        ctx.save_for_backward(*gradients.tensors)
-        entropy_N = stats.entropy_N if options.entropy else None
-        ctx.mark_non_differentiable(*(t for t in (logp_NK, entropy_N, stats.argmax_N) if t is not None))
-        loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())
-        return loss, logp_NK, entropy_N, stats.argmax_N
+    def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
+        leaves = [t.requires_grad_() for t in known_of(stats)]
+        with torch.enable_grad():
+            loss_n = evaluate(leaves, rows)
+            slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True)
+        losses.append(loss_n.detach().sum())
+        slope_n, entropy_slope_n = (*slopes, None)[:2]
+        slope_N1 = torch.zeros_like(leaves[0]) if slope_n is None else slope_n
+        entropy_n = None if entropy_slope_n is None else leaves[1].detach()
+        return head.coefficients(slope_N1.unsqueeze(1), None, entropy_slope_n, entropy_n)
 
-    @staticmethod
-    @first_order
-    def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * 9
-        return None, *scaled_gradients(ctx.saved_tensors, dloss), None, None, None
+    if head.needs:
+        stats, gradients = one_pass(head, coefficients_of)
+        gradients = gradients.like(head.tensors)
+    else:  # no slopes: under inference_mode there are none to be had
+        stats, gradients = forward_pass(head, exp=head.stores_exp), Gradients()
+        losses.append(evaluate(known_of(stats), slice(None)).sum())
+    logp_NK, entropy_N = stats.logp_NK(0.0, head.v), stats.entropy_N if with_entropy else None
+    loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())
+    return Forward((loss, logp_NK, entropy_N, stats.argmax_N), gradients.tensors)
+
+
+# A graph cannot call back.
+_token_loss = define_op("token_loss", TokenLossArguments, _forward, None, None, outputs=4)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import prepare
-from var_kernels.ops.compiled import outside_of_graphs
+from var_kernels.ops.define import Forward, Tensors, define_op, outside_of_graphs
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
-from var_kernels.ops.first_order import first_order
+from var_kernels.ops.head import Head
+from var_kernels.ops.logprob import coefficients_of
 from var_kernels.ops.signatures import Precision
 
 
@@ -81,8 +82,9 @@ def vocab_parallel_logprob(
         entropy=return_entropy,
         argmax=return_argmax,
     )
-    shard = Shard(start, process_group)
-    logp_NK, lse_N, entropy_N, argmax_N = VocabParallelLogprobFunction.apply(call.head, *call.head.tensors, shard)
+    call.head.labels_NK = call.head.labels_NK - start
+    arguments = VocabParallelArguments(call.head, Shard(start, process_group))
+    logp_NK, lse_N, entropy_N, argmax_N = _vocab_parallel_logprob(arguments)
     outputs = [call.restore_targets(logp_NK.where(call.active_NK, 0.0))]
     outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
     if argmax_N is not None:
@@ -98,39 +100,35 @@ class Shard:
     group: dist.ProcessGroup
 
 
-class VocabParallelLogprobFunction(torch.autograd.Function):
-    """(head, ``Head.tensors``, shard) -> logp_NK, lse_N, entropy_N, argmax_N."""
+@dataclass
+class VocabParallelArguments:
+    """head: this rank's slice; its labels count from there."""
 
-    @staticmethod
-    def forward(ctx, *args):
-        head, *tensors, shard = args
-        options = head.options
-        ctx.set_materialize_grads(False)
-        ctx.head, ctx.shard = head.without_tensors, shard
-        head = head.with_tensors(tensors, head.labels_NK - shard.start)
-        stats = _merged(forward_pass(head), head.labels_NK, head.v, shard)
-        lse_N, entropy_N = stats.lse_N, stats.entropy_N if options.entropy else None
-        if head.needs:
-            ctx.save_for_backward(*tensors, head.labels_NK, stats.norms_2N, entropy_N)
-        if stats.argmax_N is not None:
-            ctx.mark_non_differentiable(stats.argmax_N)
-        return stats.logp_NK(0.0, head.v), lse_N if options.lse else None, entropy_N, stats.argmax_N
+    head: Head
+    shard: Shard
 
-    @staticmethod
-    @first_order
-    def backward(ctx, dlogp_NK, dlse_N, dentropy_N, _):
-        if dlogp_NK is None and dlse_N is None and dentropy_N is None:
-            return (None,) * 7
-        *tensors, labels_NK, norms_2N, entropy_N = ctx.saved_tensors
-        head = ctx.head.with_tensors(tensors, labels_NK)
-        if dlogp_NK is None:
-            dlogp_NK = torch.zeros(labels_NK.shape, dtype=norms_2N.dtype, device=norms_2N.device)
-        coefficients = head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
-        gradients = vocabulary_pass(head, norms_2N, coefficients)
-        for partial in (gradients.dhidden_ND, gradients.dleft_NR):
-            if partial is not None:
-                dist.all_reduce(partial, group=ctx.shard.group)  # before it is rounded
-        return None, *gradients.like(head.tensors).tensors, None
+
+def _forward(arguments: VocabParallelArguments) -> Forward:
+    head = arguments.head
+    stats = _merged(forward_pass(head), head.labels_NK, head.v, arguments.shard)
+    lse_N = stats.lse_N if head.options.lse else None
+    entropy_N = stats.entropy_N if head.options.entropy else None
+    outputs = stats.logp_NK(0.0, head.v), lse_N, entropy_N, stats.argmax_N
+    return Forward(outputs, (stats.norms_2N, entropy_N), arguments)
+
+
+def _backward(arguments: VocabParallelArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
+    head, (norms_2N, entropy_N) = arguments.head, saved
+    gradients = vocabulary_pass(head, norms_2N, coefficients_of(head, upstream, norms_2N, entropy_N))
+    for partial in (gradients.dhidden_ND, gradients.dleft_NR):
+        if partial is not None:
+            dist.all_reduce(partial, group=arguments.shard.group)  # before it is rounded
+    return gradients.like(head.tensors).tensors
+
+
+_vocab_parallel_logprob = define_op(
+    "vocab_parallel_logprob", VocabParallelArguments, _forward, _backward, None, outputs=4
+)
 
 
 def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard) -> RowStats:

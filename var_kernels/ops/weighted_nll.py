@@ -1,5 +1,6 @@
 """``linear_weighted_nll``: token-weighted cross-entropy of the lm_head, gradients made in the forward pass."""
 
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -9,9 +10,8 @@ from typing_extensions import Unpack
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.compiled import OpCall, gradient_shapes, of_finished, registered
+from var_kernels.ops.define import Forward, define_op, gradient_shapes
 from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
-from var_kernels.ops.first_order import first_order
 from var_kernels.ops.head import Gradients, Head, accumulation_dtype
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.signatures import ENGINES, REDUCTIONS, Engine, Precision, Reduction, WeightedNLLKeywords
@@ -163,24 +163,24 @@ def one_pass_serves(call: HeadCall) -> bool:
     return not underflows(call.head.operand) and one_pass_fits(call.head)
 
 
+@dataclass
+class WeightedNLLArguments:
+    head: Head
+    weight_NK: Tensor
+    active_NK: Tensor
+    z_loss: float
+
+
 def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
-    head = call.head
-    if call.traced:
-        tensors = [*head.tensors, weight_NK, head.labels_NK, call.active_NK]
-        loss, logp_NK, argmax_N, *_ = _weighted_nll_op(OpCall(tensors, head.options, head.needs, [z_loss]))
-        logp_NK, argmax_N = logp_NK.detach(), argmax_N if head.options.argmax else None
-    else:
-        loss, logp_NK, argmax_N = LinearWeightedNLLFunction.apply(
-            head, *head.tensors, weight_NK, call.active_NK, z_loss
-        )
-    return loss, logp_NK.where(call.active_NK, 0.0), argmax_N
+    arguments = WeightedNLLArguments(call.head, weight_NK, call.active_NK, z_loss)
+    loss, logp_NK, argmax_N = _weighted_nll(arguments, call.traced)
+    return loss, logp_NK.detach().where(call.active_NK, 0.0), argmax_N
 
 
-def _forward(
-    head: Head, weight_NK: Tensor, active_NK: Tensor, z_loss: float
-) -> tuple[RowStats, Gradients, Tensor, Tensor]:
-    """Statistics, finished gradients of the loss, logp_NK and nll_NK."""
+def _forward(arguments: WeightedNLLArguments) -> Forward:
+    """The sum of weight (-logp + z_loss lse^2), log-probs and argmax for the caller's metrics; finished gradients."""
+    head, weight_NK, z_loss = arguments.head, arguments.weight_NK, arguments.z_loss
 
     def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
         weight_nk = weight_NK[rows]
@@ -195,64 +195,17 @@ def _forward(
     logp_NK = stats.logp_NK(head.options.label_smoothing, head.v)
     nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
     # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
-    return stats, gradients, logp_NK, nll_NK.where(active_NK, 0.0)
+    nll_NK = nll_NK.where(arguments.active_NK, 0.0)
+    return Forward(((weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N), (*gradients.tensors, nll_NK))
 
 
-class LinearWeightedNLLFunction(torch.autograd.Function):
-    """The sum of weight_NK (-logp_NK + z_loss lse_N^2), with logp_NK and argmax_N for the caller's metrics.
-
-    Saves finished gradients; the backward gives them as they are or scales copies, so it may run again.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        head, *_, weight_NK, active_NK, z_loss = args
-        ctx.set_materialize_grads(False)
-        stats, gradients, logp_NK, nll_NK = _forward(head, weight_NK, active_NK, z_loss)
-        ctx.save_for_backward(*gradients.tensors, nll_NK)
-        ctx.mark_non_differentiable(logp_NK)
-        if stats.argmax_N is not None:
-            ctx.mark_non_differentiable(stats.argmax_N)
-        return (weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * 9
-        *gradients, nll_NK = ctx.saved_tensors
-        gradients = scaled_gradients(gradients, dloss)
-        return None, *gradients, dloss * nll_NK if ctx.needs_input_grad[6] else None, None, None
+def _shapes(arguments: WeightedNLLArguments) -> Forward:
+    head, labels_NK = arguments.head, arguments.head.labels_NK
+    logp_NK = head.hidden_ND.new_empty(labels_NK.shape, dtype=accumulation_dtype(head.operand))
+    argmax_N = labels_NK.new_empty(head.n) if head.options.argmax else None
+    return Forward((logp_NK.new_empty(()), logp_NK, argmax_N), (*gradient_shapes(head), torch.empty_like(logp_NK)))
 
 
-def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
-    """Finished gradients times the scalar upstream gradient, as copies: they may be asked for again."""
-    # On a CPU reading the scale costs nothing, and the usual 1 saves a copy of dW.
-    if dloss.device.type == "cpu" and dloss.item() == 1:
-        return list(gradients)
-    return [None if g is None else (g * dloss).to(g.dtype) for g in gradients]
-
-
-# ---- under torch.compile ---------------------------------------------------------------------------------------------
-
-
-def _run(call: OpCall) -> list[Tensor | None]:
-    """loss (), logp (N, K), argmax (N,) or None, nll (N, K), gradients of the five."""
-    weight_NK, labels_NK, active_NK = call.tensors[5:]
-    stats, gradients, logp_NK, nll_NK = _forward(call.head(labels_NK), weight_NK, active_NK, call.numbers[0])
-    return [(weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N, nll_NK, *gradients.tensors]
-
-
-def _shapes(call: OpCall) -> list[Tensor | None]:
-    hidden_ND, labels_NK = call.tensors[0], call.tensors[6]
-    logp_NK = hidden_ND.new_empty(labels_NK.shape, dtype=accumulation_dtype(hidden_ND.dtype))
-    argmax_N = labels_NK.new_empty(labels_NK.shape[0]) if call.options.argmax else None
-    return [logp_NK.new_empty(()), logp_NK, argmax_N, torch.empty_like(logp_NK), *gradient_shapes(call)]
-
-
-def _gradients(call: OpCall, outputs: tuple[Tensor, ...], upstream: list[Tensor | None]) -> list[Tensor]:
-    dloss, (nll_NK, *gradients) = upstream[0], outputs[3:]
-    return [*of_finished(gradients, dloss), dloss * nll_NK]
-
-
-_weighted_nll_op = registered("weighted_nll", _run, _shapes, _gradients)
+_weighted_nll = define_op(
+    "weighted_nll", WeightedNLLArguments, _forward, None, _shapes, outputs=3, learns=("weight_NK",)
+)

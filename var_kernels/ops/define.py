@@ -1,0 +1,281 @@
+"""One declaration an op: of a forward and a backward, ``define_op`` makes the autograd.Function of eager calls and the
+``torch.library`` op of graphs, which is opaque to torch.compile, with its shapes and gradients registered.
+
+Engines, backend, budget and what is cached are chosen where a call is prepared, and are arguments of the op: what it
+returns follows from them and from shapes. Without values (see ``checks.is_traced``) inactive rows are masked, not left
+out: their number would have to be read from the device.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, fields
+from itertools import repeat
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from var_kernels.ops.head import Head
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Tensors = tuple[Tensor | None, ...]
+
+_LEARNING = ("hidden_ND", "lm_head_weight_VD", "bias_V", "left_NR", "right_VR")  # the order of ``Head.tensors``
+_SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
+
+
+@dataclass
+class Forward:
+    """Results of an op's forward.
+
+    outputs: for the caller. saved: for the backward. reads: the arguments as the backward reads them; None where it
+    reads none. once: memory that the first backward may overwrite, so that later ones get None.
+    """
+
+    outputs: Tensors
+    saved: Tensors
+    reads: Any = None
+    once: Tensor | None = None
+
+
+def define_op(
+    name: str,
+    arguments: type,
+    forward: Callable[[Any], Forward],
+    backward: Callable[[Any, Tensors, Tensors, Tensor | None], Tensors] | None,
+    shapes: Callable[[Any], Forward] | None,
+    *,
+    outputs: int,
+    learns: tuple[str, ...] = (),
+) -> Callable[[Any, bool], Tensors]:
+    """The function (arguments, traced) -> outputs, differentiable once: eagerly, or as the op ``var_kernels::name``.
+
+    Args:
+        arguments: a dataclass with a field ``head``. Its tensors that may learn are ``Head.tensors`` and the fields
+            named by ``learns``.
+        backward: (arguments, saved, upstream gradients, once) -> gradients of those tensors; None: ``saved`` holds
+            the gradients of the first output, a scalar.
+        shapes: as ``forward``, tensors without values; None: an op that no graph can hold.
+        outputs: how many there are.
+    """
+    layout = _Layout(arguments)
+    paths = [*(("head", tensor) for tensor in _LEARNING), *((field,) for field in learns)]
+
+    class OpFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, call, *_):
+            ctx.set_materialize_grads(False)
+            found, tensors = forward(call), ()
+            ctx.once, ctx.reads = found.once, None
+            if found.reads is not None:
+                tensors = layout.leaves(found.reads, layout.tensors)
+                ctx.reads = layout.with_tensors(found.reads, repeat(None))
+            ctx.count = len(tensors)
+            ctx.save_for_backward(*tensors, *found.saved)
+            return found.outputs
+
+        @staticmethod
+        @first_order
+        def backward(ctx, *upstream):
+            if all(g is None for g in upstream):
+                return None, *(None for _ in paths)
+            saved, once, ctx.once = ctx.saved_tensors, ctx.once, None
+            if backward is None:
+                needed = zip(saved, ctx.needs_input_grad[1:], strict=True)
+                return None, *scaled_gradients([g if needs else None for g, needs in needed], upstream[0])
+            call = None if ctx.reads is None else layout.with_tensors(ctx.reads, iter(saved[: ctx.count]))
+            return None, *backward(call, saved[ctx.count :], upstream, once)
+
+    OpFunction.__name__ = OpFunction.__qualname__ = f"{name}_function"
+    op = None if shapes is None else _registered(name, layout, paths, forward, backward, shapes, outputs)
+
+    def run(call, traced: bool = False) -> Tensors:
+        if traced and op is not None:
+            return tuple(_present(t) for t in op(*layout.leaves(call, layout.paths))[:outputs])
+        return OpFunction.apply(call, *layout.leaves(call, paths))
+
+    return run
+
+
+def _registered(name: str, layout: "_Layout", paths, forward, backward, shapes, outputs: int):
+    """The op ``var_kernels::name``, which returns outputs, what is saved, and what may be used once;
+    ``var_kernels::name_backward`` computes gradients that are no products with a scalar.
+    """
+    kinds = ", ".join(layout.schema())
+    positions = [layout.paths.index(path) for path in paths]
+
+    def listed(found: Forward, like: Tensor) -> list[Tensor]:
+        # Outputs of an op do not share memory.
+        saved = [t.clone() if any(t is o for o in found.outputs if t is not None) else t for t in found.saved]
+        return [_given(t, like) for t in (*found.outputs, *saved, found.once)]
+
+    def run(*leaves) -> list[Tensor]:
+        return listed(forward(layout.build(iter(leaves))), leaves[0])
+
+    def fake(*leaves) -> list[Tensor]:
+        return listed(shapes(layout.build(iter(leaves))), leaves[0])
+
+    def run_backward(*arguments) -> list[Tensor]:
+        *leaves, saved, upstream = arguments
+        *saved, once = (_present(t) for t in saved)
+        gradients = backward(layout.build(iter(leaves)), tuple(saved), tuple(upstream), once)
+        return [_given(g, leaves[0]) for g in gradients]
+
+    def fake_backward(*arguments) -> list[Tensor]:
+        *leaves, _, _ = arguments
+        return [_given(g, leaves[0]) for g in gradient_shapes(layout.build(iter(leaves)).head)]
+
+    def keep(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in inputs), *output)
+
+    def differentiate(ctx, upstream):
+        count = len(ctx.others)
+        leaves = [a if t is None else t for t, a in zip(ctx.saved_tensors[:count], ctx.others, strict=True)]
+        saved, upstream = ctx.saved_tensors[count + outputs :], [_present(g) for g in upstream[:outputs]]
+        gradients = []
+        if any(g is not None for g in upstream):
+            if backward is None:
+                gradients = [_scaled(_present(g), upstream[0]) for g in saved[:-1]]
+            else:
+                gradients = [_present(g) for g in op_backward(*leaves, list(saved), upstream)]
+        found = dict(zip(positions, gradients, strict=False))
+        return tuple(found.get(at) for at in range(count))
+
+    op = torch.library.custom_op(f"var_kernels::{name}", run, mutates_args=(), schema=f"({kinds}) -> Tensor[]")
+    op.register_fake(fake)
+    op.register_autograd(differentiate, setup_context=keep)
+    if backward is not None:
+        schema = f"({kinds}, Tensor[] saved, Tensor?[] upstream) -> Tensor[]"
+        op_backward = torch.library.custom_op(
+            f"var_kernels::{name}_backward", run_backward, mutates_args=(), schema=schema
+        )
+        op_backward.register_fake(fake_backward)
+    return op
+
+
+def gradient_shapes(head: Head) -> Tensors:
+    """Of the head's tensors that may learn, where gradients are needed, in their dtypes."""
+    pairs = zip(head.tensors, head.needs.flags, strict=True)
+    return tuple(t.new_empty(t.shape) if needed else None for t, needed in pairs)
+
+
+def _given(t: Tensor | None, like: Tensor) -> Tensor:
+    """An op of a graph returns tensors alone: None is one of three dimensions, which nothing else here has."""
+    return like.new_empty(0, 0, 0) if t is None else t
+
+
+def _present(t: Tensor | None) -> Tensor | None:
+    return None if t is None or t.dim() == 3 else t
+
+
+class _Layout:
+    """The leaves of a dataclass and of the dataclasses in it, in order: the one place that takes arguments apart and
+    puts them together.
+    """
+
+    def __init__(self, kind: type):
+        self.kind, self.paths, self.types = kind, [], []
+        # (field, layout of the dataclass in it or None)
+        self.parts: list[tuple[str, _Layout | None]] = []
+        hints = get_type_hints(kind)
+        for field in fields(kind):
+            options = get_args(hints[field.name])
+            optional = type(None) in options
+            inner = options[options[0] is type(None)] if optional else hints[field.name]
+            part = _Layout(inner) if hasattr(inner, "__dataclass_fields__") else None
+            self.parts.append((field.name, part))
+            self.paths += [(field.name, *path) for path in ([()] if part is None else part.paths)]
+            self.types += [(inner, optional)] if part is None else part.types
+        self.tensors = [path for path, (inner, _) in zip(self.paths, self.types, strict=True) if inner is Tensor]
+        self.holding_tensors = [
+            (name, part) for name, part in self.parts if (name,) in self.tensors or (part and part.tensors)
+        ]
+
+    def schema(self) -> list[str]:
+        types = (f"{_SCHEMA[inner]}{'?' if optional else ''}" for inner, optional in self.types)
+        return [f"{kind} {'_'.join(path)}" for kind, path in zip(types, self.paths, strict=True)]
+
+    @staticmethod
+    def leaves(call, paths: list[tuple[str, ...]]) -> list:
+        found = []
+        for path in paths:
+            value = call
+            for name in path:
+                value = getattr(value, name)
+            found.append(value)
+        return found
+
+    def build(self, leaves: Iterator):
+        return self.kind(*(next(leaves) if part is None else part.build(leaves) for _, part in self.parts))
+
+    def with_tensors(self, call, tensors: Iterator):
+        """A copy of the call over other tensors, or over None while autograd keeps them."""
+        call = copy(call)
+        for name, part in self.holding_tensors:
+            value = next(tensors) if part is None else part.with_tensors(getattr(call, name), tensors)
+            setattr(call, name, value)
+        return call
+
+
+def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
+    """Finished gradients times the scalar upstream gradient, as copies: they may be asked for again."""
+    # On a CPU reading the scale costs nothing, and the usual 1 saves a copy of dW.
+    if dloss.device.type == "cpu" and dloss.item() == 1:
+        return list(gradients)
+    return [_scaled(g, dloss) for g in gradients]
+
+
+def _scaled(gradient: Tensor | None, dloss: Tensor) -> Tensor | None:
+    return None if gradient is None else (gradient * dloss).to(gradient.dtype)
+
+
+def first_order(backward):
+    """For the backward of an autograd.Function, in place of ``once_differentiable``: that one looks at the upstream
+    gradients alone, and where those are constants (``loss.sum()``) a gradient penalty would silently add nothing.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *upstream):
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return gradients
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple(None if g is None else _Refusal.apply(g, anchor) for g in gradients)
+
+    return run
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "the gradients of var_kernels' ops cannot be differentiated again, and this backward asks for it (a "
+            "gradient penalty, a Hessian); detach them, or take full logits: hidden @ lm_head_weight.T"
+        )
+
+
+def outside_of_graphs(reason: str) -> Callable[[Function], Function]:
+    """A function that runs eagerly in a compiled one, after a graph break; fullgraph=True is refused by it."""
+
+    def decorated(fn):
+        eager = _disable_dynamo(fn)
+
+        @functools.wraps(fn)
+        def call(*args, **kwargs):
+            if not torch.compiler.is_compiling():
+                return fn(*args, **kwargs)
+            torch._dynamo.graph_break(msg=reason)
+            return eager(*args, **kwargs)
+
+        return call
+
+    return decorated

@@ -15,7 +15,7 @@ from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import choose_backend, row_kernels
 from var_kernels.ops.gemm import add_product, logits_into, product_into
-from var_kernels.ops.workspace import budget_bytes
+from var_kernels.ops.plan import budget_bytes
 
 MAIN = (8192, 4096, 128256)
 TINY = (64, 32, 512)

@@ -208,7 +208,7 @@ def defaults_table(folder: Path) -> str:
 
 def _crossover_lines(rows: list[dict]) -> list[list[str]]:
     """The shortest chunk from which on one pass is faster than two passes of any budget up to its own; the budget."""
-    from var_kernels.ops import workspace
+    from var_kernels.ops import plan
 
     lines = []
     measured = [row for row in rows if row.get("engine") and not math.isnan(number(row, "ms"))]
@@ -223,7 +223,7 @@ def _crossover_lines(rows: list[dict]) -> list[list[str]]:
             if not number(row, "ms") <= rival:
                 break
             shortest = f"{row['rows']} rows: {_shown(number(row, 'ms'))} ms, two passes {_shown(rival)}"
-        now = f"{workspace._MIN_ACCELERATOR_ROWS} rows"
+        now = f"{plan._MIN_ACCELERATOR_ROWS} rows"
         lines.append([f"shortest chunk of one pass, {shape}", now, shortest, "crossover.csv"])
         best = min(here, key=lambda row: number(row, "ms"))
         found = f"{best['engine']}, {best['workspace_mib']} MiB: {_spread(best)} ms"
@@ -234,7 +234,7 @@ def _crossover_lines(rows: list[dict]) -> list[list[str]]:
 
 def _slice_lines(rows: list[dict]) -> list[list[str]]:
     """Rates of the backward's products by width: the narrowest within 5 % of the best."""
-    from var_kernels.ops import workspace
+    from var_kernels.ops import plan
 
     rates = defaultdict(dict)
     for row in rows:
@@ -245,7 +245,7 @@ def _slice_lines(rows: list[dict]) -> list[list[str]]:
     for product, by_width in rates.items():
         width = min(width for width, rate in by_width.items() if rate >= 0.95 * max(by_width.values()))
         found = f"from {width} columns on within 5 %: " + ", ".join(f"{w}: {_shown(r)}" for w, r in by_width.items())
-        lines.append([f"narrowest slice, {product}", f"{workspace._MIN_COLUMNS} columns", found, "primitives.csv"])
+        lines.append([f"narrowest slice, {product}", f"{plan._MIN_COLUMNS} columns", found, "primitives.csv"])
     return lines
 
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from var_kernels.kernels import rows_native, rows_torch
-from var_kernels.ops import engines, workspace
+from var_kernels.ops import plan
 from var_kernels.ops.backend import use_backend
 
 # (device, backend): the same test bodies run over all that the machine has; Triton on a CPU is interpreted.
@@ -46,10 +46,10 @@ def small_tiles(monkeypatch):
 
         monkeypatch.setattr(rows_triton, "BLOCK_COLUMNS", 128)
         monkeypatch.setattr(rows_triton, "EXP_BLOCK_COLUMNS", 64)
-    monkeypatch.setattr(workspace, "_MIN_COLUMNS", 50)
-    monkeypatch.setattr(workspace, "_MIN_ROWS", 4)
-    monkeypatch.setattr(workspace, "_MIN_ACCELERATOR_ROWS", 4)
-    monkeypatch.setattr(engines, "_MIN_CACHED_DEPTH", 1)
+    monkeypatch.setattr(plan, "_MIN_COLUMNS", 50)
+    monkeypatch.setattr(plan, "_MIN_ROWS", 4)
+    monkeypatch.setattr(plan, "_MIN_ACCELERATOR_ROWS", 4)
+    monkeypatch.setattr(plan, "_MIN_CACHED_DEPTH", 1)
 
 
 @pytest.fixture(params=TARGETS)

@@ -13,7 +13,7 @@ from tests.test_compiled import OPS, logprob, prob_lse, token_kl, weighted_kl, w
 from tests.tolerance import assert_gradient
 from var_kernels import linear_logprob
 from var_kernels.measure import peak_extra_bytes
-from var_kernels.ops import engines
+from var_kernels.ops import engines, plan
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
 
@@ -44,7 +44,7 @@ class Checking(torch.fx.Interpreter):
 @pytest.mark.parametrize("kind", ["everything", "frozen"])
 def test_opcheck(op, kind, monkeypatch):
     """Schema, fake tensors, gradients; of the backward's op too, whose arguments are those of a real backward."""
-    monkeypatch.setattr(engines, "_MIN_CACHED_DEPTH", 1)
+    monkeypatch.setattr(plan, "_MIN_CACHED_DEPTH", 1)
     frozen = kind == "frozen"
     case = Case("", shape=(7, 5, 507), bias=not frozen, frozen=("weight",) if frozen else ())
     hidden, weight, labels, bias = case.inputs()

@@ -139,8 +139,8 @@ def test_the_probe_of_a_gpu_is_right(as_on_cuda, monkeypatch):
     monkeypatch.setattr(gpu_probe, "N", 240)
     monkeypatch.setattr("var_kernels.kernels.rows_triton.BLOCK_COLUMNS", 4096)  # fewer steps of the interpreter
     said, chunks = [], []
-    plan = engines.exp_plan
-    monkeypatch.setattr(engines, "exp_plan", lambda *a: (chunks.append(plan(*a).rows), plan(*a))[1])
+    plan = engines.one_pass_plan
+    monkeypatch.setattr(engines, "one_pass_plan", lambda *a: (chunks.append(plan(*a).rows), plan(*a))[1])
     assert gpu_probe.run(say=said.append) == 0
     assert [line.split(":")[1].split(",")[0] for line in said] == [" right"] * len(gpu_probe.PARTS), said
     assert len(chunks) == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from var_kernels import linear_logprob, linear_weighted_nll
-from var_kernels.ops import engines, weighted_nll, workspace
+from var_kernels.ops import engines, plan, weighted_nll
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.explain import explain_engines
 
@@ -62,4 +62,4 @@ def test_the_default_follows_the_head():
     assert said["VAR, SFT"].startswith("one pass, 3 GEMMs: 259 MiB hold chunks of")
     assert "64 MiB hold" in explain_engines(2048, 896, 16000, torch.float32, CPU)["DPO"]
     weight = torch.empty(151936, 896, dtype=torch.bfloat16, device="meta")
-    assert workspace.budget_bytes(None, weight) == 129 * workspace.MIB
+    assert plan.budget_bytes(None, weight) == 129 * plan.MIB

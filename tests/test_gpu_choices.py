@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops import engines, gemm, kl_engine, workspace
+from var_kernels.ops import gemm, kl_engine, plan
 from var_kernels.ops.head import Head, HeadOptions, Needs
 
 pytest.importorskip("triton", reason="the backend of CUDA tensors")
@@ -25,7 +25,7 @@ N = 8192
 @pytest.fixture(params=GPUS)
 def gpu(request, monkeypatch):
     mib, rate, bandwidth = GPUS[request.param]
-    monkeypatch.setattr(workspace, "_cuda_memory", lambda index: mib << 20)
+    monkeypatch.setattr(plan, "_cuda_memory", lambda index: mib << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     return request.param, rate, bandwidth
 
@@ -39,7 +39,7 @@ def head_of(n, d, v) -> Head:
         weight,
         None,
         labels,
-        HeadOptions(LogitTransform(), 0.0, "fp32", workspace.budget_bytes(None, weight), "triton"),
+        HeadOptions(LogitTransform(), 0.0, "fp32", plan.budget_bytes(None, weight), "triton"),
         Needs(hidden=True, lm_head_weight=True),
     )
 
@@ -51,8 +51,8 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     """
     _, rate, bandwidth = gpu
     head = head_of(N, d, v)
-    rows = max(0, engines.one_pass_rows(head))
-    one = engines.one_pass_fits(head)
+    rows = max(0, plan.one_pass_rows(head))
+    one = plan.one_pass_fits(head)
     if rows == 0 or rows >= N:
         assert one == (rows >= N)
         return
@@ -61,7 +61,7 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     moved_s = 8 * v * d / bandwidth
     under = 2 * gemm_s + sum(max(2 * chunk * d * v / rate, moved_s) for chunk in chunks)
     after = 3 * gemm_s + len(chunks) * moved_s
-    two = gemm_s * (4 - engines.cached_columns(head) / v)
+    two = gemm_s * (4 - plan.cached_columns(head) / v)
     for guess in (under, after):
         chosen, other = (guess, two) if one else (two, guess)
         assert chosen + row_kernels_s <= 1.2 * (other + row_kernels_s), f"{'one' if one else 'two'}: {rows} rows"
@@ -81,9 +81,9 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     ],
 )
 def test_one_pass_or_two(name, d, v, one, monkeypatch):
-    monkeypatch.setattr(workspace, "_cuda_memory", lambda index: GPUS[name][0] << 20)
+    monkeypatch.setattr(plan, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
-    assert engines.one_pass_fits(head_of(N, d, v)) == one
+    assert plan.one_pass_fits(head_of(N, d, v)) == one
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_one_pass_or_two(name, d, v, one, monkeypatch):
 )
 def test_kl_in_one_pass_or_two(name, d, v, one, monkeypatch):
     """Two passes of KL compute the logits of both heads again: chunks half as long pay."""
-    monkeypatch.setattr(workspace, "_cuda_memory", lambda index: GPUS[name][0] << 20)
+    monkeypatch.setattr(plan, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), True)
     assert kl_engine.kl_one_pass_fits(pair) == one
@@ -107,8 +107,8 @@ def test_kl_in_one_pass_or_two(name, d, v, one, monkeypatch):
 
 def test_few_rows_and_a_cpu():
     """A batch of fewer rows than the shortest chunk is one chunk; on a CPU 64 rows are enough."""
-    cost = workspace.TileCost(4)
+    cost = plan.TileCost(4)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert workspace.holds_token_chunks(100, 1000, 4 * 1000 * 100, cost, workspace.shortest_chunk(cuda))
-    assert not workspace.holds_token_chunks(1025, 1000, 4 * 1000 * 1023, cost, workspace.shortest_chunk(cuda))
-    assert workspace.holds_token_chunks(1025, 1000, 4 * 1000 * 64, cost, workspace.shortest_chunk(cpu))
+    assert plan.holds_token_chunks(100, 1000, 4 * 1000 * 100, cost, plan.shortest_chunk(cuda))
+    assert not plan.holds_token_chunks(1025, 1000, 4 * 1000 * 1023, cost, plan.shortest_chunk(cuda))
+    assert plan.holds_token_chunks(1025, 1000, 4 * 1000 * 64, cost, plan.shortest_chunk(cpu))

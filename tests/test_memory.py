@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from var_kernels.measure import peak_extra_bytes
-from var_kernels.ops import engines, linear_logprob, linear_weighted_nll
+from var_kernels.ops import engines, linear_logprob, linear_weighted_nll, plan
 
 N, D, V = 2048, 64, 24_000
 WORKSPACE_MB = 9
@@ -57,10 +57,24 @@ def test_peak_is_bounded(name, dtype):
     assert bound < N * V * 4 / 4, "the bound would not notice the logits"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["forward", "two passes", "one pass", "frozen head"])
+def test_the_plan_predicts_the_peak(name, dtype, monkeypatch):
+    plans = []
+    for of in ("forward_plan", "one_pass_plan", "backward_plan"):
+        original = getattr(engines, of)
+        monkeypatch.setattr(engines, of, lambda *a, original=original: (plans.append(original(*a)), plans[-1])[1])
+    hidden, weight, labels = problem(dtype, frozen=("weight",) if name == "frozen head" else ())
+    peak = peak_extra_bytes(lambda: run(name, hidden, weight, labels))
+    predicted = max(plan.predicted for plan in plans)
+    assert peak <= predicted + term(name, dtype) + ROW_VECTORS
+    assert peak >= 0.7 * predicted
+
+
 def test_the_bound_notices_materialised_logits(monkeypatch):
     """The same measurement over an engine that ignores its budget."""
-    original = engines.plan_forward
-    monkeypatch.setattr(engines, "plan_forward", lambda n, v, budget, cost: original(n, v, 1 << 40, cost))
+    original = plan.plan_forward
+    monkeypatch.setattr(plan, "plan_forward", lambda n, v, budget, cost: original(n, v, 1 << 40, cost))
     hidden, weight, labels = problem(torch.float32)
     peak = peak_extra_bytes(lambda: run("forward", hidden, weight, labels))
     assert peak > BUDGET + term("forward", torch.float32) + ROW_VECTORS

@@ -9,7 +9,7 @@ import torch
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.rows import LogitTransform, RowStats
-from var_kernels.ops import engines, linear_weighted_nll
+from var_kernels.ops import linear_weighted_nll, plan
 
 INF, NAN = math.inf, math.nan
 BF16 = torch.bfloat16
@@ -167,7 +167,7 @@ def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
     monkeypatch.setattr(
         gemm_native, "product_exp", lambda h, w, *a: (products.append((len(h), len(w))), ended(h, w, *a))
     )
-    monkeypatch.setattr(engines, "MAX_CPU_BACKWARD_ROWS", 32)
+    monkeypatch.setattr(plan, "MAX_CPU_BACKWARD_ROWS", 32)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     truth = torch.autograd.grad(
         torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum"), exact

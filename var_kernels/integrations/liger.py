@@ -16,7 +16,7 @@ from torch import Tensor
 from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 from var_kernels.ops.define import first_order
-from var_kernels.ops.workspace import spans
+from var_kernels.ops.head import spans
 
 _REDUCTIONS = ("mean", "sum", "none")
 

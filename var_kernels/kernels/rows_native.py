@@ -15,6 +15,8 @@ from .rows import LogitTransform, RowCoefficients, RowStats
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A narrower gradient lies in the tile's own storage.
 COPIES_GRADIENT = False
+# Tiles that stay in the last-level cache are faster than larger ones.
+CACHED_TILES = True
 # Instruction set of the kernels: None for the best of this machine, else 0 (baseline), 1 (AVX2), 2 (AVX-512).
 LEVEL: int | None = None
 LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")

@@ -16,6 +16,8 @@ from .rows import LARGEST_SUM, LogitTransform, RowCoefficients, RowStats
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A narrower gradient lies in the tile's own storage.
 COPIES_GRADIENT = False
+# Tiles that stay in the last-level cache are faster than larger ones.
+CACHED_TILES = False
 # Columns a program holds at a time, and its warps: 16 elements a thread.
 BLOCK_COLUMNS = 4096
 NUM_WARPS = 8

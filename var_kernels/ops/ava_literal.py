@@ -8,10 +8,10 @@ from torch import Tensor
 from var_kernels.ops.call import prepare
 from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import forward_pass
-from var_kernels.ops.head import Head, accumulation_dtype
+from var_kernels.ops.head import Head, accumulation_dtype, spans
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
+from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, operand_copies, plan_forward, within_cache
 from var_kernels.ops.signatures import Precision
-from var_kernels.ops.workspace import MAX_FORWARD_ROWS, TileCost, plan_forward, spans, within_cache
 
 
 def linear_prob_lse(
@@ -86,7 +86,7 @@ class _Tiles:
         head = self.head
         capped = 1 if gradient and head.options.transform.softcap is not None else 0
         raw = head.tile.itemsize if head.tile != self.math else 0
-        copies = head.operand_copies(gradient)
+        copies = operand_copies(head, gradient)
         return TileCost((2 + capped) * self.math.itemsize + raw, copies, copies)
 
     def budget(self, rows: int, cost: TileCost) -> int:

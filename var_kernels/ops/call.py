@@ -9,7 +9,7 @@ from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend, warn_in_plain_torch
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
-from var_kernels.ops.workspace import budget_bytes
+from var_kernels.ops.plan import budget_bytes
 
 
 @dataclass

@@ -10,106 +10,15 @@ vocabulary_pass   3 GEMMs  backward for any upstream gradient: products of what 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import labels
-from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into, rounding_bytes
-from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, zero_row_ends
-from var_kernels.ops.workspace import (
-    DWEIGHT_ROWS,
-    MAX_CPU_BACKWARD_ROWS,
-    MAX_FORWARD_ROWS,
-    ExpPlan,
-    TileCost,
-    TilePlan,
-    plan_exp_chunks,
-    plan_forward,
-    plan_token_chunks,
-    plan_vocabulary_slices,
-    shortest_chunk,
-    spans,
-    tile_share,
-    within_cache,
-)
-
-# Logits are cached from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
-_FEWEST_CACHED = 8
-# On a CPU fresh pages cost as much as the GEMM of a narrow head.
-_MIN_CACHED_DEPTH = 256
-
-
-def forward_plan(head: Head) -> TilePlan:
-    cost = head.tile_cost(gradient=False)
-    return plan_forward(head.n, head.v, head.tile_budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
-
-
-def logit_plan(head: Head) -> TilePlan:
-    accumulator = dweight_bytes(head)
-    budget = head.options.budget - accumulator
-    return plan_token_chunks(head.n, head.v, budget, head.chunk_cost(budget), accumulator)
-
-
-def exp_plan(head: Head) -> ExpPlan:
-    """Of ``exp_pass``, beside the accumulator of dW."""
-    return _exp_plan(head, dweight_bytes(head))
-
-
-def _exp_plan(head: Head, accumulator: int) -> ExpPlan:
-    budget, cost = head.options.budget - accumulator, _exp_cost(head)
-    tile = _tile_bytes(head, budget)
-    exp = head.operand.itemsize
-    if head.needs.whole_rows:
-        return plan_exp_chunks(head.n, head.v, budget, cost, exp, tile, accumulator)
-    rows = min(head.n, MAX_CPU_BACKWARD_ROWS if head.options.backend == "native" else MAX_FORWARD_ROWS)
-    if cost.with_row(head.v * exp).rows_within(budget - tile, 0) >= rows > 0:
-        return plan_exp_chunks(head.n, head.v, budget, cost, exp, tile, accumulator)
-    # Sums in hidden alone need no whole rows: what is stored is as wide as the tile.
-    cost = replace(cost, element=cost.element + exp)
-    plan = plan_forward(rows, head.v, head.tile_budget(rows, cost), cost)
-    return ExpPlan(plan.rows, plan.columns, plan.columns)
-
-
-def _exp_cost(head: Head) -> TileCost:
-    """Of a tile of logits beside the exponentials, with the sums and the scaled hidden states of its rows."""
-    copies, operand, d = head.operand_copies(gradient=True), head.operand, head.d
-    wide = accumulation_dtype(operand)
-    row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
-    # One after the other.
-    fixed = max(
-        head.kernels.temporary_bytes(head.n, head.v, head.tile),
-        labels.gathered_bytes(head),
-        rounding_bytes(operand, head.n, d, head.v, head.options.backend),
-    )
-    return TileCost(head.tile.itemsize, copies, row, fixed)
-
-
-def _tile_bytes(head: Head, budget: int) -> int:
-    """Of the tile of logits beside stored exponentials: on a CPU one that stays cached."""
-    if head.hidden_ND.device.type != "cpu":
-        return tile_share(budget)
-    return min(
-        budget // 4, within_cache(min(head.n, MAX_CPU_BACKWARD_ROWS), head.v, budget, head.tile_cost(gradient=False))
-    )
-
-
-def exp_bytes(head: Head) -> int:
-    """What ``exp_pass`` allocates beside gradients and vectors of a number a row."""
-    plan, cost = exp_plan(head), _exp_cost(head)
-    tile = plan.columns * (plan.rows * cost.element + cost.column)
-    stored = plan.rows * (plan.stored * head.operand.itemsize + cost.row)
-    return cost.fixed + tile + stored + dweight_bytes(head)
-
-
-def slice_plan(head: Head) -> TilePlan:
-    cost, rows = head.tile_cost(gradient=True), head.n
-    if head.options.backend == "native" and head.operand == torch.bfloat16 and rows > MAX_CPU_BACKWARD_ROWS:
-        # With the fp32 sums of a slice of dW.
-        cost, rows = replace(cost, column=cost.column + 4 * head.d), MAX_CPU_BACKWARD_ROWS
-    return plan_vocabulary_slices(rows, head.v, head.tile_budget(rows, cost), cost)
+from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into
+from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans, zero_row_ends
+from var_kernels.ops.plan import backward_plan, forward_plan, one_pass_plan, operand_copies
 
 
 def fill_logits(head: Head, logits_nv: Tensor, hidden_nd: Tensor, rows: slice, columns: slice) -> None:
@@ -143,51 +52,9 @@ def add_factor_gradients(
             add_product(gradients.dright_VR[columns], slice_nv.t(), head.left_NR[rows].to(head.operand), backend)
 
 
-def cached_columns(head: Head, *, in_place: bool = True) -> int:
-    """Leading vocabulary columns that the budget holds from the forward to the backward, beside a tile: that part of
-    the GEMM is not repeated. 0 where it would save too little. Exponentials, or logits, which the backward may
-    overwrite (``in_place``), so that all of them need no tile.
-    """
-    if _holds(head.n == 0):
-        return 0
-    cost, budget, on_cpu = head.tile_cost(gradient=True), head.options.budget, head.hidden_ND.device.type == "cpu"
-    if head.stores_exp:
-        cost = replace(_exp_cost(head), element=head.operand.itemsize)
-        tile = _tile_bytes(head, budget)
-    else:
-        if in_place and _holds(cost.columns_within(budget, head.n) >= head.v):
-            return head.v
-        native = head.options.backend == "native"
-        tile = head.tile_budget(min(head.n, MAX_CPU_BACKWARD_ROWS), cost) if native else budget // 4
-    columns = cost.columns_within(budget - tile, head.n)
-    if _holds(columns >= head.v):
-        return head.v
-    if on_cpu and head.d < _MIN_CACHED_DEPTH:
-        return 0
-    columns = columns // 64 * 64
-    return columns if _holds(columns * _FEWEST_CACHED >= head.v) else 0
-
-
 def new_cached(head: Head, columns: int) -> Tensor:
     """For ``columns`` of every row: exponentials where they serve, else logits."""
     return head.new_cached(columns, head.operand if head.stores_exp else head.tile)
-
-
-def _holds(condition: bool) -> bool:
-    """A comparison of sizes; False where torch.compile cannot know (the number of rows that a mask selected)."""
-    if not torch.compiler.is_compiling():
-        return condition
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    return guard_or_false(condition)
-
-
-def _beside(head: Head, cached: int, itemsize: int) -> Head:
-    """The same call with what ``cached`` columns leave of the budget."""
-    if cached == 0:
-        return head
-    taken = head.n * cached * itemsize
-    return replace(head, options=replace(head.options, budget=head.options.budget - taken))
 
 
 def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:
@@ -202,7 +69,7 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
     if exp:
         stats.set_pivots(labels.label_logits(head))
     tiled = exp or cached < head.v
-    plan = forward_plan(_beside(head, cached, cached_NC.itemsize) if cached and tiled else head)
+    plan = forward_plan(head, cached)
     fused = exp and head.ends_in_exp
     width = head.v if fused else plan.columns
     columns = [*spans(0, cached, width if exp else head.v), *spans(cached, head.v, width)]
@@ -257,46 +124,6 @@ def _fused_forward(head: Head, stats: RowStats) -> None:
     fused_forward(*operands, stats, head.options.transform)
 
 
-def one_pass_fits(head: Head) -> bool:
-    """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
-    length; hidden's gradient alone needs neither.
-    """
-    if not head.needs.whole_rows and head.stores_exp:
-        return True
-    rows = one_pass_rows(head)
-    if rows < min(head.n, shortest_chunk(head.hidden_ND.device)):
-        return False
-    if head.hidden_ND.device.type == "cpu" or rows >= head.n:
-        return True
-    # In GEMMs: the fp32 dW that each chunk reads and writes, under its own GEMM or after it, against what two passes
-    # recompute.
-    moved = -(-head.n // rows) * DWEIGHT_ROWS / 2 / head.n
-    return 3 + moved <= 4 - cached_columns(head) / head.v
-
-
-def one_pass_rows(head: Head) -> int:
-    """Rows of one pass's chunks that the budget holds beside the accumulator of dW; 0 or less: none."""
-    return _rows_within(head, head.options.budget - dweight_bytes(head))
-
-
-def _rows_within(head: Head, budget: int) -> int:
-    if not head.stores_exp:
-        return head.chunk_cost(budget).rows_within(budget, head.v)
-    cost = _exp_cost(head).with_row(head.v * head.operand.itemsize)
-    return cost.rows_within(budget - _tile_bytes(head, budget), 0)
-
-
-def dweight_bytes(head: Head) -> int:
-    """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
-    accumulation = accumulation_dtype(head.operand)
-    if not head.needs.lm_head_weight or accumulation == head.operand:
-        return 0
-    # All rows at once: dW is one product.
-    if _rows_within(head, head.options.budget) >= head.n > 0:
-        return 0
-    return head.v * head.d * accumulation.itemsize
-
-
 CoefficientsOf = Callable[[slice, RowStats], RowCoefficients]
 
 
@@ -326,7 +153,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
-    stats, plan, wide = head.new_stats(), exp_plan(head), accumulation_dtype(head.operand)
+    stats, plan, wide = head.new_stats(), one_pass_plan(head), accumulation_dtype(head.operand)
     stats.set_pivots(labels.label_logits(head))
     gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
@@ -463,7 +290,7 @@ def _add_token_sums(
     if gradients.dweight_VD is not None:
         hidden_nd = head.hidden_ND[rows]
         labels.scale_rows(scaled_nd, hidden_nd, scale_n, head)
-        for start, stop in spans(0, c, step if head.operand_copies(gradient=True) else c):
+        for start, stop in spans(0, c, step if operand_copies(head, gradient=True) else c):
             multiply = add_product if add else product_into
             multiply(gradients.dweight_VD[start:stop], exp_nc[:, start:stop].t(), scaled_nd, backend)
         labels.add_label_rows(gradients.dweight_VD[:c], labels_n, label_n, hidden_nd, head)
@@ -483,17 +310,16 @@ def _add_token_sums(
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of whole rows of logits."""
-    stats, plan, backend = head.new_stats(), logit_plan(head), head.options.backend
+    stats, plan, backend = head.new_stats(), one_pass_plan(head), head.options.backend
     wide = accumulation_dtype(head.operand)
     gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
-    slice_width = head.weight_slice(head.options.budget - dweight_bytes(head))
     storage = head.new_tile(plan.rows, head.v)
 
     for start, stop in spans(0, head.n, plan.rows):
         rows = slice(start, stop)
         logits_nv = storage.view(stop - start, head.v)
         hidden_nd = head.upcast_rows(start, stop)
-        for v_start, v_stop in spans(0, head.v, slice_width):
+        for v_start, v_stop in spans(0, head.v, plan.columns):
             fill_logits(head, logits_nv[:, v_start:v_stop], hidden_nd, rows, slice(v_start, v_stop))
         chunk_stats = stats.rows(start, stop)
         head.row_stats(logits_nv, rows, chunk_stats, 0)
@@ -502,11 +328,11 @@ def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, G
         if head.needs.hidden:
             product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
         if head.needs.lm_head_weight:
-            for v_start, v_stop in spans(0, head.v, slice_width):
+            for v_start, v_stop in spans(0, head.v, plan.columns):
                 multiply = add_product if start else product_into
                 dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
                 multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
-        add_factor_gradients(head, gradients, dlogits_nv, rows, 0, slice_width)
+        add_factor_gradients(head, gradients, dlogits_nv, rows, 0, plan.columns)
         del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
     return stats, gradients
 
@@ -542,7 +368,7 @@ def vocabulary_pass(
     # (first column, end, rows at a time)
     slices = [(0, cached, head.n)] if cached and overwrites else []
     if cached < head.v or not (exp or in_place):
-        plan = slice_plan(_beside(head, cached, cached_NC.itemsize) if cached else head)
+        plan = backward_plan(head, cached)
         storage = head.new_tile(plan.rows, plan.columns)
         copied = spans(0, cached, plan.columns) if not (exp or in_place) else []
         slices += [(*span, plan.rows) for span in (*copied, *spans(cached, head.v, plan.columns))]

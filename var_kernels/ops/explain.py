@@ -4,19 +4,19 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.engines import (
+from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
+from var_kernels.ops.plan import (
+    MIB,
+    backward_plan,
+    budget_bytes,
     cached_columns,
     dweight_bytes,
-    exp_bytes,
-    exp_plan,
     forward_plan,
-    logit_plan,
     one_pass_fits,
-    slice_plan,
+    one_pass_plan,
+    rounding_bytes,
+    tile_cost,
 )
-from var_kernels.ops.gemm import rounding_bytes
-from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
-from var_kernels.ops.workspace import MIB, budget_bytes
 
 
 def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None) -> Head:
@@ -38,10 +38,8 @@ def most_bytes(
     """What tiles of logits and the copies beside them take at most: the budget, or less where all of them are less."""
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
     if head.stores_exp and one_pass_fits(head):
-        return min(head.options.budget, exp_bytes(head))
-    cost = head.tile_cost(gradient=True)
-    whole = cost.fixed + cost.element * n * v + cost.column * v + cost.row * n
-    return min(head.options.budget, whole + rounding_bytes(head.operand, n, d, v, head.options.backend))
+        return min(head.options.budget, one_pass_plan(head).predicted)
+    return min(head.options.budget, tile_cost(head, gradient=True).of_tile(n, v) + rounding_bytes(head))
 
 
 def explain_engines(
@@ -54,8 +52,7 @@ def explain_engines(
     if dtype == torch.float16:
         weighted = "two passes, 4 GEMMs: gradients made early underflow in fp16"
     elif one_pass_fits(head):
-        plan = exp_plan if head.stores_exp else logit_plan
-        rows = plan(head).rows
+        rows = one_pass_plan(head).rows
         weighted = f"one pass, 3 GEMMs: {budget:,.0f} MiB hold chunks of {rows:,} of {n:,} rows{wide}"
     else:
         weighted = f"two passes, 4 GEMMs: {budget:,.0f} MiB hold no useful chunk of whole rows{wide}"
@@ -63,7 +60,7 @@ def explain_engines(
     if cached == v:
         general = f"two passes, 3 GEMMs: {budget:,.0f} MiB hold all logits for the backward"
     else:
-        slices = -(-(v - cached) // slice_plan(head).columns)
+        slices = -(-(v - cached) // backward_plan(head).columns)
         some = f"{budget:,.0f} MiB hold {cached / v:.0%} of the logits, " if cached else ""
         general = (
             f"two passes, {4 - cached / v:.3g} GEMMs: {some}the backward recomputes {slices} slices of the vocabulary"

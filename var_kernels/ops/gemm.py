@@ -13,9 +13,9 @@ from torch import Tensor
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.compile_time import compile_time
-from var_kernels.ops.workspace import spans
 
-_ROUNDED_ROWS = 1024
+# Rows of fp32 sums at a time, of a product too deep to be rounded as it is summed.
+ROUNDED_ROWS = 1024
 
 
 def widens(operand: torch.dtype, device: torch.device) -> bool:
@@ -114,21 +114,9 @@ def ends_in_exp(hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> b
     return backend == "native" and gemm_native.takes_exp(hidden_nd, lm_head_weight_vd)
 
 
-def rounding_bytes(operand: torch.dtype, n: int, d: int, v: int, backend: str) -> int:
-    """Bytes of the fp32 sums that the C++ GEMM keeps beside a gradient in bf16: of dH (n, d) over v columns, of dW
-    (v, d) over n rows.
-    """
-    if backend != "native" or operand != torch.bfloat16 or not gemm_native.runs():
-        return 0
-    deep = gemm_native.MAX_ROUNDED_DEPTH
-    rows = max(min(n, _ROUNDED_ROWS) if v > deep else 0, min(v, _ROUNDED_ROWS) if n > deep else 0)
-    return 4 * rows * d
-
-
-def partial_bytes(operand: torch.dtype, device: torch.device, backend: str) -> int:
-    """Bytes an element of a partial result in 16 bit, and of the fp32 copy that torch makes to add it."""
-    adds_in_place = backend == "native" and operand == torch.bfloat16 and gemm_native.runs()
-    return 2 + 4 if operand.itemsize == 2 and not widens(operand, device) and not adds_in_place else 0
+def rounds_sums(operand: torch.dtype, backend: str) -> bool:
+    """Whether gradient GEMMs sum in fp32 in place, and round once what they write in this dtype."""
+    return backend == "native" and operand == torch.bfloat16 and gemm_native.runs()
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> None:
@@ -154,10 +142,11 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None
         gemm_native.product_into(out, left, right)
     elif out.dtype == torch.bfloat16 and _in_cpp(backend, torch.float32, left, right):
         # Too deep to be rounded as it is summed.
-        for start, stop in spans(0, out.shape[0], _ROUNDED_ROWS):
-            total = out.new_empty(stop - start, out.shape[1], dtype=torch.float32)
-            gemm_native.product_into(total, left[start:stop], right)
-            out[start:stop] = total
+        for start in range(0, out.shape[0], ROUNDED_ROWS):
+            out_md, left_md = out[start : start + ROUNDED_ROWS], left[start : start + ROUNDED_ROWS]
+            total_md = torch.empty_like(out_md, dtype=torch.float32, memory_format=torch.contiguous_format)
+            gemm_native.product_into(total_md, left_md, right)
+            out_md.copy_(total_md)
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     elif widens(left.dtype, left.device):

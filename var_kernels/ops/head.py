@@ -8,8 +8,7 @@ from torch import Tensor
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import row_kernels
-from var_kernels.ops.gemm import ends_in_exp, partial_bytes, rounding_bytes, upcasts
-from var_kernels.ops.workspace import TileCost, within_cache
+from var_kernels.ops.gemm import ends_in_exp, upcasts
 
 _ROW_ELEMENTS = 32
 
@@ -88,6 +87,12 @@ def zero_row_ends(values_nv: Tensor) -> None:
         values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
 
 
+def spans(start: int, stop: int, step: int):
+    """(start, stop) of consecutive pieces of a range."""
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
 @dataclass(frozen=True)
 class TileStorage:
     """Memory that tiles of several shapes use in turn."""
@@ -145,52 +150,6 @@ class Head:
             mean=options.label_smoothing > 0,
             argmax=options.argmax,
         )
-
-    def tile_cost(self, *, gradient: bool) -> TileCost:
-        """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs need beside it."""
-        copies = self.operand_copies(gradient)
-        return TileCost(
-            self._element(gradient), copies, copies, self.kernels.temporary_bytes(self.n, self.v, self.tile)
-        )
-
-    def tile_budget(self, rows: int, cost: TileCost) -> int:
-        """The budget of tiles that need not hold whole rows; the C++ kernels run faster on those that stay cached."""
-        budget = self.options.budget
-        return within_cache(rows, self.v, budget, cost) if self.options.backend == "native" else budget
-
-    def chunk_cost(self, budget: int) -> TileCost:
-        """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
-        copies = self.operand_copies(gradient=True)
-        fixed = self.kernels.temporary_bytes(self.n, self.v, self.tile) + (budget // 4 if copies else 0)
-        fixed += rounding_bytes(self.operand, self.n, self.d, self.v, self.options.backend)
-        return TileCost(self._element(gradient=True), 0, copies, fixed)
-
-    def weight_slice(self, budget: int) -> int:
-        """Vocabulary columns whose operand copies fit the quarter that ``chunk_cost`` sets aside; all of them where
-        none is made.
-        """
-        copies = self.operand_copies(gradient=True)
-        return min(self.v, max(1, budget // 4 // copies)) if copies else self.v
-
-    def _element(self, gradient: bool) -> int:
-        copies = self.kernels.COPIES_GRADIENT or self.bias_V is not None
-        cast = self.operand.itemsize if gradient and copies and self.operand != self.tile else 0
-        return self.tile.itemsize + cast
-
-    def operand_copies(self, gradient: bool, gemms: str | None = None) -> int:
-        """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py), and of factors
-        in the tile's dtype and the operands'. gemms: the backend whose gradient GEMMs are counted; None: the call's.
-        """
-        upcast = self.tile.itemsize if self.upcast else 0
-        partial = 0
-        if gradient:
-            partial = partial_bytes(self.operand, self.hidden_ND.device, gemms or self.options.backend)
-        copies = self.d * (upcast + partial)
-        if self.left_NR is not None:
-            casts = (self.tile.itemsize if self.factor != self.tile else 0) + partial
-            casts += self.operand.itemsize if gradient and self.factor != self.operand else 0
-            copies += self.left_NR.shape[1] * casts
-        return copies
 
     def new_tile(self, rows: int, columns: int) -> "TileStorage":
         return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops.engines import add_factor_gradients, dweight_bytes, fill_logits, start_factor_gradients
+from var_kernels.ops.engines import add_factor_gradients, fill_logits, start_factor_gradients
 from var_kernels.ops.gemm import add_product, product_into
-from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype
-from var_kernels.ops.workspace import (
+from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans
+from var_kernels.ops.plan import (
     MAX_FORWARD_ROWS,
+    Plan,
     TileCost,
-    TilePlan,
+    dweight_bytes,
     holds_token_chunks,
+    operand_copies,
     plan_forward,
     plan_token_chunks,
     plan_vocabulary_slices,
     shortest_chunk,
-    spans,
     within_cache,
 )
 
@@ -61,7 +62,7 @@ class HeadPair:
         """Bytes that GEMMs copy of a row or column of each head: those of torch, which pack 16-bit operands, whichever
         backend runs.
         """
-        return self.policy.operand_copies(gradient, "torch"), self.ref.operand_copies(False)
+        return operand_copies(self.policy, gradient, "torch"), operand_copies(self.ref, False)
 
     def column_bytes(self, gradient: bool) -> int:
         """One head at a time."""
@@ -277,7 +278,7 @@ def kl_vocabulary_pass(pair: HeadPair, norms_4N: Tensor, kl_N: Tensor, upstream_
     return gradients_by_slices(pair.policy, plan, tile_gradient)
 
 
-def plan_slices(head: Head, budget: int, cost: TileCost) -> TilePlan:
+def plan_slices(head: Head, budget: int, cost: TileCost) -> Plan:
     plan = plan_vocabulary_slices(head.n, head.v, budget, cost)
     if plan.rows < head.n and head.needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
         accumulator = head.d * accumulation_dtype(head.operand).itemsize
@@ -285,7 +286,7 @@ def plan_slices(head: Head, budget: int, cost: TileCost) -> TilePlan:
     return plan
 
 
-def gradients_by_slices(head: Head, plan: TilePlan, tile_gradient: Callable[[slice, int, int], Tensor]) -> Gradients:
+def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, int, int], Tensor]) -> Gradients:
     """Gradients from those in the raw logits, tile_gradient(rows, v_start, v_stop); a slice of dW is written once."""
     gradients, backend = _empty_gradients(head, one_pass=False), head.options.backend
     row_spans = list(spans(0, head.n, plan.rows))

@@ -5,18 +5,8 @@ computed, and their vectors' part of each gradient, formed in fp32. One target a
 import torch
 from torch import Tensor
 
-from var_kernels.ops.head import Head, accumulation_dtype
-from var_kernels.ops.workspace import MIB, spans
-
-# What stays cached on a CPU; on an accelerator enough for few launches.
-_GATHERED_BYTES = 4 * MIB
-_ACCELERATOR_BYTES = 64 * MIB
-
-
-def gathered_bytes(head: Head) -> int:
-    """What the gathered vectors below take of the budget: at least a row's."""
-    most = _GATHERED_BYTES if head.hidden_ND.device.type == "cpu" else _ACCELERATOR_BYTES
-    return max(min(most, head.options.budget // 8), _row_bytes(head.d, head))
+from var_kernels.ops.head import Head, accumulation_dtype, spans
+from var_kernels.ops.plan import gathered_bytes
 
 
 def _row_bytes(width: int, head: Head) -> int:

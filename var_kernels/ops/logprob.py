@@ -12,8 +12,9 @@ from typing_extensions import Unpack
 from var_kernels.kernels.rows import RowCoefficients
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.define import Forward, Tensors, define_op
-from var_kernels.ops.engines import cached_columns, exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
+from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
 from var_kernels.ops.head import Head, accumulation_dtype
+from var_kernels.ops.plan import cached_columns
 from var_kernels.ops.signatures import LogprobKeywords, Precision
 
 

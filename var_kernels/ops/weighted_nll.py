@@ -11,9 +11,10 @@ from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.define import Forward, define_op, gradient_shapes
-from var_kernels.ops.engines import forward_pass, one_pass, one_pass_fits
+from var_kernels.ops.engines import forward_pass, one_pass
 from var_kernels.ops.head import Gradients, Head, accumulation_dtype
 from var_kernels.ops.logprob import apply_logprob
+from var_kernels.ops.plan import one_pass_fits
 from var_kernels.ops.signatures import ENGINES, REDUCTIONS, Engine, Precision, Reduction, WeightedNLLKeywords
 
 

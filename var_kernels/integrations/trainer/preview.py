@@ -21,7 +21,7 @@ from var_kernels.integrations.trainer.model_checks import check_positions, check
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank
-from var_kernels.ops.workspace import budget_bytes
+from var_kernels.ops.plan import budget_bytes
 
 MIB = 2**20
 _SHOWN_TOKENS = 48  # of a run of tokens with or without labels

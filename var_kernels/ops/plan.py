@@ -1,0 +1,395 @@
+"""Plans: the engine of a pass, the shape of its tiles, and all bytes but gradients and vectors of a number a row.
+
+A plan follows from sizes and the budget (``workspace_mb``); the engines execute it, and ``doctor`` prints it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from var_kernels.kernels import gemm_native
+from var_kernels.kernels.compile_time import compile_time
+from var_kernels.ops.gemm import ROUNDED_ROWS, rounds_sums, widens
+from var_kernels.ops.head import Head, accumulation_dtype
+
+MIB = 1 << 20
+# Narrower slices or shorter chunks than these starve a GEMM.
+_MIN_COLUMNS = 1024
+_MIN_ROWS = 64
+# On an accelerator. A chunk of R rows reads and writes the fp32 dW: 8 bytes an element for 2 R FLOP, bound by memory
+# below R = 4 rate / bandwidth (640 on an A100, 780 on an H200, 870 on an H100); one GEMM saved is then worth as much.
+_MIN_ACCELERATOR_ROWS = 1024
+_DWEIGHT_ROWS = 780
+MAX_FORWARD_ROWS = 4096
+# The C++ GEMM packs a block of dlogits^T faster where it is wide than where it is deep.
+MAX_CPU_BACKWARD_ROWS = 1024
+# Of a tile in addition to stored exponentials, on an accelerator: enough for a GEMM of its own.
+_TILE_BYTES = 256 * MIB
+# Of a tile on a CPU: it stays in the last-level cache there, and fresh pages cost more than a narrower GEMM.
+_CACHED_BYTES = 4 * MIB
+# Of gathered label vectors: what stays cached on a CPU; on an accelerator enough for few launches.
+_GATHERED_BYTES = 4 * MIB
+_ACCELERATOR_GATHERED_BYTES = 64 * MIB
+# Columns are cached from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
+_FEWEST_CACHED = 8
+# On a CPU fresh pages cost as much as the GEMM of a narrow head.
+_MIN_CACHED_DEPTH = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over tiles of ``rows`` x ``columns`` logits.
+
+    stored: columns of a block of rows that are stored before they are multiplied. cached: leading columns of all rows
+        that the budget holds until the backward. accumulator: bytes of the fp32 sums of dW. predicted: bytes of tiles,
+        stored and cached columns, copies and accumulator.
+    """
+
+    rows: int
+    columns: int
+    stored: int = 0
+    cached: int = 0
+    accumulator: int = 0
+    predicted: int = 0
+
+
+@dataclass(frozen=True)
+class TileCost:
+    """Bytes of a tile of r rows and c columns: r c element + c column + r row + fixed."""
+
+    element: int
+    column: int = 0
+    row: int = 0
+    fixed: int = 0
+
+    def with_row(self, more: int) -> "TileCost":
+        return replace(self, row=self.row + more)
+
+    def columns_within(self, budget: int, rows: int) -> int:
+        return (budget - self.fixed - rows * self.row) // (rows * self.element + self.column)
+
+    def rows_within(self, budget: int, columns: int) -> int:
+        return (budget - self.fixed - columns * self.column) // (columns * self.element + self.row)
+
+    def of_tile(self, rows: int, columns: int) -> int:
+        return self.fixed + columns * self.column + rows * (columns * self.element + self.row)
+
+
+# ---- the budget ------------------------------------------------------------------------------------------------------
+
+
+def default_workspace_mb(device: torch.device, weight_bytes: int) -> int:
+    """On a CPU half of the head's weight, at least 64 MiB: with less, dW is added up from chunks so short that memory
+    and not arithmetic sets the time. On an accelerator 1/32 of its memory, at least 128 MiB.
+    """
+    if device.type != "cuda":
+        return max(64, weight_bytes // 2 // MIB)
+    return max(128, _cuda_memory(device.index or 0) // 32 // MIB)
+
+
+def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
+    if workspace_mb is None:
+        workspace_mb = default_workspace_mb(lm_head_weight.device, lm_head_weight.numel() * lm_head_weight.itemsize)
+    return int(workspace_mb * MIB)
+
+
+@compile_time
+def _cuda_memory(index: int) -> int:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return 0
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+# ---- costs of a head -------------------------------------------------------------------------------------------------
+
+
+def operand_copies(head: Head, gradient: bool, gemms: str | None = None) -> int:
+    """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py), and of factors in
+    the tile's dtype and the operands'. gemms: the backend whose gradient GEMMs are counted; None: the call's.
+    """
+    operand, tile = head.operand, head.tile
+    partial = 0
+    if gradient and operand.itemsize == 2 and not widens(operand, head.hidden_ND.device):
+        # A partial result in 16 bit, and the fp32 copy that torch makes to add it.
+        partial = 0 if rounds_sums(operand, gemms or head.options.backend) else 2 + 4
+    copies = head.d * ((tile.itemsize if head.upcast else 0) + partial)
+    if head.left_NR is not None:
+        casts = (tile.itemsize if head.factor != tile else 0) + partial
+        casts += operand.itemsize if gradient and head.factor != operand else 0
+        copies += head.left_NR.shape[1] * casts
+    return copies
+
+
+def rounding_bytes(head: Head) -> int:
+    """Bytes of the fp32 sums that the C++ GEMM keeps in addition to a gradient in bf16: of dH (n, d) over v columns, of
+    dW (v, d) over n rows.
+    """
+    if not rounds_sums(head.operand, head.options.backend):
+        return 0
+    deep, n, v = gemm_native.MAX_ROUNDED_DEPTH, head.n, head.v
+    return 4 * max(min(n, ROUNDED_ROWS) if v > deep else 0, min(v, ROUNDED_ROWS) if n > deep else 0) * head.d
+
+
+def gathered_bytes(head: Head) -> int:
+    """Bytes of the label vectors that ops/labels.py gathers at a time: at least a row's."""
+    most = _GATHERED_BYTES if head.hidden_ND.device.type == "cpu" else _ACCELERATOR_GATHERED_BYTES
+    return max(min(most, head.options.budget // 8), 4 * head.d * accumulation_dtype(head.operand).itemsize)
+
+
+def tile_cost(head: Head, *, gradient: bool) -> TileCost:
+    """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs allocate in addition."""
+    copies = operand_copies(head, gradient)
+    return TileCost(_element(head, gradient), copies, copies, head.kernels.temporary_bytes(head.n, head.v, head.tile))
+
+
+def _element(head: Head, gradient: bool) -> int:
+    copied = head.kernels.COPIES_GRADIENT or head.bias_V is not None
+    return head.tile.itemsize + (head.operand.itemsize if gradient and copied and head.operand != head.tile else 0)
+
+
+def _chunk_cost(head: Head, budget: int) -> TileCost:
+    """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
+    copies = operand_copies(head, gradient=True)
+    fixed = head.kernels.temporary_bytes(head.n, head.v, head.tile) + (budget // 4 if copies else 0)
+    return TileCost(_element(head, gradient=True), 0, copies, fixed + rounding_bytes(head))
+
+
+def _exp_cost(head: Head) -> TileCost:
+    """Bytes of a tile of logits in addition to stored exponentials, with the sums and the scaled hidden states of its
+    rows.
+    """
+    copies, operand, d = operand_copies(head, gradient=True), head.operand, head.d
+    wide = accumulation_dtype(operand)
+    row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
+    # One after the other.
+    fixed = max(head.kernels.temporary_bytes(head.n, head.v, head.tile), gathered_bytes(head), rounding_bytes(head))
+    return TileCost(head.tile.itemsize, copies, row, fixed)
+
+
+def _tile_budget(head: Head, rows: int, budget: int, cost: TileCost) -> int:
+    """The budget of tiles that need not hold whole rows."""
+    return within_cache(rows, head.v, budget, cost) if head.kernels.CACHED_TILES else budget
+
+
+def _exp_tile_bytes(head: Head, budget: int) -> int:
+    """Bytes of the tile of logits in addition to stored exponentials: on a CPU one that stays cached."""
+    if head.hidden_ND.device.type != "cpu":
+        return min(budget // 4, _TILE_BYTES)
+    rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
+    return min(budget // 4, within_cache(rows, head.v, budget, tile_cost(head, gradient=False)))
+
+
+def dweight_bytes(head: Head) -> int:
+    """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
+    accumulation = accumulation_dtype(head.operand)
+    if not head.needs.lm_head_weight or accumulation == head.operand:
+        return 0
+    # All rows at once: dW is one product.
+    if _rows_within(head, head.options.budget) >= head.n > 0:
+        return 0
+    return head.v * head.d * accumulation.itemsize
+
+
+def _rows_within(head: Head, budget: int) -> int:
+    """Rows of one pass's chunks."""
+    if not head.stores_exp:
+        return _chunk_cost(head, budget).rows_within(budget, head.v)
+    cost = _exp_cost(head).with_row(head.v * head.operand.itemsize)
+    return cost.rows_within(budget - _exp_tile_bytes(head, budget), 0)
+
+
+# ---- plans of a head -------------------------------------------------------------------------------------------------
+
+
+def forward_plan(head: Head, cached: int = 0) -> Plan:
+    """Of ``forward_pass``, beside so many cached columns."""
+    cost = tile_cost(head, gradient=False)
+    # All logits need no tile.
+    taken = 0 if cached == head.v and not head.stores_exp else _cached_bytes(head, cached)
+    budget = head.options.budget - taken
+    plan = plan_forward(head.n, head.v, _tile_budget(head, min(head.n, MAX_FORWARD_ROWS), budget, cost), cost)
+    return replace(plan, cached=cached, predicted=plan.predicted + taken)
+
+
+def backward_plan(head: Head, cached: int = 0) -> Plan:
+    """Of ``vocabulary_pass``, beside so many cached columns."""
+    cost, rows = tile_cost(head, gradient=True), head.n
+    if head.kernels.CACHED_TILES and head.operand == torch.bfloat16 and rows > MAX_CPU_BACKWARD_ROWS:
+        # With the fp32 sums of a slice of dW.
+        cost, rows = replace(cost, column=cost.column + 4 * head.d), MAX_CPU_BACKWARD_ROWS
+    taken = _cached_bytes(head, cached)
+    budget = head.options.budget - taken
+    plan = plan_vocabulary_slices(rows, head.v, _tile_budget(head, rows, budget, cost), cost)
+    return replace(plan, cached=cached, predicted=plan.predicted + taken)
+
+
+def one_pass_plan(head: Head) -> Plan:
+    """Of ``one_pass``: blocks of rows whose exponentials are stored, or their logits, filled ``columns`` at a time."""
+    accumulator = dweight_bytes(head)
+    budget = head.options.budget - accumulator
+    plan = _exp_plan(head, budget, accumulator) if head.stores_exp else _logit_plan(head, budget, accumulator)
+    return replace(plan, accumulator=accumulator, predicted=plan.predicted + accumulator)
+
+
+def _logit_plan(head: Head, budget: int, accumulator: int) -> Plan:
+    plan = plan_token_chunks(head.n, head.v, budget, _chunk_cost(head, budget), accumulator)
+    copies = operand_copies(head, gradient=True)
+    columns = min(head.v, max(1, budget // 4 // copies)) if copies else head.v
+    return replace(plan, columns=columns, stored=head.v)
+
+
+def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
+    n, v, cost, exp = head.n, head.v, _exp_cost(head), head.operand.itemsize
+    tile, stored = _exp_tile_bytes(head, budget), cost.with_row(v * exp)
+    if not head.needs.whole_rows:
+        rows = min(n, MAX_CPU_BACKWARD_ROWS if head.kernels.CACHED_TILES else MAX_FORWARD_ROWS)
+        if not stored.rows_within(budget - tile, 0) >= rows > 0:
+            # Sums in hidden alone need no whole rows: what is stored is as wide as the tile.
+            wider = replace(cost, element=cost.element + exp)
+            plan = plan_forward(rows, v, _tile_budget(head, rows, head.options.budget, wider), wider)
+            return _predicted(head, replace(plan, stored=plan.columns), cost)
+    narrow = min(v, _MIN_COLUMNS)
+    rows = min(max(n, 1), stored.rows_within(budget - tile, 0))
+    columns = replace(cost, row=0, fixed=0).columns_within(tile, rows) if rows > 0 else 0
+    if columns < narrow:
+        # The tile would be too narrow, or leaves no row.
+        columns = narrow
+        rows = min(max(n, 1), _rows_or_refuse(budget, stored, narrow, "one pass over token chunks", accumulator))
+    return _predicted(head, Plan(rows, _slice_width(columns, v), v), cost)
+
+
+def _predicted(head: Head, plan: Plan, cost: TileCost) -> Plan:
+    """With the bytes of stored exponentials, and of a tile of logits where the GEMM does not end in them."""
+    stored = cost.with_row(plan.stored * head.operand.itemsize)
+    return replace(plan, predicted=stored.of_tile(plan.rows, 0 if head.ends_in_exp else plan.columns))
+
+
+def _cached_bytes(head: Head, cached: int) -> int:
+    return head.n * cached * (head.operand if head.stores_exp else head.tile).itemsize
+
+
+def cached_columns(head: Head, *, in_place: bool = True) -> int:
+    """Leading vocabulary columns that the budget holds from the forward to the backward, in addition to a tile: that
+    part of the GEMM is not repeated. 0 where it would save too little. Exponentials, or logits, which the backward may
+    overwrite (``in_place``), so that all of them need no tile.
+    """
+    if _statically(head.n == 0):
+        return 0
+    cost, budget = tile_cost(head, gradient=True), head.options.budget
+    if head.stores_exp:
+        cost = replace(_exp_cost(head), element=head.operand.itemsize)
+        tile = _exp_tile_bytes(head, budget)
+    else:
+        if in_place and _statically(cost.columns_within(budget, head.n) >= head.v):
+            return head.v
+        rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
+        tile = _tile_budget(head, rows, budget, cost) if head.kernels.CACHED_TILES else budget // 4
+    columns = cost.columns_within(budget - tile, head.n)
+    if _statically(columns >= head.v):
+        return head.v
+    if head.hidden_ND.device.type == "cpu" and head.d < _MIN_CACHED_DEPTH:
+        return 0
+    columns = columns // 64 * 64
+    return columns if _statically(columns * _FEWEST_CACHED >= head.v) else 0
+
+
+def _statically(condition: bool) -> bool:
+    """A comparison of sizes; False where torch.compile cannot know (the number of rows that a mask selected)."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
+def one_pass_fits(head: Head) -> bool:
+    """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
+    length; hidden's gradient alone needs neither.
+    """
+    if not head.needs.whole_rows and head.stores_exp:
+        return True
+    rows = one_pass_rows(head)
+    if rows < min(head.n, shortest_chunk(head.hidden_ND.device)):
+        return False
+    if head.hidden_ND.device.type == "cpu" or rows >= head.n:
+        return True
+    # In GEMMs: the fp32 dW that each chunk reads and writes, under its own GEMM or after it, against what two passes
+    # recompute.
+    moved = -(-head.n // rows) * _DWEIGHT_ROWS / 2 / head.n
+    return 3 + moved <= 4 - cached_columns(head) / head.v
+
+
+def one_pass_rows(head: Head) -> int:
+    """Rows of one pass's chunks that the budget holds in addition to the accumulator of dW; 0 or less: none."""
+    return _rows_within(head, head.options.budget - dweight_bytes(head))
+
+
+# ---- tiles from bytes ------------------------------------------------------------------------------------------------
+
+
+def within_cache(n: int, v: int, budget: int, cost: TileCost) -> int:
+    """A budget without more than a cached tile, or a tile of all rows and the fewest columns where that is larger."""
+    return min(budget, max(cost.of_tile(max(1, n), min(v, _MIN_COLUMNS)), _CACHED_BYTES))
+
+
+def shortest_chunk(device: torch.device, gemms_saved: int = 1) -> int:
+    """Rows of a chunk from which on one pass is faster than two that run so many more GEMMs."""
+    return _MIN_ROWS if device.type == "cpu" else _MIN_ACCELERATOR_ROWS // gemms_saved
+
+
+def holds_token_chunks(n: int, v: int, budget: int, cost: TileCost, shortest: int) -> bool:
+    """Whether the budget holds chunks that are long enough to keep one pass efficient."""
+    return cost.rows_within(budget, v) >= min(n, shortest)
+
+
+def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> Plan:
+    """Rows by vocabulary slices, merged by running statistics: as square as the budget allows."""
+    rows = max(1, min(n, MAX_FORWARD_ROWS))
+    columns = cost.columns_within(budget, rows)
+    if columns < min(v, _MIN_COLUMNS):
+        columns = min(v, _MIN_COLUMNS)
+        rows = min(n, _rows_or_refuse(budget, cost, columns, "the forward pass"))
+    elif columns >= v:
+        columns = v
+        rows = min(n, cost.rows_within(budget, v))
+    return _plan(max(1, rows), _slice_width(columns, v), cost)
+
+
+def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: int) -> Plan:
+    """Chunks of whole rows, for gradients made in the forward pass; ``accumulator`` bytes are already taken from the
+    budget.
+    """
+    rows = _rows_or_refuse(budget, cost, v, "one pass over token chunks", accumulator)
+    return _plan(min(max(n, 1), rows), v, cost)
+
+
+def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
+    """Slices that see all rows, so each slice of dW is written once; rows are split only where a slice would get too
+    narrow.
+    """
+    columns = cost.columns_within(budget, max(n, 1))
+    if columns >= min(v, _MIN_COLUMNS):
+        return _plan(max(n, 1), _slice_width(columns, v), cost)
+    columns = min(v, _MIN_COLUMNS)
+    return _plan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns, cost)
+
+
+def _plan(rows: int, columns: int, cost: TileCost) -> Plan:
+    return Plan(rows, columns, predicted=cost.of_tile(rows, columns))
+
+
+def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, taken: int = 0) -> int:
+    rows = cost.rows_within(budget, columns)
+    if rows < 1:
+        needed = taken + cost.of_tile(1, columns)
+        raise ValueError(
+            f"workspace_mb={(budget + taken) / MIB:.3g} is too small for {purpose}: a row of {columns} columns needs "
+            f"about {needed / MIB:.3g} MiB; give workspace_mb={-(-2 * needed // MIB)} or more"
+        )
+    return rows
+
+
+def _slice_width(columns: int, v: int) -> int:
+    """Slices begin at multiples of 64 columns, for aligned operands."""
+    return v if columns >= v else max(columns - columns % 64, min(columns, 64))

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from var_kernels.kernels import forward_triton, rows_triton, weights_triton
+from var_kernels.kernels import forward_triton, labels_triton, rows_triton, weights_triton
 
 KIB = 1024
 TARGETS = {
@@ -79,7 +79,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    return [*row_configurations(), *forward_configurations(), *weight_configurations()]
+    return [*row_configurations(), *label_configurations(), *forward_configurations(), *weight_configurations()]
 
 
 # Triton compiles an integer that is a multiple of 16 as one, and 1 as a constant. Rows of a tile begin at multiples of
@@ -129,6 +129,42 @@ def row_configurations() -> list[Configuration]:
             constants |= {"MEAN": everything, "ARGMAX": everything, "STORE": True, "EARLIER": everything}
             before = ("earlier_stride", "earlier_columns")
             found.append(_configuration(f"row_exp {suffix}, to {out}", kernel, types, constants, (*aligned, *before)))
+    return found
+
+
+def label_configurations() -> list[Configuration]:
+    """The label kernels: bf16 operands of a D that is a multiple of 16, bare; fp32 ones of any D with every option."""
+    found = []
+    strides = [
+        f"{t}_stride_{axis}" for t in ("hidden", "weight", "sums", "matrix", "total", "vectors") for axis in "nvd"
+    ]
+    strides += ["left_stride_n", "left_stride_r", "right_stride_v", "right_stride_r", "out_stride_n"]
+    sizes = ("V", "D", "R", "C", "size")
+    for everything, operand in ((False, "bf16"), (True, "fp32")):
+        operands = ("hidden_ptr", "weight_ptr", "bias_ptr", "matrix_ptr", "vectors_ptr", "values_ptr", "out_ptr")
+        types = dict.fromkeys(operands, f"*{operand}") | dict.fromkeys((*sizes, *strides, "n"), "i32")
+        types |= dict.fromkeys(("labels_ptr", "sorted_ptr", "order_ptr", "argmax_ptr"), "*i64")
+        types |= dict.fromkeys(("scale", "cap", "inner", "slope", "cap_slope"), "fp32")
+        flags = ("HAS_BIAS", "HAS_CAP", "LOW_RANK", "MEAN", "ARGMAX", "HAS_CONSTANT")
+        constants = dict.fromkeys(flags, everything) | {"HAS_LABEL": True, "BLOCK_R": 16}
+        constants |= dict.fromkeys([name for name in strides if name[-1] in "dr"], 1)
+        for name, block, num_warps in (
+            ("start_rows", labels_triton.BLOCK_DEPTH, labels_triton.NUM_WARPS),
+            ("finish_rows", labels_triton.BLOCK_ROWS, labels_triton.NUM_WARPS),
+            ("row_scales", labels_triton.BLOCK_ROWS, labels_triton.NUM_WARPS),
+            ("combine_rows", labels_triton.BLOCK_DEPTH, labels_triton.NUM_WARPS),
+            ("label_rows", labels_triton.LABEL_DEPTH, labels_triton.NUM_WARPS),
+            ("scale", labels_triton.SCALE_ELEMENTS, labels_triton.SCALE_WARPS),
+        ):
+            kernel = getattr(labels_triton, f"_{name}_kernel")
+            given = dict.fromkeys(kernel.arg_names, "*fp32") | types
+            if name == "label_rows":
+                given["total_ptr"] = f"*{operand}"
+            known = constants | {"BLOCK": block, "ROWS": labels_triton.LABEL_ROWS}
+            known = {arg: value for arg, value in known.items() if arg in kernel.arg_names}
+            title = f"labels: {name} {operand}, {'every option' if everything else 'bare'}"
+            aligned = () if everything else (*sizes, *strides)
+            found.append(_configuration(title, kernel, given, known, aligned, num_warps))
     return found
 
 

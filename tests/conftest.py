@@ -73,12 +73,13 @@ def target(request):
             pytest.skip("Triton runs on the GPU of this machine")
         dtypes = rows_triton.DTYPES
     with use_backend(backend):
-        yield Target(device, dtypes)
+        yield Target(device, dtypes, backend)
 
 
 class Target(NamedTuple):
     device: str
     dtypes: tuple[torch.dtype, ...]
+    backend: str
 
     def require(self, dtype: torch.dtype) -> None:
         if dtype not in self.dtypes:

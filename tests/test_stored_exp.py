@@ -10,7 +10,7 @@ from tests import triton_interpreter
 from tests.mutation import mutant_of
 from tests.op_cases import Case, check_logprob, check_weighted_nll
 from tests.tolerance import assert_gradient, assert_result, rms
-from var_kernels.ops import checks, engines, linear_logprob, linear_weighted_nll, logprob, weighted_nll
+from var_kernels.ops import checks, engines, labels, linear_logprob, linear_weighted_nll, logprob, weighted_nll
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
 
@@ -171,30 +171,27 @@ MISTAKES = {
         "(pivot_n - before_n).exp().clamp(max=1e30)",
         FROZEN_RISING,
     ),
-    "the label's slope is left out": (
+    "the label's vector is left out": (
         engines,
-        "label_n * transform.derivative(label_logit_n)",
-        "label_n",
-        "slices, scale and temperature",
+        "head.labels_NK.squeeze(1), label_N)",
+        "head.labels_NK.squeeze(1), 0 * label_N)",
+        "slices",
     ),
-    "p_y is left out": (engines, "+ prob_n * logp_n.expm1()", "- prob_n", "slices, confident"),
-    "smoothing is left out": (engines, "(constant_N[rows] * head", "(0 * constant_N[rows] * head", "slices, smoothing"),
-    "the label's vector is left out": (engines, "labels.add_label_vectors(", "(lambda *_: None)(", "slices"),
     "the label's row of dW is left out": (
         engines,
-        "labels.add_label_rows(gradients.dweight",
-        "(lambda *_: None)(gradients.dweight",
+        "labels.add_label_rows(head, gradients.dweight",
+        "(lambda *_: None)(head, gradients.dweight",
         "all learn",
     ),
     "the label's bias is left out": (
         engines,
-        "labels.add_label_rows(gradients.dbias",
-        "(lambda *_: None)(gradients.dbias",
+        "labels.add_label_rows(head, gradients.dbias",
+        "(lambda *_: None)(head, gradients.dbias",
         "all learn",
     ),
     "hidden is not scaled": (
         engines,
-        "labels.scale_rows(scaled_nd, hidden_nd, scale_n, head)",
+        "labels.combine_rows(head, scaled_nd, hidden_nd, scale_n)",
         "scaled_nd.copy_(hidden_nd)",
         "all learn",
     ),
@@ -204,7 +201,21 @@ MISTAKES = {
         "torch.stack((scale_n.bfloat16(), 0 * scale_n), 1)",
         "all learn",
     ),
-    "a label counts twice": (engines, "label_n.where(labels_n < c", "label_n.where(labels_n < 2 * c", "some kept"),
+    "the label's slope is left out": (
+        labels,
+        "label_n * transform.derivative(label_logit_n)",
+        "label_n",
+        "slices, scale and temperature",
+    ),
+    "p_y is left out": (labels, "+ prob_n * logp_n.expm1()", "- prob_n", "slices, confident"),
+    "smoothing is left out": (labels, "addcmul_(constant[0]", "addcmul_(0 * constant[0]", "slices, smoothing"),
+    "a label's vector counts twice": (
+        labels,
+        "label_n.where(_known(labels_n, v)",
+        "label_n.where(_known(labels_n, 2 * v)",
+        "some kept",
+    ),
+    "a label's row counts twice": (labels, "where(_known(sorted_n, c)", "where(_known(sorted_n, 2 * c)", "some kept"),
 }
 LEARNING = {
     "all learn": Case("all learn", bias=True),
@@ -215,7 +226,12 @@ LEARNING = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_refused(mistake, target, small_tiles, monkeypatch, tmp_path):
     module, before, after, shown_by = MISTAKES[mistake]
+    if module is labels and target.backend == "triton":
+        pytest.skip("its own kernels: tests/test_label_kernels.py")
     mutant = mutant_of(module, before, after, tmp_path)
+    if module is labels:
+        monkeypatch.setattr(engines, "labels", mutant)
+        mutant = engines
     for op in (logprob, weighted_nll):
         for name in ("exp_pass", "frozen_gradient", "vocabulary_pass", "one_pass"):
             if hasattr(op, name):

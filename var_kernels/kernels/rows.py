@@ -57,6 +57,7 @@ class RowStats:
         first id of the maximum.
     Of ``row_exp``: max_N is a pivot that is known beforehand (the label's logit, where it is finite) and not a maximum;
         others_N: sum exp(z - pivot) without the label's; top_N: the maximum, for argmax_N. ``add_label`` ends them.
+        logp_N: log p of the label, where a kernel formed it.
     """
 
     max_N: Tensor
@@ -67,6 +68,7 @@ class RowStats:
     argmax_N: Tensor | None
     others_N: Tensor | None = None
     top_N: Tensor | None = None
+    logp_N: Tensor | None = None
 
     @classmethod
     def empty(cls, n: int, k: int, like: Tensor, *, entropy: bool, mean: bool, argmax: bool) -> "RowStats":
@@ -84,6 +86,23 @@ class RowStats:
             shifted_sum_N=zeros(n) if entropy else None,
             logit_sum_N=zeros(n) if mean else None,
             argmax_N=torch.zeros(n, dtype=torch.int64, device=like.device) if argmax else None,
+        )
+
+    @classmethod
+    def uninitialised(cls, n: int, like: Tensor, *, mean: bool, argmax: bool) -> "RowStats":
+        """Memory for the statistics of ``row_exp`` in fp32, which a kernel writes."""
+        vectors = (torch.empty(n, dtype=torch.float32, device=like.device) for _ in range(5))
+        max_N, sumexp_N, label_logit_N, others_N, logp_N = vectors
+        return cls(
+            max_N,
+            sumexp_N,
+            label_logit_N.unsqueeze(1),
+            shifted_sum_N=None,
+            logit_sum_N=torch.empty_like(max_N) if mean else None,
+            argmax_N=torch.empty_like(max_N, dtype=torch.int64) if argmax else None,
+            others_N=others_N,
+            top_N=torch.empty_like(max_N) if argmax else None,
+            logp_N=logp_N,
         )
 
     def rows(self, start: int, stop: int) -> "RowStats":
@@ -122,10 +141,14 @@ class RowStats:
         """(1 - e) log p_y + e mean_v log p_v; differences with the maximum first, which keeps the digits of large
         logits.
         """
+        if self.logp_N is not None and not label_smoothing:
+            return self.logp_N.unsqueeze(1)
         log_sum = self.sumexp_N.log().unsqueeze(1)
         above = self.label_logit_NK - self.max_N.unsqueeze(1)
         logp = above - log_sum
-        if self.others_N is not None:
+        if self.logp_N is not None:
+            logp = self.logp_N.unsqueeze(1)
+        elif self.others_N is not None:
             # Of a token more likely than all others together: never above 0, with the digits of 1 - p.
             others = self.others_N.unsqueeze(1)
             logp = (others / above.exp()).log1p().neg().where(above.exp() > others, logp)

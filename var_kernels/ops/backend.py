@@ -124,3 +124,12 @@ def row_kernels(name: str) -> ModuleType:
     else:
         from var_kernels.kernels import rows_triton as kernels
     return kernels
+
+
+def label_kernels(name: str) -> ModuleType | None:
+    """The kernels of a backend beside its ``row_exp`` (see ``ops/labels.py``); None: torch's operations."""
+    if name != "triton":
+        return None
+    from var_kernels.kernels import labels_triton
+
+    return labels_triton

@@ -61,13 +61,12 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
     """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers. ``cached_NC``
     receives the raw logits of its leading columns, or with ``exp`` their exponentials, for ``vocabulary_pass``.
     """
-    stats = head.new_stats()
     if head.options.budget == 0:
+        stats = head.new_stats()
         _fused_forward(head, stats)
         return stats
+    stats = labels.start(head) if exp else head.new_stats()
     cached = 0 if cached_NC is None else cached_NC.shape[1]
-    if exp:
-        stats.set_pivots(labels.label_logits(head))
     tiled = exp or cached < head.v
     plan = forward_plan(head, cached)
     fused = exp and head.ends_in_exp
@@ -88,7 +87,7 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
             fill_logits(head, logits_nv, hidden_nd, rows, slice(v_start, v_stop))
             head.row_stats(logits_nv, rows, chunk, v_start)
     if exp:
-        stats.add_label(labels.known(head.labels_NK.squeeze(1), head.v))
+        labels.finish(head, slice(0, head.n), stats)
     return stats
 
 
@@ -153,8 +152,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
-    stats, plan, wide = head.new_stats(), one_pass_plan(head), accumulation_dtype(head.operand)
-    stats.set_pivots(labels.label_logits(head))
+    stats, plan, wide = labels.start(head), one_pass_plan(head), accumulation_dtype(head.operand)
     gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
@@ -182,21 +180,20 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
                 _follow_pivots(before_n, chunk.max_N, sum_nd, None if not head.needs.left else gradients.dleft_NR[rows])
             if not head.needs.whole_rows:
                 _add_row_sums(head, gradients, exp_nv, rows, first, sum_nd, add=first > 0)
-        chunk.add_label(labels.known(head.labels_NK[rows].squeeze(1), head.v))
+        labels.finish(head, rows, chunk)
+        constant = None
         if coefficients_of is None:
             scale_n, label_n = head.options.transform.slope / chunk.sumexp_N, None
         else:
             coefficients = coefficients_of(rows, chunk)
-            scale_n, label_n = _row_scales(head, rows, coefficients, chunk.saved_4N)
+            scale_n, label_n = labels.row_scales(head, rows, coefficients, chunk.saved_4N)
+            if smooth:
+                constant = coefficients.constant_N * head.options.transform.slope, weight_sum_D
         if head.needs.whole_rows:
             scaled_nd = gradients.dhidden_ND[rows] if head.needs.hidden else torch.empty_like(head.hidden_ND[rows])
             _add_token_sums(head, gradients, exp_nv, rows, (scale_n, label_n), scaled_nd, plan.columns, add=start > 0)
             _add_row_sums(head, gradients, exp_nv, rows, 0, sum_nd, add=False)
-        _end_row_sums(head, gradients, rows, (scale_n, label_n), sum_nd)
-        if smooth:
-            sum_nd.addcmul_((coefficients.constant_N * head.options.transform.slope).unsqueeze(1), weight_sum_D)
-        if sums_nd is not None:
-            gradients.dhidden_ND[rows] = sum_nd
+        _end_row_sums(head, gradients, rows, (scale_n, label_n), sum_nd, head.v, constant)
     return stats, gradients
 
 
@@ -204,17 +201,13 @@ def frozen_gradient(head: Head, others_ND: Tensor, saved_4N: Tensor, coefficient
     """dhidden for any coefficients, without a product: prob sum_{v != y} p_v W_v (``others_ND``, of ``exp_pass``), with
     the label's vector in fp32, and the smoothing's sum of all.
     """
-    _, label_N = _row_scales(head, slice(0, head.n), coefficients, saved_4N)
-    dhidden_ND, wide = torch.empty_like(others_ND), accumulation_dtype(head.operand)
-    constant_N = coefficients.constant_N
-    weight_sum_D = None if constant_N is None else head.lm_head_weight_VD.sum(0, dtype=wide)
-    for start, stop in spans(0, head.n, labels.step(head, head.d)):
-        rows = slice(start, stop)
-        total_nd = others_ND[rows] * coefficients.prob_N[rows].unsqueeze(1)
-        labels.add_label_vectors(total_nd, head.lm_head_weight_VD, head.labels_NK[rows].squeeze(1), label_N[rows], head)
-        if constant_N is not None:
-            total_nd.addcmul_((constant_N[rows] * head.options.transform.slope).unsqueeze(1), weight_sum_D)
-        dhidden_ND[rows] = total_nd
+    _, label_N = labels.row_scales(head, slice(0, head.n), coefficients, saved_4N)
+    dhidden_ND, constant_N = torch.empty_like(others_ND), coefficients.constant_N
+    label, constant = (head.lm_head_weight_VD, head.labels_NK.squeeze(1), label_N), None
+    if constant_N is not None:
+        weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=accumulation_dtype(head.operand))
+        constant = constant_N * head.options.transform.slope, weight_sum_D
+    labels.combine_rows(head, dhidden_ND, others_ND, coefficients.prob_N, label, constant)
     return dhidden_ND
 
 
@@ -235,17 +228,6 @@ def _follow_pivots(before_n: Tensor, pivot_n: Tensor, *sums: Tensor | None) -> N
             sum_nx.mul_(decay_n1)
 
 
-def _row_scales(head: Head, rows: slice, coefficients: RowCoefficients, saved_4n: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the gradient in the raw logits: its factor of the exponentials, and the label's entry, (n,) each."""
-    _, sumexp_n, logp_n, label_logit_n = saved_4n
-    transform, prob_n = head.options.transform, coefficients.prob_N
-    # p - 1 of a confident token is formed as such.
-    label_n = prob_n + coefficients.label_NK.squeeze(1) + prob_n * logp_n.expm1()
-    label_n = label_n * transform.derivative(label_logit_n)
-    in_vocabulary_n = labels.known(head.labels_NK[rows].squeeze(1), head.v)
-    return prob_n * transform.slope / sumexp_n, label_n.where(in_vocabulary_n, 0.0)
-
-
 def _add_row_sums(
     head: Head, gradients: Gradients, exp_nc: Tensor, rows: slice, v_start: int, sum_nd: Tensor | None, *, add: bool
 ) -> None:
@@ -258,16 +240,27 @@ def _add_row_sums(
 
 
 def _end_row_sums(
-    head: Head, gradients: Gradients, rows: slice, scales: tuple[Tensor, Tensor | None], sum_nd: Tensor | None
+    head: Head,
+    gradients: Gradients,
+    rows: slice,
+    scales: tuple[Tensor, Tensor | None],
+    sum_nd: Tensor | None,
+    c: int,
+    constant: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """They become gradients: scaled, with the label's vector (if any)."""
-    scale_n, label_n = scales
+    """They become gradients: scaled, with the vector of a label among the c leading columns (if any)."""
+    (scale_n, label_n), labels_n = scales, head.labels_NK[rows].squeeze(1)
+    dhidden_nd = None if gradients.dhidden_ND is None else gradients.dhidden_ND[rows]
     dleft_nr = None if gradients.dleft_NR is None else gradients.dleft_NR[rows]
-    for sum_nx, matrix_VX in ((sum_nd, head.lm_head_weight_VD), (dleft_nr, head.right_VR)):
-        if sum_nx is not None:
-            sum_nx.mul_(scale_n.unsqueeze(1))
-            if label_n is not None:
-                labels.add_label_vectors(sum_nx, matrix_VX, head.labels_NK[rows].squeeze(1), label_n, head)
+    if sum_nd is not None and sum_nd.dtype == dhidden_nd.dtype:
+        sum_nd = dhidden_nd
+    for out_nx, sum_nx, matrix_VX, more in (
+        (dhidden_nd, sum_nd, head.lm_head_weight_VD, constant),
+        (dleft_nr, dleft_nr, head.right_VR, None),
+    ):
+        if out_nx is not None:
+            label = None if label_n is None else (matrix_VX[:c], labels_n, label_n)
+            labels.combine_rows(head, out_nx, sum_nx, scale_n, label, more)
 
 
 def _add_token_sums(
@@ -285,27 +278,26 @@ def _add_token_sums(
     scaled_nd: memory for scale_n hidden_n.
     """
     (scale_n, label_n), backend, c = scales, head.options.backend, exp_nc.shape[1]
-    labels_n = head.labels_NK[rows].squeeze(1)
-    label_n = label_n.where(labels_n < c, 0.0)
+    ordered = labels.segments(head.labels_NK[rows].squeeze(1))
     if gradients.dweight_VD is not None:
         hidden_nd = head.hidden_ND[rows]
-        labels.scale_rows(scaled_nd, hidden_nd, scale_n, head)
+        labels.combine_rows(head, scaled_nd, hidden_nd, scale_n)
         for start, stop in spans(0, c, step if operand_copies(head, gradient=True) else c):
             multiply = add_product if add else product_into
             multiply(gradients.dweight_VD[start:stop], exp_nc[:, start:stop].t(), scaled_nd, backend)
-        labels.add_label_rows(gradients.dweight_VD[:c], labels_n, label_n, hidden_nd, head)
+        labels.add_label_rows(head, gradients.dweight_VD[:c], ordered, label_n, hidden_nd)
     if gradients.dbias_V is not None:
         # In two parts, so that the scale keeps its digits in 16 bit.
         scale_n2 = torch.stack((scale_n, scale_n - scale_n.to(head.operand)), 1).to(head.operand)
         dbias_c2 = scale_n.new_zeros(c, 2)
         add_product(dbias_c2, exp_nc.t(), scale_n2, backend)
         gradients.dbias_V[:c] += dbias_c2.sum(1)
-        labels.add_label_rows(gradients.dbias_V[:c, None], labels_n, label_n, torch.ones_like(label_n)[:, None], head)
+        labels.add_label_rows(head, gradients.dbias_V[:c, None], ordered, label_n, torch.ones_like(label_n)[:, None])
     if gradients.dright_VR is not None:
         left_nr = head.left_NR[rows]
         scaled_nr = (left_nr * scale_n.unsqueeze(1)).to(head.operand)
         add_product(gradients.dright_VR[:c], exp_nc.t(), scaled_nr, backend)
-        labels.add_label_rows(gradients.dright_VR[:c], labels_n, label_n, left_nr, head)
+        labels.add_label_rows(head, gradients.dright_VR[:c], ordered, label_n, left_nr)
 
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
@@ -355,14 +347,13 @@ def vocabulary_pass(
     gradients = _empty_gradients(head, wide, head.operand)
     norms_2N = torch.stack((saved[0], saved[1].log())) if exp else saved
     if exp and cached:
-        scales = _row_scales(head, slice(0, head.n), coefficients, saved)
+        scales = labels.row_scales(head, slice(0, head.n), coefficients, saved)
         reused = gradients.dhidden_ND if head.needs.hidden and wide == head.operand else None
         scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and head.needs.lm_head_weight else reused
         _add_token_sums(head, gradients, cached_NC, slice(0, head.n), scales, scaled_ND, cached, add=False)
         del scaled_ND
         _add_row_sums(head, gradients, cached_NC, slice(0, head.n), 0, gradients.dhidden_ND, add=False)
-        scales = scales[0], scales[1].where(head.labels_NK.squeeze(1) < cached, 0.0)
-        _end_row_sums(head, gradients, slice(0, head.n), scales, gradients.dhidden_ND)
+        _end_row_sums(head, gradients, slice(0, head.n), scales, gradients.dhidden_ND, cached)
     elif head.needs.hidden:
         gradients.dhidden_ND.zero_()
     # (first column, end, rows at a time)

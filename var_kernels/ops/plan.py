@@ -10,6 +10,7 @@ from torch import Tensor
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.compile_time import compile_time
+from var_kernels.ops.backend import label_kernels
 from var_kernels.ops.gemm import ROUNDED_ROWS, rounds_sums, widens
 from var_kernels.ops.head import Head, accumulation_dtype
 
@@ -132,7 +133,9 @@ def rounding_bytes(head: Head) -> int:
 
 
 def gathered_bytes(head: Head) -> int:
-    """Bytes of the label vectors that ops/labels.py gathers at a time: at least a row's."""
+    """Bytes of the label vectors that ops/labels.py gathers at a time: at least a row's; none where kernels do that."""
+    if label_kernels(head.options.backend) is not None:
+        return 0
     most = _GATHERED_BYTES if head.hidden_ND.device.type == "cpu" else _ACCELERATOR_GATHERED_BYTES
     return max(min(most, head.options.budget // 8), 4 * head.d * accumulation_dtype(head.operand).itemsize)
 

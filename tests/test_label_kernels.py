@@ -1,0 +1,218 @@
+"""The label kernels of ``row_exp``'s gradients, each against fp64, and mistakes that they refuse."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.conftest import TARGETS
+from tests.mutation import mutant_of
+from var_kernels.kernels.rows import LogitTransform, RowStats
+
+pytest.importorskip("triton", reason="triton is not installed")
+from var_kernels.kernels import labels_triton
+
+BF16 = torch.bfloat16
+N, V, D, R = 41, 53, 72, 5
+PLAIN = LogitTransform()
+on_triton = pytest.mark.parametrize("target", [p for p in TARGETS if "triton" in p.id], indirect=True)
+interpreted = pytest.mark.parametrize("target", [p for p in TARGETS if p.id == "cpu-triton"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    for name, value in (("BLOCK_DEPTH", 32), ("LABEL_DEPTH", 32), ("LABEL_ROWS", 4), ("BLOCK_ROWS", 16)):
+        monkeypatch.setattr(labels_triton, name, value)
+
+
+def normal(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def some_labels(device="cpu"):
+    """Shared ones, one that a block of rows has, and two beyond the vocabulary."""
+    labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
+    labels[5:17], labels[20], labels[23], labels[30] = 7, V, -3, 9
+    return labels.to(device)
+
+
+def close(got, truth, dtype=torch.float32):
+    """Sums in fp32 of exact operands, rounded once."""
+    error, size = (got.double() - truth.double()).abs(), truth.double().abs()
+    return bool((error <= (2.0**-8 if dtype == BF16 else 2.0**-21) * size + 2.0**-19 * size.max()).all())
+
+
+def check_start(device, module=labels_triton, transform=PLAIN, dtype=torch.float32, bias=False, low_rank=False):
+    labels = some_labels(device)
+    # Columns of a larger matrix: a stride of rows that is not their length.
+    hidden, weight = normal(N, D + 3, dtype=dtype, device=device)[:, :D], normal(V, D, dtype=dtype, device=device)
+    bias = normal(V, dtype=dtype, device=device) if bias else None
+    factors = (normal(N, R, device=device), normal(V, R, device=device)) if low_rank else None
+    stats = RowStats.uninitialised(N, hidden, mean=True, argmax=True)
+    for value in vars(stats).values():
+        if value is not None:
+            value.fill_(77)
+    module.start_rows(hidden, weight, bias, factors, labels, stats, transform)
+    known = (labels >= 0) & (labels < V)
+    ids = labels.where(known, 0)
+    raw = (hidden.double() * weight[ids].double()).sum(1)
+    raw += 0 if bias is None else bias[ids].double()
+    raw += 0 if factors is None else (factors[0].double() * factors[1][ids].double()).sum(1)
+    truth = transform.apply(raw)
+    got = stats.label_logit_NK.squeeze(1)
+    assert close(got[known], truth[known])
+    assert got[~known].isnan().all()
+    assert (stats.max_N[~known] == -torch.inf).all()
+    assert torch.equal(stats.max_N[known], got[known])
+    assert not stats.others_N.any()
+    assert not stats.logit_sum_N.any()
+    assert not stats.argmax_N.any()
+    assert (stats.top_N == -torch.inf).all()
+
+
+def finishing(device):
+    labels = some_labels(device)
+    stats = RowStats.uninitialised(N, labels, mean=False, argmax=False)
+    stats.label_logit_NK.copy_(normal(N, 1, device=device))
+    stats.max_N.copy_(stats.label_logit_NK.squeeze(1))
+    stats.max_N[:10] += 0.7  # a raised pivot
+    stats.others_N.copy_(10 ** torch.linspace(-9, 9, N, device=device))
+    stats.others_N[15:19] = torch.tensor([0.3, 0.6, 0.9, 0.99], device=device)
+    stats.label_logit_NK[20:24:3] = torch.nan
+    return labels, stats
+
+
+def check_finish(device, module=labels_triton):
+    labels, stats = finishing(device)
+    module.finish_rows(labels, stats, V)
+    known = (labels >= 0) & (labels < V)
+    own = (stats.label_logit_NK.squeeze(1) - stats.max_N).double().exp()
+    others = stats.others_N.double()
+    total = others + own.where(known, 0.0)
+    assert ((stats.sumexp_N.double() - total).abs() <= 2.0**-22 * total)[others > 0].all()
+    truth = -(others / own).log1p()
+    assert stats.logp_N[~known].isnan().all()
+    error = ((stats.logp_N.double() - truth) / truth)[known].abs()
+    assert error.max() <= 2.0**-20, error.max()
+
+
+def check_scales(device, module=labels_triton, transform=PLAIN):
+    labels = some_labels(device)
+    prob, entry, logit = (normal(N, device=device).roll(i) for i in range(3))
+    sumexp = 10 ** torch.linspace(-3, 6, N, device=device)
+    logp = -(10 ** torch.linspace(-9, 1.5, N, device=device))
+    entry = -prob + 1e-6 * entry  # cancels: what is left are the digits of 1 - p
+    scale, label = module.row_scales(labels, prob, entry, sumexp, logp, logit, V, transform)
+    known = (labels >= 0) & (labels < V)
+    p_less_1 = logp.double().expm1()
+    truth = (prob.double() + entry.double() + prob.double() * p_less_1) * transform.derivative(logit.double())
+    bound = 2.0**-20 * ((prob.double() + entry.double()).abs() + (prob.double() * p_less_1).abs()) * transform.slope
+    assert ((label.double() - truth).abs() <= bound)[known].all()
+    assert not label[~known].any()
+    assert close(scale, prob.double() * transform.slope / sumexp.double())
+
+
+def check_combine(device, module=labels_triton, dtype=torch.float32, in_place=False, with_label=True, constant=True):
+    labels = some_labels(device)
+    sums, matrix = normal(N, D, device=device), normal(V, D, dtype=dtype, device=device)
+    scale, factor, third = (normal(N, device=device).roll(i) for i in range(3))
+    total = normal(D, device=device)
+    ids, known = labels.clamp(0, V - 1), ((labels >= 0) & (labels < V)).unsqueeze(1)
+    truth = sums.double() * scale.double().unsqueeze(1)
+    if with_label:
+        truth += (matrix[ids].double() * factor.double().unsqueeze(1)).where(known, 0.0)
+    if constant:
+        truth += third.double().unsqueeze(1) * total.double()
+    out = sums if in_place else torch.full((N, D + 1), torch.nan, dtype=dtype, device=device)[:, :D]
+    label = (matrix, labels, factor) if with_label else None
+    module.combine_rows(out, sums, scale, label, (third, total) if constant else None)
+    assert close(out, truth, out.dtype)
+
+
+def check_rows(device, module=labels_triton, dtype=torch.float32, c=V, d=D):
+    labels = some_labels(device)
+    vectors, factor = normal(N, d, dtype=dtype, device=device), normal(N, device=device)
+    total = normal(c + 2, d, dtype=dtype, device=device)  # the last two are another's
+    truth, known = total.double(), (labels >= 0) & (labels < c)
+    added = vectors.double() * factor.double().unsqueeze(1)
+    truth.index_add_(0, labels[known], added[known])
+    again = total.clone()
+    for out in (total, again):
+        module.add_label_rows(out[:c], labels.sort(stable=True), factor, vectors)
+    assert torch.equal(total, again)
+    assert close(total, truth, dtype)
+
+
+def check_scale(device, module=labels_triton, factor=0.7, dtype=BF16):
+    values = normal(N, V, dtype=dtype, device=device)
+    truth = (values.double() * torch.tensor(factor).double().to(device)).to(dtype)
+    module.scale_(values, torch.tensor(factor, device=device))
+    assert torch.equal(values, truth) if factor == 1 else close(values, truth, dtype)
+
+
+SOFTCAP = LogitTransform(0.5, 3.0, 1.3)
+CHECKS = {
+    "start": check_start,
+    "start, bf16": functools.partial(check_start, dtype=BF16, bias=True),
+    "start, softcap": functools.partial(check_start, transform=SOFTCAP, bias=True),
+    "start, low rank": functools.partial(check_start, transform=LogitTransform(0.5), low_rank=True),
+    "finish": check_finish,
+    "scales": check_scales,
+    "scales, softcap": functools.partial(check_scales, transform=SOFTCAP),
+    "combine": check_combine,
+    "combine, in place": functools.partial(check_combine, in_place=True),
+    "combine, bf16": functools.partial(check_combine, dtype=BF16),
+    "combine, scale alone": functools.partial(check_combine, with_label=False, constant=False),
+    "rows": check_rows,
+    "rows, bf16": functools.partial(check_rows, dtype=BF16),
+    "rows, fewer columns": functools.partial(check_rows, c=9),
+    "rows, of one column": functools.partial(check_rows, d=1),
+    "scale": check_scale,
+    "scale of 1": functools.partial(check_scale, factor=1.0),
+    "scale, fp32": functools.partial(check_scale, dtype=torch.float32),
+}
+
+
+@on_triton
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_equals_fp64(check, target):
+    check(target.device)
+
+
+# what goes wrong: text, what replaces it, the check that shows it
+MISTAKES = {
+    "the tail of a row is left out": ("range(0, D, BLOCK)", "range(0, D - 31, BLOCK)", "start"),
+    "no bias": ("scale, cap, inner, HAS_BIAS, HAS_CAP)", "scale, cap, inner, False, HAS_CAP)", "start, bf16"),
+    "no low rank": ("x += _dot(", "_dot(", "start, low rank"),
+    "a label beyond the vocabulary is one": ('tl.where(known, z, float("nan"))', "z", "start"),
+    "a pivot of NaN": ('tl.where(tl.abs(z) < float("inf"), z, float("-inf"))', "z", "start"),
+    "digits of 1 - p": ("-_log1p(others / own)", "above - tl.log(sumexp)", "finish"),
+    "a short series": ("tl.static_range(13, 0, -2)", "tl.static_range(5, 0, -2)", "finish"),
+    "the label is left out of the sum": ("others + tl.where(known, own, 0.0)", "others", "finish"),
+    "an unknown label joins": ("tl.where(known, own, 0.0)", "tl.where(known, own, 1.0)", "finish"),
+    "p - 1 rounded": ("tl.where(logp > -0.125, small, tl.exp(logp) - 1.0)", "tl.exp(logp) - 1.0", "scales"),
+    "no slope": ("entry * slope", "entry", "scales, softcap"),
+    "no slope of the cap": ("entry *= 1.0 - tanh * tanh", "entry *= 1.0", "scales, softcap"),
+    "an entry of an unknown label": ("tl.where(known, entry * slope, 0.0)", "entry * slope", "scales"),
+    "rows are not scaled": ("sums * tl.load(scale_ptr + row)", "sums", "combine, scale alone"),
+    "no label's vector": ("out += tl.load(label_ptr + row)", "out += 0.0", "combine"),
+    "the vector of an unknown label": ("mask=mask & known", "mask=mask", "combine"),
+    "no constant": ("out += tl.load(constant_ptr + row)", "out += 0.0", "combine, bf16"),
+    "a shared label's second block is lost": ("start += ROWS", "start += ROWS + 1", "rows"),
+    "each of its rows adds": ("(label != before) &", "(label == label) &", "rows"),
+    "labels beyond the columns": ("& (label < C)", "& (label < C + 1)", "rows, fewer columns"),
+    "a last column is lost": ("D\n        sums = tl.zeros", "D - 1\n        sums = tl.zeros", "rows"),
+    "not scaled": ("factor != 1.0", "factor == 1.0", "scale"),
+    "a tail not scaled": ("mask = at < size", "mask = at < size - 1", "scale"),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_refused(mistake, target, tmp_path):
+    before, after, shown_by = MISTAKES[mistake]
+    mutant = mutant_of(labels_triton, before, after, tmp_path)
+    for name in ("BLOCK_DEPTH", "LABEL_DEPTH", "LABEL_ROWS", "BLOCK_ROWS"):
+        setattr(mutant, name, getattr(labels_triton, name))
+    with pytest.raises(AssertionError):
+        CHECKS[shown_by](target.device, module=mutant)

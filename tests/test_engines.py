@@ -5,9 +5,10 @@ import torch
 
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
-from var_kernels import linear_logprob, linear_token_loss, linear_weighted_nll
+from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients
 from var_kernels.ops import checks
+from var_kernels.ops.ava_literal import linear_prob_lse
 from var_kernels.ops.head import Head, HeadOptions, zero_row_ends
 
 N, V, D = 63, 507, 72
@@ -103,12 +104,27 @@ def token_loss(engine):
     return op
 
 
+def token_kl(reduction):
+    def op(h, w, y, b, count):
+        options = {"token_weight": torch.linspace(-1, 1, N, device=h.device), "reduction": reduction}
+        return linear_token_kl(h, w, -h.detach(), w.detach().roll(1, 0), y, b, num_active=count, **options)
+
+    return op
+
+
+def prob_lse(h, w, y, b, count):
+    return linear_prob_lse(h, w, y, b, alpha=3.0, num_active=count)
+
+
 OPS = {
     "logprob": logprob,
     "one pass": weighted_nll("one_pass"),
     "two passes": weighted_nll("two_pass"),
     "token loss, one pass": token_loss("one_pass"),
     "token loss, two passes": token_loss("two_pass"),
+    "token KL": token_kl("none"),
+    "token KL, summed": token_kl("sum"),
+    "prob_lse": prob_lse,
 }
 
 

@@ -12,7 +12,14 @@ import typing_extensions
 import var_kernels
 from var_kernels.losses import var, weight_checks, weighted_sequence_nll
 from var_kernels.losses.checks import TOKEN_REDUCTIONS
-from var_kernels.ops import signatures
+from var_kernels.ops import (
+    linear_logprob,
+    linear_token_kl,
+    linear_token_loss,
+    linear_weighted_nll,
+    signatures,
+)
+from var_kernels.ops.ava_literal import linear_prob_lse
 
 needs_overloads = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no list of overloads")
 OVERLOADED = [
@@ -75,6 +82,32 @@ def test_each_declared_value_is_taken_and_no_other(name, choices, call):
         call(choice)
     with pytest.raises(ValueError, match=f"{name} must be one of {', '.join(map(repr, choices))}, got 'other'"):
         call("other")
+
+
+OPS = {
+    linear_logprob: lambda **options: linear_logprob(H, W, Y, **options),
+    linear_weighted_nll: lambda **options: linear_weighted_nll(H, W, Y, None, **options),
+    linear_token_loss: lambda **options: linear_token_loss(H, W, Y, torch.neg, **options),
+    linear_token_kl: lambda **options: linear_token_kl(H, W, H, W, **options),
+    linear_prob_lse: lambda **options: linear_prob_lse(H, W, Y, alpha=1.0, **options),
+}
+every_op = pytest.mark.parametrize(("op", "call"), OPS.items(), ids=[op.__name__ for op in OPS])
+
+
+@every_op
+def test_the_options_shown_are_those_taken_with_their_defaults(op, call):
+    shown = inspect.signature(op).parameters
+    assert not [p for p in shown.values() if p.kind is p.VAR_KEYWORD]
+    known = {name: shown[name].default for name in signatures.DEFAULTS if name in shown}
+    assert len(known) >= len(signatures.DEFAULTS) - 1
+    assert torch.equal(call(**known), call())
+
+
+@every_op
+@pytest.mark.parametrize("name", ["temprature", "vocabulary", "lse", "token_wait"])
+def test_an_unknown_option_is_refused_in_the_name_of_the_op(op, call, name):
+    with pytest.raises(TypeError, match=rf"^{op.__name__}\(\) got an unexpected keyword argument '{name}'; its opt"):
+        call(**{name: 1})
 
 
 H, W, Y = torch.ones(3, 4), torch.ones(5, 4), torch.arange(3)

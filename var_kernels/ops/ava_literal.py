@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from var_kernels.ops.call import prepare
 from var_kernels.ops.define import Forward, Tensors, define_op
@@ -11,9 +12,10 @@ from var_kernels.ops.engines import forward_pass
 from var_kernels.ops.head import Head, accumulation_dtype, spans
 from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
 from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, operand_copies, plan_forward, within_cache
-from var_kernels.ops.signatures import Precision
+from var_kernels.ops.signatures import RowKeywords, names_options, with_defaults
 
 
+@names_options
 def linear_prob_lse(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -21,13 +23,7 @@ def linear_prob_lse(
     bias: Tensor | None = None,
     *,
     alpha: float,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    workspace_mb: float | None = None,
-    precision: Precision = "fp32",
+    **options: Unpack[RowKeywords],
 ) -> Tensor:
     """The log-normaliser of a softmax over probabilities, without the [N, V] logits.
 
@@ -57,9 +53,8 @@ def linear_prob_lse(
             f"labels must hold one entry a row, shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}; the "
             "normaliser does not depend on the target"
         )
-    options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "precision": precision}
-    options |= {"low_rank": low_rank, "ignore_index": ignore_index, "workspace_mb": workspace_mb}
-    call = prepare(hidden, lm_head_weight, labels, bias, label_smoothing=0.0, **options)
+    options = with_defaults("linear_prob_lse", options, RowKeywords)
+    call = prepare(hidden, lm_head_weight, labels, bias, options)
     return call.restore(*_prob_lse(ProbLseArguments(call.head, float(alpha)), call.traced))
 
 

@@ -10,6 +10,7 @@ from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend, warn_in_plain_torch
 from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
 from var_kernels.ops.plan import budget_bytes
+from var_kernels.ops.signatures import LogprobKeywords
 
 
 @dataclass
@@ -88,33 +89,30 @@ def prepare(
     lm_head_weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    token_weight: Tensor | None = None,
+    options: LogprobKeywords,
     *,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    label_smoothing: float,
-    precision: str,
-    workspace_mb: float | None,
-    lse: bool = False,
-    num_active: int | None = None,
+    token_weight: Tensor | None = None,
     vocabulary: int | None = None,
+    lse: bool = False,
     entropy: bool = False,
     argmax: bool = False,
-    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> HeadCall:
     """Check everything, then flatten; rows without a target that counts are left out. Their number is read from the
     device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
     torch.compile and CUDA-graph capture, they are masked.
     """
     checks.check_no_transform()
+    ignore_index, num_active, low_rank = options["ignore_index"], options["num_active"], options["low_rank"]
     checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index, vocabulary)
-    checks.check_head_options(logit_scale, softcap, temperature, label_smoothing, precision, workspace_mb)
-    checks.check_token_weight(token_weight, labels, ignore_index)
-    checks.check_num_active(num_active)
-    checks.check_low_rank(low_rank, hidden, lm_head_weight, workspace_mb)
-    left, right = (None, None) if low_rank is None else low_rank
+    checks.check_head_options(options)
+    left = right = None
+    if token_weight is not None:
+        checks.check_token_weight(token_weight, labels, ignore_index)
+    if num_active is not None:
+        checks.check_num_active(num_active)
+    if low_rank is not None:
+        checks.check_low_rank(low_rank, hidden, lm_head_weight, options["workspace_mb"])
+        left, right = low_rank
     device = hidden.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
@@ -166,19 +164,13 @@ def prepare(
         left=grad and left is not None and left.requires_grad,
         right=grad and right is not None and right.requires_grad,
     )
-    budget = budget_bytes(workspace_mb, lm_head_weight)
+    budget = budget_bytes(options["workspace_mb"], lm_head_weight)
     checks.check_budget(budget, needs.some)
     if not traced:
         warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
-    options = HeadOptions(
-        transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
-        label_smoothing=label_smoothing,
-        precision=precision,
-        budget=budget,
-        backend=choose_backend(device, tile_dtype(hidden.dtype, precision))[0],
-        lse=lse,
-        entropy=entropy,
-        argmax=argmax,
-    )
-    head = Head(hidden_ND, lm_head_weight, bias, labels_NK, options, needs, left_NR, right)
+    transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
+    backend, _ = choose_backend(device, tile_dtype(hidden.dtype, options["precision"]))
+    smoothing, precision = options["label_smoothing"], options["precision"]
+    head_options = HeadOptions(transform, smoothing, precision, budget, backend, lse, entropy, argmax)
+    head = Head(hidden_ND, lm_head_weight, bias, labels_NK, head_options, needs, left_NR, right)
     return HeadCall(head, active_NK, rows, masked, traced, leading, several)

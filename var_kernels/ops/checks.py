@@ -4,6 +4,7 @@ tensors).
 
 import math
 import numbers
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -166,25 +167,27 @@ def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, pr
             )
 
 
-def check_head_options(
-    logit_scale: float, softcap: float | None, temperature: float, label_smoothing: float, precision: str, workspace_mb
-) -> None:
-    given = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "workspace_mb": workspace_mb}
-    for name, value in {**given, "label_smoothing": label_smoothing}.items():
-        if value is not None or name not in ("softcap", "workspace_mb"):
-            check_number(name, value)
+def check_head_options(options: Mapping[str, object], prefix: str = "") -> None:
+    """prefix: "ref_" for the reference model's."""
+    logit_scale, softcap, temperature = options["logit_scale"], options["softcap"], options["temperature"]
+    label_smoothing, workspace_mb = options["label_smoothing"], options["workspace_mb"]
+    for name in ("logit_scale", "softcap", "temperature", "label_smoothing", "workspace_mb"):
+        value = options[name]
+        if type(value) not in (float, int) and not (value is None and name in ("softcap", "workspace_mb")):
+            check_number(prefix + name, value)
     # Comparisons: torch.compile(dynamic=True) traces no math.isfinite of a float that may change.
     if not 0 < abs(logit_scale) < math.inf:
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+        raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}; pass None for no softcap")
+        raise ValueError(f"{prefix}softcap must be positive and finite, got {softcap}; pass None for no softcap")
     if not 0 < temperature < math.inf:
         raise ValueError(
-            f"temperature must be positive and finite, got {temperature}; greedy decoding has no log-probs"
+            f"{prefix}temperature must be positive and finite, got {temperature}; greedy decoding has no log-probs"
         )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}; 1 leaves out the label")
-    check_choice("precision", precision, PRECISIONS)
+    if options["precision"] not in PRECISIONS:
+        check_choice("precision", options["precision"], PRECISIONS)
     if workspace_mb is not None and not 0 <= workspace_mb < math.inf:
         raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
 
@@ -205,8 +208,6 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_token_weight(token_weight: Tensor | None, labels: Tensor, ignore_index: int) -> None:
     """Metadata, and on a CPU finite values where the label counts."""
-    if token_weight is None:
-        return
     if not isinstance(token_weight, Tensor):
         raise TypeError(
             f"token_weight must be a torch.Tensor or None (weight 1), got {type(token_weight).__name__}; "
@@ -238,8 +239,6 @@ def check_num_items(num_items, active_NK: Tensor) -> None:
 
 
 def check_num_active(num_active) -> None:
-    if num_active is None:
-        return
     if isinstance(num_active, bool) or not isinstance(num_active, int):
         raise TypeError(
             f"num_active must be an int or None, got {type(num_active).__name__}; count on the host, or pass None"

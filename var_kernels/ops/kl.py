@@ -5,13 +5,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.define import Forward, Tensors, define_op, gradient_shapes
-from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
+from var_kernels.ops.head import Head, Needs, tile_dtype
 from var_kernels.ops.kl_engine import (
     HeadPair,
     kl_chunk_pass,
@@ -19,12 +20,21 @@ from var_kernels.ops.kl_engine import (
     kl_one_pass_fits,
     kl_vocabulary_pass,
 )
-from var_kernels.ops.signatures import DIRECTIONS, ENGINES, Direction, Engine, Precision
+from var_kernels.ops.signatures import (
+    DIRECTIONS,
+    ENGINES,
+    Direction,
+    Engine,
+    RowKeywords,
+    names_options,
+    with_defaults,
+)
 from var_kernels.ops.weighted_nll import underflows
 
 _IGNORED = -100
 
 
+@names_options
 def linear_token_kl(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -37,18 +47,12 @@ def linear_token_kl(
     direction: Direction = "reverse",
     token_weight: Tensor | None = None,
     reduction: Literal["none", "sum"] = "none",
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    low_rank: tuple[Tensor, Tensor] | None = None,
     ref_logit_scale: float = 1.0,
     ref_softcap: float | None = None,
     ref_temperature: float = 1.0,
     ref_low_rank: tuple[Tensor, Tensor] | None = None,
-    workspace_mb: float | None = None,
-    precision: Precision = "fp32",
     engine: Engine = "auto",
+    **options: Unpack[RowKeywords],
 ) -> Tensor:
     """KL divergence of each token's distribution over the whole vocabulary, without either model's [N, V] logits.
 
@@ -79,7 +83,7 @@ def linear_token_kl(
         logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
         workspace_mb: MiB for tiles of both models' logits; None: see ``linear_logprob``.
-        precision: see ``linear_logprob``.
+        num_active, precision: see ``linear_logprob``.
         engine: "auto", "one_pass" or "two_pass"; "auto" takes two passes for fp16.
 
     Returns:
@@ -95,37 +99,24 @@ def linear_token_kl(
     checks.check_choice("engine", engine, ENGINES)
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
-    labels, ignore_index = _row_labels(hidden, labels, ignore_index)
-    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_low_rank, workspace_mb)
-    checks.check_head_options(ref_logit_scale, ref_softcap, ref_temperature, 0.0, precision, workspace_mb)
-    policy = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "low_rank": low_rank}
-    return _token_kl(
-        (hidden, lm_head_weight, labels, bias, token_weight),
-        (ref_hidden, ref_lm_head_weight, ref_bias, *(ref_low_rank or (None, None))),
-        {**policy, "ignore_index": ignore_index, "precision": precision, "workspace_mb": workspace_mb},
-        LogitTransform(float(ref_logit_scale), ref_softcap, float(ref_temperature)),
-        direction == "reverse",
-        reduction,
-        engine,
-    )
-
-
-def _token_kl(policy, reference, options: dict, transform: LogitTransform, reverse: bool, reduction: str, engine: str):
-    token_weight = policy[4]
-    call = prepare(*policy, label_smoothing=0.0, **options)
-    no_labels_NK = call.head.labels_NK[:, :0]
-    head = replace(call.head, labels_NK=no_labels_NK)
-    ref_tensors, ref_options = _reference_rows(call, reference), _reference_options(call, reference, transform)
-    pair = HeadPair(head, Head.of(ref_tensors, no_labels_NK, ref_options, Needs()), reverse)
+    options = with_defaults("linear_token_kl", options, RowKeywords)
+    labels, options["ignore_index"] = _row_labels(hidden, labels, options["ignore_index"])
+    ref_options = {**options, "logit_scale": ref_logit_scale, "softcap": ref_softcap, "temperature": ref_temperature}
+    ref_options["low_rank"] = ref_low_rank
+    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_options)
+    call = prepare(hidden, lm_head_weight, labels, bias, options, token_weight=token_weight)
+    head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
+    ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, ref_options)
+    pair = HeadPair(head, ref, direction == "reverse")
     active_N = call.active_NK.squeeze(1)
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
     one_pass = head.needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair))
     if reduction == "sum" and one_pass:
-        return _weighted_kl(WeightedKLArguments(head, pair.ref, reverse, weight_N, active_N), call.traced)[0]
+        return _weighted_kl(WeightedKLArguments(head, ref, pair.reverse, weight_N, active_N), call.traced)[0]
     frozen_head = one_pass and head.needs.hidden_alone
-    (kl_N,) = _unweighted_kl(TokenKLArguments(head, pair.ref, reverse, frozen_head), call.traced)
+    (kl_N,) = _unweighted_kl(TokenKLArguments(head, ref, pair.reverse, frozen_head), call.traced)
     kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
@@ -153,9 +144,8 @@ def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tup
     return labels, ignore_index
 
 
-def _check_reference(
-    hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_low_rank, workspace_mb
-) -> None:
+def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, options) -> None:
+    checks.check_head_options(options, "ref_")
     if not isinstance(lm_head_weight, Tensor):
         raise TypeError(f"lm_head_weight must be a torch.Tensor, got {type(lm_head_weight).__name__}")
     given = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
@@ -181,29 +171,28 @@ def _check_reference(
         )
     if ref_bias is not None and ref_bias.shape != (v,):
         raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
-    checks.check_low_rank(ref_low_rank, ref_hidden, ref_lm_head_weight, workspace_mb, "ref_")
+    low_rank = options["low_rank"]
+    if low_rank is not None:
+        checks.check_low_rank(low_rank, ref_hidden, ref_lm_head_weight, options["workspace_mb"], "ref_")
     if not _autocasts(hidden):
         checks.check_dtypes(ref_hidden, ref_lm_head_weight, ref_bias, "ref_")
-        if ref_low_rank is not None:
-            checks.check_low_rank_dtypes(*ref_low_rank, ref_hidden, "ref_")
+        if low_rank is not None:
+            checks.check_low_rank_dtypes(*low_rank, ref_hidden, "ref_")
 
 
 def _autocasts(hidden: Tensor) -> bool:
     return hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
 
 
-def _reference_dtype(ref_hidden: Tensor) -> torch.dtype:
-    autocast = _autocasts(ref_hidden) and ref_hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(ref_hidden.device.type) if autocast else ref_hidden.dtype
-
-
-def _reference_rows(call: HeadCall, reference) -> tuple[Tensor | None, ...]:
-    """The reference's five of ``Head.tensors``: constants, of the active rows, in autocast's dtype under autocast."""
-    hidden, lm_head_weight, bias, left, right = (None if t is None else t.detach() for t in reference)
+def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, options) -> Head:
+    """Constants, of the active rows, in autocast's dtype under autocast."""
+    left, right = options["low_rank"] or (None, None)
+    tensors = [None if t is None else t.detach() for t in (hidden, lm_head_weight, bias, left, right)]
     if _autocasts(hidden):
-        dtype = _reference_dtype(hidden)
-        hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
-        bias, left, right = (None if t is None else t.to(dtype) for t in (bias, left, right))
+        keeps = hidden.dtype == torch.float64
+        dtype = hidden.dtype if keeps else torch.get_autocast_dtype(hidden.device.type)
+        tensors = [None if t is None else t.to(dtype) for t in tensors]
+    hidden, lm_head_weight, bias, left, right = tensors
 
     def active_rows(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -213,13 +202,11 @@ def _reference_rows(call: HeadCall, reference) -> tuple[Tensor | None, ...]:
             values_NX = values_NX.index_select(0, call.rows)
         return values_NX.where(call.active_NK.any(1, keepdim=True), 0.0) if call.masked else values_NX
 
-    return active_rows(hidden), lm_head_weight, bias, active_rows(left), right
-
-
-def _reference_options(call: HeadCall, reference, transform: LogitTransform) -> HeadOptions:
-    tile = tile_dtype(_reference_dtype(reference[0]), call.head.options.precision)
-    backend, _ = choose_backend(reference[0].device, tile)
-    return replace(call.head.options, transform=transform, backend=backend)
+    transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
+    backend, _ = choose_backend(hidden.device, tile_dtype(hidden.dtype, options["precision"]))
+    head_options = replace(policy.options, transform=transform, backend=backend)
+    tensors = active_rows(hidden), lm_head_weight, bias, active_rows(left), right
+    return Head.of(tensors, policy.labels_NK, head_options, Needs())
 
 
 @dataclass

@@ -15,7 +15,7 @@ from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
 from var_kernels.ops.head import Head, accumulation_dtype
 from var_kernels.ops.plan import cached_columns
-from var_kernels.ops.signatures import LogprobKeywords, Precision
+from var_kernels.ops.signatures import LogprobKeywords, names_options, with_defaults
 
 
 @overload
@@ -46,24 +46,17 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 
+@names_options
 def linear_logprob(
     hidden: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
-    low_rank: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
-    num_active: int | None = None,
-    workspace_mb: float | None = None,
-    precision: Precision = "fp32",
+    **options: Unpack[LogprobKeywords],
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each label under the lm_head, without the [N, V] logits.
 
@@ -103,24 +96,9 @@ def linear_logprob(
         TypeError, ValueError: argument, what was expected, what came, the remedy. On a CPU labels out of range too; an
             accelerator is not read, there such labels give NaN.
     """
-    call = prepare(
-        hidden,
-        lm_head_weight,
-        labels,
-        bias,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        precision=precision,
-        workspace_mb=workspace_mb,
-        num_active=num_active,
-        low_rank=low_rank,
-        lse=return_lse,
-        entropy=return_entropy,
-        argmax=return_argmax,
-    )
+    options = with_defaults("linear_logprob", options, LogprobKeywords)
+    asked = {"lse": return_lse, "entropy": return_entropy, "argmax": return_argmax}
+    call = prepare(hidden, lm_head_weight, labels, bias, options, **asked)
     logp_NK, lse_N, entropy_N, argmax_N = apply_logprob(call)
     outputs = [call.restore_targets(logp_NK)]
     outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]

@@ -1,9 +1,13 @@
-"""Types of the options that the ops over the head share: a type checker then knows each option's name and values, and
-whether a call returns one tensor or a tuple."""
+"""Options that the ops over the head share, declared once: names, types and defaults. A type checker, ``help`` and
+``inspect.signature`` show them for each op.
+"""
 
-from typing import Literal, TypedDict, get_args
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from torch import Tensor
+from typing_extensions import get_type_hints
 
 Precision = Literal["fp32", "fast"]
 Reduction = Literal["sum", "mean", "none"]
@@ -15,9 +19,11 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 ENGINES: tuple[str, ...] = get_args(Engine)
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
+Op = TypeVar("Op", bound=Callable[..., Any])
+
 
 class HeadKeywords(TypedDict, total=False):
-    """Options of every op."""
+    """Options of the head and of the run."""
 
     logit_scale: float
     softcap: float | None
@@ -28,13 +34,17 @@ class HeadKeywords(TypedDict, total=False):
     precision: Precision
 
 
-class LogprobKeywords(HeadKeywords, total=False):
+class RowKeywords(HeadKeywords, total=False):
+    """Options of every op."""
+
     ignore_index: int
+
+
+class LogprobKeywords(RowKeywords, total=False):
     label_smoothing: float
 
 
-class TokenLossKeywords(HeadKeywords, total=False):
-    ignore_index: int
+class TokenLossKeywords(RowKeywords, total=False):
     entropy: bool
     engine: Engine
 
@@ -51,3 +61,42 @@ class WeightedNLLKeywords(VARHeadKeywords, total=False):
     ignore_index: int
     reduction: Reduction
     num_items: float | Tensor | None
+
+
+DEFAULTS: LogprobKeywords = {
+    "ignore_index": -100,
+    "logit_scale": 1.0,
+    "softcap": None,
+    "temperature": 1.0,
+    "label_smoothing": 0.0,
+    "low_rank": None,
+    "num_active": None,
+    "workspace_mb": None,
+    "precision": "fp32",
+}
+
+
+def names_options(op: Op) -> Op:
+    """The op itself, its ``**options: Unpack[...]`` shown by name, type and default."""
+    signature = inspect.signature(op)
+    *named, options = signature.parameters.values()
+    (keywords,) = get_args(options.annotation)
+    types = get_type_hints(keywords)
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+        for name, default in DEFAULTS.items()
+        if name in types
+    ]
+    op.__signature__ = signature.replace(parameters=[*named, *shared])
+    return op
+
+
+def with_defaults(op: str, options: LogprobKeywords, keywords: type) -> LogprobKeywords:
+    """Options of a call of ``op``, which takes those of ``keywords``."""
+    names = keywords.__optional_keys__
+    for name in options:
+        if name not in names:
+            raise TypeError(
+                f"{op}() got an unexpected keyword argument {name!r}; its options: {', '.join(sorted(names))}"
+            )
+    return {**DEFAULTS, **options}

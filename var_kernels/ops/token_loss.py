@@ -15,7 +15,7 @@ from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import forward_pass, one_pass
 from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
-from var_kernels.ops.signatures import ENGINES, Engine, Precision, TokenLossKeywords
+from var_kernels.ops.signatures import ENGINES, Engine, RowKeywords, TokenLossKeywords, names_options, with_defaults
 from var_kernels.ops.weighted_nll import one_pass_serves
 
 TokenLoss = Callable[..., Tensor]
@@ -53,6 +53,7 @@ def linear_token_loss(
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 
+@names_options
 def linear_token_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -62,18 +63,11 @@ def linear_token_loss(
     bias: Tensor | None = None,
     *,
     entropy: bool = False,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    low_rank: tuple[Tensor, Tensor] | None = None,
     return_logp: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
-    num_active: int | None = None,
-    workspace_mb: float | None = None,
-    precision: Precision = "fp32",
     engine: Engine = "auto",
+    **options: Unpack[RowKeywords],
 ) -> Tensor | tuple[Tensor, ...]:
     """Sum over tokens of a loss that depends on each token's own log-prob (and entropy), without the [N, V] logits.
 
@@ -102,23 +96,9 @@ def linear_token_loss(
     """
     checks.check_choice("engine", engine, ENGINES)
     checks.check_token_inputs(token_loss, token_inputs, labels, hidden)
-    call = prepare(
-        hidden,
-        lm_head_weight,
-        labels,
-        bias,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        label_smoothing=0.0,
-        precision=precision,
-        workspace_mb=workspace_mb,
-        num_active=num_active,
-        low_rank=low_rank,
-        entropy=entropy or return_entropy,
-        argmax=return_argmax,
-    )
+    options = with_defaults("linear_token_loss", options, RowKeywords)
+    asked = {"entropy": entropy or return_entropy, "argmax": return_argmax}
+    call = prepare(hidden, lm_head_weight, labels, bias, options, **asked)
     if return_entropy and not entropy:
         token_loss = _without_entropy(token_loss)
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]

@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import prepare
@@ -13,13 +14,14 @@ from var_kernels.ops.define import Forward, Tensors, define_op, outside_of_graph
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
 from var_kernels.ops.head import Head
 from var_kernels.ops.logprob import coefficients_of
-from var_kernels.ops.signatures import Precision
+from var_kernels.ops.signatures import RowKeywords, names_options, with_defaults
 
 
 @outside_of_graphs(
     "vocab_parallel_logprob exchanges statistics between ranks and is no registered op: compile without "
     "fullgraph=True, or only what comes before and after it"
 )
+@names_options
 def vocab_parallel_logprob(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -27,17 +29,10 @@ def vocab_parallel_logprob(
     bias: Tensor | None = None,
     *,
     process_group: dist.ProcessGroup,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    low_rank: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
-    num_active: int | None = None,
-    workspace_mb: float | None = None,
-    precision: Precision = "fp32",
+    **options: Unpack[RowKeywords],
 ) -> Tensor | tuple[Tensor, ...]:
     """``linear_logprob`` where each rank holds some rows of the lm_head: slices of the vocabulary in rank order.
 
@@ -63,25 +58,9 @@ def vocab_parallel_logprob(
     """
     sizes = _sizes(lm_head_weight, process_group)
     start = ([0, *accumulate(sizes)])[dist.get_rank(process_group)]
-    call = prepare(
-        hidden,
-        lm_head_weight,
-        labels,
-        bias,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        label_smoothing=0.0,
-        precision=precision,
-        workspace_mb=workspace_mb,
-        num_active=num_active,
-        low_rank=low_rank,
-        vocabulary=sum(sizes),
-        lse=return_lse,
-        entropy=return_entropy,
-        argmax=return_argmax,
-    )
+    options = with_defaults("vocab_parallel_logprob", options, RowKeywords)
+    asked = {"lse": return_lse, "entropy": return_entropy, "argmax": return_argmax}
+    call = prepare(hidden, lm_head_weight, labels, bias, options, vocabulary=sum(sizes), **asked)
     call.head.labels_NK = call.head.labels_NK - start
     arguments = VocabParallelArguments(call.head, Shard(start, process_group))
     logp_NK, lse_N, entropy_N, argmax_N = _vocab_parallel_logprob(arguments)

@@ -15,7 +15,16 @@ from var_kernels.ops.engines import forward_pass, one_pass
 from var_kernels.ops.head import Gradients, Head, accumulation_dtype
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.plan import one_pass_fits
-from var_kernels.ops.signatures import ENGINES, REDUCTIONS, Engine, Precision, Reduction, WeightedNLLKeywords
+from var_kernels.ops.signatures import (
+    ENGINES,
+    REDUCTIONS,
+    Engine,
+    LogprobKeywords,
+    Reduction,
+    WeightedNLLKeywords,
+    names_options,
+    with_defaults,
+)
 
 
 @overload
@@ -46,6 +55,7 @@ def linear_weighted_nll(
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 
+@names_options
 def linear_weighted_nll(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -55,19 +65,11 @@ def linear_weighted_nll(
     *,
     reduction: Reduction = "sum",
     num_items: float | Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    low_rank: tuple[Tensor, Tensor] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
-    num_active: int | None = None,
-    workspace_mb: float | None = None,
-    precision: Precision = "fp32",
     engine: Engine = "auto",
+    **options: Unpack[LogprobKeywords],
 ) -> Tensor | tuple[Tensor, ...]:
     """Weighted negative log-likelihood of the labels, without the [N, V] logits.
 
@@ -103,24 +105,9 @@ def linear_weighted_nll(
         raise ValueError(f"num_items divides reduction='mean' only, got reduction={reduction!r}; drop one of them")
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar loss, got reduction='none'; use engine='auto'")
-    call = prepare(
-        hidden,
-        lm_head_weight,
-        labels,
-        bias,
-        token_weight,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        precision=precision,
-        workspace_mb=workspace_mb,
-        num_active=num_active,
-        low_rank=low_rank,
-        lse=z_loss != 0,
-        argmax=return_argmax,
-    )
+    options = with_defaults("linear_weighted_nll", options, LogprobKeywords)
+    asked = {"lse": z_loss != 0, "argmax": return_argmax}
+    call = prepare(hidden, lm_head_weight, labels, bias, options, token_weight=token_weight, **asked)
     checks.check_num_items(num_items, call.active_NK)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
@@ -128,7 +115,7 @@ def linear_weighted_nll(
     else:
         weight_NK = call.select_targets(token_weight).to(dtype).where(call.active_NK, 0.0)
     if reduction == "mean":
-        weight_NK = weight_NK / _divisor(call, labels, ignore_index, num_items)
+        weight_NK = weight_NK / _divisor(call, labels, options["ignore_index"], num_items)
         weight_NK = weight_NK.where(call.active_NK, 0.0)  # num_items may be 0 then
 
     if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):

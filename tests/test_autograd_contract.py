@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.op_cases import Case
 from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
+from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops.ava_literal import linear_prob_lse
 
 OPS = {
@@ -38,6 +39,37 @@ def test_a_second_derivative_is_refused(op):
     for g in gradients:
         with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*full logits"):
             g.square().sum().backward()
+
+
+FINISHED = ("weighted_nll", "token_loss", "token_kl, one pass")
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_finished_gradients_are_scaled_where_they_lie(name, target):
+    """But not where another backward may ask for them: what an earlier one gave stays as it is."""
+    hidden, weight, labels, _ = Case("").inputs(target.device)
+    leaves, factors = (hidden, weight), (1.0, 3.0, 1.0, -2.0)
+    loss = OPS[name](hidden, weight, labels)
+    truth = torch.autograd.grad(OPS[name](hidden, weight, labels), leaves)
+    found = [
+        torch.autograd.grad(loss, leaves, torch.tensor(factor, device=target.device), retain_graph=i + 1 < len(factors))
+        for i, factor in enumerate(factors)
+    ]
+    for factor, gradients in zip(factors, found, strict=True):
+        for g, t in zip(gradients, truth, strict=True):
+            torch.testing.assert_close(g, factor * t)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_backward_makes_no_copy_of_the_gradients(name, target):
+    hidden, weight, labels, _ = Case("", shape=(64, 40, 3000)).inputs(target.device)
+    loss = OPS[name](hidden, weight, labels)
+    factor = torch.tensor(0.5, device=target.device)
+    peak = peak_extra_bytes(lambda: torch.autograd.backward([loss], [factor]), target.device)
+    assert weight.grad is not None
+    assert peak < weight.nbytes / 4
 
 
 @every_op

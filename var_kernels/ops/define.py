@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from var_kernels.ops.backend import choose_backend, label_kernels
 from var_kernels.ops.head import Head
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -222,11 +223,26 @@ class _Layout:
 
 
 def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
-    """Finished gradients times the scalar upstream gradient, as copies: they may be asked for again."""
-    # On a CPU reading the scale costs nothing, and the usual 1 saves a copy of dW.
+    """Finished gradients times the scalar upstream gradient, in their own memory; copies where the graph is kept, since
+    another backward may ask for them again.
+    """
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [_scaled(g, dloss) for g in gradients]
+    # On a CPU reading the scale costs nothing; on Triton the device reads it, and leaves at the usual 1.
     if dloss.device.type == "cpu" and dloss.item() == 1:
         return list(gradients)
-    return [_scaled(g, dloss) for g in gradients]
+    for gradient in gradients:
+        if gradient is not None:
+            _scale_(gradient, dloss)
+    return list(gradients)
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    kernels = label_kernels(choose_backend(gradient.device, gradient.dtype)[0])
+    if kernels is None or not gradient.is_contiguous():
+        gradient.mul_(factor)
+    else:
+        kernels.scale_(gradient, factor)
 
 
 def _scaled(gradient: Tensor | None, dloss: Tensor) -> Tensor | None:

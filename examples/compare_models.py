@@ -17,7 +17,7 @@ from var_kernels.integrations.trainer import RewardModel
 from var_kernels.integrations.trainer.loading import load_causal_lm
 from var_kernels.integrations.trainer.online import GenerateSampler
 from var_kernels.integrations.trainer.online.loop import prompts_of
-from var_kernels.integrations.trainer.rewards import apply_reward_function, load_reward_function
+from var_kernels.integrations.trainer.rewards import apply_reward_function, load_rewards
 
 parser = argparse.ArgumentParser(description="Mean reward, win rate and KL of models against a reference.")
 parser.add_argument("models", nargs="+", help="names or paths, adapters among them")
@@ -34,7 +34,7 @@ if bool(args.reward) == bool(args.reward_model):
     parser.error("give one of --reward and --reward-model")
 
 device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-score = load_reward_function(args.reward) if args.reward else RewardModel.from_pretrained(args.reward_model)
+score = load_rewards(args.reward) if args.reward else RewardModel.from_pretrained(args.reward_model)
 tokenizer = AutoTokenizer.from_pretrained(args.reference)
 pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 examples, _ = load_examples(args.prompts, need_rewards="prompt")

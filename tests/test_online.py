@@ -104,7 +104,7 @@ def test_what_pads_a_completion_is_no_part_of_it(drawn, kept, tmp_path):
     options = {"sampler": lambda model, prompts, n, **_: [[drawn] * n for _ in prompts]}
     trainer = online_trainer(tmp_path, model=model, max_new_tokens=4, trainer_options=options)
     ids = prompt_ids(2)
-    assert trainer.online._sample(ids, 3, ("sample", 0)) == [[kept] * 3] * 2
+    assert trainer.online._sample(ids, 3, ("sample", 0)).completions == [[kept] * 3] * 2
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 from tests.test_bad_input_train import folder, tree  # noqa: F401 - a fixture
 from tests.tiny_online import online_trainer
 from tests.tiny_training import tiny_config, tiny_model, tiny_trainer, tokenizer
-from var_kernels.integrations.data import DataError, Example, load_examples
+from var_kernels.integrations.data import DataError, Example, load_examples, parse_row
 from var_kernels.integrations.trainer import VARTrainer
-from var_kernels.integrations.trainer.rewards import apply_reward_function, load_reward_function
+from var_kernels.integrations.trainer.rewards import RewardSum, apply_reward_function, columns_of, load_rewards
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,31 @@ def test_a_reward_function_may_return_tensors_and_numpy_numbers(folder):  # noqa
 def test_a_module_that_fails_to_import_is_named_with_its_error(folder):  # noqa: F811
     (folder / "broken_reward.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(ValueError, match="'broken_reward' cannot be imported: ModuleNotFoundError"):
-        load_reward_function("broken_reward:f")
+        load_rewards("broken_reward:f")
+
+
+def test_several_functions_with_weights(folder, monkeypatch):  # noqa: F811
+    """Each in its own way of being called; a list is a sum, the command has names and weights."""
+    monkeypatch.chdir(folder)
+    (folder / "mixed_rewards.py").write_text(
+        "def length(prompts, texts):\n    return [len(t) for t in texts]\n"
+        "def right(completions, answer, **columns):\n    return [c == a for c, a in zip(completions, answer)]\n"
+    )
+    examples = [parse_row(row, "here") for row in ANSWERS]
+    total = apply_reward_function(load_rewards("mixed_rewards:length, mixed_rewards:right*-0.5"), examples)
+    assert [ex.rewards for ex in total] == [[0.5, 1.0]] * 4
+    half = apply_reward_function(load_rewards("mixed_rewards:length*0.5"), examples)
+    assert [ex.rewards for ex in half] == [[0.5, 0.5]] * 4
+    both = [load_rewards(f"mixed_rewards:{name}") for name in ("length", "right")]
+    trainer = tiny_trainer(folder / "run", ANSWERS, trainer_options={"reward_func": both})
+    assert trainer.train_dataset.rows.reward.tolist() == [2.0, 1.0] * 4
+    online = columns_of(examples[0], RewardSum(both))
+    assert online["answer"] == "1"
+    with pytest.raises(ValueError, match=r"reward: expected module:function\*weight, got 'a:f\*x'"):
+        load_rewards("a:f*x")
+    for parts, error in (([], ValueError), ([3], TypeError), ([(len, float("nan"))], ValueError)):
+        with pytest.raises(error, match="reward_func must hold"):
+            RewardSum(parts)
 
 
 # ---- the columns of a row --------------------------------------------------------------------------------------------

@@ -31,8 +31,10 @@ _RUN = {
     "reward": (
         str,
         None,
-        "module:function, called with (prompts, completions, **columns); replaces rewards in the data",
+        "module:function, called with (prompts, completions, **columns); replaces rewards in the data; several, with "
+        "weights: a:f,b:g*0.5",
     ),
+    "sampler": (str, None, "module:name of what draws completions, for --online in place of the model's own generate"),
     "reward_model": (
         str,
         None,
@@ -91,6 +93,11 @@ _ONLINE = {
         float,
         None,
         "of the log-probs that the loss reads (by default the draws' for policy gradients)",
+    ),
+    "importance_cap": (
+        float,
+        None,
+        "of min(exp(lp_old - lp_sampler), cap), with --sampler: truncated importance weights of tokens",
     ),
     "refresh_reference": (
         bool,
@@ -172,6 +179,7 @@ def _run(args: argparse.Namespace) -> int:
     from var_kernels.integrations.data import is_local, load_examples
     from var_kernels.integrations.trainer import VARTrainer, method_config
     from var_kernels.integrations.trainer.methods import METHODS
+    from var_kernels.integrations.trainer.rewards import load_function
 
     if not sys.stderr.isatty():  # a log file: no progress bars, unless asked for
         config_values.setdefault("disable_tqdm", True)
@@ -204,6 +212,7 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = _model_and_tokenizer(settings, config, examples, checkpoint)
     set_seed(config.seed)
     options = {"reward_func": reward_func, "peft_config": peft_config}
+    sampler = load_function(settings["sampler"], "sampler") if settings["sampler"] else None
     if settings["dry_run"]:
         from var_kernels.integrations.trainer.preview import preview
 
@@ -212,7 +221,7 @@ def _run(args: argparse.Namespace) -> int:
             print(report)
         return 0
     try:
-        trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, **options)
+        trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, sampler=sampler, **options)
     except RuntimeError as error:
         if "to be installed" not in str(error):
             raise
@@ -296,14 +305,14 @@ def _check_writable(output_dir: Path) -> None:
 
 def _reward_function(settings: dict, config):
     from var_kernels.integrations.trainer.reward_model import RewardModel
-    from var_kernels.integrations.trainer.rewards import load_reward_function
+    from var_kernels.integrations.trainer.rewards import load_rewards
 
     if settings["reward"] and settings["reward_model"]:
         raise ValueError("give one of --reward and --reward-model")
     if settings["reward_model_chat"] and not settings["reward_model"]:
         raise ValueError("--reward-model-chat needs --reward-model")
     if settings["reward"]:
-        return load_reward_function(settings["reward"])
+        return load_rewards(settings["reward"])
     if settings["reward_model"]:
         try:
             return RewardModel.from_pretrained(

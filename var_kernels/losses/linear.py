@@ -99,8 +99,9 @@ def linear_loss(
         inputs: what the loss reads besides the policy's log-probs, one value per row (B,) under its name for a single
             sequence ("reward", "ref_logp", "value", "group_ids"; a pair's are split into chosen and rejected here), or
             one per token in the shape of labels ("old_token_logp", "advantage"). Lengths are counted here.
-        item_weight: (B,), for pairs (P,); constants; None: 1. Divide by the number of items of the global batch for a
-            mean. An item of weight 0 has no part, whatever its log-probs are; a row of a group stays among the others.
+        item_weight: (B,), for pairs (P,), for losses of tokens also the shape of labels; constants; None: 1. Divide by
+            the number of items of the global batch for a mean. An item of weight 0 has no part, whatever its log-probs
+            are; a row of a group stays among the others.
         cu_seqlens: (B + 1,), packed rows.
         engine: "auto"; "one_pass" and "two_pass" force classes A and B.
         process_group: class D gathers its baseline over these ranks.
@@ -184,7 +185,8 @@ class _Rows:
         if loss.item == "pair" and self.num_rows % 2:
             raise ValueError(f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows")
         num_items = self.num_rows // 2 if loss.item == "pair" else self.num_rows
-        if item_weight is not None and item_weight.shape != (num_items,):
+        of_tokens = loss.item == "token" and item_weight is not None and item_weight.shape == labels.shape
+        if item_weight is not None and item_weight.shape != (num_items,) and not of_tokens:
             raise ValueError(
                 f"item_weight must be ({num_items},), one per {loss.item if loss.item == 'pair' else 'row'} of "
                 f"{loss.name!r}, got {tuple(item_weight.shape)}"

@@ -14,6 +14,7 @@ from var_kernels.integrations import missing_package
 if TYPE_CHECKING:
     from var_kernels.integrations.trainer.config import AlignConfig, VARConfig, method_config
     from var_kernels.integrations.trainer.reward_model import RewardModel
+    from var_kernels.integrations.trainer.rewards import RewardSum
     from var_kernels.integrations.trainer.step import NonFiniteLossError
     from var_kernels.integrations.trainer.trainer import VARTrainer
 
@@ -22,11 +23,12 @@ _HOME = {
     "AlignConfig": "config",
     "NonFiniteLossError": "step",
     "RewardModel": "reward_model",
+    "RewardSum": "rewards",
     "VARConfig": "config",
     "VARTrainer": "trainer",
     "method_config": "config",
 }
-__all__ = ["AlignConfig", "NonFiniteLossError", "RewardModel", "VARConfig", "VARTrainer", "method_config"]
+__all__ = ["AlignConfig", "NonFiniteLossError", "RewardModel", "RewardSum", "VARConfig", "VARTrainer", "method_config"]
 
 
 def __getattr__(name: str):

@@ -58,6 +58,11 @@ def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
                 "(online=True draws them)", args.method,
             )  # fmt: skip
         return
+    if args.importance_cap is not None and sampler is None:
+        raise ValueError(
+            f"importance_cap must be None without a sampler, got {args.importance_cap}; the model's own generate draws "
+            "from the policy itself"
+        )
     if ref_model is not None and args.refresh_reference and METHODS[args.method].reference:
         raise ValueError(
             "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "

@@ -186,7 +186,7 @@ def loss_in_head(
         labels,
         inputs,
         head.bias,
-        item_weight=rows["weight"][0::2] if loss.item == "pair" else rows["weight"],
+        item_weight=_item_weight(loss, rows),
         head_options={
             **head.logit_options,
             "workspace_mb": config.workspace_mb,
@@ -204,6 +204,15 @@ def loss_in_head(
         total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
     score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
     return HeadResult(total, logp, logp_B, argmax == labels, argmax >= 0, score_B.detach())
+
+
+def _item_weight(loss: Loss, rows: Rows) -> Tensor:
+    """One a pair or a row; of tokens that another engine drew, one a token."""
+    if loss.item == "pair":
+        return rows["weight"][0::2]
+    if "sampler_weight" in rows:
+        return rows["weight"].unsqueeze(1) * rows["sampler_weight"]
+    return rows["weight"]
 
 
 _SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}

@@ -19,27 +19,72 @@ _CHUNK = 64
 _MAIN = ("prompts", "completions")
 
 
-def load_reward_function(spec: str) -> RewardFunction:
-    """The function named by "module:function", looked for in the current directory too.
+def load_function(spec: str, option: str = "reward") -> Callable:
+    """What "module:name" names, looked for in the current directory too; ``option`` is what an error speaks of.
 
     Raises:
         ValueError: not of that form, no such module or function, or not callable.
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and module_name and name):
-        raise ValueError(f"reward: expected module:function, got {spec!r}")
+        raise ValueError(f"{option}: expected module:function, got {spec!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # where the command is run, as for `python -m`
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(
-            f"reward: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
+            f"{option}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"reward: module {module_name!r} has no function {name!r}")
+        raise ValueError(f"{option}: module {module_name!r} has no function {name!r}")
     return function
+
+
+def load_rewards(spec: str) -> "RewardFunction | RewardSum":
+    """A reward function, or the weighted sum of several, by their names: "a:f" or "a:f,b:g*0.5".
+
+    Raises:
+        ValueError: not of that form, no such module or function, or not callable.
+    """
+    parts = []
+    for part in spec.split(","):
+        name, star, weight = part.strip().partition("*")
+        if star and as_number(weight) is None:
+            raise ValueError(f"reward: expected module:function*weight, got {part!r}")
+        parts.append((load_function(name.strip()), as_number(weight) if star else 1.0))
+    return RewardSum(parts) if len(parts) > 1 or parts[0][1] != 1.0 else parts[0][0]
+
+
+class RewardSum:
+    """A weighted sum of reward functions, each called in its own way with the columns that it names.
+
+        RewardSum([(correct, 1.0), (short, 0.5)])
+
+    Args:
+        parts: (function, weight), or functions alone, of weight 1.
+
+    Raises:
+        TypeError, ValueError: no functions, something that is none, weights that are not finite numbers.
+    """
+
+    def __init__(self, parts: Iterable):
+        self.parts = [part if isinstance(part, tuple) else (part, 1.0) for part in parts]
+        if not self.parts:
+            raise ValueError("reward_func must hold one function or more, got none")
+        for function, weight in self.parts:
+            if not callable(function):
+                raise TypeError(
+                    f"reward_func must hold functions, got {type(function).__name__}; or (function, weight)"
+                )
+            if as_number(weight) is None or not math.isfinite(weight):
+                raise ValueError(f"reward_func must hold finite weights, got {weight!r}; (function, weight)")
+
+
+def as_reward_function(given):
+    """What the trainer is given: a function, a ``RewardSum``, or a list of functions, which is their sum."""
+    return RewardSum(given) if isinstance(given, list | tuple) else given
 
 
 @dataclass(frozen=True)
@@ -107,6 +152,8 @@ def columns_of(example: Example, function: RewardFunction | None) -> dict:
     those that no form knows."""
     if function is None or not example.columns:
         return {}
+    if isinstance(function, RewardSum):
+        return {key: value for part, _ in function.parts for key, value in columns_of(example, part).items()}
     call, own = _Call.of(function), example.columns[0]
     return {
         name: value
@@ -131,6 +178,17 @@ def apply_reward_function(
         ValueError: a function that needs a column which no row has. DataError: rows for which it raises, or returns
             something other than one finite number; a wrong number of results.
     """
+    if isinstance(function, RewardSum):
+        parts = [apply_reward_function(part, examples, args, completion_ids) for part, _ in function.parts]
+        weights = [weight for _, weight in function.parts]
+
+        def total(*rewards: float) -> float:
+            return sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
+
+        return [
+            replace(example, rewards=[total(*row) for row in zip(*(part[i].rewards for part in parts), strict=True)])
+            for i, example in enumerate(examples)
+        ]
     call = _Call.of(function)
     found = dict.fromkeys(key for example in examples for columns in example.columns for key in columns)
     found.pop("completion_ids", None)

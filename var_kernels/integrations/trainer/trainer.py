@@ -44,7 +44,7 @@ from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import model_fingerprint
 from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
 from var_kernels.integrations.trainer.reward_effect import check_rewards
-from var_kernels.integrations.trainer.rewards import RewardFunction
+from var_kernels.integrations.trainer.rewards import RewardFunction, RewardSum, as_reward_function
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
     check_layout,
@@ -80,7 +80,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
             adapter.
         reward_func: ``f(prompts, completions, **columns) -> floats``, replaces the rewards in the data (docs/data.md,
-            "Reward functions"). A ``RewardModel`` is one.
+            "Reward functions"). A ``RewardModel`` is one. Several: a list, their sum, or a ``RewardSum`` with weights.
         sampler: with ``online=True``: what draws completions; by default the model's own ``generate``.
         peft_config: train this PEFT adapter in place of the whole model.
 
@@ -101,13 +101,13 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         processing_class=None,
         *,
         ref_model: PreTrainedModel | str | None = None,
-        reward_func: RewardFunction | None = None,
+        reward_func: RewardFunction | RewardSum | Sequence[RewardFunction] | None = None,
         sampler: Sampler | None = None,
         peft_config=None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
     ):
-        args = VARConfig("var_output") if args is None else args
+        args, reward_func = VARConfig("var_output") if args is None else args, as_reward_function(reward_func)
         check_arguments(args, train_dataset, ref_model, peft_config)
         check_online(args, reward_func, sampler, ref_model)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
@@ -288,7 +288,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
 def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
     """What the loss reads, under its own names; values of tokens beside the labels that they belong to."""
     rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
-    for name in method.loss.inputs:
+    for name in (*method.loss.inputs, *({"sampler_weight"} & set(inputs))):
         if name not in inputs and method.head in ("value", "reward"):
             continue  # made inside the head
         # completions of a data set come from the reference: it is the policy that drew them, too

@@ -11,6 +11,6 @@ An iteration is an epoch of transformers.Trainer: one run underneath, whose opti
 
 from var_kernels.integrations.trainer.online.buffer import Buffer
 from var_kernels.integrations.trainer.online.loop import OnlineLoop
-from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler
+from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler, Samples
 
-__all__ = ["Buffer", "GenerateSampler", "OnlineLoop", "Sampler"]
+__all__ = ["Buffer", "GenerateSampler", "OnlineLoop", "Sampler", "Samples"]

@@ -27,6 +27,7 @@ class Drawn:
     where: str
     prompt_ids: list[int]
     completion_ids: list[list[int]]
+    completion_logps: list[list[float]] | None = None  # of their tokens, where the sampler says at what it drew them
 
 
 @dataclass
@@ -59,8 +60,9 @@ class Buffer:
         lines = []
         for drawn in content.drawn:
             row = asdict(drawn)
-            if drawn.rewards is None:
-                del row["rewards"]
+            for name in ("rewards", "completion_logps"):
+                if row[name] is None:
+                    del row[name]
             lines.append(json.dumps(row) + "\n")
         data = "".join(lines).encode()
         metadata = {
@@ -110,7 +112,7 @@ class Part:
     """Batches of completions by number, one line each, on disk before the next is drawn."""
 
     def __init__(self, path: Path, key: str):
-        self.path, self.batches = path, {}
+        self.path, self.batches, self.logps = path, {}, {}
         try:
             lines = path.read_text().splitlines()
             kept = [line for line in lines[1:] if _is_json(line)] if json.loads(lines[0])["key"] == key else []
@@ -118,14 +120,15 @@ class Part:
             kept = []
         for line in kept:
             entry = json.loads(line)
-            self.batches[entry["batch"]] = entry["completion_ids"]
+            self.batches[entry["batch"]], self.logps[entry["batch"]] = entry["completion_ids"], entry.get("logps")
         header = json.dumps({"key": key})
         _replace(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in (header, *kept))))
 
-    def add(self, number: int, completion_ids: list[list[list[int]]]) -> None:
-        self.batches[number] = completion_ids
+    def add(self, number: int, completion_ids: list[list[list[int]]], logps: list | None = None) -> None:
+        self.batches[number], self.logps[number] = completion_ids, logps
+        entry = {"batch": number, "completion_ids": completion_ids}
         with open(self.path, "a") as file:
-            file.write(json.dumps({"batch": number, "completion_ids": completion_ids}) + "\n")
+            file.write(json.dumps(entry if logps is None else {**entry, "logps": logps}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

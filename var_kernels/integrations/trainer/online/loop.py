@@ -7,38 +7,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, encode_prompts, end_tokens
-from var_kernels.integrations.data.forms import Text
+from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, end_tokens
 from var_kernels.integrations.hf.head import inner_model
 from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
+from var_kernels.integrations.trainer.online.importance import mean_gap, sampler_logps, truncated_weights
 from var_kernels.integrations.trainer.online.measures import measures
-from var_kernels.integrations.trainer.online.sampler import GenerateSampler, Sampler, check_completions, without_padding
+from var_kernels.integrations.trainer.online.prompts import Prompt, prompts_of
+from var_kernels.integrations.trainer.online.sampler import (
+    GenerateSampler,
+    Sampler,
+    Samples,
+    check_completions,
+    without_padding,
+)
 from var_kernels.integrations.trainer.online.settings import draws_pairs, say_temperatures
 from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.reference import score_rows
 from var_kernels.integrations.trainer.reward_effect import check_rewards
-from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function, columns_of
+from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 
 logger = logging.getLogger(__name__)
 BUFFER = "buffer"
-
-
-class Prompt(NamedTuple):
-    """A prompt that completions are drawn for."""
-
-    text: Text
-    where: str
-    ids: list[int]  # leave room for the completion
-    columns: dict  # of its row, those that the reward function reads
 
 
 class OnlineLoop(TrainerCallback):
@@ -134,7 +131,8 @@ class OnlineLoop(TrainerCallback):
             broadcast_object_list(found)
         (stored,) = found
         if stored is not None:
-            stored.settings.setdefault("logp_temperature", 1.0)  # of a buffer from before there was this setting
+            for name, value in (("logp_temperature", 1.0), ("importance_cap", None)):
+                stored.settings.setdefault(name, value)  # of a buffer from before there was this setting
         if steps_done:
             if stored is None:
                 raise FileNotFoundError(
@@ -185,16 +183,17 @@ class OnlineLoop(TrainerCallback):
         for number, members in self._batches(prompts, args.generations_per_prompt, f"iteration {iteration}: sampling"):
             if number not in part.batches:
                 ids = [prompts[member].ids for member in members]
-                part.add(number, self._sample(ids, args.generations_per_prompt, ("sample", iteration, number)))
-            result += self._drawn(prompts, members, part.batches[number])
+                part.add(number, *self._sample(ids, args.generations_per_prompt, ("sample", iteration, number)))
+            result += self._drawn(prompts, members, Samples(part.batches[number], part.logps[number]))
         return result
 
-    def _drawn(self, prompts: list[Prompt], members: list[int], completion_ids: list) -> list[tuple[int, Drawn]]:
+    def _drawn(self, prompts: list[Prompt], members: list[int], samples: Samples) -> list[tuple[int, Drawn]]:
         result = []
-        for member, ids in zip(members, completion_ids, strict=True):
+        for place, (member, ids) in enumerate(zip(members, samples.completions, strict=True)):
             prompt = prompts[member]
             texts = [self._text(prompt.text, i) for i in ids]
-            result.append((member, Drawn(prompt.text, texts, None, prompt.where, prompt.ids, ids)))
+            logps = None if samples.logps is None else samples.logps[place]
+            result.append((member, Drawn(prompt.text, texts, None, prompt.where, prompt.ids, ids, logps)))
         return result
 
     def _batches(self, prompts: list[Prompt], count: int, title: str):
@@ -210,7 +209,7 @@ class OnlineLoop(TrainerCallback):
                 yield number, members
                 advance(len(members))
 
-    def _sample(self, prompt_ids: list[list[int]], count: int, place: tuple) -> list[list[list[int]]]:
+    def _sample(self, prompt_ids: list[list[int]], count: int, place: tuple) -> Samples:
         args, trainer = self.args, self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():  # the policy in the precision in which it is trained
@@ -222,9 +221,14 @@ class OnlineLoop(TrainerCallback):
                 max_new_tokens=args.max_new_tokens,
                 seed=_seed(args.seed, *place),
             )
-        check_completions(made, prompt_ids, count, args.max_new_tokens, model.get_input_embeddings().weight.shape[0])
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        made, logps = check_completions(made, prompt_ids, count, args.max_new_tokens, vocabulary)
         fillers = {*self._end_token_ids, self.pad_token_id}
-        return [[without_padding(ids, self._end_token_ids, fillers) for ids in completions] for completions in made]
+        kept = [[without_padding(ids, self._end_token_ids, fillers) for ids in completions] for completions in made]
+        if logps is not None:
+            pairs = (zip(*both, strict=True) for both in zip(kept, logps, strict=True))
+            logps = [[values[: len(ids)] for ids, values in pair] for pair in pairs]
+        return Samples(kept, logps)
 
     def _text(self, prompt, ids: list[int]):
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -285,7 +289,8 @@ class OnlineLoop(TrainerCallback):
         refresh = self.args.refresh_reference
         now = initial = None
         drawn_by = {"old_token_logp", "old_logp"} & set(reads)  # the policy as it is
-        if drawn_by or self.args.keep_initial_model or (self.method.reference and refresh):
+        cap, by_policy = self.args.importance_cap, self.method.reference and refresh
+        if drawn_by or by_policy or self.args.keep_initial_model or cap is not None:
             now = self._log_probs(trainer.accelerator.unwrap_model(trainer.model), rows, "policy")
         if self.reads_initial_model:
             model = trainer.model if trainer.ref_model is None else trainer.ref_model
@@ -293,6 +298,12 @@ class OnlineLoop(TrainerCallback):
                 initial = self._log_probs(model, rows, "initial model")
         if "old_token_logp" in drawn_by:
             stored.token_columns["old_token_logp"] = now
+        if now is not None and (drawn := sampler_logps(stored.drawn, rows)) is not None:
+            stored.metrics["sampler_logp_gap"] = mean_gap(now, drawn)
+            if cap is not None:
+                stored.token_columns["sampler_weight"] = truncated_weights(now, drawn, cap)
+        elif cap is not None:
+            raise ValueError("importance_cap: the sampler gave no log-probs of its draws; return Samples with logps")
         if "old_logp" in drawn_by:
             stored.columns["old_logp"] = rows.row_sums(now)
         if self.method.reference:
@@ -331,7 +342,8 @@ class OnlineLoop(TrainerCallback):
     def _settings(self, iteration: int) -> dict:
         args = self.args
         names = ("method", "seed", "generations_per_prompt", "sampling_temperature", "max_new_tokens",
-                 "sampling_batch_size", "prompts_per_iteration", "refresh_reference", "logp_temperature")  # fmt: skip
+                 "sampling_batch_size", "prompts_per_iteration", "refresh_reference", "logp_temperature",
+                 "importance_cap")  # fmt: skip
         settings = {name: getattr(args, name) for name in names}
         prompts = [(prompt.ids, prompt.columns) for prompt in self._prompts_of(iteration)]
         return {**settings, "steps_per_iteration": self.steps, "prompts": _digest(prompts)}
@@ -375,23 +387,6 @@ class OnlineLoop(TrainerCallback):
         if problems:
             raise DataError(problems, remedy=failures[0][2]) from failure
         raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
-
-
-def prompts_of(examples: list[Example], tokenizer, args, reward_function: RewardFunction | None = None) -> list[Prompt]:
-    """Each prompt once, or once with each value of the columns that the reward function reads."""
-    once: dict[tuple, tuple] = {}
-    for example in examples:
-        columns = columns_of(example, reward_function)
-        once.setdefault((example.prompt_key, repr(columns)), (example, columns))
-    kept = list(once.values())
-    room = args.max_length - args.max_new_tokens
-    ids, cut = encode_prompts([example for example, _ in kept], tokenizer, room)
-    if cut:
-        logger.warning(
-            "%d of %d prompts were cut to their last %d tokens (max_length - max_new_tokens), begin tokens among them",
-            *(cut, len(ids), room),
-        )
-    return [Prompt(ex.prompt, ex.where[0], own, columns) for (ex, columns), own in zip(kept, ids, strict=True)]
 
 
 def _digest(*parts) -> str:

@@ -1,15 +1,27 @@
 """Completions from a policy: the interface, and transformers' ``generate`` behind it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from var_kernels.integrations.data import end_tokens
 from var_kernels.integrations.hf.head import inner_model, swapped
+
+
+class Samples(NamedTuple):
+    """Completions with the log-probs at which they were drawn: a sampler may return this in place of the lists alone.
+
+    completions: as ``Sampler`` says. logps: parallel to them, one number a token, at the temperature of the draws; what
+    ``importance_cap`` needs.
+    """
+
+    completions: list[list[list[int]]]
+    logps: list[list[list[float]]] | None = None
 
 
 class Sampler(Protocol):
@@ -25,7 +37,7 @@ class Sampler(Protocol):
 
     Returns:
         For each prompt n lists of token ids; a completion that ended holds its end token, last (padding behind it is
-        left out).
+        left out). Or ``Samples``, with their log-probs.
     """
 
     def __call__(
@@ -37,7 +49,7 @@ class Sampler(Protocol):
         temperature: float,
         max_new_tokens: int,
         seed: int,
-    ) -> list[list[list[int]]]: ...
+    ) -> "list[list[list[int]]] | Samples": ...
 
 
 @dataclass
@@ -112,8 +124,9 @@ def random_state(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> None:
-    """What a sampler returned must be what training can use. Raises ValueError with what is wrong where."""
+def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> Samples:
+    """What a sampler returned, if training can use it. Raises ValueError with what is wrong where."""
+    made, logps = made if isinstance(made, Samples) else (made, None)
     if not isinstance(made, list) or len(made) != len(prompts):
         got = f"{len(made)}" if isinstance(made, list) else type(made).__name__
         raise ValueError(f"sampler: expected a list with an entry for each of {len(prompts)} prompts, got {got}")
@@ -131,6 +144,19 @@ def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: i
                 raise ValueError(
                     f"sampler: prompt {number}: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]!r}"
                 )
+    if logps is not None:
+        _check_logps(logps, made)
+    return Samples(made, logps)
+
+
+def _check_logps(logps: list[list[list[float]]], made: list[list[list[int]]]) -> None:
+    for number, completions in enumerate(made):
+        lengths = [len(ids) for ids in completions]
+        got = [len(values) for values in logps[number]] if number < len(logps) else "none"
+        if got != lengths:
+            raise ValueError(f"sampler: logps of prompt {number} must be {lengths} numbers, one a token, got {got}")
+        if wrong := [value for values in logps[number] for value in values if not -math.inf < value <= 1e-3]:
+            raise ValueError(f"sampler: logps of prompt {number} must be finite and <= 0, got {wrong[0]}; nats")
 
 
 def without_padding(ids: list[int], ends: Sequence[int], fillers: set[int]) -> list[int]:

@@ -29,6 +29,9 @@ class OnlineSettings:
             that drew, and the reference's. None: online, where the loss takes completions for draws of the policy (of
             the policy gradients ppo, grpo, rlol, rgold, weighted_bc, sail_pp and sail_pr, of var and of qrpo),
             sampling_temperature; 1.0 elsewhere.
+        importance_cap: with a ``sampler`` of another engine, whose probabilities are slightly others: losses of tokens
+            (ppo, grpo, cispo, sapo, ...) are multiplied by min(exp(lp_old - lp_sampler), cap) at each token, lp_old of
+            the policy as it drew. 2.0 is usual. None: no weights. ``sampler_logp_gap`` is logged in any case.
         sampling_batch_size: completions that are drawn at once, on each rank.
         refresh_reference: the reference is the policy at the iteration's start; False: the model that training began
             with. None: False for sail_pp, sail_pr and grpo, True for the others.
@@ -44,6 +47,7 @@ class OnlineSettings:
     max_new_tokens: int = 128
     sampling_temperature: float | None = None
     logp_temperature: float | None = None
+    importance_cap: float | None = None
     sampling_batch_size: int = 64
     refresh_reference: bool | None = None
     keep_initial_model: bool = True
@@ -96,6 +100,8 @@ def resolve(config, method) -> None:
         raise ValueError(
             f"sampling_temperature: expected finite and > 0, got {temperature}; 1.0 draws from the policy itself"
         )
+    if config.importance_cap is not None:
+        _check_importance(config, method)
     if config.max_new_tokens >= config.max_length:
         raise ValueError(
             f"max_new_tokens: expected < max_length = {config.max_length}, which holds prompt and completion, got "
@@ -142,6 +148,21 @@ def say_temperatures(config, generation_config) -> None:
             "the model's generation settings %s are not applied: completions are drawn from the policy itself at "
             "temperature %g, as the losses assume", ignored, drawn,
         )  # fmt: skip
+
+
+def _check_importance(config, method) -> None:
+    if not (math.isfinite(config.importance_cap) and config.importance_cap > 0):
+        raise ValueError(f"importance_cap must be finite and > 0, got {config.importance_cap}; 2.0 is usual")
+    if method.loss.item != "token":
+        raise ValueError(
+            f"importance_cap must be None for method {config.method!r}, got {config.importance_cap}; it weighs "
+            "losses of tokens: ppo, grpo, cispo, sapo"
+        )
+    if config.logp_temperature != config.sampling_temperature:
+        raise ValueError(
+            f"logp_temperature must be that of the draws, {config.sampling_temperature}, for importance_cap, got "
+            f"{config.logp_temperature}; leave it out"
+        )
 
 
 def _check_var(config) -> None:

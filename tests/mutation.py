@@ -17,18 +17,21 @@ def mutant_of(module: ModuleType, before: str, after: str, folder: Path) -> Modu
     return mutant
 
 
-def leave_a_tile_out(monkeypatch, module: ModuleType, which: str, adds: str = "add_factor_gradients") -> list[int]:
-    """The second tile adds nothing to one gradient of a low-rank factor; the list grows with every tile. adds: the
-    function that adds them.
-    """
-    original, calls = getattr(module, adds), []
+# The gradient of a low-rank factor, the function that adds to it, and the argument's place there.
+_SUMS = {"dleft_NR": ("row_products", 4), "dright_VR": ("token_products", 5)}
 
-    def leaves_one_out(head, gradients, *rest, **options):
+
+def leave_a_tile_out(monkeypatch, which: str, *modules: ModuleType) -> list[int]:
+    """The second tile adds nothing to the gradient of a low-rank factor; the list grows with every tile."""
+    name, at = _SUMS[which]
+    original, calls = getattr(modules[0], name), []
+
+    def leaves_one_out(*arguments, **options):
         calls.append(1)
-        before = getattr(gradients, which).clone()
-        original(head, gradients, *rest, **options)
         if len(calls) == 2:
-            getattr(gradients, which).copy_(before)
+            arguments = [*arguments[:at], None, *arguments[at + 1 :]]
+        original(*arguments, **options)
 
-    monkeypatch.setattr(module, adds, leaves_one_out)
+    for module in modules:
+        monkeypatch.setattr(module, name, leaves_one_out)
     return calls

@@ -159,7 +159,7 @@ def test_a_product_left_out_is_refused(engine, rank, small_tiles, monkeypatch):
 @pytest.mark.parametrize("which", ["dleft_NR", "dright_VR"])
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
 def test_a_tile_left_out_of_a_gradient_is_refused(which, engine, small_tiles, monkeypatch):
-    calls = leave_a_tile_out(monkeypatch, kl_engine, which)
+    calls = leave_a_tile_out(monkeypatch, which, engines, kl_engine)
     with use_backend("torch"), pytest.raises(AssertionError, match=which[:-3]):
         run_case(KLCase("", Case("", tight=True), factors=FP32), "forward", engine, "cpu")
     assert len(calls) >= 2

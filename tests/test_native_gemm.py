@@ -108,14 +108,14 @@ def test_nothing_to_sum_and_nothing_to_write(level):
 
 def test_what_it_takes(monkeypatch):
     a, b, fp32 = matrix(4, 6), matrix(6, 3), torch.float32
-    assert gemm_native.takes(fp32, a, b)
-    assert gemm_native.takes(BF16, a, b)
-    assert not gemm_native.takes(torch.float64, a, b)
-    assert not gemm_native.takes(fp32, a.half(), b.half())
-    assert not gemm_native.takes(fp32, torch.zeros(4, 12, dtype=BF16)[::2, ::2], b)
-    assert not gemm_native.takes(BF16, torch.zeros(4, 4097, dtype=BF16), torch.zeros(4097, 3, dtype=BF16))
+    assert gemm_native.supports(fp32, a, b)
+    assert gemm_native.supports(BF16, a, b)
+    assert not gemm_native.supports(torch.float64, a, b)
+    assert not gemm_native.supports(fp32, a.half(), b.half())
+    assert not gemm_native.supports(fp32, torch.zeros(4, 12, dtype=BF16)[::2, ::2], b)
+    assert not gemm_native.supports(BF16, torch.zeros(4, 4097, dtype=BF16), torch.zeros(4097, 3, dtype=BF16))
     monkeypatch.setattr(gemm_native, "LEVEL", 0)
-    assert not gemm_native.takes(fp32, a, b)
+    assert not gemm_native.supports(fp32, a, b)
 
 
 def test_shapes_that_do_not_fit_are_refused(level):

@@ -179,14 +179,14 @@ MISTAKES = {
     ),
     "the label's row of dW is left out": (
         engines,
-        "labels.add_label_rows(head, gradients.dweight",
-        "(lambda *_: None)(head, gradients.dweight",
+        "((dweight_cd, hidden_nd), (dright",
+        "((None, hidden_nd), (dright",
         "all learn",
     ),
     "the label's bias is left out": (
         engines,
-        "labels.add_label_rows(head, gradients.dbias",
-        "(lambda *_: None)(head, gradients.dbias",
+        "labels.add_label_rows(head, dbias_c",
+        "(lambda *_: None)(head, dbias_c",
         "all learn",
     ),
     "hidden is not scaled": (
@@ -253,7 +253,7 @@ KERNEL_MISTAKES = {
         "their sum keeps the old pivot": ("stats.others_N.mul_(decay_n)", "stats.others_N.clone().mul_(decay_n)", None),
         "the label stays": ("masked_fill_(inside_nk, 0.0))", "masked_fill_(inside_nk & False, 0.0))", None),
         "the raised pivot is not kept": ("stats.max_N.copy_(raised_n)", "stats.max_N.clone().copy_(raised_n)", None),
-        "no slope of the softcap": ("square_().neg_()", "square_().mul_(0.0)", Case("", options={"softcap": 5.0})),
+        "no slope of the softcap": ("exp_nv.mul_(cap_slope_nv)", "exp_nv", Case("", options={"softcap": 5.0})),
     },
     "triton": {
         "earlier exponentials keep the old pivot": ("to(tl.float32) * decay", "to(tl.float32)", None),

@@ -54,7 +54,7 @@ TILES = {
 def _load_tile(
     source,
     first,
-    held,
+    clamped,
     k,
     D,
     stride,
@@ -68,7 +68,7 @@ def _load_tile(
         tile = source.load([first, k])
     else:
         depth = k + tl.arange(0, DEPTH)
-        pointers = source + held[:, None] * stride + depth[None, :].to(tl.int64) * stride_d
+        pointers = source + clamped[:, None] * stride + depth[None, :].to(tl.int64) * stride_d
         tile = tl.load(pointers) if EVEN_D else tl.load(pointers, mask=depth[None, :] < D, other=0.0)
     return tile
 

@@ -37,7 +37,7 @@ def _level() -> int:
 
 
 @compile_time
-def runs() -> bool:
+def available() -> bool:
     """Whether the extension is there, and wanted."""
     return _level() > 0
 
@@ -46,12 +46,12 @@ def _readable(t: Tensor) -> bool:
     return t.device.type == "cpu" and t.dtype == torch.bfloat16 and (1 in t.stride() or 1 in t.shape)
 
 
-def takes(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
+def supports(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
     """Whether ``left @ right`` runs here: bf16 matrices with adjacent rows or columns, an fp32 result or a rounded one
     of moderate depth.
     """
     fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= MAX_ROUNDED_DEPTH)
-    return fits and _readable(left) and _readable(right) and runs()
+    return fits and _readable(left) and _readable(right) and available()
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
@@ -61,9 +61,9 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False)
     torch.ops.var_kernels_native.product_into(out, left, right, add, _level())
 
 
-def takes_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
+def supports_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
     """Whether ``product_exp`` runs on these operands."""
-    return hidden_nd.shape[1] <= MAX_ROUNDED_DEPTH and _readable(hidden_nd) and _readable(weight_vd) and runs()
+    return hidden_nd.shape[1] <= MAX_ROUNDED_DEPTH and _readable(hidden_nd) and _readable(weight_vd) and available()
 
 
 def product_exp(

@@ -1,9 +1,14 @@
 """The contract of the row kernels: what every backend (plain torch, Triton, C++) computes on one tile of logits.
 
 A tile ``logits_nv`` holds the raw head output x = W h of n rows and one slice of the vocabulary, before bias and
-transform. Three kernels:
-``row_stats`` reduces it into running statistics, ``row_exp`` does the same and stores exponentials that serve any
-gradient, ``row_grad`` overwrites it with the gradient in x. They know neither losses nor autograd.
+transform. Three kernels, which know neither losses nor autograd:
+
+    row_stats    reduces it into running statistics
+    row_exp      does the same and stores exponentials that any gradient can be made of
+    row_grad     overwrites it with the gradient in x
+
+A backend is a module of the three, and of what ops/plan.py asks: ``DTYPES`` of a tile, ``stores_exp(device, operand)``,
+``temporary_bytes(n, columns, tile)``, ``COPIES_GRADIENT``, ``CACHED_TILES``.
 """
 
 from dataclasses import dataclass, fields
@@ -37,11 +42,23 @@ class LogitTransform:
             return x * self.slope
         return (x * (self.logit_scale / self.softcap)).tanh() * (self.softcap / self.temperature)
 
+    def apply_(self, x_nv: Tensor, bias_v: Tensor | None) -> Tensor:
+        """z of raw logits x and a bias, in place."""
+        if bias_v is not None:
+            x_nv += bias_v
+        if self.softcap is None:
+            return x_nv if self.is_identity else x_nv.mul_(self.slope)
+        return x_nv.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def cap_slope(self, z: Tensor) -> Tensor | None:
+        """The softcap's own derivative where the transform gives z; None without a softcap."""
+        if self.softcap is None:
+            return None
+        return (z * (self.temperature / self.softcap)).square_().neg_().add_(1.0)
+
     def derivative(self, z: Tensor) -> Tensor | float:
         """dz/dx where the transform gives z."""
-        if self.softcap is None:
-            return self.slope
-        return self.slope * (1 - (z * (self.temperature / self.softcap)).square())
+        return self.slope if self.softcap is None else self.cap_slope(z).mul_(self.slope)
 
     @property
     def is_identity(self) -> bool:

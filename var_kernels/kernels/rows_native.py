@@ -97,7 +97,7 @@ def row_stats(
 
 
 def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``row_exp`` serves operands of this dtype: fp16 holds too narrow a range of exponentials."""
+    """Whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
     return operand != torch.float16
 
 

@@ -37,13 +37,7 @@ def _transformed(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform,
     dtype = _math_dtype(x_nv.dtype)
     if bias_v is None and transform.is_identity:
         return x_nv.to(dtype)
-    z_nv = x_nv.to(dtype, copy=not inplace)
-    if bias_v is not None:
-        z_nv += bias_v
-    if transform.softcap is None:
-        return z_nv.mul_(transform.slope)
-    z_nv.mul_(transform.logit_scale / transform.softcap).tanh_()
-    return z_nv.mul_(transform.softcap / transform.temperature)
+    return transform.apply_(x_nv.to(dtype, copy=not inplace), bias_v)
 
 
 def _label_columns(labels_nk: Tensor, v_start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +89,7 @@ def _merge_block(z_nv: Tensor, labels_nk: Tensor, stats: RowStats, v_start: int)
 
 
 def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``row_exp`` serves operands of this dtype: fp16 holds too narrow a range of exponentials, and raised
+    """Whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials, and raised
     pivots are read on the host."""
     return device.type == "cpu" and operand != torch.float16
 
@@ -160,9 +154,8 @@ def _exp_block(z_nv, labels_nk, stats, v_start, transform, out_nv, earlier_nc) -
     stats.others_N += sum_n
     if out_nv is None:
         return
-    if transform.softcap is not None:
-        exp_nv.mul_((z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0))
-    out_nv.copy_(exp_nv)
+    cap_slope_nv = transform.cap_slope(z_nv)
+    out_nv.copy_(exp_nv if cap_slope_nv is None else exp_nv.mul_(cap_slope_nv))
 
 
 def row_grad(
@@ -200,9 +193,7 @@ def _grad_block(
     v_start: int,
     transform: LogitTransform,
 ) -> Tensor:
-    cap_slope_nv = None
-    if transform.softcap is not None:
-        cap_slope_nv = (z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
+    cap_slope_nv = transform.cap_slope(z_nv)
     slope = transform.slope
     prob_n1 = (coefficients.prob_N * slope).unsqueeze(1)
     logp_nv = z_nv.sub_(norms_2n[0].unsqueeze(1)).sub_(norms_2n[1].unsqueeze(1))

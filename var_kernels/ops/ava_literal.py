@@ -8,9 +8,9 @@ from typing_extensions import Unpack
 
 from var_kernels.ops.call import prepare
 from var_kernels.ops.define import Forward, Tensors, define_op
-from var_kernels.ops.engines import forward_pass
+from var_kernels.ops.engines import forward_pass, gradients_by_slices
 from var_kernels.ops.head import Head, accumulation_dtype, spans
-from var_kernels.ops.kl_engine import gradients_by_slices, head_logits, plan_slices
+from var_kernels.ops.kl_engine import head_logits, plan_slices
 from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, operand_copies, plan_forward, within_cache
 from var_kernels.ops.signatures import RowKeywords, names_options, with_defaults
 
@@ -118,11 +118,9 @@ class _Tiles:
         storage = head.new_tile(plan.rows, plan.columns)
         transform = head.options.transform
 
-        def tile_gradient(rows: slice, v_start: int, v_stop: int) -> Tensor:
-            z_nv = head_logits(head, storage, rows, v_start, v_stop, plan.columns, self.math)
-            cap_slope_nv = None
-            if transform.softcap is not None:
-                cap_slope_nv = (z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
+        def tile_gradient(rows: slice, columns: slice) -> Tensor:
+            z_nv = head_logits(head, storage, rows, columns.start, columns.stop, plan.columns, self.math)
+            cap_slope_nv = transform.cap_slope(z_nv)
             p_nv = self.probabilities_(z_nv, rows)
             shares_nv = self.shares(p_nv, rows).div_(total_N[rows].unsqueeze(1)).sub_(mean_N[rows].unsqueeze(1))
             scale_n = upstream_N[rows] * (self.alpha * transform.slope)

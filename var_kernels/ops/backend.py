@@ -3,8 +3,9 @@
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -18,7 +19,7 @@ BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
 # About 50 ms of a bf16 loss and its gradients on one core.
 _MIN_LOGITS_TO_WARN = 1 << 22
-_forced: str | None = None
+_FORCED: ContextVar[str | None] = ContextVar("forced backend", default=None)
 _warned = False
 
 
@@ -28,14 +29,15 @@ class PlainTorchWarning(UserWarning):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every call inside the block runs on this backend (``VAR_KERNELS_BACKEND`` does it for a whole process)."""
-    global _forced
+    """Every call inside the block runs on this backend, in this thread or task alone (``VAR_KERNELS_BACKEND``: in a
+    whole process).
+    """
     _known(name, "use_backend")
-    before, _forced = _forced, name
+    token = _FORCED.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _FORCED.reset(token)
 
 
 def _known(name: str, source: str) -> None:
@@ -50,9 +52,9 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
     """
     if device.type == "meta":
         return "torch", "a meta tensor holds no values"
-    forced = _forced or os.environ.get(_ENVIRONMENT)
+    forced = _FORCED.get() or os.environ.get(_ENVIRONMENT)
     if forced:
-        _known(forced, _ENVIRONMENT if _forced is None else "use_backend")
+        _known(forced, "use_backend" if _FORCED.get() else _ENVIRONMENT)
         obstacle = _OBSTACLES[forced](device, tile)
         if obstacle:
             raise ValueError(f"backend {forced!r} was forced but {obstacle}; unset {_ENVIRONMENT} to choose by device")
@@ -65,6 +67,11 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
         return name, f"tiles on {device.type}"
     rows, gemm = rows_native.LEVEL_NAMES[rows_native.best_level()], gemm_native.LEVEL_NAMES[gemm_native.best_level()]
     return name, f"{rows}; bf16 GEMM by {gemm}"
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether tiles on the device are Triton's: on an accelerator, or interpreted."""
+    return choose_backend(device, torch.float32)[0] == "triton"
 
 
 def triton_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
@@ -95,7 +102,7 @@ def warn_in_plain_torch(device: torch.device, tile: torch.dtype, num_logits: int
     if _warned or device.type != "cpu" or num_logits < _MIN_LOGITS_TO_WARN or tile == torch.float64:
         return
     obstacle = rows_native.obstacle()
-    if obstacle is None or _forced or os.environ.get(_ENVIRONMENT):
+    if obstacle is None or _FORCED.get() or os.environ.get(_ENVIRONMENT):
         return
     _warned = True
     warnings.warn(
@@ -115,7 +122,7 @@ _OBSTACLES = {
 
 
 def row_kernels(name: str) -> ModuleType:
-    """The module of a backend: row_stats, row_grad, temporary_bytes, COPIES_GRADIENT."""
+    """The module of a backend's row kernels; kernels/rows.py says what it holds."""
     # Statements, not importlib: torch.compile traces them.
     if name == "torch":
         from var_kernels.kernels import rows_torch as kernels
@@ -124,6 +131,20 @@ def row_kernels(name: str) -> ModuleType:
     else:
         from var_kernels.kernels import rows_triton as kernels
     return kernels
+
+
+def own_gemm(name: str) -> ModuleType | None:
+    """The matrix products of a backend; None: torch's."""
+    return gemm_native if name == "native" else None
+
+
+def fused_forward(name: str) -> Callable[..., None] | None:
+    """The kernel of a backend that computes statistics with the logits in registers, or None."""
+    if name != "triton":
+        return None
+    from var_kernels.kernels.forward_triton import fused_forward as kernel
+
+    return kernel
 
 
 def label_kernels(name: str) -> ModuleType | None:

@@ -2,9 +2,9 @@
 
 forward_pass      1 GEMM   statistics: rows x vocabulary slices, merged; what the budget holds is cached
 exp_pass          3 GEMMs  a known per-token gradient, or 2 for hidden's alone: chunks of rows whose exponentials are
-                           stored once and serve every product (``row_exp``)
-logit_pass        3 GEMMs  the same where exponentials do not serve (entropy, several targets, fp16): whole rows of
-                           logits, overwritten by their gradient
+                           stored once and make every product (``row_exp``)
+logit_pass        3 GEMMs  the same for entropy, several targets and fp16: whole rows of logits, overwritten by their
+                           gradient
 vocabulary_pass   3 GEMMs  backward for any upstream gradient: products of what was cached; logits of the others are
                            recomputed slice by slice, dW is written once
 """
@@ -16,44 +16,102 @@ from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import labels
+from var_kernels.ops.backend import fused_forward
 from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into
 from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans, zero_row_ends
-from var_kernels.ops.plan import backward_plan, forward_plan, one_pass_plan, operand_copies
+from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
 
 
-def fill_logits(head: Head, logits_nv: Tensor, hidden_nd: Tensor, rows: slice, columns: slice) -> None:
-    """The raw logits of some rows (``hidden_nd``, see ``Head.upcast_rows``) and columns."""
-    logits_into(logits_nv, hidden_nd, head.lm_head_weight_VD[columns], head.options.backend)
-    if head.left_NR is not None:
-        add_low_rank(logits_nv, head.left_NR[rows], head.right_VR[columns])
+def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
+    """The raw logits of some rows and columns into a tile, from GEMMs of ``step`` columns."""
+    hidden_nd = head.upcast_rows(rows.start, rows.stop)
+    for start, stop in spans(columns.start, columns.stop, step or head.v):
+        part_nv = logits_nv[:, start - columns.start : stop - columns.start]
+        logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], head.options.backend)
+        if head.left_NR is not None:
+            add_low_rank(part_nv, head.left_NR[rows], head.right_VR[start:stop])
+    return logits_nv
 
 
-def start_factor_gradients(head: Head, gradients: Gradients) -> None:
-    """Zeros for the gradients of the low-rank factors that are needed."""
-    dtype = accumulation_dtype(head.operand)
-    if head.needs.left:
-        gradients.dleft_NR = torch.zeros(head.left_NR.shape, dtype=dtype, device=head.hidden_ND.device)
-    if head.needs.right:
-        gradients.dright_VR = torch.zeros(head.right_VR.shape, dtype=dtype, device=head.hidden_ND.device)
+def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
+    """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0."""
+    needs, wide, device = head.needs, accumulation_dtype(head.operand), head.hidden_ND.device
+
+    def of(like: Tensor | None, needed: bool, create=torch.zeros, dtype: torch.dtype = wide) -> Tensor | None:
+        return create(like.shape, dtype=dtype, device=device) if needed else None
+
+    return Gradients(
+        of(head.hidden_ND, needs.hidden, torch.empty, dhidden),
+        of(head.lm_head_weight_VD, needs.lm_head_weight, torch.empty if head.n else torch.zeros, dweight),
+        of(head.bias_V, needs.bias),
+        of(head.left_NR, needs.left),
+        of(head.right_VR, needs.right),
+    )
 
 
-def add_factor_gradients(
-    head: Head, gradients: Gradients, dlogits_nv: Tensor, rows: slice, v_start: int, step: int
+def row_products(
+    head: Head, tile_nc: Tensor, v_start: int, dhidden_nd, dleft_nr, step: int | None = None, *, add: bool
 ) -> None:
-    """What a tile that begins at column ``v_start`` adds to them, in steps whose copies the budget holds."""
-    if gradients.dleft_NR is None and gradients.dright_VR is None:
-        return
-    backend = head.options.backend
-    for start, stop in spans(0, dlogits_nv.shape[1], step):
-        slice_nv, columns = dlogits_nv[:, start:stop], slice(v_start + start, v_start + stop)
-        if gradients.dleft_NR is not None:
-            add_product(gradients.dleft_NR[rows], slice_nv, head.right_VR[columns].to(head.operand), backend)
-        if gradients.dright_VR is not None:
-            add_product(gradients.dright_VR[columns], slice_nv.t(), head.left_NR[rows].to(head.operand), backend)
+    """Sums of each row over the columns of a tile: tile W in dhidden_nd, or added to it, tile right added to dleft_nr,
+    in steps of columns.
+    """
+    c, backend = tile_nc.shape[1], head.options.backend
+    if dhidden_nd is not None:
+        multiply = add_product if add else product_into
+        multiply(dhidden_nd, tile_nc, head.lm_head_weight_VD[v_start : v_start + c], backend)
+    if dleft_nr is not None:
+        for start, stop in spans(0, c, step or c):
+            right_cr = head.right_VR[v_start + start : v_start + stop].to(head.operand)
+            add_product(dleft_nr, tile_nc[:, start:stop], right_cr, backend)
+
+
+def token_products(
+    head: Head, tile_nc: Tensor, hidden_nd, dweight_cd, left_nr, dright_cr, step: int | None = None, *, add: bool
+) -> None:
+    """Sums of each column of a tile over its rows: tile^T hidden in dweight_cd, or added to it, tile^T left added to
+    dright_cr, in steps of columns.
+    """
+    c, backend = tile_nc.shape[1], head.options.backend
+    left_nr = None if dright_cr is None else left_nr.to(head.operand)
+    for start, stop in spans(0, c, step or c):
+        tile_cn = tile_nc[:, start:stop].t()
+        if dweight_cd is not None:
+            (add_product if add else product_into)(dweight_cd[start:stop], tile_cn, hidden_nd, backend)
+        if dright_cr is not None:
+            add_product(dright_cr[start:stop], tile_cn, left_nr, backend)
+
+
+def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable[[slice, slice], Tensor]) -> None:
+    """Adds what tiles give, slice of the vocabulary by slice: a slice of dW is written once. slices: (first column,
+    end, rows at a time). tile_gradient(rows, columns): the gradient in the raw logits.
+    """
+    for v_start, v_stop, rows_at_once in slices:
+        columns = slice(v_start, v_stop)
+        dweight_vd, dbias_v, dright_vr = gradients.of_columns(columns)
+        split = rows_at_once < head.n and dweight_vd is not None
+        sums_vd = torch.empty_like(dweight_vd, dtype=accumulation_dtype(head.operand)) if split else dweight_vd
+        for start, stop in spans(0, head.n, rows_at_once):
+            rows = slice(start, stop)
+            dlogits_nv = head.rounded(tile_gradient(rows, columns), dbias_v)
+            hidden_nd, left_nr, dhidden_nd, dleft_nr = *head.of_rows(rows), *gradients.of_rows(rows)
+            row_products(head, dlogits_nv, v_start, dhidden_nd, dleft_nr, add=True)
+            token_products(head, dlogits_nv, hidden_nd, sums_vd, left_nr, dright_vr, add=start > 0)
+            del dlogits_nv  # a copy in 16 bit would live on beside the next tile
+        if split:
+            dweight_vd.copy_(sums_vd)
+
+
+def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, slice], Tensor]) -> Gradients:
+    """Gradients from those in the raw logits of every tile, see ``add_slices``."""
+    gradients = new_gradients(head, accumulation_dtype(head.operand), head.operand)
+    if head.needs.hidden:
+        gradients.dhidden_ND.zero_()
+    add_slices(head, gradients, [(*span, plan.rows) for span in spans(0, head.v, plan.columns)], tile_gradient)
+    return gradients.like(head.tensors)
 
 
 def new_cached(head: Head, columns: int) -> Tensor:
-    """For ``columns`` of every row: exponentials where they serve, else logits."""
+    """For ``columns`` of every row: exponentials where they support the gradients, else logits."""
     return head.new_cached(columns, head.operand if head.stores_exp else head.tile)
 
 
@@ -67,60 +125,56 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
         return stats
     stats = labels.start(head) if exp else head.new_stats()
     cached = 0 if cached_NC is None else cached_NC.shape[1]
-    tiled = exp or cached < head.v
-    plan = forward_plan(head, cached)
-    fused = exp and head.ends_in_exp
+    plan, fused = forward_plan(head, cached), exp and head.ends_in_exp
     width = head.v if fused else plan.columns
     columns = [*spans(0, cached, width if exp else head.v), *spans(cached, head.v, width)]
-    storage = head.new_tile(plan.rows, plan.columns) if tiled and not fused else None
+    storage = head.new_tile(plan.rows, plan.columns) if not fused and (exp or cached < head.v) else None
     for start, stop in spans(0, head.n, plan.rows):
-        rows, hidden_nd = slice(start, stop), head.upcast_rows(start, stop)
-        chunk = stats.rows(start, stop)
+        rows, chunk = slice(start, stop), stats.rows(start, stop)
+        if exp:
+            _store_exp(head, storage, rows, columns, chunk, None if cached_NC is None else cached_NC[rows])
+            continue
         for v_start, v_stop in columns:
-            is_cached = v_stop <= cached
-            if exp:
-                out_nv = cached_NC[rows, v_start:v_stop] if is_cached else None
-                earlier_nc = cached_NC[rows, : min(v_start, cached)] if v_start and cached else None
-                _exp_tile(head, hidden_nd, rows, slice(v_start, v_stop), storage, chunk, out_nv, earlier_nc)
-                continue
-            logits_nv = cached_NC[rows] if is_cached else storage.view(stop - start, v_stop - v_start)
-            fill_logits(head, logits_nv, hidden_nd, rows, slice(v_start, v_stop))
-            head.row_stats(logits_nv, rows, chunk, v_start)
+            logits_nv = cached_NC[rows] if v_stop <= cached else storage.view(stop - start, v_stop - v_start)
+            head.row_stats(fill_logits(head, logits_nv, rows, slice(v_start, v_stop)), rows, chunk, v_start)
     if exp:
         labels.finish(head, slice(0, head.n), stats)
     return stats
 
 
-def _exp_tile(
+def _store_exp(
     head: Head,
-    hidden_nd: Tensor,
-    rows: slice,
-    columns: slice,
     storage: TileStorage | None,
+    rows: slice,
+    columns,
     stats: RowStats,
-    out_nv: Tensor | None,
-    earlier_nc: Tensor | None,
+    exp_nc: Tensor | None,
+    first: int = 0,
 ) -> None:
-    """``row_exp`` of some rows and columns, through a tile of logits in ``storage``, or as their GEMM ends."""
-    if storage is None:
-        head.product_exp(columns, rows, stats, out_nv, earlier_nc)
-        return
-    logits_nv = storage.view(rows.stop - rows.start, columns.stop - columns.start)
-    fill_logits(head, logits_nv, hidden_nd, rows, columns)
-    head.row_exp(logits_nv, rows, stats, columns.start, out_nv, earlier_nc)
+    """``row_exp`` of some rows over spans of columns: statistics, and the exponentials of as many as exp_nc holds from
+    column ``first`` on; through tiles of logits in ``storage``, or (None) as their GEMM ends.
+    """
+    c = 0 if exp_nc is None else exp_nc.shape[1]
+    for v_start, v_stop in columns:
+        out_nv = exp_nc[:, v_start - first : v_stop - first] if v_stop - first <= c else None
+        earlier_nc = exp_nc[:, : v_start - first] if c and v_start > first else None
+        if storage is None:
+            head.product_exp(slice(v_start, v_stop), rows, stats, out_nv, earlier_nc)
+        else:
+            logits_nv = storage.view(rows.stop - rows.start, v_stop - v_start)
+            fill_logits(head, logits_nv, rows, slice(v_start, v_stop))
+            head.row_exp(logits_nv, rows, stats, v_start, out_nv, earlier_nc)
 
 
 def _fused_forward(head: Head, stats: RowStats) -> None:
-    """GEMM and statistics in one kernel, which one backend has."""
-    if head.options.backend != "triton":
+    """GEMM and statistics in one kernel."""
+    kernel = fused_forward(head.options.backend)
+    if kernel is None:
         raise ValueError(
             f"workspace_mb must be positive on backend {head.options.backend!r}, got 0; only 'triton' (a GPU, operands "
             "of 16 or 32 bit) keeps logits in registers; pass None for the default"
         )
-    from var_kernels.kernels.forward_triton import fused_forward
-
-    operands = (head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.labels_NK)
-    fused_forward(*operands, stats, head.options.transform)
+    kernel(head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.labels_NK, stats, head.options.transform)
 
 
 CoefficientsOf = Callable[[slice, RowStats], RowCoefficients]
@@ -130,22 +184,7 @@ def one_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gra
     """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
     gradient.
     """
-    run = exp_pass if head.stores_exp else logit_pass
-    return run(head, coefficients_of)
-
-
-def _empty_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
-    """dhidden and dW to be written, sums of the others from 0."""
-    gradients, device = Gradients(), head.hidden_ND.device
-    if head.needs.hidden:
-        gradients.dhidden_ND = torch.empty(head.hidden_ND.shape, dtype=dhidden, device=device)
-    if head.needs.lm_head_weight:
-        create = torch.empty if head.n else torch.zeros
-        gradients.dweight_VD = create(head.lm_head_weight_VD.shape, dtype=dweight, device=device)
-    if head.needs.bias:
-        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation_dtype(head.operand), device=device)
-    start_factor_gradients(head, gradients)
-    return gradients
+    return (exp_pass if head.stores_exp else logit_pass)(head, coefficients_of)
 
 
 def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowStats, Gradients]:
@@ -153,47 +192,44 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
     stats, plan, wide = labels.start(head), one_pass_plan(head), accumulation_dtype(head.operand)
-    gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
+    gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
+    slope, whole_rows = head.options.transform.slope, head.needs.whole_rows
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
     stored = head.new_exp(plan.rows, plan.stored)
-    fused = head.ends_in_exp
-    storage, width = (None, head.v) if fused else (head.new_tile(plan.rows, plan.columns), plan.columns)
+    storage, width = None, head.v
+    if not head.ends_in_exp:
+        storage, width = head.new_tile(plan.rows, plan.columns), plan.columns
     sums_nd = None
     if head.needs.hidden and wide != head.operand:
         sums_nd = torch.empty(plan.rows, head.d, dtype=wide, device=head.hidden_ND.device)
     for start, stop in spans(0, head.n, plan.rows):
-        rows, hidden_nd = slice(start, stop), head.upcast_rows(start, stop)
-        chunk = stats.rows(start, stop)
-        sum_nd = None
-        if head.needs.hidden:
-            sum_nd = gradients.dhidden_ND[rows] if sums_nd is None else sums_nd[: stop - start]
+        rows, chunk = slice(start, stop), stats.rows(start, stop)
+        dhidden_nd, dleft_nr = gradients.of_rows(rows)
+        sum_nd = dhidden_nd if sums_nd is None else sums_nd[: stop - start]
         for first, last in spans(0, head.v, plan.stored):
             exp_nv = stored.view(stop - start, last - first)
             before_n = chunk.max_N.clone() if first else None
-            for v_start, v_stop in spans(first, last, width):
-                out_nv = exp_nv[:, v_start - first : v_stop - first]
-                earlier_nc = exp_nv[:, : v_start - first] if v_start > first else None
-                _exp_tile(head, hidden_nd, rows, slice(v_start, v_stop), storage, chunk, out_nv, earlier_nc)
-            _zero_ends(exp_nv)
+            _store_exp(head, storage, rows, spans(first, last, width), chunk, exp_nv, first)
+            zero_row_ends(exp_nv)
             if first:
-                _follow_pivots(before_n, chunk.max_N, sum_nd, None if not head.needs.left else gradients.dleft_NR[rows])
-            if not head.needs.whole_rows:
-                _add_row_sums(head, gradients, exp_nv, rows, first, sum_nd, add=first > 0)
+                _follow_pivots(before_n, chunk.max_N, sum_nd, dleft_nr)
+            if not whole_rows:
+                row_products(head, exp_nv, first, sum_nd, dleft_nr, add=first > 0)
         labels.finish(head, rows, chunk)
         constant = None
         if coefficients_of is None:
-            scale_n, label_n = head.options.transform.slope / chunk.sumexp_N, None
+            scales = slope / chunk.sumexp_N, None
         else:
             coefficients = coefficients_of(rows, chunk)
-            scale_n, label_n = labels.row_scales(head, rows, coefficients, chunk.saved_4N)
+            scales = labels.row_scales(head, rows, coefficients, chunk.saved_4N)
             if smooth:
-                constant = coefficients.constant_N * head.options.transform.slope, weight_sum_D
-        if head.needs.whole_rows:
-            scaled_nd = gradients.dhidden_ND[rows] if head.needs.hidden else torch.empty_like(head.hidden_ND[rows])
-            _add_token_sums(head, gradients, exp_nv, rows, (scale_n, label_n), scaled_nd, plan.columns, add=start > 0)
-            _add_row_sums(head, gradients, exp_nv, rows, 0, sum_nd, add=False)
-        _end_row_sums(head, gradients, rows, (scale_n, label_n), sum_nd, head.v, constant)
+                constant = coefficients.constant_N * slope, weight_sum_D
+        if whole_rows:
+            scaled_nd = torch.empty_like(head.hidden_ND[rows]) if dhidden_nd is None else dhidden_nd
+            _add_token_sums(head, gradients, exp_nv, rows, scales, scaled_nd, plan.columns, add=start > 0)
+            row_products(head, exp_nv, 0, sum_nd, dleft_nr, add=False)
+        _end_row_sums(head, gradients, rows, scales, sum_nd, head.v, constant)
     return stats, gradients
 
 
@@ -211,11 +247,6 @@ def frozen_gradient(head: Head, others_ND: Tensor, saved_4N: Tensor, coefficient
     return dhidden_ND
 
 
-def _zero_ends(exp_nv: Tensor) -> None:
-    if exp_nv.device.type == "cpu" and exp_nv.dtype == torch.bfloat16:
-        zero_row_ends(exp_nv)
-
-
 def _follow_pivots(before_n: Tensor, pivot_n: Tensor, *sums: Tensor | None) -> None:
     """Sums over exponentials of earlier columns, after their rows' pivots were raised."""
     raised_n = pivot_n != before_n
@@ -226,17 +257,6 @@ def _follow_pivots(before_n: Tensor, pivot_n: Tensor, *sums: Tensor | None) -> N
     for sum_nx in sums:
         if sum_nx is not None:
             sum_nx.mul_(decay_n1)
-
-
-def _add_row_sums(
-    head: Head, gradients: Gradients, exp_nc: Tensor, rows: slice, v_start: int, sum_nd: Tensor | None, *, add: bool
-) -> None:
-    """What each row sums over the vocabulary: E W in ``sum_nd``, E right in dleft; scaled by ``_end_row_sums``."""
-    columns, backend = slice(v_start, v_start + exp_nc.shape[1]), head.options.backend
-    if sum_nd is not None:
-        (add_product if add else product_into)(sum_nd, exp_nc, head.lm_head_weight_VD[columns], backend)
-    if gradients.dleft_NR is not None:
-        add_product(gradients.dleft_NR[rows], exp_nc, head.right_VR[columns].to(head.operand), backend)
 
 
 def _end_row_sums(
@@ -269,7 +289,7 @@ def _add_token_sums(
     exp_nc: Tensor,
     rows: slice,
     scales: tuple[Tensor, Tensor],
-    scaled_nd: Tensor,
+    scaled_nd: Tensor | None,
     step: int,
     *,
     add: bool,
@@ -277,54 +297,41 @@ def _add_token_sums(
     """What each vocabulary entry sums over the rows, of the leading columns that exp_nc holds: dW, dbias and dright.
     scaled_nd: memory for scale_n hidden_n.
     """
-    (scale_n, label_n), backend, c = scales, head.options.backend, exp_nc.shape[1]
+    (scale_n, label_n), c = scales, exp_nc.shape[1]
     ordered = labels.segments(head.labels_NK[rows].squeeze(1))
-    if gradients.dweight_VD is not None:
-        hidden_nd = head.hidden_ND[rows]
+    (hidden_nd, left_nr), (dweight_cd, dbias_c, dright_cr) = head.of_rows(rows), gradients.of_columns(slice(0, c))
+    if dweight_cd is not None:
         labels.combine_rows(head, scaled_nd, hidden_nd, scale_n)
-        for start, stop in spans(0, c, step if operand_copies(head, gradient=True) else c):
-            multiply = add_product if add else product_into
-            multiply(gradients.dweight_VD[start:stop], exp_nc[:, start:stop].t(), scaled_nd, backend)
-        labels.add_label_rows(head, gradients.dweight_VD[:c], ordered, label_n, hidden_nd)
-    if gradients.dbias_V is not None:
+    scaled_nr = None if dright_cr is None else left_nr * scale_n.unsqueeze(1)
+    step = step if operand_copies(head, gradient=True) else c
+    token_products(head, exp_nc, scaled_nd, dweight_cd, scaled_nr, dright_cr, step, add=add)
+    if dbias_c is not None:
         # In two parts, so that the scale keeps its digits in 16 bit.
         scale_n2 = torch.stack((scale_n, scale_n - scale_n.to(head.operand)), 1).to(head.operand)
-        dbias_c2 = scale_n.new_zeros(c, 2)
-        add_product(dbias_c2, exp_nc.t(), scale_n2, backend)
-        gradients.dbias_V[:c] += dbias_c2.sum(1)
-        labels.add_label_rows(head, gradients.dbias_V[:c, None], ordered, label_n, torch.ones_like(label_n)[:, None])
-    if gradients.dright_VR is not None:
-        left_nr = head.left_NR[rows]
-        scaled_nr = (left_nr * scale_n.unsqueeze(1)).to(head.operand)
-        add_product(gradients.dright_VR[:c], exp_nc.t(), scaled_nr, backend)
-        labels.add_label_rows(head, gradients.dright_VR[:c], ordered, label_n, left_nr)
+        sums_c2 = scale_n.new_zeros(c, 2)
+        add_product(sums_c2, exp_nc.t(), scale_n2, head.options.backend)
+        dbias_c += sums_c2.sum(1)
+        labels.add_label_rows(head, dbias_c.unsqueeze(1), ordered, label_n, torch.ones_like(label_n).unsqueeze(1))
+    for total_cx, vectors_nx in ((dweight_cd, hidden_nd), (dright_cr, left_nr)):
+        if total_cx is not None:
+            labels.add_label_rows(head, total_cx, ordered, label_n, vectors_nx)
 
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of whole rows of logits."""
-    stats, plan, backend = head.new_stats(), one_pass_plan(head), head.options.backend
-    wide = accumulation_dtype(head.operand)
-    gradients = _empty_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
+    stats, plan, wide = head.new_stats(), one_pass_plan(head), accumulation_dtype(head.operand)
+    gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     storage = head.new_tile(plan.rows, head.v)
-
+    dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, head.v))
     for start, stop in spans(0, head.n, plan.rows):
-        rows = slice(start, stop)
-        logits_nv = storage.view(stop - start, head.v)
-        hidden_nd = head.upcast_rows(start, stop)
-        for v_start, v_stop in spans(0, head.v, plan.columns):
-            fill_logits(head, logits_nv[:, v_start:v_stop], hidden_nd, rows, slice(v_start, v_stop))
-        chunk_stats = stats.rows(start, stop)
-        head.row_stats(logits_nv, rows, chunk_stats, 0)
-        coefficients = coefficients_of(rows, chunk_stats)
-        dlogits_nv = head.row_grad(logits_nv, rows, chunk_stats.norms_2N, coefficients, 0, gradients.dbias_V)
-        if head.needs.hidden:
-            product_into(gradients.dhidden_ND[rows], dlogits_nv, head.lm_head_weight_VD, backend)
-        if head.needs.lm_head_weight:
-            for v_start, v_stop in spans(0, head.v, plan.columns):
-                multiply = add_product if start else product_into
-                dlogits_vn = dlogits_nv[:, v_start:v_stop].t()
-                multiply(gradients.dweight_VD[v_start:v_stop], dlogits_vn, head.hidden_ND[rows], backend)
-        add_factor_gradients(head, gradients, dlogits_nv, rows, 0, plan.columns)
+        rows, chunk = slice(start, stop), stats.rows(start, stop)
+        logits_nv = fill_logits(head, storage.view(stop - start, head.v), rows, slice(0, head.v), plan.columns)
+        head.row_stats(logits_nv, rows, chunk, 0)
+        coefficients = coefficients_of(rows, chunk)
+        dlogits_nv = head.rounded(head.row_grad(logits_nv, rows, chunk.norms_2N, coefficients, 0), dbias_V)
+        (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
+        row_products(head, dlogits_nv, 0, dhidden_nd, dleft_nr, plan.columns, add=False)
+        token_products(head, dlogits_nv, hidden_nd, dweight_VD, left_nr, dright_VR, plan.columns, add=start > 0)
         del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
     return stats, gradients
 
@@ -341,58 +348,39 @@ def vocabulary_pass(
     of what ``forward_pass`` cached: exponentials, or logits, which are overwritten (or copied slice by slice); the
     other logits are recomputed once, slice by slice.
     """
-    wide, backend, exp = accumulation_dtype(head.operand), head.options.backend, saved.shape[0] == 4
+    wide, exp, all_rows = accumulation_dtype(head.operand), saved.shape[0] == 4, slice(0, head.n)
     cached = 0 if cached_NC is None else cached_NC.shape[1]
-    overwrites = not exp and in_place
-    gradients = _empty_gradients(head, wide, head.operand)
-    norms_2N = torch.stack((saved[0], saved[1].log())) if exp else saved
+    gradients = new_gradients(head, wide, head.operand)
+    dhidden_ND, norms_2N = gradients.dhidden_ND, torch.stack((saved[0], saved[1].log())) if exp else saved
     if exp and cached:
-        scales = labels.row_scales(head, slice(0, head.n), coefficients, saved)
-        reused = gradients.dhidden_ND if head.needs.hidden and wide == head.operand else None
+        scales = labels.row_scales(head, all_rows, coefficients, saved)
+        reused = dhidden_ND if wide == head.operand else None
         scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and head.needs.lm_head_weight else reused
-        _add_token_sums(head, gradients, cached_NC, slice(0, head.n), scales, scaled_ND, cached, add=False)
+        _add_token_sums(head, gradients, cached_NC, all_rows, scales, scaled_ND, cached, add=False)
         del scaled_ND
-        _add_row_sums(head, gradients, cached_NC, slice(0, head.n), 0, gradients.dhidden_ND, add=False)
-        _end_row_sums(head, gradients, slice(0, head.n), scales, gradients.dhidden_ND, cached)
+        row_products(head, cached_NC, 0, dhidden_ND, gradients.dleft_NR, add=False)
+        _end_row_sums(head, gradients, all_rows, scales, dhidden_ND, cached)
     elif head.needs.hidden:
-        gradients.dhidden_ND.zero_()
+        dhidden_ND.zero_()
     # (first column, end, rows at a time)
-    slices = [(0, cached, head.n)] if cached and overwrites else []
+    slices = [(0, cached, head.n)] if cached and in_place and not exp else []
     if cached < head.v or not (exp or in_place):
         plan = backward_plan(head, cached)
         storage = head.new_tile(plan.rows, plan.columns)
         copied = spans(0, cached, plan.columns) if not (exp or in_place) else []
         slices += [(*span, plan.rows) for span in (*copied, *spans(cached, head.v, plan.columns))]
 
-    for v_start, v_stop, step in slices:
-        row_spans = list(spans(0, head.n, step))
-        weight_vd = head.lm_head_weight_VD[v_start:v_stop]
-        dbias_v = gradients.dbias_V[v_start:v_stop] if head.needs.bias else None
-        dweight_vd = None
-        if head.needs.lm_head_weight:
-            dweight_vd = gradients.dweight_VD[v_start:v_stop]
-            if len(row_spans) != 1:
-                create = torch.empty if head.n else torch.zeros
-                dweight_vd = create(weight_vd.shape, dtype=wide, device=head.hidden_ND.device)
-        for start, stop in row_spans:
-            rows = slice(start, stop)
-            columns = slice(v_start, v_stop)
-            if v_stop > cached:
-                logits_nv = storage.view(stop - start, v_stop - v_start)
-                fill_logits(head, logits_nv, head.upcast_rows(start, stop), rows, columns)
-            elif overwrites:
-                logits_nv = cached_NC
+    def tile_gradient(rows: slice, columns: slice) -> Tensor:
+        if columns.stop <= cached and in_place:
+            logits_nv = cached_NC
+        else:
+            logits_nv = storage.view(rows.stop - rows.start, columns.stop - columns.start)
+            if columns.stop <= cached:
+                logits_nv.copy_(cached_NC[rows, columns])
             else:
-                logits_nv = storage.view(stop - start, v_stop - v_start).copy_(cached_NC[rows, columns])
-            chunk = coefficients.rows(start, stop)
-            dlogits_nv = head.row_grad(logits_nv, rows, norms_2N[:, rows], chunk, v_start, dbias_v)
-            if head.needs.hidden:
-                add_product(gradients.dhidden_ND[rows], dlogits_nv, weight_vd, backend)
-            if head.needs.lm_head_weight:
-                multiply = add_product if start else product_into
-                multiply(dweight_vd, dlogits_nv.t(), head.hidden_ND[rows], backend)
-            add_factor_gradients(head, gradients, dlogits_nv, rows, v_start, v_stop - v_start)
-            del dlogits_nv
-        if head.needs.lm_head_weight and len(row_spans) != 1:
-            gradients.dweight_VD[v_start:v_stop] = dweight_vd
+                fill_logits(head, logits_nv, rows, columns)
+        chunk = coefficients.rows(rows.start, rows.stop)
+        return head.row_grad(logits_nv, rows, norms_2N[:, rows], chunk, columns.start)
+
+    add_slices(head, gradients, slices, tile_gradient)
     return gradients

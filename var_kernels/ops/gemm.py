@@ -13,6 +13,7 @@ from torch import Tensor
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.compile_time import compile_time
+from var_kernels.ops.backend import own_gemm
 
 # Rows of fp32 sums at a time, of a product too deep to be rounded as it is summed.
 ROUNDED_ROWS = 1024
@@ -106,17 +107,20 @@ def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, bac
 
 
 def _in_cpp(backend: str, out: torch.dtype, left: Tensor, right: Tensor) -> bool:
-    return backend == "native" and gemm_native.takes(out, left, right)
+    gemm = own_gemm(backend)
+    return gemm is not None and gemm.supports(out, left, right)
 
 
 def ends_in_exp(hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> bool:
     """Whether the forward GEMM runs ``row_exp`` on its sums (``gemm_native.product_exp``)."""
-    return backend == "native" and gemm_native.takes_exp(hidden_nd, lm_head_weight_vd)
+    gemm = own_gemm(backend)
+    return gemm is not None and gemm.supports_exp(hidden_nd, lm_head_weight_vd)
 
 
 def rounds_sums(operand: torch.dtype, backend: str) -> bool:
     """Whether gradient GEMMs sum in fp32 in place, and round once what they write in this dtype."""
-    return backend == "native" and operand == torch.bfloat16 and gemm_native.runs()
+    gemm = own_gemm(backend)
+    return gemm is not None and operand == torch.bfloat16 and gemm.available()
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> None:

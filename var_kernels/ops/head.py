@@ -78,6 +78,8 @@ def zero_row_ends(values_nv: Tensor) -> None:
 
     On CPUs with AMX the bf16 GEMM of torch 2.13 reads them and multiplies by 0, which leaves NaN where they hold NaN.
     """
+    if values_nv.device.type != "cpu" or values_nv.dtype != torch.bfloat16:
+        return
     n, columns = values_nv.shape
     stride, offset = values_nv.stride(0), values_nv.storage_offset()
     # A copy of one row keeps the tile's stride, and ends with its columns.
@@ -169,6 +171,10 @@ class Head:
         rows_nd = self.hidden_ND[start:stop]
         return rows_nd.to(self.tile) if self.upcast else rows_nd
 
+    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and left factor."""
+        return self.hidden_ND[rows], None if self.left_NR is None else self.left_NR[rows]
+
     def bias_slice(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias_V is None else self.bias_V[start:stop]
 
@@ -228,21 +234,21 @@ class Head:
         norms_2n: Tensor,
         coefficients: RowCoefficients,
         v_start: int,
-        dbias_v: Tensor | None,
     ) -> Tensor:
-        """The gradient in the raw logits, in the operands' dtype, its column sums added to dbias_v; in place."""
+        """The gradient in the raw logits, in place; in the operands' dtype, or the tile's where a bias learns: the
+        columns' entries cancel, so they are summed before they are rounded.
+        """
         bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
         labels_nk, transform = self.labels_NK[rows], self.options.transform
-        # The columns' entries cancel, so they are summed before they are rounded.
-        dtype = self.operand if dbias_v is None else self.tile
-        dlogits_nv = self.kernels.row_grad(
-            logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, dtype
-        )
+        dtype = self.tile if self.needs.bias else self.operand
+        return self.kernels.row_grad(logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, dtype)
+
+    def rounded(self, dlogits_nv: Tensor, dbias_v: Tensor | None) -> Tensor:
+        """A gradient in the raw logits in the operands' dtype, its column sums added to dbias_v."""
         if dbias_v is not None:
-            dbias_v += dlogits_nv.sum(0, dtype=dbias_v.dtype)
+            dbias_v += dlogits_nv.sum(0, dtype=torch.promote_types(dbias_v.dtype, dlogits_nv.dtype))
         dlogits_nv = dlogits_nv.to(self.operand)
-        if dlogits_nv.device.type == "cpu" and self.operand == torch.bfloat16:
-            zero_row_ends(dlogits_nv)
+        zero_row_ends(dlogits_nv)
         return dlogits_nv
 
     def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
@@ -267,6 +273,14 @@ class Gradients:
         """Each in the dtype of its tensor; ``tensors``: ``Head.tensors``."""
         pairs = zip(self.tensors, tensors, strict=True)
         return Gradients(*(None if g is None else g.to(t.dtype) for g, t in pairs))
+
+    def of_rows(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """dhidden and dleft of some rows."""
+        return tuple(None if t is None else t[rows] for t in (self.dhidden_ND, self.dleft_NR))
+
+    def of_columns(self, columns: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dW, dbias and dright of some vocabulary entries."""
+        return tuple(None if t is None else t[columns] for t in (self.dweight_VD, self.dbias_V, self.dright_VR))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

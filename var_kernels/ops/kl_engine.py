@@ -5,14 +5,12 @@ kl_chunk_pass        4 GEMMs   whole rows: KL, then its gradient in the same til
 kl_vocabulary_pass   4 GEMMs   backward for any upstream gradient: both heads' logits recomputed slice by slice
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops.engines import add_factor_gradients, fill_logits, start_factor_gradients
+from var_kernels.ops.engines import fill_logits, gradients_by_slices, new_gradients, row_products, token_products
 from var_kernels.ops.gemm import add_product, product_into
 from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans
 from var_kernels.ops.plan import (
@@ -97,21 +95,9 @@ class HeadPair:
 
 def head_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_stop: int, step: int, math) -> Tensor:
     """z_nv in the dtype ``math``, from GEMMs of ``step`` columns; it lies in the storage where that has the dtype."""
-    hidden_nd = head.upcast_rows(rows.start, rows.stop)
     raw_nv = storage.view(rows.stop - rows.start, v_stop - v_start)
-    for start, stop in spans(v_start, v_stop, step):
-        fill_logits(head, raw_nv[:, start - v_start : stop - v_start], hidden_nd, rows, slice(start, stop))
-    return _transformed_(raw_nv.to(math), head.bias_slice(v_start, v_stop), head.options.transform)
-
-
-def _transformed_(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform) -> Tensor:
-    """z = c(x + b), in place."""
-    if bias_v is not None:
-        x_nv += bias_v
-    if transform.softcap is not None:
-        x_nv.mul_(transform.logit_scale / transform.softcap).tanh_()
-        return x_nv.mul_(transform.softcap / transform.temperature)
-    return x_nv if transform.is_identity else x_nv.mul_(transform.slope)
+    fill_logits(head, raw_nv, rows, slice(v_start, v_stop), step)
+    return head.options.transform.apply_(raw_nv.to(math), head.bias_slice(v_start, v_stop))
 
 
 @dataclass
@@ -191,9 +177,7 @@ def _kl_and_grad(pair: HeadPair, z_nv, w_nv, upstream_n, norms_4n=None, kl_n=Non
     KL(p||q): p (log p - log q) - KL p.   KL(q||p): p - q.   Whole rows need neither normalisers nor KL.
     """
     transform = pair.policy.options.transform
-    cap_slope_nv = None
-    if transform.softcap is not None:
-        cap_slope_nv = (z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
+    cap_slope_nv = transform.cap_slope(z_nv)
     # The maximum first, then the rest: log p of a likely token keeps its digits, which KL p multiplies by hundreds.
     if norms_4n is None:
         norms_4n = [*_normalisers(z_nv), *_normalisers(w_nv)]
@@ -233,23 +217,20 @@ def kl_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gradients
     plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), accumulator)
     step = pair.weight_slice(budget)
     storages = pair.storages(plan.rows, pair.v)
-    kl_N, gradients = pair.zeros(pair.n), _empty_gradients(head, one_pass=True)
+    kl_N, gradients = pair.zeros(pair.n), new_gradients(head, head.operand, accumulation_dtype(head.operand))
+    dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     backend = head.options.backend
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
         z_nv, w_nv = pair.logits(storages, rows, 0, pair.v, step)
         kl_n, grad_nv = _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows])
         kl_N[rows] = kl_n
-        if head.needs.bias:
-            gradients.dbias_V += grad_nv.sum(0)
-        grad_nv = grad_nv.to(head.operand)
-        if head.needs.hidden:
-            _product_in_slices(gradients.dhidden_ND[rows], grad_nv, head.lm_head_weight_VD, step, backend)
-        if head.needs.lm_head_weight:
-            for v_start, v_stop in spans(0, pair.v, step):
-                grad_vn, dweight_vd = grad_nv[:, v_start:v_stop].t(), gradients.dweight_VD[v_start:v_stop]
-                add_product(dweight_vd, grad_vn, head.hidden_ND[rows], backend)
-        add_factor_gradients(head, gradients, grad_nv, rows, 0, step)
+        grad_nv = head.rounded(grad_nv, dbias_V)
+        (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
+        if dhidden_nd is not None:
+            _product_in_slices(dhidden_nd, grad_nv, head.lm_head_weight_VD, step, backend)
+        row_products(head, grad_nv, 0, None, dleft_nr, step, add=True)
+        token_products(head, grad_nv, hidden_nd, dweight_VD, left_nr, dright_VR, step, add=start > 0)
         del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
     return kl_N.clamp_(min=0.0), gradients.like(head.tensors)
 
@@ -271,8 +252,8 @@ def kl_vocabulary_pass(pair: HeadPair, norms_4N: Tensor, kl_N: Tensor, upstream_
     plan = plan_slices(pair.policy, pair.tile_budget(pair.n, cost), cost)
     storages = pair.storages(plan.rows, plan.columns)
 
-    def tile_gradient(rows: slice, v_start: int, v_stop: int) -> Tensor:
-        z_nv, w_nv = pair.logits(storages, rows, v_start, v_stop, plan.columns)
+    def tile_gradient(rows: slice, columns: slice) -> Tensor:
+        z_nv, w_nv = pair.logits(storages, rows, columns.start, columns.stop, plan.columns)
         return _kl_and_grad(pair, z_nv, w_nv, upstream_N[rows], norms_4N[:, rows], kl_N[rows])[1]
 
     return gradients_by_slices(pair.policy, plan, tile_gradient)
@@ -284,57 +265,3 @@ def plan_slices(head: Head, budget: int, cost: TileCost) -> Plan:
         accumulator = head.d * accumulation_dtype(head.operand).itemsize
         plan = plan_vocabulary_slices(head.n, head.v, budget, replace(cost, column=cost.column + accumulator))
     return plan
-
-
-def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, int, int], Tensor]) -> Gradients:
-    """Gradients from those in the raw logits, tile_gradient(rows, v_start, v_stop); a slice of dW is written once."""
-    gradients, backend = _empty_gradients(head, one_pass=False), head.options.backend
-    row_spans = list(spans(0, head.n, plan.rows))
-    for v_start, v_stop in spans(0, head.v, plan.columns):
-        weight_vd = head.lm_head_weight_VD[v_start:v_stop]
-        dweight_vd = None
-        if head.needs.lm_head_weight:
-            dweight_vd = gradients.dweight_VD[v_start:v_stop]
-            if len(row_spans) != 1:
-                dweight_vd = torch.zeros(
-                    weight_vd.shape, dtype=accumulation_dtype(head.operand), device=weight_vd.device
-                )
-        for start, stop in row_spans:
-            rows = slice(start, stop)
-            grad_nv = tile_gradient(rows, v_start, v_stop)
-            if head.needs.bias:
-                gradients.dbias_V[v_start:v_stop] += grad_nv.sum(0)
-            grad_nv = grad_nv.to(head.operand)
-            if head.needs.hidden:
-                add_product(gradients.dhidden_ND[rows], grad_nv, weight_vd, backend)
-            if head.needs.lm_head_weight and len(row_spans) == 1:
-                product_into(dweight_vd, grad_nv.t(), head.hidden_ND, backend)
-            elif head.needs.lm_head_weight:
-                add_product(dweight_vd, grad_nv.t(), head.hidden_ND[rows], backend)
-            add_factor_gradients(head, gradients, grad_nv, rows, v_start, plan.columns)
-            del grad_nv  # its copy in 16 bit would live on beside the next tile's temporary
-        if head.needs.lm_head_weight and len(row_spans) != 1:
-            gradients.dweight_VD[v_start:v_stop] = dweight_vd
-    return gradients.like(head.tensors)
-
-
-def _empty_gradients(head: Head, *, one_pass: bool) -> Gradients:
-    """What is summed up starts from zeros, in fp32 at least; what is written once is empty, in the operands' dtype: dW
-    in the vocabulary's slices, dhidden in chunks of whole rows.
-    """
-    accumulation, device = accumulation_dtype(head.operand), head.hidden_ND.device
-    gradients = Gradients()
-
-    def empty(like: Tensor, accumulates: bool) -> Tensor:
-        if accumulates:
-            return torch.zeros(like.shape, dtype=accumulation, device=device)
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-    if head.needs.hidden:
-        gradients.dhidden_ND = empty(head.hidden_ND, accumulates=not one_pass)
-    if head.needs.lm_head_weight:
-        gradients.dweight_VD = empty(head.lm_head_weight_VD, accumulates=one_pass)
-    if head.needs.bias:
-        gradients.dbias_V = torch.zeros(head.v, dtype=accumulation, device=device)
-    start_factor_gradients(head, gradients)
-    return gradients

@@ -1,4 +1,4 @@
-"""``vocab_parallel_logprob``: log-probs of an lm_head whose vocabulary is spread over ranks (tensor parallelism)."""
+"""``vocab_parallel_logprob``: log-probs of an lm_head whose vocabulary is sharded over ranks (tensor parallelism)."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate

@@ -5,16 +5,14 @@ import importlib
 import torch
 from torch import Tensor
 
-from var_kernels.ops.backend import choose_backend, triton_obstacle
+from var_kernels.ops.backend import triton_obstacle, uses_triton
 
 
 def takes_weights_kernel(device: torch.device, num_sequences: int) -> bool:
     """On a GPU, for a batch that the kernel holds; on a CPU where the interpreted backend is forced, for tests."""
     if device.type == "meta" or triton_obstacle(device, torch.float32) or torch.compiler.is_compiling():
         return False
-    if choose_backend(device, torch.float32)[0] != "triton":
-        return False
-    return 0 < num_sequences <= _kernels().MAX_SEQUENCES
+    return uses_triton(device) and 0 < num_sequences <= _kernels().MAX_SEQUENCES
 
 
 def weights_by_kernel(

@@ -228,6 +228,55 @@ TRL = {  # TRL's options: ours
 }
 
 
+# ---- verl's formulas, read again ------------------------------------------------------------------------------------
+
+
+def verl_vanilla(logp, old, advantage, mask, low=0.2, high=0.28, c=3.0):
+    """Its clipped surrogate with the dual clip, mean over tokens."""
+    ratio = (logp - old).clamp(-20, 20).exp()
+    clipped = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    loss = torch.where(advantage < 0, torch.minimum(clipped, -advantage * c), clipped)
+    return (loss * mask).sum() / mask.sum()
+
+
+def verl_gspo(logp, old, advantage, mask, low=0.1, high=0.15):
+    """Token losses whose ratio has the sequence's value and the token's gradient; mean over tokens, then sequences."""
+    mean = ((logp - old) * mask).sum(1) / mask.sum(1)
+    ratio = (logp - logp.detach() + mean.detach().unsqueeze(1)).clamp(max=10).exp()
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    return ((loss * mask).sum(1) / mask.sum(1)).mean()
+
+
+def verl_cispo(logp, old, advantage, mask, low=0.2, high=0.2):
+    ratio = (logp - old).clamp(-20, 20).exp().clamp(1 - low, 1 + high).detach()
+    return (-ratio * advantage * logp * mask).sum() / mask.sum()
+
+
+VERL = {
+    "vanilla": (verl_vanilla, by_tokens(ppo_loss, "token", clip_high=0.28, dual_clip=3.0)),
+    "gspo": (verl_gspo, by_sequences(gspo_loss, len, clip_low=0.1, clip_high=0.15)),
+    "cispo": (verl_cispo, by_tokens(cispo_loss, "token", ratio_min=0.8, ratio_max=1.2)),
+}
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_verl_has_the_same_loss_and_gradient(name):
+    theirs_of, ours = VERL[name]
+    logp, old, ref, advantage, labels = batch()
+    logp = old + 4 * (logp - old)  # so far that every clip binds somewhere
+    kept, slopes = (labels != -100).double(), []
+    for loss in (
+        lambda lp: theirs_of(lp, old, advantage[:, None], kept),
+        lambda lp: ours(lp, old, ref, advantage, labels),
+    ):
+        leaf = logp.clone().requires_grad_()
+        value = loss(leaf)
+        slopes.append((value, torch.autograd.grad(value, leaf)[0] * kept))
+    for got, expected in zip(slopes[1], slopes[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+    assert slopes[0][1].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", TRL)
 def test_trl_has_the_same_loss_and_gradient(name):
     options, ours = TRL[name]

@@ -23,7 +23,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from var_kernels.kernels import forward_triton, labels_triton, rows_triton, weights_triton
+from var_kernels.kernels import forward_triton, labels_triton, pairs_triton, rows_triton, weights_triton
+from var_kernels.kernels.pairs import KINDS
 
 KIB = 1024
 TARGETS = {
@@ -79,7 +80,8 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    return [*row_configurations(), *label_configurations(), *forward_configurations(), *weight_configurations()]
+    heads = [*row_configurations(), *pair_configurations(), *label_configurations(), *forward_configurations()]
+    return [*heads, *weight_configurations()]
 
 
 # Triton compiles an integer that is a multiple of 16 as one, and 1 as a constant. Rows of a tile begin at multiples of
@@ -129,6 +131,28 @@ def row_configurations() -> list[Configuration]:
             constants |= {"MEAN": everything, "ARGMAX": everything, "STORE": True, "EARLIER": everything}
             before = ("earlier_stride", "earlier_columns")
             found.append(_configuration(f"row_exp {suffix}, to {out}", kernel, types, constants, (*aligned, *before)))
+    return found
+
+
+def pair_configurations() -> list[Configuration]:
+    """The kernels over two models' logits: every divergence bare, at an odd V, and with every option."""
+    found = []
+    scalars = ("scale", "cap", "inner", "ref_scale", "ref_cap", "ref_inner", "cap_slope", "beta")
+    strides = ("z_stride", "w_stride", "out_stride", "state_stride")
+    for (case, (everything, _, _)), kind in itertools.product(CASES.items(), range(len(KINDS))):
+        out = "fp32" if everything else "bf16"
+        types = dict.fromkeys(("z_ptr", "w_ptr", "state_ptr", "upstream_ptr"), "*fp32")
+        types |= dict.fromkeys(("out_ptr", "bias_ptr", "ref_bias_ptr"), f"*{out}")
+        types |= dict.fromkeys((*strides, "C"), "i32") | dict.fromkeys(scalars, "fp32")
+        constants = {"BLOCK": pairs_triton.BLOCK_COLUMNS, "KIND": kind, "OUT": getattr(tl, _LONG[out])}
+        constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP", "HAS_REF_BIAS", "HAS_REF_CAP"), everything)
+        constants["IN_PLACE"] = case != "bare"
+        aligned = (*strides, "C") if case == "bare" else strides[:3]
+        for name in ("stats", "grad", *(("mixture",) if KINDS[kind] == "jsd" else ())):
+            kernel = getattr(pairs_triton, f"_pair_{name}_kernel")
+            known = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
+            known["BLOCK"] //= 2 if name == "mixture" else 1
+            found.append(_configuration(f"pair_{name} {KINDS[kind]}, {case}", kernel, types, known, aligned))
     return found
 
 

@@ -42,10 +42,11 @@ def small_tiles(monkeypatch):
     """Lets a small problem need several chunks, slices, row blocks and steps of a row, all ragged."""
     monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 700)
     if importlib.util.find_spec("triton"):
-        from var_kernels.kernels import rows_triton
+        from var_kernels.kernels import pairs_triton, rows_triton
 
         monkeypatch.setattr(rows_triton, "BLOCK_COLUMNS", 128)
         monkeypatch.setattr(rows_triton, "EXP_BLOCK_COLUMNS", 64)
+        monkeypatch.setattr(pairs_triton, "BLOCK_COLUMNS", 128)
     monkeypatch.setattr(plan, "_MIN_COLUMNS", 50)
     monkeypatch.setattr(plan, "_MIN_ROWS", 4)
     monkeypatch.setattr(plan, "_MIN_ACCELERATOR_ROWS", 4)

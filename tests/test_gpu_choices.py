@@ -87,22 +87,25 @@ def test_one_pass_or_two(name, d, v, one, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "d", "v", "one"),
+    ("name", "d", "v", "one", "stored"),
     [
-        ("H200", 2304, 256000, True),  # chunks of 706 rows, which two passes' two more GEMMs a token do not reach
-        ("H200", 4096, 128256, True),  # 2825
-        ("H100-80GB", 2048, 128256, True),  # 972
-        ("H100-80GB", 2304, 256000, False),  # 93
-        ("A100-40GB", 2048, 128256, False),  # 166
-        ("RTX 4090", 896, 151936, False),  # 131
+        ("H200", 2304, 256000, True, False),  # chunks of 2299 rows, which two passes' two more GEMMs do not reach
+        ("H200", 4096, 128256, True, True),  # 4590
+        ("H100-80GB", 2048, 128256, True, True),  # 2603
+        ("H100-80GB", 2304, 256000, False, False),  # 152
+        ("A100-40GB", 2048, 128256, False, False),  # 269
+        ("RTX 4090", 896, 151936, False, False),  # 213
     ],
 )
-def test_kl_in_one_pass_or_two(name, d, v, one, monkeypatch):
-    """Two passes of KL compute the logits of both heads again: chunks half as long pay."""
+def test_kl_in_one_pass_or_two(name, d, v, one, stored, monkeypatch):
+    """Two passes of KL compute the logits of both heads again: chunks half as long pay. Stored: the gradient in all
+    logits beside a chunk, which serves any upstream gradient.
+    """
     monkeypatch.setattr(plan, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
-    pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), True)
-    assert kl_engine.kl_one_pass_fits(pair) == one
+    pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), "reverse", 0.5)
+    assert kl_engine.chunks_fit(pair) == one
+    assert kl_engine.stored_fits(pair) == stored
 
 
 def test_few_rows_and_a_cpu():

@@ -36,7 +36,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_equals_the_full_logits(case, direction, engine, device, small_tiles):

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.ranks import HANG
 
-KERNELS = ("row_stats", "row_grad", "row_exp", "labels: ", "fused_forward", "merge_splits", "var_weights")
+KERNELS = ("row_stats", "row_grad", "row_exp", "pair_", "labels: ", "fused_forward", "merge_splits", "var_weights")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
 
 
@@ -26,7 +26,7 @@ def test_every_configuration_compiles(target, fused):
     compiled = [line for line in result.stdout.splitlines() if "/" in line]
     count = {kernel: sum(kernel in line for line in compiled) for kernel in KERNELS}
     assert count == {
-        **{"row_stats": 9, "row_grad": 15, "row_exp": 9, "labels: ": 12},
+        **{"row_stats": 9, "row_grad": 15, "row_exp": 9, "pair_": 21, "labels: ": 12},
         **{"fused_forward": fused, "merge_splits": 2, "var_weights": 8},
     }
 

@@ -15,7 +15,9 @@ def call(h=H, w=W, rh=RH, rw=RW, labels=LABELS, *rest, **options):
 
 
 BAD = {
-    "direction": (lambda: call(direction="jensen"), ValueError, "direction must be one of 'reverse', 'forward', got 'jensen'"),
+    "direction": (lambda: call(direction="jensen"), ValueError, "direction must be one of 'reverse', 'forward', 'jsd', got 'jensen'"),
+    "beta 0": (lambda: call(direction="jsd", beta=0.0), ValueError, r"beta must lie between 0 and 1, got 0.0; its limits are direction='forward'"),
+    "beta of text": (lambda: call(direction="jsd", beta="half"), TypeError, "beta must be a number, got str"),
     "reduction": (lambda: call(reduction="mean"), ValueError, "reduction must be one of 'none', 'sum'"),
     "one pass, no scalar": (lambda: call(engine="one_pass"), ValueError, "engine='one_pass' needs one scalar"),
     "another vocabulary": (lambda: call(rw=torch.randn(8, 3)), ValueError, r"ref_lm_head_weight must have shape \(9, D_ref\).*one tokenizer"),

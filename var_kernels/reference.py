@@ -5,6 +5,8 @@ Each twin computes in ``dtype`` (fp64 unless told otherwise) from the given, alr
 differentiable.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,6 +121,7 @@ def linear_token_kl_ref(
     ref_bias: Tensor | None = None,
     *,
     direction: str = "reverse",
+    beta: float = 0.5,
     token_weight: Tensor | None = None,
     reduction: str = "none",
     ignore_index: int = -100,
@@ -130,8 +133,16 @@ def linear_token_kl_ref(
     of_policy = {name: value for name, value in logit_options.items() if not name.startswith("ref_")}
     logp = logits_ref(hidden, lm_head_weight, bias, dtype=dtype, **of_policy).log_softmax(-1)
     logq = logits_ref(ref_hidden, ref_lm_head_weight, ref_bias, dtype=dtype, **of_ref).log_softmax(-1)
-    a, b = (logp, logq) if direction == "reverse" else (logq, logp)
-    kl = torch.where(a.isneginf(), 0.0, a.exp() * (a - b).masked_fill(a.isneginf(), 0.0)).sum(-1)
+
+    def divergence(a, b):
+        return torch.where(a.isneginf(), 0.0, a.exp() * (a - b).masked_fill(a.isneginf(), 0.0)).sum(-1)
+
+    if direction == "jsd":
+        lowest = torch.finfo(dtype).min / 2
+        logm = torch.logaddexp(logq.clamp(min=lowest) + math.log(beta), logp.clamp(min=lowest) + math.log(1 - beta))
+        kl = beta * divergence(logq, logm) + (1 - beta) * divergence(logp, logm)
+    else:
+        kl = divergence(logp, logq) if direction == "reverse" else divergence(logq, logp)
     if labels is not None:
         kl = kl.where(labels if labels.dtype == torch.bool else labels != ignore_index, 0.0)
     if token_weight is not None:

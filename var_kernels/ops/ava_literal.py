@@ -114,7 +114,7 @@ class _Tiles:
 
     def gradients(self, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor):
         head, cost = self.head, self.cost(gradient=True)
-        plan = plan_slices(head, self.budget(head.n, cost), cost)
+        plan = plan_slices(head, self.budget(head.n, cost), cost, head.n)
         storage = head.new_tile(plan.rows, plan.columns)
         transform = head.options.transform
 

@@ -154,3 +154,14 @@ def label_kernels(name: str) -> ModuleType | None:
     from var_kernels.kernels import labels_triton
 
     return labels_triton
+
+
+def pair_kernels(name: str) -> ModuleType:
+    """The module of a backend's kernels over two models' logits: pair_rows, temporary_bytes, COPIES_GRADIENT."""
+    if name == "torch":
+        from var_kernels.kernels import pairs_torch as kernels
+    elif name == "native":
+        from var_kernels.kernels import pairs_native as kernels
+    else:
+        from var_kernels.kernels import pairs_triton as kernels
+    return kernels

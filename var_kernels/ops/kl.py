@@ -1,4 +1,4 @@
-"""``linear_token_kl``: the KL divergence between two models' next-token distributions, over the whole vocabulary."""
+"""``linear_token_kl``: the divergence between two models' next-token distributions, over the whole vocabulary."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,10 +15,13 @@ from var_kernels.ops.define import Forward, Tensors, define_op, gradient_shapes
 from var_kernels.ops.head import Head, Needs, tile_dtype
 from var_kernels.ops.kl_engine import (
     HeadPair,
-    kl_chunk_pass,
-    kl_forward_pass,
-    kl_one_pass_fits,
-    kl_vocabulary_pass,
+    chunks_fit,
+    divergence_pass,
+    gradient_chunk_pass,
+    recomputed_gradients,
+    stored_fits,
+    stored_gradient_pass,
+    stored_gradients,
 )
 from var_kernels.ops.signatures import (
     DIRECTIONS,
@@ -45,6 +48,7 @@ def linear_token_kl(
     ref_bias: Tensor | None = None,
     *,
     direction: Direction = "reverse",
+    beta: float = 0.5,
     token_weight: Tensor | None = None,
     reduction: Literal["none", "sum"] = "none",
     ref_logit_scale: float = 1.0,
@@ -54,20 +58,24 @@ def linear_token_kl(
     engine: Engine = "auto",
     **options: Unpack[RowKeywords],
 ) -> Tensor:
-    """KL divergence of each token's distribution over the whole vocabulary, without either model's [N, V] logits.
+    """Divergence of each token's distributions over the whole vocabulary, without either model's [N, V] logits.
 
         p = softmax(z), z = c(W h + b) of the policy;   q = softmax of the reference's, with its own head and options
 
         "reverse"   KL(p||q) = sum_v p_v (log p_v - log q_v)     dKL/dz_v = p_v (log p_v - log q_v - KL)
         "forward"   KL(q||p) = sum_v q_v (log q_v - log p_v)     dKL/dz_v = p_v - q_v
+        "jsd"       beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p
+                                                   d/dz_v = (1 - beta) p_v (log p_v - log m_v - KL(p||m))
 
     "reverse" is the KL(policy || reference) of RLHF, exact where ``kl_k1`` ... ``kl_k3`` estimate it from one token;
-    "forward" is distillation from the reference as teacher. Gradients go to the policy's hidden, weight, bias and
-    low-rank factors; the reference is a constant, also where its tensors require gradients.
+    "forward" is distillation from the reference as teacher; "jsd" the generalised Jensen-Shannon divergence of GKD:
+    divided by beta it goes to "forward" as beta goes to 0, divided by 1 - beta to "reverse" as beta goes to 1.
+    Gradients go to the policy's hidden, weight, bias and low-rank factors; the reference is a constant, also where its
+    tensors require gradients.
 
-    GEMMs: 2 forward; the backward recomputes both models' logits slice by slice (6 in all), or the gradient is made in
-    the forward (4 in all) for reduction "sum", and wherever nothing but ``hidden`` learns, if ``workspace_mb`` holds
-    whole rows and an fp32 dW. Peak extra memory: ``workspace_mb``, and in the two-pass backward an fp32 [N, D].
+    GEMMs: 2 forward; 4 in all where ``workspace_mb`` holds the gradient in all logits in the operands' dtype, where
+    nothing but ``hidden`` learns, and for reduction "sum" where it holds an fp32 dW; else the backward recomputes both
+    models' logits slice by slice (6 in all). Peak extra memory: ``workspace_mb``, and in the backward an fp32 [N, D].
 
     Args:
         hidden, lm_head_weight, bias: (..., D), (V, D), (V,) of the policy, one dtype, a bias of fp32 beside 16 bit; any
@@ -76,7 +84,8 @@ def linear_token_kl(
             be another one, as D_ref may be another size. The vocabulary must be the same, id by id.
         labels: (...) which rows count: int64 labels with ``ignore_index``, or bool, True where the row counts; None:
             all. What a label says is not used. Rows that do not count cost nothing.
-        direction: "reverse" or "forward", as above.
+        direction: "reverse", "forward" or "jsd", as above.
+        beta: the teacher's share of the mixture of "jsd", between 0 and 1, neither.
         token_weight: (...) floating point, any sign, finite where the row counts, multiplies each token's KL; None: 1.
             Differentiable.
         reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
@@ -88,14 +97,16 @@ def linear_token_kl(
 
     Returns:
         "none": the shape of labels, nats per token, >= 0 before the weight, 0 where a row does not count. "sum": a
-        scalar. fp32 (fp64 if either model is fp64). Where q forbids (-inf) what p allows, KL(p||q) is inf. An
-        all-ignored batch gives a differentiable 0.
+        scalar. fp32 (fp64 if either model is fp64). Where q forbids (-inf) what p allows, KL(p||q) is inf and
+        its gradient NaN; KL(q||p) and the mixture's are finite, and vice versa. An all-ignored batch gives a
+        differentiable 0.
 
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
     """
     checks.check_choice("direction", direction, DIRECTIONS)
     checks.check_choice("reduction", reduction, ("none", "sum"))
+    _check_beta(beta)
     checks.check_choice("engine", engine, ENGINES)
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
@@ -107,23 +118,25 @@ def linear_token_kl(
     call = prepare(hidden, lm_head_weight, labels, bias, options, token_weight=token_weight)
     head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
     ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, ref_options)
-    pair = HeadPair(head, ref, direction == "reverse")
+    pair = HeadPair(head, ref, direction, float(beta))
     active_N = call.active_NK.squeeze(1)
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
     one_pass = head.needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair))
     if reduction == "sum" and one_pass:
-        return _weighted_kl(WeightedKLArguments(head, ref, pair.reverse, weight_N, active_N), call.traced)[0]
-    frozen_head = one_pass and head.needs.hidden_alone
-    (kl_N,) = _unweighted_kl(TokenKLArguments(head, ref, pair.reverse, frozen_head), call.traced)
+        return _weighted_kl(WeightedKLArguments(head, ref, direction, pair.beta, weight_N, active_N), call.traced)[0]
+    way = "stored" if head.needs.some and stored_fits(pair) else "recomputed"
+    if one_pass and head.needs.hidden_alone:
+        way = "frozen"
+    (kl_N,) = _unweighted_kl(TokenKLArguments(head, ref, direction, pair.beta, way), call.traced)
     kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
 
 
 def _one_pass_serves(pair: HeadPair) -> bool:
-    return not underflows(pair.policy.operand) and kl_one_pass_fits(pair)
+    return not underflows(pair.policy.operand) and chunks_fit(pair)
 
 
 def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
@@ -142,6 +155,15 @@ def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tup
     if labels.dtype == torch.bool:
         return torch.full(labels.shape, _IGNORED, device=labels.device).masked_fill_(labels, 0), _IGNORED
     return labels, ignore_index
+
+
+def _check_beta(beta: float) -> None:
+    if not isinstance(beta, int | float) or isinstance(beta, bool):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}; it weighs the teacher in direction='jsd'")
+    if not 0.0 < beta < 1.0:
+        raise ValueError(
+            f"beta must lie between 0 and 1, got {beta}; its limits are direction='forward' (0) and 'reverse' (1)"
+        )
 
 
 def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, options) -> None:
@@ -211,57 +233,65 @@ def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, 
 
 @dataclass
 class TokenKLArguments:
-    """head: the policy's. frozen_head: the backward scales dKL/dhidden, which the forward saves."""
+    """head: the policy's. way: what the forward saves; "frozen": the gradient in hidden, which the backward scales;
+    "stored": that in all logits; "recomputed": the statistics alone.
+    """
 
     head: Head
     ref: Head
-    reverse: bool
-    frozen_head: bool
+    kind: str
+    beta: float
+    way: str
 
     @property
     def pair(self) -> HeadPair:
-        return HeadPair(self.head, self.ref, self.reverse)
+        return HeadPair(self.head, self.ref, self.kind, self.beta)
 
 
 def _forward(arguments: TokenKLArguments) -> Forward:
-    """KL (N,); dKL/dhidden of a frozen head, else both normalisers (4, N)."""
-    pair = arguments.pair
-    if arguments.frozen_head:
-        kl_N, gradients = kl_chunk_pass(pair, pair.zeros(pair.n).fill_(1.0))
-        return Forward((kl_N,), (gradients.dhidden_ND, None))
-    kl_N, norms_4N = kl_forward_pass(pair)
-    return Forward((kl_N,), (norms_4N, kl_N), arguments)
+    """Divergences (N,)."""
+    pair, way = arguments.pair, arguments.way
+    if way == "frozen":
+        kl_N, gradients = gradient_chunk_pass(pair, pair.zeros(pair.n).fill_(1.0))
+        return Forward((kl_N,), (gradients.dhidden_ND,), None)
+    if way == "stored":
+        kl_N, stored_NV = stored_gradient_pass(pair)
+        return Forward((kl_N,), (stored_NV,), arguments)
+    state_6N = divergence_pass(pair)
+    return Forward((pair.divergence(state_6N),), (state_6N,), arguments)
 
 
 def _shapes(arguments: TokenKLArguments) -> Forward:
-    pair, hidden_ND = arguments.pair, arguments.head.hidden_ND
-    kl_N = pair.zeros(pair.n)
-    if arguments.frozen_head:
-        return Forward((kl_N,), (hidden_ND.new_empty(hidden_ND.shape), None))
-    return Forward((kl_N,), (pair.zeros(4, pair.n), kl_N))
+    pair, head = arguments.pair, arguments.head
+    if arguments.way == "frozen":
+        saved = head.hidden_ND.new_empty(head.hidden_ND.shape)
+    else:
+        saved = head.new_cached(head.v, head.operand) if arguments.way == "stored" else pair.empty_state()
+    return Forward((pair.zeros(pair.n),), (saved,))
 
 
 def _backward(arguments: TokenKLArguments | None, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
-    statistics, kl_N = saved
-    (dkl_N,) = upstream
-    if kl_N is None:
-        return (dkl_N.unsqueeze(1) * statistics).to(statistics.dtype), *(None,) * 4
-    return kl_vocabulary_pass(arguments.pair, statistics, kl_N, dkl_N).tensors
+    (saved,), (dkl_N,) = saved, upstream
+    if arguments is None or arguments.way == "frozen":
+        return (dkl_N.unsqueeze(1) * saved).to(saved.dtype), *(None,) * 4
+    gradients = stored_gradients if arguments.way == "stored" else recomputed_gradients
+    return gradients(arguments.pair, saved, dkl_N).tensors
 
 
 @dataclass
 class WeightedKLArguments:
     head: Head
     ref: Head
-    reverse: bool
+    kind: str
+    beta: float
     weight_N: Tensor
     active_N: Tensor
 
 
 def _forward_weighted(arguments: WeightedKLArguments) -> Forward:
     """The sum of weight_N kl_N, with finished gradients."""
-    pair = HeadPair(arguments.head, arguments.ref, arguments.reverse)
-    kl_N, gradients = kl_chunk_pass(pair, arguments.weight_N)
+    pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
+    kl_N, gradients = gradient_chunk_pass(pair, arguments.weight_N)
     kl_N = kl_N.where(arguments.active_N, 0.0)
     return Forward(((arguments.weight_N * kl_N).sum(),), (*gradients.tensors, kl_N))
 

@@ -12,7 +12,7 @@ from typing_extensions import get_type_hints
 Precision = Literal["fp32", "fast"]
 Reduction = Literal["sum", "mean", "none"]
 Engine = Literal["auto", "one_pass", "two_pass"]
-Direction = Literal["reverse", "forward"]
+Direction = Literal["reverse", "forward", "jsd"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

@@ -15,6 +15,7 @@ from var_kernels.losses import (
     eaft_loss,
     iw_sft_loss,
     iw_sft_token_loss,
+    linear_asft_loss,
     ppo_loss,
     psft_loss,
     sft_loss,
@@ -112,6 +113,40 @@ def test_the_entropy_comes_from_the_same_pass(dtype):
     assert_result(loss / 40, truth / 40, "loss")
     for g, t, o in zip(got, exact, own, strict=True):
         assert_gradient(g, t, o)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_asft_is_dft_and_a_kl(dtype):
+    """Against autograd over fp64 logits of both models; DFT at coefficient 0, and in its gradient at the reference."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = (torch.randn(3, 5, 24, generator=draw).to(dtype) for _ in range(2))
+    weight, ref_weight = (0.3 * torch.randn(131, 24, generator=draw).to(dtype) for _ in range(2))
+    labels = torch.randint(0, 131, (3, 5), generator=draw)
+    labels[:, 0] = -100
+    share, kept = torch.rand(3, 5, generator=draw), labels != -100
+
+    def naive(precision):
+        leaves = [t.detach().to(precision).requires_grad_() for t in (hidden, weight)]
+        logp, q = leaves[0] @ leaves[1].T, (ref_hidden.to(precision) @ ref_weight.to(precision).T).log_softmax(-1)
+        logp = logp.log_softmax(-1)
+        lp = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        kl = (q.exp() * (q - logp)).sum(-1)
+        value = (share.to(precision) * (0.1 * kl - lp.detach().exp() * lp))[kept].sum()
+        return value, torch.autograd.grad(value, leaves)
+
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    loss = linear_asft_loss(*leaves, ref_hidden, ref_weight, labels, token_weight=share)
+    (truth, exact), (_, own) = naive(FP64), naive(dtype)
+    assert_result(loss, truth, "loss")
+    for g, t, o in zip(torch.autograd.grad(loss, leaves), exact, own, strict=True):
+        assert_gradient(g, t, o)
+    dft = linear_loss("dft", *leaves, labels)
+    torch.testing.assert_close(linear_asft_loss(*leaves, ref_hidden, ref_weight, labels, kl_coef=0.0), dft)
+    own_reference = linear_asft_loss(*leaves, hidden, weight, labels, kl_coef=3.0)
+    for got, want in zip(torch.autograd.grad(own_reference, leaves), torch.autograd.grad(dft, leaves), strict=True):
+        assert_gradient(got, want.double(), want)
+    with pytest.raises(ValueError, match="kl_coef must be finite and >= 0, got -1"):
+        linear_asft_loss(*leaves, ref_hidden, ref_weight, labels, kl_coef=-1.0)
 
 
 REFUSED = {

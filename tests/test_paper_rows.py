@@ -63,6 +63,7 @@ ROWS = {
     "importance-weighted SFT": ("iw_sft", "max_weight=16.0"),
     "importance-weighted SFT, a weight a token": ("iw_sft_token", "ratio_max=1.8"),
     "proximal SFT": ("psft", ""),
+    "ASFT": ("asft", ""),
     "EAFT": ("eaft", "max_entropy=3.0"),
     "CHORD's phi": ("chord_phi", ""),
     "PPO token clip": ("ppo", "clip_low=0.2"),

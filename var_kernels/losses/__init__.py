@@ -1,5 +1,5 @@
-"""Losses as pure functions of log-probs and rewards; ``var_loss`` and ``linear_loss`` alone take the hidden states,
-for their passes over the head.
+"""Losses as pure functions of log-probs and rewards; ``var_loss``, ``linear_loss`` and ``linear_asft_loss`` alone take
+the hidden states, for their passes over the head.
 
 Importing the modules fills ``LOSSES``.
 """
@@ -21,6 +21,7 @@ from var_kernels.losses.alol import (
     rlol_loss,
     weighted_bc_loss,
 )
+from var_kernels.losses.anchored import linear_asft_loss
 from var_kernels.losses.ava import ava_d_loss, ava_p_loss, bradley_terry_loss, literal_q, pair_accuracy
 from var_kernels.losses.finetuning import chord_phi_loss, eaft_loss, iw_sft_loss, iw_sft_token_loss, psft_loss
 from var_kernels.losses.group import best_of_group, exo_loss, lire_loss, raft_loss
@@ -124,6 +125,7 @@ __all__ = [
     "kto_loss",
     "leave_one_out_advantage",
     "length_weights",
+    "linear_asft_loss",
     "linear_loss",
     "lire_loss",
     "literal_q",

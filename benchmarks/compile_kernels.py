@@ -39,12 +39,10 @@ TARGETS = {
 _SMALL_TILE = "fused_forward bf16, 64x128x16 (small), every option"
 KNOWN_SPILLS = {
     ("3.7", "sm_90", "var_weights groups of 32, packed tokens"): 16,
-    ("3.7", "sm_120", "row_grad fp16, bare, odd V, to fp16"): 24,
     ("3.8", "sm_80", _SMALL_TILE): 64,
     ("3.8", "sm_100", _SMALL_TILE): 16,
     ("3.8", "sm_90", "var_weights batch of 32, packed tokens"): 8,
     ("3.9", "sm_80", _SMALL_TILE): 64,
-    ("3.9", "sm_120", "row_grad fp16, bare, odd V, to fp16"): 24,
 }
 TRITON = ".".join(triton.__version__.split(".")[:2])
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -84,6 +82,8 @@ def configurations() -> list[Configuration]:
     return [*heads, *weight_configurations()]
 
 
+# A thread's loads and stores of a row, odd vocabularies' too.
+MOVES_16_BYTES = ("ld.global.v4", "st.global.v4")
 # Triton compiles an integer that is a multiple of 16 as one, and 1 as a constant. Rows of a tile begin at multiples of
 # 64 bytes, slices at multiples of 64 columns.
 ALIGNED_ROWS = ("row_stride", "out_stride", "v_start")
@@ -104,11 +104,13 @@ def row_configurations() -> list[Configuration]:
         suffix = f"{storage}, {case}"
         vectors = dict.fromkeys(("max_ptr", "sumexp_ptr", "label_logit_ptr", "shifted_ptr", "logit_sum_ptr"), "*fp32")
         flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "ENTROPY"), everything) | known
+        flags["PADDED"] = case != "bare"
         common = {"bias_ptr": f"*{storage}", "labels_ptr": "*i64", **integers, **scalars}
         kernel = rows_triton._row_stats_kernel
         types = {"logits_ptr": f"*{storage}", "argmax_ptr": "*i64", **vectors, **common}
         constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, **flags, "MEAN": everything, "ARGMAX": everything}
-        found.append(_configuration(f"row_stats {suffix}", kernel, types, constants, aligned))
+        name = f"row_stats {suffix}"
+        found.append(_configuration(name, kernel, types, constants, aligned, instructions=MOVES_16_BYTES[:1]))
 
         kernel = rows_triton._row_grad_kernel
         vectors = dict.fromkeys(
@@ -118,7 +120,8 @@ def row_configurations() -> list[Configuration]:
             types = {"logits_ptr": f"*{storage}", **vectors, **common, "bias_ptr": f"*{out}"}
             constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, "OUT": getattr(tl, _LONG[out]), **flags}
             constants["CONSTANT"] = everything
-            found.append(_configuration(f"row_grad {suffix}, to {out}", kernel, types, constants, aligned))
+            name = f"row_grad {suffix}, to {out}"
+            found.append(_configuration(name, kernel, types, constants, aligned, instructions=MOVES_16_BYTES))
 
         kernel = rows_triton._row_exp_kernel
         vectors = dict.fromkeys(("pivot_ptr", "others_ptr", "logit_sum_ptr", "top_ptr"), "*fp32")
@@ -127,10 +130,11 @@ def row_configurations() -> list[Configuration]:
             types |= {"out_ptr": f"*{out}", "earlier_ptr": f"*{out}", "largest_sum": "fp32"}
             types |= {"earlier_stride": "i32", "earlier_columns": "i32"}
             block = rows_triton.EXP_BLOCK_COLUMNS // (2 if everything else 1)
-            constants = {"BLOCK": block, "HAS_BIAS": everything, "HAS_CAP": everything}
+            constants = {"BLOCK": block, "PADDED": case != "bare", "HAS_BIAS": everything, "HAS_CAP": everything}
             constants |= {"MEAN": everything, "ARGMAX": everything, "STORE": True, "EARLIER": everything}
             before = ("earlier_stride", "earlier_columns")
-            found.append(_configuration(f"row_exp {suffix}, to {out}", kernel, types, constants, (*aligned, *before)))
+            name, aligned_too = f"row_exp {suffix}, to {out}", (*aligned, *before)
+            found.append(_configuration(name, kernel, types, constants, aligned_too, instructions=MOVES_16_BYTES))
     return found
 
 
@@ -195,9 +199,12 @@ def label_configurations() -> list[Configuration]:
 _LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _configuration(name, kernel, types, constants, aligned, num_warps=rows_triton.NUM_WARPS) -> Configuration:
+def _configuration(
+    name, kernel, types, constants, aligned, num_warps=rows_triton.NUM_WARPS, instructions=()
+) -> Configuration:
     types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names and arg not in constants}
-    return Configuration(name, kernel, types, constants, num_warps, multiples_of_16=aligned)
+    needed = {target: instructions for target in TARGETS if target.startswith("sm_")}
+    return Configuration(name, kernel, types, constants, num_warps, multiples_of_16=aligned, instructions=needed)
 
 
 FORWARD_TARGETS = {
@@ -399,8 +406,8 @@ def main() -> int:
             "table, not by time.",
             "",
             "- Each is compiled as a launch compiles it: one target a row is a constant, sizes and strides that are",
-            "  multiples of 16 are known to be. Bare: V = 128256, which moves 16 bytes at a time. Odd V: 50257,",
-            "  element by element. Every option: an odd V and several targets a row as well.",
+            "  multiples of 16 are known to be. Bare: V = 128256. Odd V: 50257, loaded and stored up to the padded end of",
+            "  a row. Every option: an odd V and several targets a row as well. A thread moves 16 bytes of a row at a time.",
             "- With Triton 3.6 to 3.9 nothing spills but what `KNOWN_SPILLS` in the script names: configurations on no",
             "  hot path, at most 64 bytes a thread.",
             "- Every fused forward of 16-bit operands holds its target's matrix instructions (wgmma and TMA loads on",

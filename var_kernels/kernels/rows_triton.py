@@ -23,6 +23,8 @@ BLOCK_COLUMNS = 4096
 NUM_WARPS = 8
 # Of row_exp, whose rare second walk takes registers too; half of it with a bias or a softcap.
 EXP_BLOCK_COLUMNS = 2048
+# Rows of a tile go on to a multiple of so many columns (see ``ops/head.py``): 64 bytes of 16-bit elements.
+ROW_ELEMENTS = 32
 # Options of every launch. From Triton 3.10 on a * b + c is no longer one instruction by default: more work, other bits.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
@@ -46,6 +48,15 @@ def _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS: tl.con
 
 
 @triton.jit
+def _end(C, PADDED: tl.constexpr):
+    """Where the loads and stores of a row end: where its memory goes on, at a multiple that the compiler knows, so that
+    they move 16 bytes at a time."""
+    if PADDED:
+        return tl.cdiv(C, 32) * 32
+    return C
+
+
+@triton.jit
 def _row_stats_kernel(
     logits_ptr,  # (n, C), any floating dtype
     bias_ptr,  # (C,)
@@ -64,6 +75,7 @@ def _row_stats_kernel(
     cap,
     inner,
     BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -79,10 +91,11 @@ def _row_stats_kernel(
     lane_shifted = tl.zeros((BLOCK,), tl.float32)
     lane_total = tl.zeros((BLOCK,), tl.float32)
     lane_argmax = tl.zeros((BLOCK,), tl.int32)
+    end = _end(C, PADDED)
     for start in range(0, C, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < C
-        x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
         z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
         if MEAN:
             lane_total += tl.where(mask, z, 0.0)
@@ -151,6 +164,7 @@ def _row_grad_kernel(
     inner,
     cap_slope,
     BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
     OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -167,11 +181,12 @@ def _row_grad_kernel(
         logp_slope = tl.load(logp_slope_ptr + row)
     if CONSTANT:
         constant = tl.load(constant_ptr + row)
+    end = _end(C, PADDED)
     # In order: a narrower output overwrites only columns that were read before.
     for start in range(0, C, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < C
-        x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
         z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
         logp = (z - top) - log_sum
         p = tl.exp(logp)
@@ -189,19 +204,20 @@ def _row_grad_kernel(
             grad *= 1.0 - tanh * tanh
         # Every thread has read its columns before any writes into the storage that they share.
         tl.debug_barrier()
-        tl.store(out_ptr + columns, (grad * scale).to(OUT), mask=mask)
+        # Beyond the tile whatever lay there.
+        tl.store(out_ptr + columns, (grad * scale).to(OUT), mask=columns < end)
         tl.debug_barrier()
 
 
 @triton.jit
 def _exp_tile(
-    logits_ptr, bias_ptr, start, label, C, shift, scale, cap, inner,
+    logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner,
     BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """(columns, mask, z, z without the label, exp(z - shift) without it) of one block; -inf beyond the tile."""
     columns = start + tl.arange(0, BLOCK)
     mask = columns < C
-    x = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
     z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
     z = tl.where(mask, z, float("-inf"))
     others = tl.where(columns == label, float("-inf"), z)
@@ -209,11 +225,12 @@ def _exp_tile(
 
 
 @triton.jit
-def _store_exp(out_ptr, columns, mask, z, e, cap_slope, HAS_CAP: tl.constexpr):
+def _store_exp(out_ptr, columns, end, z, e, cap_slope, HAS_CAP: tl.constexpr):
+    """0 beyond the tile."""
     if HAS_CAP:
         tanh = tl.where(e == 0.0, 0.0, z * cap_slope)
         e *= 1.0 - tanh * tanh
-    tl.store(out_ptr + columns, e.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + columns, e.to(out_ptr.dtype.element_ty), mask=columns < end)
 
 
 @triton.jit
@@ -240,6 +257,7 @@ def _row_exp_kernel(
     cap_slope,
     largest_sum,
     BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     MEAN: tl.constexpr,
@@ -255,13 +273,14 @@ def _row_exp_kernel(
     shift = tl.where(unset, 0.0, pivot)
     label = tl.load(labels_ptr + row) - v_start
     label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+    end = _end(C, PADDED)
     lane_sum = tl.zeros((BLOCK,), tl.float32)
     lane_total = tl.zeros((BLOCK,), tl.float32)
     lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     lane_argmax = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, C, BLOCK):
         columns, mask, z, _, e = _exp_tile(
-            logits_ptr, bias_ptr, start, label, C, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+            logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
         )
         if MEAN:
             lane_total += tl.where(mask, z, 0.0)
@@ -270,7 +289,7 @@ def _row_exp_kernel(
             lane_max = tl.where(z > lane_max, z, lane_max)
         lane_sum += e
         if STORE:
-            _store_exp(out_ptr, columns, mask, z, e, cap_slope, HAS_CAP)
+            _store_exp(out_ptr, columns, end, z, e, cap_slope, HAS_CAP)
     total = tl.sum(lane_sum, 0)
     others = tl.load(others_ptr + row)
     # Rare: the exponentials are made again over a pivot that is the slice's maximum.
@@ -278,7 +297,7 @@ def _row_exp_kernel(
         lane_top = tl.full((BLOCK,), float("-inf"), tl.float32)
         for start in range(0, C, BLOCK):
             _, _, _, z, _ = _exp_tile(
-                logits_ptr, bias_ptr, start, label, C, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+                logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
             )
             lane_top = tl.maximum(lane_top, z)
         top = tl.max(lane_top, 0)
@@ -296,11 +315,11 @@ def _row_exp_kernel(
             lane_sum = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, C, BLOCK):
                 columns, mask, z, _, e = _exp_tile(
-                    logits_ptr, bias_ptr, start, label, C, pivot, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+                    logits_ptr, bias_ptr, start, label, C, end, pivot, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
                 )
                 lane_sum += e
                 if STORE:
-                    _store_exp(out_ptr, columns, mask, z, e, cap_slope, HAS_CAP)
+                    _store_exp(out_ptr, columns, end, z, e, cap_slope, HAS_CAP)
             total = tl.sum(lane_sum, 0)
     tl.store(pivot_ptr + row, pivot)
     tl.store(others_ptr + row, others + total)
@@ -341,6 +360,15 @@ def _block(columns: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(columns)))
 
 
+def _padded(tile_nc: Tensor) -> bool:
+    """Whether rows of a number of columns that is no multiple of 16 have memory up to a multiple of ROW_ELEMENTS."""
+    n, columns = tile_nc.shape
+    stride, offset, end = tile_nc.stride(0), tile_nc.storage_offset(), -(-columns // ROW_ELEMENTS) * ROW_ELEMENTS
+    if columns % 16 == 0 or stride % ROW_ELEMENTS or offset % ROW_ELEMENTS:
+        return False
+    return offset + (n - 1) * stride + end <= tile_nc.untyped_storage().nbytes() // tile_nc.itemsize
+
+
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
     """What one call allocates beside an (n, columns) tile: nothing."""
     return 0
@@ -376,6 +404,7 @@ def row_stats(
             v_start,
             **_scalars(transform),
             BLOCK=_block(columns, BLOCK_COLUMNS),
+            PADDED=_padded(logits_nv),
             HAS_BIAS=bias_v is not None,
             HAS_CAP=transform.softcap is not None,
             ENTROPY=stats.shifted_sum_N is not None,
@@ -429,6 +458,7 @@ def row_exp(
             cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
             largest_sum=LARGEST_SUM,
             BLOCK=_block(columns, block),
+            PADDED=_padded(logits_nv) and (out_nv is None or _padded(out_nv)),
             HAS_BIAS=bias_v is not None,
             HAS_CAP=softcap is not None,
             MEAN=stats.logit_sum_N is not None,
@@ -481,6 +511,7 @@ def row_grad(
             **_scalars(transform),
             cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
             BLOCK=_block(columns, BLOCK_COLUMNS),
+            PADDED=_padded(logits_nv),
             OUT=_TRITON_DTYPE[out_dtype],
             HAS_BIAS=bias_v is not None,
             HAS_CAP=softcap is not None,

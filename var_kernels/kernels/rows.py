@@ -150,9 +150,14 @@ class RowStats:
         return torch.stack((self.max_N, self.sumexp_N.log()))
 
     @property
+    def of_label(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of rows with one target, (N,) each: pivot, sum of the exponentials, the label's log p and logit."""
+        return self.max_N, self.sumexp_N, self.logp_NK(0.0, 0).squeeze(1), self.label_logit_NK.squeeze(1)
+
+    @property
     def saved_4N(self) -> Tensor:
-        """Of rows with one target, for a backward over exponentials: pivot, their sum, the label's log p and logit."""
-        return torch.stack((self.max_N, self.sumexp_N, self.logp_NK(0.0, 0).squeeze(1), self.label_logit_NK.squeeze(1)))
+        """``of_label``, for a backward over exponentials."""
+        return torch.stack(self.of_label)
 
     def logp_NK(self, label_smoothing: float, vocabulary: int) -> Tensor:
         """(1 - e) log p_y + e mean_v log p_v; differences with the maximum first, which keeps the digits of large
@@ -208,13 +213,13 @@ class RowCoefficients:
         entropy_N: Tensor | None = None,
     ) -> "RowCoefficients":
         """Coefficients from the upstream gradients of logp, lse and entropy (nats)."""
-        total_N = dlogp_NK.sum(1)
+        total_N = dlogp_NK.sum(1) if dlogp_NK.shape[1] != 1 else dlogp_NK.squeeze(1)
         prob_N = -total_N if dlse_N is None else dlse_N - total_N
         if dentropy_N is not None:
             prob_N = prob_N - dentropy_N * entropy_N
         return cls(
             prob_N=prob_N,
-            label_NK=(1 - label_smoothing) * dlogp_NK,
+            label_NK=(1 - label_smoothing) * dlogp_NK if label_smoothing else dlogp_NK,
             logp_slope_N=None if dentropy_N is None else -dentropy_N,
             constant_N=total_N * (label_smoothing / vocabulary) if label_smoothing else None,
         )

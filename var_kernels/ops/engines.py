@@ -17,19 +17,19 @@ from torch import Tensor
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import labels
 from var_kernels.ops.backend import fused_forward
-from var_kernels.ops.gemm import add_low_rank, add_product, logits_into, product_into
+from var_kernels.ops.gemm import add_product, logits_into, low_rank_into, product_into
 from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans, zero_row_ends
 from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
 
 
 def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
     """The raw logits of some rows and columns into a tile, from GEMMs of ``step`` columns."""
-    hidden_nd = head.upcast_rows(rows.start, rows.stop)
+    hidden_nd, low_rank = head.upcast_rows(rows.start, rows.stop), head.left_NR is not None
     for start, stop in spans(columns.start, columns.stop, step or head.v):
         part_nv = logits_nv[:, start - columns.start : stop - columns.start]
-        logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], head.options.backend)
-        if head.left_NR is not None:
-            add_low_rank(part_nv, head.left_NR[rows], head.right_VR[start:stop])
+        if low_rank:  # first, so that the large product adds to it as it ends
+            low_rank_into(part_nv, head.left_NR[rows], head.right_VR[start:stop])
+        logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], head.options.backend, low_rank)
     return logits_nv
 
 
@@ -222,7 +222,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
             scales = slope / chunk.sumexp_N, None
         else:
             coefficients = coefficients_of(rows, chunk)
-            scales = labels.row_scales(head, rows, coefficients, chunk.saved_4N)
+            scales = labels.row_scales(head, rows, coefficients, chunk.of_label)
             if smooth:
                 constant = coefficients.constant_N * slope, weight_sum_D
         if whole_rows:
@@ -351,7 +351,9 @@ def vocabulary_pass(
     wide, exp, all_rows = accumulation_dtype(head.operand), saved.shape[0] == 4, slice(0, head.n)
     cached = 0 if cached_NC is None else cached_NC.shape[1]
     gradients = new_gradients(head, wide, head.operand)
-    dhidden_ND, norms_2N = gradients.dhidden_ND, torch.stack((saved[0], saved[1].log())) if exp else saved
+    dhidden_ND, norms_2N = gradients.dhidden_ND, saved
+    if exp and cached < head.v:
+        norms_2N = torch.stack((saved[0], saved[1].log()))
     if exp and cached:
         scales = labels.row_scales(head, all_rows, coefficients, saved)
         reused = dhidden_ND if wide == head.operand else None

@@ -123,10 +123,12 @@ def rounds_sums(operand: torch.dtype, backend: str) -> bool:
     return gemm is not None and operand == torch.bfloat16 and gemm.available()
 
 
-def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> None:
-    """out = hidden W^T, in out's dtype; hidden comes in that dtype where ``upcasts`` asks for it."""
+def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str, add: bool = False) -> None:
+    """out = hidden W^T, or out += with ``add``, in out's dtype; hidden has that dtype where ``upcasts`` asks for it."""
     dtype, weight_dv = out_nv.dtype, lm_head_weight_vd.t()
-    if _in_cpp(backend, dtype, hidden_nd, weight_dv):
+    if add:
+        add_product(out_nv, hidden_nd, weight_dv.to(dtype) if hidden_nd.dtype == dtype else weight_dv, backend)
+    elif _in_cpp(backend, dtype, hidden_nd, weight_dv):
         gemm_native.product_into(out_nv, hidden_nd, weight_dv)
     elif hidden_nd.dtype == dtype:
         torch.mm(hidden_nd, weight_dv.to(dtype), out=out_nv)
@@ -134,10 +136,10 @@ def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, ba
         torch.mm(hidden_nd, weight_dv, out_dtype=dtype, out=out_nv)
 
 
-def add_low_rank(logits_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
-    """logits += left right^T in the logits' dtype, whatever the factors' is: few columns, so copies are cheap."""
-    dtype = logits_nv.dtype
-    logits_nv.addmm_(left_nr.to(dtype), right_vr.to(dtype).t())
+def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
+    """out = left right^T in out's dtype, whatever the factors' is: few columns, so copies are cheap."""
+    dtype = out_nv.dtype
+    torch.mm(left_nr.to(dtype), right_vr.to(dtype).t(), out=out_nv)
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None:

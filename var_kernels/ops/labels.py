@@ -67,12 +67,12 @@ def finish(head: Head, rows: slice, stats: RowStats) -> None:
         kernels.finish_rows(labels_n, stats, head.v)
 
 
-def row_scales(head: Head, rows: slice, coefficients: RowCoefficients, saved_4n: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the gradient in the raw logits: its factor of the exponentials, and the label's entry, (n,) each.
-    saved_4n: ``RowStats.saved_4N`` of these rows.
+def row_scales(head: Head, rows: slice, coefficients: RowCoefficients, of_label) -> tuple[Tensor, Tensor]:
+    """The factor of the exponentials in the gradient in the raw logits, and the label's entry of it, (n,) each.
+    of_label: ``RowStats.of_label`` of these rows, or ``saved_4N``.
     """
     kernels, labels_n = label_kernels(head.options.backend), head.labels_NK[rows].squeeze(1)
-    _, sumexp_n, logp_n, label_logit_n = saved_4n
+    _, sumexp_n, logp_n, label_logit_n = of_label
     transform, prob_n, entry_n = head.options.transform, coefficients.prob_N, coefficients.label_NK.squeeze(1)
     if kernels is not None:
         return kernels.row_scales(labels_n, prob_n, entry_n, sumexp_n, logp_n, label_logit_n, head.v, transform)

@@ -228,7 +228,7 @@ TRL = {  # TRL's options: ours
 }
 
 
-# ---- verl's formulas, read again ------------------------------------------------------------------------------------
+# ---- verl's and OpenRLHF's formulas, read again ----------------------------------------------------------------------
 
 
 def verl_vanilla(logp, old, advantage, mask, low=0.2, high=0.28, c=3.0):
@@ -252,16 +252,30 @@ def verl_cispo(logp, old, advantage, mask, low=0.2, high=0.2):
     return (-ratio * advantage * logp * mask).sum() / mask.sum()
 
 
-VERL = {
+def openrlhf_dual(logp, old, advantage, mask, low=0.2, high=0.28, c=3.0):
+    ratio = (logp - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    loss = -torch.where(advantage < 0, torch.maximum(gain, c * advantage), gain)
+    return (loss * mask).sum() / mask.sum()
+
+
+def openrlhf_cispo(logp, old, advantage, mask, cap=1.2):
+    """Its bound is of the ratio itself, as TRL's."""
+    return (-(logp - old).exp().clamp_max(cap).detach() * advantage * logp * mask).sum() / mask.sum()
+
+
+OTHERS = {
     "vanilla": (verl_vanilla, by_tokens(ppo_loss, "token", clip_high=0.28, dual_clip=3.0)),
     "gspo": (verl_gspo, by_sequences(gspo_loss, len, clip_low=0.1, clip_high=0.15)),
     "cispo": (verl_cispo, by_tokens(cispo_loss, "token", ratio_min=0.8, ratio_max=1.2)),
+    "OpenRLHF, dual clip": (openrlhf_dual, by_tokens(ppo_loss, "token", clip_high=0.28, dual_clip=3.0)),
+    "OpenRLHF, cispo": (openrlhf_cispo, by_tokens(cispo_loss, "token", ratio_max=1.2)),
 }
 
 
-@pytest.mark.parametrize("name", VERL)
-def test_verl_has_the_same_loss_and_gradient(name):
-    theirs_of, ours = VERL[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_trainers_have_the_same_loss_and_gradient(name):
+    theirs_of, ours = OTHERS[name]
     logp, old, ref, advantage, labels = batch()
     logp = old + 4 * (logp - old)  # so far that every clip binds somewhere
     kept, slopes = (labels != -100).double(), []

@@ -33,7 +33,8 @@ def cispo_loss(
         loss_t = -sg(clip(ratio_t, ratio_min, ratio_max)) A_t lp_t,     ratio_t = exp(lp_t - lp_old_t)
 
     The bounds are of the ratio itself. The paper tunes the upper one alone, as TRL has it (its ``epsilon_high`` is
-    ratio_max, 5 as in arXiv 2510.13786); verl clips on both sides (ratio_min = 1 - low, ratio_max = 1 + high).
+    ratio_max, 5 as in arXiv 2510.13786) and OpenRLHF; verl clips on both sides (ratio_min = 1 - low, ratio_max =
+    1 + high).
 
     Args:
         token_logp: (...) log-prob of each label under the policy, nats; differentiated.

@@ -49,6 +49,30 @@ def naive_terms(q, mu, log_sigma, mask, *, beta, gamma, lam):
     return torch.stack(likelihood), torch.stack(regulariser)
 
 
+def test_as_printed_leaves_out_the_last_position():
+    """Its likelihood and KL; the TD before it stays, with the reward head's last value of a pair."""
+    q, mu, log_sigma = response()
+    last = torch.tensor([4, 4, 2, 0])  # of each row of MASK; the last row has none
+    kl = (((2 * log_sigma).exp() + mu.square() - 1) / 2 - log_sigma)[range(4), last]
+    term = (OPTIONS["beta"] * q[range(4), last] - kl).where(MASK.any(1), 0.0)
+    got = ava_d_loss(q, mu, log_sigma, MASK, **OPTIONS, as_printed=True)
+    torch.testing.assert_close(got, ava_d_loss(q, mu, log_sigma, MASK, **OPTIONS) + term)
+    other = [values.flip(0) for values in response(1)]
+    arguments = [
+        values for pair in zip((q, mu, log_sigma, MASK), (*other, MASK.flip(0)), strict=True) for values in pair
+    ]
+    change = ava_p_loss(*arguments, **OPTIONS, as_printed=True) - ava_p_loss(*arguments, **OPTIONS)
+    lost = [
+        ava_d_loss(*values, mask, **options, as_printed=True) - ava_d_loss(*values, mask, **options)
+        for values, mask, options in (
+            ((q, mu, log_sigma), MASK, OPTIONS), (other, MASK.flip(0), {**OPTIONS, "beta": 0.0}),
+        )
+    ]  # fmt: skip
+    rejected = OPTIONS["beta"] * other[0][range(4), last.flip(0)].where(MASK.flip(0).any(1), 0.0)
+    torch.testing.assert_close(change, lost[0] + lost[1] - rejected)
+    assert torch.autograd.gradcheck(lambda *a: ava_d_loss(*a, MASK, **OPTIONS, as_printed=True), leaves())
+
+
 def test_by_hand():
     # Q -1, -2; mu 1, 0; sigma 1, 2. delta_1 = -1 + 2 gamma = 0; KL 1/2 and 3/2 - ln 2; TD -1/2 - ln(2 pi)/2
     q, mu = torch.tensor([[-1.0, -2.0]], dtype=FP64), torch.tensor([[1.0, 0.0]], dtype=FP64)
@@ -57,6 +81,8 @@ def test_by_hand():
     kl, td = 0.5 + 1.5 - math.log(2), -0.5 - math.log(2 * math.pi) / 2
     got = ava_d_loss(q, mu, log_sigma, whole, beta=2.0, gamma=0.5, lam=3.0)
     assert got.item() == pytest.approx(-(2 * -3 - kl + 3 * td), rel=1e-12)
+    printed = ava_d_loss(q, mu, log_sigma, whole, beta=2.0, gamma=0.5, lam=3.0, as_printed=True)
+    assert printed.item() == pytest.approx(-(2 * -1 - 0.5 + 3 * td), rel=1e-12)
     # against a rejected response of one token: Q -4, mu -1, sigma 1, KL 1/2; the last mu are 0 and -1
     one = torch.ones(1, 1, dtype=FP64)
     pair = ava_p_loss(q, -4 * one, mu, -one, log_sigma, 0 * one, whole, one.bool(), beta=2.0, gamma=0.5, lam=3.0)

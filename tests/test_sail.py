@@ -1,5 +1,5 @@
 """SAIL: the gradients by hand and by formula, against the exact gradients of the bilevel objectives on a policy whose
-responses are all written down, the released form, and the draw of a label."""
+responses are all written down, the reverse KL, and the draw of a label."""
 
 import math
 
@@ -33,7 +33,14 @@ def test_by_hand():
     assert sail_pr_loss(*inputs, beta=0.5).item() == pytest.approx(-f + 30 * f)
     assert sail_pr_loss(*inputs, beta=0.5, score_coef=0.3).item() == pytest.approx(-f + 9 * f)
     assert sail_pp_loss(*inputs, beta=0.5).item() == pytest.approx(-f - f * f / 2 + 30 * f)
-    assert sail_pr_loss(*inputs, beta=0.5, form="released").item() == pytest.approx(-f - 2 * f)
+    # 3 and 5 tokens, log-ratios of 2 and -2: no change in all; of 2 and 6: one nat a token
+    lengths = torch.tensor([3]), torch.tensor([5])
+    for name, loss in LOSSES.items():
+        kept = loss(*inputs, *lengths, beta=0.5, revkl_coef=0.1)
+        assert kept.item() == pytest.approx(loss(*inputs, beta=0.5).item()), name
+    above = [inputs[0], inputs[1] + 8, *inputs[2:]]
+    shift = sail_dp_loss(*above, *lengths, beta=0.5, revkl_coef=0.1) - sail_dp_loss(*above, beta=0.5)
+    assert shift.item() == pytest.approx(-0.1 * 1.0)
 
 
 FORMULA = {
@@ -58,21 +65,23 @@ def test_gradient_of_each_sequence(case):
     torch.testing.assert_close(drejected, a - k * f)
 
 
-@pytest.mark.parametrize("form", ["exact", "released"])
-def test_gradient_by_finite_differences_of_the_loss_with_its_factors_frozen(form):
+@pytest.mark.parametrize("revkl", [0.0, 0.4])
+def test_gradient_by_finite_differences_of_the_loss_with_its_factors_frozen(revkl):
     # what stands behind a stopped gradient is a number here, so differences see what autograd must see
     logps = log_probs()
     margin = BETA * (logps[0] - logps[2] - logps[1] + logps[3])
     factor = margin.sigmoid().log()
-    by = (logps[0].clone(), logps[1].clone()) if form == "released" else (1.0, 1.0)
+    lengths = torch.full((len(margin),), 3), torch.full((len(margin),), 4)
 
     def frozen(chosen, rejected):
         f = (BETA * (chosen - logps[2] - rejected + logps[3])).sigmoid().log()
-        return -f - 0.1 * f * f - 0.3 * factor * (chosen / by[0] + rejected / by[1])
+        change = chosen - logps[2] + rejected - logps[3]
+        return -f - 0.1 * f * f - 0.3 * factor * (chosen + rejected) - revkl * change / 7
 
     h = 1e-6
     chosen, rejected = logps[:2]
-    dchosen, drejected = gradients(sail_pp_loss, *logps, beta=BETA, squared_coef=0.2, score_coef=0.3, form=form)
+    options = {"beta": BETA, "squared_coef": 0.2, "score_coef": 0.3, "revkl_coef": revkl}
+    dchosen, drejected = gradients(sail_pp_loss, *logps, *lengths, **options)
     near = dict(rtol=1e-6, atol=1e-8)
     by_chosen = (frozen(chosen + h, rejected) - frozen(chosen - h, rejected)) / (2 * h)
     by_rejected = (frozen(chosen, rejected + h) - frozen(chosen, rejected - h)) / (2 * h)
@@ -92,19 +101,6 @@ def test_identities_and_limits():
     for loss in LOSSES.values():
         for gradient in gradients(loss, *settled, beta=BETA):
             assert gradient.abs().max() == 0
-
-
-def test_released_form_flips_the_score_term():
-    logps = log_probs()
-    margin = BETA * (logps[0] - logps[2] - logps[1] + logps[3])
-    a, f = BETA * torch.sigmoid(-margin), margin.sigmoid().log()
-    exact, released = (
-        torch.cat(gradients(sail_pr_loss, *logps, beta=BETA, form=form)) - torch.cat([-a, a])
-        for form in ("exact", "released")
-    )
-    torch.testing.assert_close(exact, torch.cat([-f, -f]))
-    torch.testing.assert_close(released, torch.cat([-f / logps[0], -f / logps[1]]))
-    assert (exact * released < 0).all()
 
 
 # ---- the objectives, enumerated --------------------------------------------------------------------------------------
@@ -156,8 +152,7 @@ WRONG = {
     "PP without the square": ("PP", {"squared_coef": 0.0}),
     "PP without the score": ("PP", {"score_coef": 0.0}),
     "PR without the score (DPO)": ("PR", {"score_coef": 0.0}),
-    "PR as released": ("PR", {"form": "released"}),
-    "PP as released": ("PP", {"form": "released"}),
+    "PP with the released coefficients": ("PP", {"squared_coef": 0.2, "score_coef": 0.2}),
 }
 
 
@@ -195,8 +190,10 @@ ZERO = torch.zeros(3)
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="form must be one of 'exact', 'released', got 'paper'"):
-        sail_pr_loss(*[ZERO] * 4, beta=0.1, form="paper")
+    with pytest.raises(ValueError, match=r"chosen_lengths must be \(3,\) for revkl_coef, got None; count"):
+        sail_pr_loss(*[ZERO] * 4, beta=0.1, revkl_coef=1e-3)
+    with pytest.raises(ValueError, match="revkl_coef must be finite and >= 0"):
+        sail_dp_loss(*[ZERO] * 4, beta=0.1, revkl_coef=-1.0)
     with pytest.raises(ValueError, match="squared_coef must be finite and >= 0"):
         sail_dp_loss(*[ZERO] * 4, beta=0.1, squared_coef=-1)
     with pytest.raises(ValueError, match="score_coef must be finite and >= 0"):
@@ -266,5 +263,3 @@ def test_a_baseline_of_all_pairs_would_be_biased():
 def test_baseline_refusals():
     with pytest.raises(ValueError, match="baseline must be one of 'none', 'leave_one_out', got 'mean'"):
         sail_pr_loss(*[ZERO] * 4, beta=0.1, baseline="mean")
-    with pytest.raises(ValueError, match="baseline must be 'none' for form='released', got 'leave_one_out'"):
-        sail_pp_loss(*[ZERO] * 4, beta=0.1, form="released", baseline="leave_one_out")

@@ -46,6 +46,7 @@ def ava_d_loss(
     beta: float = 1.0,
     gamma: float = 1.0,
     lam: float = 1.0,
+    as_printed: bool = False,
 ) -> Tensor:
     """AVA from demonstrations: likelihood, the reward posterior's distance from its prior, temporal consistency.
 
@@ -62,6 +63,8 @@ def ava_d_loss(
         mu, log_sigma: (B, T) the posterior's mean and log standard deviation; differentiated.
         mask: (B, T) bool, True at the positions that carry loss. The others may hold anything.
         beta, lam: >= 0, weights of the likelihood and of TD. gamma: in [0, 1], the discount.
+        as_printed: the sums of the paper's equations 5 and 13, which end before the last position: it has no likelihood
+            and no KL term either. The default counts every label.
 
     Returns:
         (B,) loss of each sequence, nats, fp32 (fp64 for fp64); the caller reduces over sequences.
@@ -75,7 +78,8 @@ def ava_d_loss(
     _check_options(beta=beta, lam=lam, gamma=gamma)
     _check("", token_logp=token_logp, mu=mu, log_sigma=log_sigma, mask=mask)
     q, mu, log_sigma = _masked(mask, token_logp, mu, log_sigma)
-    return -(times(beta, q.sum(-1)) + _regulariser(q, mu, log_sigma, mask, gamma, lam))
+    counted = _counted(mask, as_printed)
+    return -(times(beta, q.where(counted, 0.0).sum(-1)) + _regulariser(q, mu, log_sigma, mask, counted, gamma, lam))
 
 
 @register(
@@ -101,6 +105,7 @@ def ava_p_loss(
     lam: float = 1.0,
     contrast: float = 1.0,
     regularise: str = "both",
+    as_printed: bool = False,
 ) -> Tensor:
     """AVA from preference pairs: the likelihood of the chosen response against the rejected one's, and of its reward.
 
@@ -111,7 +116,7 @@ def ava_p_loss(
 
     Args:
         chosen_*: (P, T+), rejected_*: (P, T-), each as in ``ava_d_loss``; the two widths may differ.
-        beta, gamma, lam: see ``ava_d_loss``.
+        beta, gamma, lam, as_printed: see ``ava_d_loss``.
         contrast: >= 0, weight of the contrastive term.
         regularise: "both", "chosen" or "rejected"; which one the paper means is not known.
 
@@ -143,9 +148,10 @@ def ava_p_loss(
     for name, sign, response in (("chosen", 1.0, chosen), ("rejected", -1.0, rejected)):
         mask = response["mask"]
         q, mu, log_sigma = _masked(mask, response["token_logp"], response["mu"], response["log_sigma"])
-        objective = objective + times(sign * beta, q.sum(-1))
+        counted = _counted(mask, as_printed)
+        objective = objective + times(sign * beta, q.where(counted, 0.0).sum(-1))
         if regularise in ("both", name):
-            objective = objective + _regulariser(q, mu, log_sigma, mask, gamma, lam)
+            objective = objective + _regulariser(q, mu, log_sigma, mask, counted, gamma, lam)
         last_mu.append(last_value(mu, mask))
     return -(objective + contrast * torch.sigmoid(last_mu[0] - last_mu[1]))
 
@@ -188,13 +194,20 @@ def pair_accuracy(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
     return ((margin_P.sign() + 1) / 2).mean()
 
 
-def _regulariser(q: Tensor, mu: Tensor, log_sigma: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+def _counted(mask: Tensor, as_printed: bool) -> Tensor:
+    """Where likelihood and KL count: at every label, or at all but the last."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) > 1) if as_printed else mask
+
+
+def _regulariser(
+    q: Tensor, mu: Tensor, log_sigma: Tensor, mask: Tensor, counted: Tensor, gamma: float, lam: float
+) -> Tensor:
     """sum_t (-KL_t + lam TD_t) of each sequence, (B,)."""
-    kl = ((2 * log_sigma).exp() + mu.square() - 1) / 2 - log_sigma
+    kl = (((2 * log_sigma).exp() + mu.square() - 1) / 2 - log_sigma).where(counted, 0.0)
     both = mask[:, 1:] & mask[:, :-1]
     error = (q[:, :-1] - times(gamma, q[:, 1:]) - mu[:, :-1]) * (-log_sigma[:, :-1]).exp()
     td = -error.square() / 2 - log_sigma[:, :-1] - math.log(2 * math.pi) / 2
-    return times(lam, td.where(both, 0.0).sum(-1)) - kl.sum(-1)  # N(0, 1) stands where nothing counts: KL 0
+    return times(lam, td.where(both, 0.0).sum(-1)) - kl.sum(-1)
 
 
 def last_value(mu: Tensor, mask: Tensor) -> Tensor:

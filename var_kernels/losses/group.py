@@ -129,7 +129,7 @@ def lire_loss(
     item="group",
     formula="-s of each prompt's completion of the highest reward, 0 for its others",
     source="arXiv 2304.06767",
-    evidence="unverified",
+    evidence="code",
 )
 def raft_loss(
     policy_logp: Tensor,
@@ -158,7 +158,8 @@ def raft_loss(
     Raises:
         TypeError, ValueError: as ``lire_loss``.
 
-    Source: arXiv 2304.06767 (one variant: the best of each prompt's samples); the formula from memory of it.
+    Source: arXiv 2304.06767; the best of each prompt's K samples as in the authors' code (LMFlow, local ranking; its
+    other strategy takes the best 1 / K of all samples together).
     """
     check_rows(policy_logp=policy_logp, reward=reward)
     nll_B = -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")

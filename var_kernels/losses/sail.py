@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_number, times, wide
+from var_kernels.losses.checks import check_choice, check_integers, check_number, times, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 
-FORMS = ("exact", "released")
 BASELINES = ("none", "leave_one_out")
 
 
@@ -25,9 +24,12 @@ def sail_dp_loss(
     policy_rejected_logp: Tensor,
     ref_chosen_logp: Tensor,
     ref_rejected_logp: Tensor,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
     *,
     beta: float,
     squared_coef: float = 1.0,
+    revkl_coef: float = 0.0,
 ) -> Tensor:
     """SAIL on responses of a data set, with labels that the policy itself would give (DP).
 
@@ -43,8 +45,11 @@ def sail_dp_loss(
         policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats, winner and loser of the
             drawn label; differentiated.
         ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
+        chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss; for revkl_coef.
         beta: > 0. Released: 0.1.
         squared_coef: >= 0, c. 1 is exact; 0 is DPO; released: 0.2, on a share of 0.4 of the pairs.
+        revkl_coef: >= 0, of SAIL-RevKL's term, the mean of lp_ref - lp over the label tokens of both responses: it
+            keeps the likelihood of both from falling. 1e-3 in its authors' code; 0: without.
 
     Returns:
         (P,) per pair, fp32 (fp64 for fp64 inputs); not bounded below: of use for its gradient.
@@ -53,10 +58,11 @@ def sail_dp_loss(
         TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also reference log-probs that are not
             finite.
 
-    Source: arXiv 2406.15567; the first author's code. The exactness is checked by enumeration.
+    Source: arXiv 2406.15567; the first author's code; arXiv 2606.31524 (SAIL-RevKL). The exactness, without revkl_coef,
+    is checked by enumeration.
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(*logps, beta=beta, squared_coef=squared_coef)
+    return _sail(*logps, chosen_lengths, rejected_lengths, beta=beta, squared_coef=squared_coef, revkl_coef=revkl_coef)
 
 
 @register(
@@ -72,12 +78,14 @@ def sail_pp_loss(
     policy_rejected_logp: Tensor,
     ref_chosen_logp: Tensor,
     ref_rejected_logp: Tensor,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
     *,
     beta: float,
     squared_coef: float = 1.0,
     score_coef: float = 1.0,
-    form: str = "exact",
     baseline: str = "none",
+    revkl_coef: float = 0.0,
 ) -> Tensor:
     """SAIL on responses of the policy, with labels of the policy (PP).
 
@@ -93,19 +101,18 @@ def sail_pp_loss(
 
     Args:
         as ``sail_dp_loss``, and
-        score_coef: >= 0, k. 1 is exact. Released: squared_coef 0.2 on a share of 0.3; score_coef 0.3 is given for PR.
-        form: "exact", or "released" for replication: the released code divides the score term by the sequence's
-            log-prob, which is negative, so that the term's sign is flipped and its size is off by |s|:
-            -score_coef sg(F) (s_w / sg(s_w) + s_l / sg(s_l)). Not a gradient of the objective.
+        score_coef: >= 0, k. 1 is exact. Released: one coefficient of 0.2 for both terms, on a share of 0.3. That code
+            divides the score by the sequence's log-prob, which flips its sign, and takes it 8 times (pairs a
+            device times accumulation) as large as a loss a pair has it; its prompts and responses are mispaired
+            there. That form is not offered: it is no gradient of the objective.
         baseline: "none", as derived, b = 0; or "leave_one_out", b_i = sum_{j != i} F_j / (P - 1), 0 for a single pair.
-            It couples the pairs of a call (of a micro-batch of a rank); each call by itself stays unbiased. Not with
-            the released form, whose score has a gradient on average.
+            It couples the pairs of a call (of a micro-batch of a rank); each call by itself stays unbiased.
 
     Returns, Raises, Source: as ``sail_dp_loss``; the baseline is REINFORCE's, left one out (arXiv 2402.14740).
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    options = {"squared_coef": squared_coef, "score_coef": score_coef, "form": form, "baseline": baseline}
-    return _sail(*logps, beta=beta, **options)
+    options = {"squared_coef": squared_coef, "score_coef": score_coef, "baseline": baseline, "revkl_coef": revkl_coef}
+    return _sail(*logps, chosen_lengths, rejected_lengths, beta=beta, **options)
 
 
 @register(
@@ -121,11 +128,13 @@ def sail_pr_loss(
     policy_rejected_logp: Tensor,
     ref_chosen_logp: Tensor,
     ref_rejected_logp: Tensor,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
     *,
     beta: float,
     score_coef: float = 1.0,
-    form: str = "exact",
     baseline: str = "none",
+    revkl_coef: float = 0.0,
 ) -> Tensor:
     """SAIL on responses of the policy, with labels of a reward model (PR).
 
@@ -141,7 +150,15 @@ def sail_pr_loss(
     Returns, Raises, Source: as ``sail_dp_loss``.
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(*logps, beta=beta, score_coef=score_coef, form=form, baseline=baseline)
+    return _sail(
+        *logps,
+        chosen_lengths,
+        rejected_lengths,
+        beta=beta,
+        score_coef=score_coef,
+        baseline=baseline,
+        revkl_coef=revkl_coef,
+    )
 
 
 def draw_preference(margin: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -167,32 +184,38 @@ def _sail(
     policy_rejected_logp: Tensor,
     ref_chosen_logp: Tensor,
     ref_rejected_logp: Tensor,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
     *,
     beta: float,
     squared_coef: float = 0.0,
     score_coef: float = 0.0,
-    form: str = "exact",
     baseline: str = "none",
+    revkl_coef: float = 0.0,
 ) -> Tensor:
     check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
     check_number("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
     check_number("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_choice("form", form, FORMS)
+    check_number("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
     check_choice("baseline", baseline, BASELINES)
-    if form == "released" and baseline != "none":
-        raise ValueError(
-            f"baseline must be 'none' for form='released', got {baseline!r}; it would shift that form's gradient"
-        )
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     log_win_P = logsigmoid(beta * (chosen_P - rejected_P))
     loss_P = -log_win_P * (1 + times(0.5 * squared_coef, log_win_P))
+    if revkl_coef:
+        loss_P = loss_P - revkl_coef * (chosen_P + rejected_P) / _tokens(chosen_P, chosen_lengths, rejected_lengths)
     if score_coef == 0:
         return loss_P
     factor_P = log_win_P.detach()
     if baseline == "leave_one_out" and len(factor_P) > 1:
         factor_P = factor_P - (factor_P.sum() - factor_P) / (len(factor_P) - 1)
-    scores = [wide(policy_chosen_logp), wide(policy_rejected_logp)]
-    if form == "released":
-        # a log-prob of 0 has no ratio: held just below it
-        scores = [s / s.detach().clamp(max=-torch.finfo(s.dtype).eps) for s in scores]
-    return loss_P - times(score_coef * factor_P, scores[0] + scores[1])
+    return loss_P - times(score_coef * factor_P, wide(policy_chosen_logp) + wide(policy_rejected_logp))
+
+
+def _tokens(like_P: Tensor, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None) -> Tensor:
+    """(P,) the label tokens of both responses, at least one."""
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    for name, values in lengths.items():
+        if values is None:
+            raise ValueError(f"{name} must be ({len(like_P)},) for revkl_coef, got None; count each response's labels")
+    check_integers("policy_chosen_logp", like_P, **lengths)
+    return (chosen_lengths + rejected_lengths).clamp(min=1)

@@ -61,7 +61,7 @@ def _enter(
 
 
 _VAR, _SAIL, _DERIVED = "arXiv 2502.11026", "arXiv 2406.15567", "derived"
-_RELEASED = "as in the first author's code, on a share of the pairs there"
+_RELEASED = "with the coefficients of the first author's code, each on a share of the pairs there"
 _enter("var_batch", "log Z = LSE_j a_j over the batch", _VAR, _DERIVED, "var", normalizer="batch")
 _enter("var_batch_mean", "log Z = LSE_j a_j - log B", _VAR, _DERIVED, "var", normalizer="batch_mean")
 _enter("var_group", "log Z = LSE of a over the prompt's completions", _VAR, _DERIVED, "var", normalizer="group")
@@ -120,14 +120,18 @@ _enter(
 _enter("online_sail_pp", "sail_pp on two draws of the policy at T = 0.9", _SAIL, "code", "sail_pp", online=True)
 _enter("online_sail_pr", "sail_pr on two draws of the policy at T = 0.9", _SAIL, "code", "sail_pr", online=True)
 _enter("sail_dp_released", _RELEASED, _SAIL, "code", "sail_dp", squared_coef=0.2)
+_enter("sail_pp_released", _RELEASED, _SAIL, "code", "sail_pp", squared_coef=0.2, score_coef=0.2)
+_enter("sail_pr_released", _RELEASED, _SAIL, "code", "sail_pr", score_coef=0.3)
 _enter(
-    "sail_pr_released",
-    f"{_RELEASED}, where the score is divided by s",
-    _SAIL,
-    "code",
-    "sail_pr",
-    form="released",
-    score_coef=0.3,
+    "sail_revkl", "sail_dp + 1e-3 mean (lp_ref - lp) of both", "arXiv 2606.31524", "code", "sail_dp", revkl_coef=1e-3
+)
+_enter(
+    "ava_d_printed",
+    "ava_d, the likelihood and KL of the last position left out, as in equations 5 and 13",
+    "arXiv 2411.09341",
+    "paper",
+    "ava_d",
+    as_printed=True,
 )
 _enter(
     "ava_literal",

@@ -62,7 +62,8 @@ class StepMetrics:
 
     def _add_pairs(self, method, config, rows: dict[str, Tensor], result) -> None:
         score = result.score - (rows["ref_logp"] if method.reference else 0.0)
-        if "chosen_lengths" in method.loss.tensors and getattr(config, "token_reduction", "mean") == "mean":
+        of_means = "chosen_lengths" in set(method.loss.tensors) - method.loss.optional_tensors  # SimPO, ORPO
+        if of_means or getattr(config, "token_reduction", "") == "mean":
             score = score / rows["length"].clamp(min=1)
         counted = rows["weight"][0::2] != 0
         margin = (score[0::2] - score[1::2]).where(counted, 0.0)

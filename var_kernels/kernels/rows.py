@@ -11,7 +11,7 @@ A backend is a module of the three, and of what ops/plan.py asks: ``DTYPES`` of 
 ``temporary_bytes(n, columns, tile)``, ``COPIES_GRADIENT``, ``CACHED_TILES``.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,18 +91,14 @@ class RowStats:
     def empty(cls, n: int, k: int, like: Tensor, *, entropy: bool, mean: bool, argmax: bool) -> "RowStats":
         """Statistics of no slice at all, in fp32 (fp64 for fp64 ``like``)."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=dtype, device=like.device)
-
         return cls(
-            max_N=zeros(n).fill_(-torch.inf),
-            sumexp_N=zeros(n),
+            max_N=like.new_full((n,), -torch.inf, dtype=dtype),
+            sumexp_N=like.new_zeros(n, dtype=dtype),
             # NaN until a slice brings it: a label beyond the vocabulary, not looked for on a GPU, shows in the loss
-            label_logit_NK=zeros(n, k).fill_(torch.nan),
-            shifted_sum_N=zeros(n) if entropy else None,
-            logit_sum_N=zeros(n) if mean else None,
-            argmax_N=torch.zeros(n, dtype=torch.int64, device=like.device) if argmax else None,
+            label_logit_NK=like.new_full((n, k), torch.nan, dtype=dtype),
+            shifted_sum_N=like.new_zeros(n, dtype=dtype) if entropy else None,
+            logit_sum_N=like.new_zeros(n, dtype=dtype) if mean else None,
+            argmax_N=like.new_zeros(n, dtype=torch.int64) if argmax else None,
         )
 
     @classmethod
@@ -124,8 +120,7 @@ class RowStats:
 
     def rows(self, start: int, stop: int) -> "RowStats":
         """A view of some rows; updating it updates the whole."""
-        views = (getattr(self, field.name) for field in fields(self))
-        return RowStats(*(None if t is None else t[start:stop] for t in views))
+        return RowStats(*[None if t is None else t[start:stop] for t in vars(self).values()])
 
     def set_pivots(self, label_logit_N: Tensor) -> None:
         """Begin ``row_exp``: the label's logits are known, and are the pivots where they are finite."""
@@ -199,8 +194,7 @@ class RowCoefficients:
     constant_N: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "RowCoefficients":
-        views = (getattr(self, field.name) for field in fields(self))
-        return RowCoefficients(*(None if t is None else t[start:stop] for t in views))
+        return RowCoefficients(*[None if t is None else t[start:stop] for t in vars(self).values()])
 
     @classmethod
     def from_upstream(

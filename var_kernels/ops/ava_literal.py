@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from var_kernels.ops.call import prepare
 from var_kernels.ops.define import Forward, Tensors, define_op
 from var_kernels.ops.engines import forward_pass, gradients_by_slices
-from var_kernels.ops.head import Head, accumulation_dtype, spans
+from var_kernels.ops.head import Head, spans
 from var_kernels.ops.kl_engine import head_logits, plan_slices
 from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, operand_copies, plan_forward, within_cache
 from var_kernels.ops.signatures import RowKeywords, names_options, with_defaults
@@ -139,9 +139,8 @@ def _forward(arguments: ProbLseArguments) -> Forward:
 
 
 def _shapes(arguments: ProbLseArguments) -> Forward:
-    hidden_ND = arguments.head.hidden_ND
-    dtype = accumulation_dtype(hidden_ND.dtype)
-    prob_lse_N, *saved = (hidden_ND.new_empty(hidden_ND.shape[0], dtype=dtype) for _ in range(5))
+    head = arguments.head
+    prob_lse_N, *saved = (head.hidden_ND.new_empty(head.n, dtype=head.wide) for _ in range(5))
     return Forward((prob_lse_N,), tuple(saved))
 
 

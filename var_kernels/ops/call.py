@@ -32,8 +32,12 @@ class HeadCall:
     several: bool
 
     def restore(self, values: Tensor, fill: float = 0) -> Tensor:
-        """(n,) or (n, K) of the active rows -> the call's leading shape, ``fill`` in the other rows."""
+        """(n,) or (n, K) of the active rows -> the call's leading shape, with K where labels have it; ``fill`` in the
+        other rows.
+        """
         n_all = self.leading.numel()
+        if values.dim() == 2 and not self.several:
+            values = values.squeeze(1)
         if self.masked:
             active_N = self.active_NK.any(1)
             values = values.where(active_N if values.dim() == 1 else active_N.unsqueeze(1), fill)
@@ -42,8 +46,15 @@ class HeadCall:
             values = full.index_copy(0, self.rows, values)
         return values.view((*self.leading, *values.shape[1:]))
 
-    def restore_targets(self, values_NK: Tensor) -> Tensor:
-        return self.restore(values_NK if self.several else values_NK.squeeze(1))
+    def restore_logprob(
+        self, logp_NK: Tensor, lse_N: Tensor | None, entropy_N: Tensor | None, argmax_N: Tensor | None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What ``linear_logprob`` returns: log-probs, alone or with the outputs that were asked for."""
+        logp = self.restore(logp_NK)
+        if lse_N is None and entropy_N is None and argmax_N is None:
+            return logp
+        others = [self.restore(t) for t in (lse_N, entropy_N) if t is not None]
+        return logp, *others, *([] if argmax_N is None else [self.restore(argmax_N, fill=-1)])
 
     def select_targets(self, values: Tensor) -> Tensor:
         """(...) or (..., K) in the call's shape -> (n, K) of the active rows."""
@@ -165,7 +176,8 @@ def prepare(
         right=grad and right is not None and right.requires_grad,
     )
     budget = budget_bytes(options["workspace_mb"], lm_head_weight)
-    checks.check_budget(budget, needs.some)
+    if budget == 0:
+        checks.check_budget(needs.some)
     if not traced:
         warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
     transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))

@@ -30,7 +30,8 @@ def check_tensors(
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        check_whole(name, value)
+        if type(value) is not Tensor:
+            check_whole(name, value)
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating point, got {hidden.dtype}; pass the hidden states before the lm_head")
     if hidden.dtype not in DTYPES:
@@ -52,7 +53,8 @@ def check_tensors(
         )
     if labels.dim() == hidden.dim() and labels.shape[-1] == 0:
         raise ValueError(f"labels must hold at least one target id per row, got shape {tuple(labels.shape)}")
-    check_number("ignore_index", ignore_index)
+    if type(ignore_index) is not int:
+        check_number("ignore_index", ignore_index)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32 token ids, got {labels.dtype}; call labels.long()")
     if bias is not None and bias.shape != (v,):
@@ -192,9 +194,9 @@ def check_head_options(options: Mapping[str, object], prefix: str = "") -> None:
         raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
 
 
-def check_budget(budget: int, needs_gradients: bool) -> None:
+def check_budget(needs_gradients: bool) -> None:
     """Without a workspace there is no backward, which works on tiles of logits."""
-    if budget == 0 and needs_gradients:
+    if needs_gradients:
         raise ValueError(
             "workspace_mb must be positive for a call that needs gradients, got 0; pass None for the default, 1 or "
             "more (MiB), or call it under torch.no_grad()"

@@ -80,8 +80,8 @@ def define_op(
         @staticmethod
         @first_order
         def backward(ctx, *upstream):
-            if all(g is None for g in upstream):
-                return None, *(None for _ in paths)
+            if not any(map(torch.is_tensor, upstream)):
+                return (None,) * (1 + len(paths))
             saved, once, ctx.once = ctx.saved_tensors, ctx.once, None
             if backward is None:
                 needed = zip(saved, ctx.needs_input_grad[1:], strict=True)

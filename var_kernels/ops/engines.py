@@ -18,7 +18,7 @@ from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import labels
 from var_kernels.ops.backend import fused_forward
 from var_kernels.ops.gemm import add_product, logits_into, low_rank_into, product_into
-from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans, zero_row_ends
+from var_kernels.ops.head import Gradients, Head, TileStorage, spans, zero_row_ends
 from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
 
 
@@ -35,7 +35,7 @@ def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step
 
 def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
     """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0."""
-    needs, wide, device = head.needs, accumulation_dtype(head.operand), head.hidden_ND.device
+    needs, wide, device = head.needs, head.wide, head.hidden_ND.device
 
     def of(like: Tensor | None, needed: bool, create=torch.zeros, dtype: torch.dtype = wide) -> Tensor | None:
         return create(like.shape, dtype=dtype, device=device) if needed else None
@@ -89,7 +89,7 @@ def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable
         columns = slice(v_start, v_stop)
         dweight_vd, dbias_v, dright_vr = gradients.of_columns(columns)
         split = rows_at_once < head.n and dweight_vd is not None
-        sums_vd = torch.empty_like(dweight_vd, dtype=accumulation_dtype(head.operand)) if split else dweight_vd
+        sums_vd = torch.empty_like(dweight_vd, dtype=head.wide) if split else dweight_vd
         for start, stop in spans(0, head.n, rows_at_once):
             rows = slice(start, stop)
             dlogits_nv = head.rounded(tile_gradient(rows, columns), dbias_v)
@@ -103,16 +103,11 @@ def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable
 
 def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, slice], Tensor]) -> Gradients:
     """Gradients from those in the raw logits of every tile, see ``add_slices``."""
-    gradients = new_gradients(head, accumulation_dtype(head.operand), head.operand)
+    gradients = new_gradients(head, head.wide, head.operand)
     if head.needs.hidden:
         gradients.dhidden_ND.zero_()
     add_slices(head, gradients, [(*span, plan.rows) for span in spans(0, head.v, plan.columns)], tile_gradient)
     return gradients.like(head.tensors)
-
-
-def new_cached(head: Head, columns: int) -> Tensor:
-    """For ``columns`` of every row: exponentials where they support the gradients, else logits."""
-    return head.new_cached(columns, head.operand if head.stores_exp else head.tile)
 
 
 def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:
@@ -191,7 +186,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
-    stats, plan, wide = labels.start(head), one_pass_plan(head), accumulation_dtype(head.operand)
+    stats, plan, wide = labels.start(head), one_pass_plan(head), head.wide
     gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     slope, whole_rows = head.options.transform.slope, head.needs.whole_rows
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
@@ -241,7 +236,7 @@ def frozen_gradient(head: Head, others_ND: Tensor, saved_4N: Tensor, coefficient
     dhidden_ND, constant_N = torch.empty_like(others_ND), coefficients.constant_N
     label, constant = (head.lm_head_weight_VD, head.labels_NK.squeeze(1), label_N), None
     if constant_N is not None:
-        weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=accumulation_dtype(head.operand))
+        weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=head.wide)
         constant = constant_N * head.options.transform.slope, weight_sum_D
     labels.combine_rows(head, dhidden_ND, others_ND, coefficients.prob_N, label, constant)
     return dhidden_ND
@@ -319,7 +314,7 @@ def _add_token_sums(
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of whole rows of logits."""
-    stats, plan, wide = head.new_stats(), one_pass_plan(head), accumulation_dtype(head.operand)
+    stats, plan, wide = head.new_stats(), one_pass_plan(head), head.wide
     gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     storage = head.new_tile(plan.rows, head.v)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, head.v))
@@ -348,7 +343,7 @@ def vocabulary_pass(
     of what ``forward_pass`` cached: exponentials, or logits, which are overwritten (or copied slice by slice); the
     other logits are recomputed once, slice by slice.
     """
-    wide, exp, all_rows = accumulation_dtype(head.operand), saved.shape[0] == 4, slice(0, head.n)
+    wide, exp, all_rows = head.wide, saved.shape[0] == 4, slice(0, head.n)
     cached = 0 if cached_NC is None else cached_NC.shape[1]
     gradients = new_gradients(head, wide, head.operand)
     dhidden_ND, norms_2N = gradients.dhidden_ND, saved

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.backend import row_kernels
+from var_kernels.ops.backend import label_kernels, row_kernels
 from var_kernels.ops.gemm import ends_in_exp, upcasts
 
 _ROW_ELEMENTS = 32
@@ -89,10 +89,10 @@ def zero_row_ends(values_nv: Tensor) -> None:
         values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
 
 
-def spans(start: int, stop: int, step: int):
+def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
     """(start, stop) of consecutive pieces of a range."""
-    for begin in range(start, stop, step):
-        yield begin, min(begin + step, stop)
+    begins = range(start, stop, step)
+    return list(zip(begins, (*begins[1:], stop), strict=False))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class TileStorage:
     elements: Tensor
 
     def view(self, rows: int, columns: int) -> Tensor:
-        return self.elements[: rows * _aligned(columns)].view(rows, _aligned(columns))[:, :columns]
+        stride = _aligned(columns)
+        return self.elements[: rows * stride].view(rows, stride)[:, :columns]
 
 
 @dataclass
@@ -128,7 +129,10 @@ class Head:
         self.operand = self.hidden_ND.dtype
         self.factor = self.operand if self.left_NR is None else self.left_NR.dtype
         self.tile = tile_dtype(self.operand, self.options.precision)
+        self.wide = torch.promote_types(self.operand, torch.float32)  # of sums
         self.kernels = row_kernels(self.options.backend)
+        self.label_kernels = label_kernels(self.options.backend)
+        self.stores_exp = self._stores_exp()
         self.upcast = upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile, self.options.backend)
 
     @classmethod
@@ -161,8 +165,11 @@ class Head:
         elements = torch.empty(rows * _aligned(columns), dtype=self.operand, device=self.hidden_ND.device)
         return TileStorage(elements)
 
-    def new_cached(self, columns: int, dtype: torch.dtype) -> Tensor:
-        """For all rows and ``columns`` columns, logits or exponentials; rows end in zeros."""
+    def new_cached(self, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """For ``columns`` of all rows; rows end in zeros. dtype: None: of exponentials where they are stored, else of
+        logits.
+        """
+        dtype = dtype or (self.operand if self.stores_exp else self.tile)
         cached_NC = torch.empty(self.n, _aligned(columns), dtype=dtype, device=self.hidden_ND.device)
         cached_NC[:, columns:] = 0.0
         return cached_NC
@@ -212,8 +219,7 @@ class Head:
         operands = self.hidden_ND[rows], self.lm_head_weight_VD[columns], self.labels_NK[rows]
         gemm_native.product_exp(*operands, stats, columns.start, bias_v, self.options.transform, out_nv, earlier_nc)
 
-    @property
-    def stores_exp(self) -> bool:
+    def _stores_exp(self) -> bool:
         """Whether stored exponentials support every gradient that is needed: one target a row, none of the entropy,
         none of a bias of more digits; label smoothing only with hidden's alone, and without a softcap. A call without
         gradients takes the same way, so that its log-probs have the same bits.
@@ -272,21 +278,17 @@ class Gradients:
     def like(self, tensors) -> "Gradients":
         """Each in the dtype of its tensor; ``tensors``: ``Head.tensors``."""
         pairs = zip(self.tensors, tensors, strict=True)
-        return Gradients(*(None if g is None else g.to(t.dtype) for g, t in pairs))
+        return Gradients(*[None if g is None else g.to(t.dtype) for g, t in pairs])
 
     def of_rows(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
         """dhidden and dleft of some rows."""
-        return tuple(None if t is None else t[rows] for t in (self.dhidden_ND, self.dleft_NR))
+        return tuple([None if t is None else t[rows] for t in (self.dhidden_ND, self.dleft_NR)])
 
     def of_columns(self, columns: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dW, dbias and dright of some vocabulary entries."""
-        return tuple(None if t is None else t[columns] for t in (self.dweight_VD, self.dbias_V, self.dright_VR))
+        return tuple([None if t is None else t[columns] for t in (self.dweight_VD, self.dbias_V, self.dright_VR)])
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of ``Head.tensors``."""
         return self.dhidden_ND, self.dweight_VD, self.dbias_V, self.dleft_NR, self.dright_VR
-
-
-def accumulation_dtype(operand: torch.dtype) -> torch.dtype:
-    return torch.float64 if operand == torch.float64 else torch.float32

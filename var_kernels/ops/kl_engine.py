@@ -17,7 +17,7 @@ from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
 from var_kernels.ops.backend import pair_kernels
 from var_kernels.ops.engines import fill_logits, gradients_by_slices, new_gradients, row_products, token_products
 from var_kernels.ops.gemm import add_product, product_into
-from var_kernels.ops.head import Gradients, Head, TileStorage, accumulation_dtype, spans
+from var_kernels.ops.head import Gradients, Head, TileStorage, spans
 from var_kernels.ops.plan import (
     MAX_CPU_BACKWARD_ROWS,
     MAX_FORWARD_ROWS,
@@ -183,7 +183,7 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gra
     plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), accumulator)
     step = pair.weight_slice(budget)
     storages = pair.storages(plan.rows, pair.v)
-    state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, accumulation_dtype(head.operand))
+    state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, head.wide)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
@@ -244,7 +244,7 @@ def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> G
     """Gradients of sum_n upstream_n divergence_n from what ``stored_gradient_pass`` gave."""
     head, backend, grad_NV = pair.policy, pair.policy.options.backend, stored_NV[:, : pair.v]
     step = pair.weight_slice(pair.budget - pair.stored_bytes)
-    wide, upstream_N1 = accumulation_dtype(head.operand), upstream_N.unsqueeze(1)
+    wide, upstream_N1 = head.wide, upstream_N.unsqueeze(1)
     gradients = new_gradients(head, wide, head.operand)
     if head.needs.hidden:
         _product_in_slices(gradients.dhidden_ND, grad_NV, head.lm_head_weight_VD, step, backend)
@@ -283,6 +283,6 @@ def plan_slices(head: Head, budget: int, cost: TileCost, rows: int) -> Plan:
     """Of ``rows`` rows at most."""
     plan = plan_vocabulary_slices(rows, head.v, budget, cost)
     if plan.rows < head.n and head.needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
-        accumulator = head.d * accumulation_dtype(head.operand).itemsize
+        accumulator = head.d * head.wide.itemsize
         plan = plan_vocabulary_slices(rows, head.v, budget, replace(cost, column=cost.column + accumulator))
     return plan

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
-from var_kernels.ops.backend import label_kernels
-from var_kernels.ops.head import Head, accumulation_dtype, spans
+from var_kernels.ops.head import Head, spans
 from var_kernels.ops.plan import gathered_bytes
-
-
-def _row_bytes(width: int, head: Head) -> int:
-    return max(1, 4 * width * accumulation_dtype(head.operand).itemsize)
 
 
 def _step(head: Head, width: int) -> int:
     """Rows of ``width`` whose vectors are gathered at a time."""
-    return max(1, gathered_bytes(head) // _row_bytes(width, head))
+    return max(1, gathered_bytes(head) // max(1, 4 * width * head.wide.itemsize))
 
 
 def _known(labels_n: Tensor, v: int) -> Tensor:
@@ -31,7 +26,7 @@ def start(head: Head) -> RowStats:
     """Statistics before the first ``row_exp``, whose pivots are the labels' logits: products in fp32 of the operands'
     exact values; NaN for a label beyond the vocabulary.
     """
-    kernels, labels_N = label_kernels(head.options.backend), head.labels_NK.squeeze(1)
+    kernels, labels_N = head.label_kernels, head.labels_NK.squeeze(1)
     smooth = head.options.label_smoothing > 0
     if kernels is None:
         stats = head.new_stats()
@@ -45,7 +40,7 @@ def start(head: Head) -> RowStats:
 
 
 def _label_logits(head: Head, labels_N: Tensor) -> Tensor:
-    dtype, ids_N = accumulation_dtype(head.operand), labels_N.clamp(0, head.v - 1)
+    dtype, ids_N = head.wide, labels_N.clamp(0, head.v - 1)
     x_N = torch.empty(head.n, dtype=dtype, device=labels_N.device)
     for begin, stop in spans(0, head.n, _step(head, head.d)):
         rows, ids_n = slice(begin, stop), ids_N[begin:stop]
@@ -60,7 +55,7 @@ def _label_logits(head: Head, labels_N: Tensor) -> Tensor:
 
 def finish(head: Head, rows: slice, stats: RowStats) -> None:
     """Statistics of some rows after the last ``row_exp``: the label's exponential joins the sums."""
-    kernels, labels_n = label_kernels(head.options.backend), head.labels_NK[rows].squeeze(1)
+    kernels, labels_n = head.label_kernels, head.labels_NK[rows].squeeze(1)
     if kernels is None:
         stats.add_label(_known(labels_n, head.v))
     else:
@@ -71,7 +66,7 @@ def row_scales(head: Head, rows: slice, coefficients: RowCoefficients, of_label)
     """The factor of the exponentials in the gradient in the raw logits, and the label's entry of it, (n,) each.
     of_label: ``RowStats.of_label`` of these rows, or ``saved_4N``.
     """
-    kernels, labels_n = label_kernels(head.options.backend), head.labels_NK[rows].squeeze(1)
+    kernels, labels_n = head.label_kernels, head.labels_NK[rows].squeeze(1)
     _, sumexp_n, logp_n, label_logit_n = of_label
     transform, prob_n, entry_n = head.options.transform, coefficients.prob_N, coefficients.label_NK.squeeze(1)
     if kernels is not None:
@@ -94,7 +89,7 @@ def combine_rows(
     rows are the first of the vocabulary, labels_n, label_n; constant: constant_n, total_D. ``out_nd`` may be
     ``sums_nd``.
     """
-    kernels = label_kernels(head.options.backend)
+    kernels = head.label_kernels
     if kernels is not None:
         kernels.combine_rows(out_nd, sums_nd, scale_n, label, constant)
         return
@@ -126,13 +121,13 @@ def add_label_rows(
     """total[labels_n] += label_n vectors_n for labels below C, each row of the total rounded once; the same bits in
     every run, and no value is read by the host. ordered: ``segments`` of the labels.
     """
-    kernels, (n, d), (sorted_n, order_n) = label_kernels(head.options.backend), vectors_nd.shape, ordered
+    kernels, (n, d), (sorted_n, order_n) = head.label_kernels, vectors_nd.shape, ordered
     if kernels is not None:
         kernels.add_label_rows(total_CD, ordered, label_n, vectors_nd)
         return
     if n == 0:
         return
-    c, dtype = total_CD.shape[0], accumulation_dtype(head.operand)
+    c, dtype = total_CD.shape[0], head.wide
     weight_n = label_n.to(dtype)[order_n].where(_known(sorted_n, c), 0.0)
     sorted_n = sorted_n.clamp(0, c - 1)
     begins_n = torch.ones_like(sorted_n, dtype=torch.bool)

@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from var_kernels.kernels.rows import RowCoefficients
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.define import Forward, Tensors, define_op
-from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
-from var_kernels.ops.head import Head, accumulation_dtype
+from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, vocabulary_pass
+from var_kernels.ops.head import Head
 from var_kernels.ops.plan import cached_columns
 from var_kernels.ops.signatures import LogprobKeywords, names_options, with_defaults
 
@@ -99,12 +99,7 @@ def linear_logprob(
     options = with_defaults("linear_logprob", options, LogprobKeywords)
     asked = {"lse": return_lse, "entropy": return_entropy, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, **asked)
-    logp_NK, lse_N, entropy_N, argmax_N = apply_logprob(call)
-    outputs = [call.restore_targets(logp_NK)]
-    outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
-    if argmax_N is not None:
-        outputs.append(call.restore(argmax_N, fill=-1))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return call.restore_logprob(*apply_logprob(call))
 
 
 @dataclass
@@ -135,7 +130,7 @@ def _forward(arguments: LogprobArguments) -> Forward:
     if arguments.frozen_head:
         stats, gradients = exp_pass(head, None)
     else:
-        cached_NC = new_cached(head, cached) if cached else None  # rows end in zeros
+        cached_NC = head.new_cached(cached) if cached else None  # rows end in zeros
         stats = forward_pass(head, cached_NC[:, :cached] if cached else None, exp=exp)
     entropy_N = stats.entropy_N if options.entropy else None
     lse_N = stats.lse_N if options.lse else None
@@ -154,8 +149,8 @@ def _shapes(arguments: LogprobArguments) -> Forward:
     if arguments.frozen_head:
         cached = head.hidden_ND.new_empty(head.hidden_ND.shape)
     elif arguments.cached:
-        cached = new_cached(head, arguments.cached)
-    wide = accumulation_dtype(head.operand)
+        cached = head.new_cached(arguments.cached)
+    wide = head.wide
 
     def new(*shape: int, asked: bool = True, dtype: torch.dtype = wide) -> Tensor | None:
         return head.hidden_ND.new_empty(shape, dtype=dtype) if asked else None

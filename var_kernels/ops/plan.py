@@ -10,9 +10,8 @@ from torch import Tensor
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.compile_time import compile_time
-from var_kernels.ops.backend import label_kernels
 from var_kernels.ops.gemm import ROUNDED_ROWS, rounds_sums, widens
-from var_kernels.ops.head import Head, accumulation_dtype
+from var_kernels.ops.head import Head
 
 MIB = 1 << 20
 # Narrower slices or shorter chunks than these starve a GEMM.
@@ -134,10 +133,10 @@ def rounding_bytes(head: Head) -> int:
 
 def gathered_bytes(head: Head) -> int:
     """Bytes of the label vectors that ops/labels.py gathers at a time: at least a row's; none where kernels do that."""
-    if label_kernels(head.options.backend) is not None:
+    if head.label_kernels is not None:
         return 0
     most = _GATHERED_BYTES if head.hidden_ND.device.type == "cpu" else _ACCELERATOR_GATHERED_BYTES
-    return max(min(most, head.options.budget // 8), 4 * head.d * accumulation_dtype(head.operand).itemsize)
+    return max(min(most, head.options.budget // 8), 4 * head.d * head.wide.itemsize)
 
 
 def tile_cost(head: Head, *, gradient: bool) -> TileCost:
@@ -163,7 +162,7 @@ def _exp_cost(head: Head) -> TileCost:
     rows.
     """
     copies, operand, d = operand_copies(head, gradient=True), head.operand, head.d
-    wide = accumulation_dtype(operand)
+    wide = head.wide
     row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
     # One after the other.
     fixed = max(head.kernels.temporary_bytes(head.n, head.v, head.tile), gathered_bytes(head), rounding_bytes(head))
@@ -185,7 +184,7 @@ def _exp_tile_bytes(head: Head, budget: int) -> int:
 
 def dweight_bytes(head: Head) -> int:
     """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
-    accumulation = accumulation_dtype(head.operand)
+    accumulation = head.wide
     if not head.needs.lm_head_weight or accumulation == head.operand:
         return 0
     # All rows at once: dW is one product.
@@ -279,11 +278,12 @@ def cached_columns(head: Head, *, in_place: bool = True) -> int:
     """
     if _statically(head.n == 0):
         return 0
-    cost, budget = tile_cost(head, gradient=True), head.options.budget
+    budget = head.options.budget
     if head.stores_exp:
         cost = replace(_exp_cost(head), element=head.operand.itemsize)
         tile = _exp_tile_bytes(head, budget)
     else:
+        cost = tile_cost(head, gradient=True)
         if in_place and _statically(cost.columns_within(budget, head.n) >= head.v):
             return head.v
         rows = min(head.n, MAX_CPU_BACKWARD_ROWS)

@@ -111,7 +111,7 @@ def linear_token_loss(
         loss = _evaluate(token_loss, known, inputs, call.active_NK.squeeze(1)).sum()
     outputs = [loss]
     if return_logp:
-        outputs.append(call.restore_targets(logp_NK.detach()))
+        outputs.append(call.restore(logp_NK.detach()))
     if return_entropy:
         outputs.append(call.restore(entropy_N.detach()))
     if return_argmax:

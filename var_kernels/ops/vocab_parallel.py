@@ -63,12 +63,8 @@ def vocab_parallel_logprob(
     call = prepare(hidden, lm_head_weight, labels, bias, options, vocabulary=sum(sizes), **asked)
     call.head.labels_NK = call.head.labels_NK - start
     arguments = VocabParallelArguments(call.head, Shard(start, process_group))
-    logp_NK, lse_N, entropy_N, argmax_N = _vocab_parallel_logprob(arguments)
-    outputs = [call.restore_targets(logp_NK.where(call.active_NK, 0.0))]
-    outputs += [call.restore(t) for t in (lse_N, entropy_N) if t is not None]
-    if argmax_N is not None:
-        outputs.append(call.restore(argmax_N, fill=-1))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    logp_NK, *others = _vocab_parallel_logprob(arguments)
+    return call.restore_logprob(logp_NK.where(call.active_NK, 0.0), *others)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from var_kernels.ops import checks
 from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.define import Forward, define_op, gradient_shapes
 from var_kernels.ops.engines import forward_pass, one_pass
-from var_kernels.ops.head import Gradients, Head, accumulation_dtype
+from var_kernels.ops.head import Gradients, Head
 from var_kernels.ops.logprob import apply_logprob
 from var_kernels.ops.plan import one_pass_fits
 from var_kernels.ops.signatures import (
@@ -109,11 +109,10 @@ def linear_weighted_nll(
     asked = {"lse": z_loss != 0, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, token_weight=token_weight, **asked)
     checks.check_num_items(num_items, call.active_NK)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
-        weight_NK = call.active_NK.to(dtype)
+        weight_NK = call.active_NK.to(call.head.wide)
     else:
-        weight_NK = call.select_targets(token_weight).to(dtype).where(call.active_NK, 0.0)
+        weight_NK = call.select_targets(token_weight).to(call.head.wide).where(call.active_NK, 0.0)
     if reduction == "mean":
         weight_NK = weight_NK / _divisor(call, labels, options["ignore_index"], num_items)
         weight_NK = weight_NK.where(call.active_NK, 0.0)  # num_items may be 0 then
@@ -124,11 +123,11 @@ def linear_weighted_nll(
         logp_NK, lse_N, _, argmax_N = apply_logprob(call)
         penalty_N1 = z_loss * lse_N.square().unsqueeze(1) if z_loss else 0.0
         loss_NK = weight_NK * (penalty_N1 - logp_NK)
-        loss = call.restore_targets(loss_NK) if reduction == "none" else loss_NK.sum()
+        loss = call.restore(loss_NK) if reduction == "none" else loss_NK.sum()
 
     outputs = [loss]
     if return_logp:
-        outputs.append(call.restore_targets(logp_NK.detach()))
+        outputs.append(call.restore(logp_NK.detach()))
     if return_argmax:
         outputs.append(call.restore(argmax_N, fill=-1))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -189,7 +188,7 @@ def _forward(arguments: WeightedNLLArguments) -> Forward:
 
 def _shapes(arguments: WeightedNLLArguments) -> Forward:
     head, labels_NK = arguments.head, arguments.head.labels_NK
-    logp_NK = head.hidden_ND.new_empty(labels_NK.shape, dtype=accumulation_dtype(head.operand))
+    logp_NK = head.hidden_ND.new_empty(labels_NK.shape, dtype=head.wide)
     argmax_N = labels_NK.new_empty(head.n) if head.options.argmax else None
     return Forward((logp_NK.new_empty(()), logp_NK, argmax_N), (*gradient_shapes(head), torch.empty_like(logp_NK)))
 

@@ -1,0 +1,77 @@
+"""The way of hidden states from ``linear_logprob`` into the kernels, forward and backward, is short: few files hand
+them on, in few Python calls. The trace is printed (``pytest -s``)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import var_kernels
+from var_kernels import linear_logprob
+from var_kernels.ops.backend import use_backend
+
+ROOT = Path(var_kernels.__file__).parent
+# They are given hidden states and hand them to no other file: they look at them, or multiply.
+ENDS = {"ops/checks.py", "ops/plan.py", "ops/gemm.py"}
+
+
+def holds(value, address: int, depth: int = 3) -> bool:
+    """Whether a value is the hidden states, a view of them, or an object of this package that holds them."""
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().data_ptr() == address
+    if isinstance(value, tuple | list):
+        return any(holds(item, address, depth - 1) for item in value) if depth else False
+    inside = type(value).__module__.startswith("var_kernels") and hasattr(value, "__dict__")
+    return inside and depth > 0 and any(holds(item, address, depth - 1) for item in vars(value).values())
+
+
+def walk() -> tuple[list[tuple[str, str]], set[str], set[str]]:
+    """(file, function) of every Python call in this package; files that are given hidden states; files that hand them
+    on to another one.
+    """
+    hidden = torch.randn(64, 64, requires_grad=True)
+    weight, labels = torch.randn(1000, 64, requires_grad=True), torch.randint(1000, (64,))
+    address, calls, given, handing = hidden.untyped_storage().data_ptr(), [], set(), set()
+
+    def of_package(frame) -> str | None:
+        path = Path(frame.f_code.co_filename)
+        return str(path.relative_to(ROOT)) if ROOT in path.parents else None
+
+    def profile(frame, event, _):
+        name = of_package(frame) if event == "call" else None
+        if name is None:
+            return
+        calls.append((name, frame.f_code.co_name))
+        if not any(holds(value, address) for value in frame.f_locals.values()):
+            return
+        given.add(name)
+        caller = frame.f_back
+        while caller is not None and of_package(caller) is None:  # autograd's own frames
+            caller = caller.f_back
+        if caller is not None and of_package(caller) != name:
+            handing.add(of_package(caller))
+
+    def step():
+        linear_logprob(hidden, weight, labels).sum().backward()
+
+    with use_backend("torch"):
+        step()  # imports
+        sys.setprofile(profile)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+    return calls, given, handing
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer is at work")
+def test_hidden_states_go_through_few_files():
+    calls, given, handing = walk()
+    ends = {name for name in given - handing if not name.startswith("kernels/")}
+    print(f"\n{len(calls)} Python calls in {len({name for name, _ in calls})} files")
+    print("handed on by", *sorted(handing), "| ended in", *sorted(given - handing))
+    assert {"ops/logprob.py", "ops/engines.py"} <= handing
+    assert len(handing) <= 7
+    assert ends <= ENDS
+    assert len(calls) <= 200

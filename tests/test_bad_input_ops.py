@@ -45,6 +45,7 @@ BAD = {
     "another device": (lambda: call(weight=WEIGHT.to("meta")), ValueError, r"lm_head_weight is on meta but hidden is on cpu"),
     "scale 0": (lambda: call(logit_scale=0.0), ValueError, r"logit_scale must be finite and not 0"),
     "softcap 0": (lambda: call(softcap=0.0), ValueError, r"softcap must be positive.*pass None"),
+    "temperature a row": (lambda: call(temperature=torch.ones(5)), TypeError, r"temperature must be a number, got Tensor of shape \(5,\); .*rows of each value.*labels of the others ignored"),
     "temperature 0": (lambda: call(temperature=0.0), ValueError, r"temperature must be positive.*got 0.0"),
     "temperature NaN": (lambda: call(temperature=float("nan")), ValueError, r"temperature must be positive"),
     "smoothing above 1": (lambda: call(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),

@@ -61,3 +61,18 @@ def test_logp_of_all_tokens_sums_to_one_and_gives_the_entropy(small_tiles, shape
     logp, entropy = linear_logprob(hidden, weight, every, return_entropy=True)
     torch.testing.assert_close(logp.exp().sum(1), torch.ones(n), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(-(logp.exp() * logp).sum(1), entropy, rtol=1e-4, atol=1e-5)
+
+
+@SETTINGS
+@given(sizes, st.integers(0, 1000))
+def test_rows_of_several_temperatures_take_a_call_for_each(small_tiles, shape, seed):
+    """As the refusal of a temperature a row says, under a softcap and a bias too."""
+    n, d, v = shape
+    hidden, weight, labels = leaves(n, d, v, seed, 1)
+    bias, temperatures = torch.randn(v), (0.6, 1.0, 1.7)
+    labels, of_row = labels.clamp(min=0), torch.arange(n) % 3
+    rows = [(t, labels.where(of_row == i, -100)) for i, t in enumerate(temperatures)]
+    logp = sum(linear_logprob(hidden, weight, y, bias, softcap=3.0, temperature=t) for t, y in rows)
+    z = 3.0 * torch.tanh((hidden.double() @ weight.double().T + bias.double()) / 3.0)
+    z = z / torch.tensor(temperatures, dtype=torch.float64)[of_row].unsqueeze(1)
+    assert_result(logp, z.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1))

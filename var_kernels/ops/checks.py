@@ -68,8 +68,13 @@ def check_tensors(
 
 def check_number(name: str, value) -> None:
     if not torch.compiler.is_compiling() and not isinstance(value, (float, int, numbers.Real)):
-        hint = "; it is a constant here, a scale that learns is a factor of hidden" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
+        got, hint = type(value).__name__, ""
+        if isinstance(value, Tensor):
+            hint = "; it is a constant here, a scale that learns is a factor of hidden"
+            if value.dim():
+                got = f"{got} of shape {tuple(value.shape)}"
+                hint = "; one a call: call once for the rows of each value, with the labels of the others ignored"
+        raise TypeError(f"{name} must be a number, got {got}{hint}")
 
 
 def is_traced(t: Tensor) -> bool:

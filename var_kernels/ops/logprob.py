@@ -79,6 +79,8 @@ def linear_logprob(
         low_rank: (left (..., R), right (V, R)), hidden's dtype, or fp32 beside 16 bit: a second product, added to the
             logits tile by tile, as a LoRA adapter of the head is: left = scaling * dropout(hidden) A^T, right = B. Peak
             memory besides: their gradients in fp32. No (V, D) matrix is merged.
+        temperature: one for all rows. Rows of several (sampled at different ones): a call for each, with the labels of
+            the others ignored, which costs nothing; hidden divided by it is rounded again in 16 bit.
         num_active: at least the number of rows with a label, when the caller knows it: nothing is read from the device
             then, also under torch.compile and CUDA-graph capture, and only that many rows are computed. Too small a
             count is an error (on an accelerator a device-side assertion).

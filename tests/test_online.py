@@ -173,6 +173,14 @@ def test_var_weighs_the_draws_of_a_prompt_by_their_rewards_alone(tmp_path):
     torch.testing.assert_close(moved.detach(), model.lm_head.weight.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_rows_of_an_item_are_known_before_anything_is_drawn(tmp_path):
+    """For the dry run's memory: a prompt's completions where they are compared, else one, or a pair."""
+    of_batch = {"advantages": "batch"}
+    for method, options, rows in (("dpo", {}, 2), ("grpo", {}, 3), ("reinforce", of_batch, 1), ("reinforce", {}, 3),
+                                  ("topr", {}, 1), ("var", {}, 3), ("sail_pp", {}, 2)):  # fmt: skip
+        assert online_trainer(tmp_path, method=method, **options).online.rows_an_item == rows, method
+
+
 def test_pairs_are_the_best_and_the_worst(tmp_path):
     trainer = trained(tmp_path, iterations=1, generations_per_prompt=4)
     rewards = trainer.train_dataset.rows.reward

@@ -171,3 +171,28 @@ def test_the_example_is_understood(place, capsys):
             "--max-new-tokens", "4", "--max-length", "32", "--use-cpu", "--disable-tqdm"]  # fmt: skip
     assert main(line) == 0, capsys.readouterr().err
     assert (place / "run" / "buffer" / "iteration-00000.jsonl").exists()
+
+
+def test_several_rewards_and_a_sampler_by_name(place, capsys):
+    """Weights behind the names; another engine's log-probs weigh the tokens; both by the dry run too."""
+    (place / "engine.py").write_text(
+        "from var_kernels.integrations.trainer.online import Samples\n"
+        "def draw(model, prompts, *, n, **options):\n"
+        "    ids = [[[5, 6 + k, 1] for k in range(n)] for _ in prompts]\n"
+        "    return Samples(ids, [[[-5.0, -5.0, -5.0]] * n for _ in prompts])\n"
+    )
+    settings = {"method": "ppo", "reward": "judge:lengths*-1,judge:lengths*3", "sampler": "engine:draw",
+                "importance_cap": "2", "iterations": "1", "prompts_per_iteration": "4", "generations_per_prompt": "3",
+                "logging_steps": "1", "use_cpu": "true", "disable_tqdm": "true"}  # fmt: skip
+    assert main([*words(**settings), "--dry-run"]) == 0, capsys.readouterr().err
+    assert main(words(**settings)) == 0, capsys.readouterr().err
+    (row, *_) = [json.loads(line) for line in (place / "run/buffer/iteration-00000.jsonl").read_text().splitlines()]
+    single = [len(c) + 0.01 * sum(map(ord, c)) for c in row["completions"]]
+    assert row["rewards"] == pytest.approx([2 * value for value in single])
+    assert row["completion_logps"] == [[-5.0] * 3] * 3
+    entries = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    assert any("sampler_logp_gap" in entry for entry in entries)
+    assert main(words(**{**settings, "sampler": None, "output_dir": "other"})) == 2
+    assert "importance_cap must be None without a sampler, got 2.0" in capsys.readouterr().err
+    assert main(words(**{**settings, "sampler": "engine:missing", "output_dir": "other"})) == 2
+    assert "sampler: module 'engine' has no function 'missing'" in capsys.readouterr().err

@@ -56,6 +56,7 @@ BY_HAND = {
         vespo_loss(TWO, HALF, tensor(1.0, -1.0)), [-4 * math.exp(-3) * LN2, -math.exp(1) / 8 * LN2],
     ),
     "topr": (topr_loss(-TWO.abs().repeat(2), HALF.repeat(2), tensor(3, 0, -1, -2)), [3 * LN2, 0, -LN2 / 2, -LN2]),
+    "topr, drawn more often": (topr_loss(TWO, HALF, tensor(-1, -1)), [LN2, -LN2 / 2]),
     "dual clip": (
         ppo_loss(tensor(math.log(5), math.log(2), math.log(5)), tensor(0, 0, 0), tensor(-1, -1, 1), dual_clip=3.0),
         [3.0, 2.0, -1.2],

@@ -216,7 +216,7 @@ def _run(args: argparse.Namespace) -> int:
     if settings["dry_run"]:
         from var_kernels.integrations.trainer.preview import preview
 
-        report = preview(model, config, examples, tokenizer, malformed=malformed, **options)
+        report = preview(model, config, examples, tokenizer, malformed=malformed, sampler=sampler, **options)
         if config.process_index == 0:
             print(report)
         return 0

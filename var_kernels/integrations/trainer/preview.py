@@ -40,7 +40,16 @@ _STATES = {
 
 
 def preview(
-    model, config, rows: Sequence, tokenizer, *, reward_func=None, peft_config=None, malformed: int = 0, shown: int = 3
+    model,
+    config,
+    rows: Sequence,
+    tokenizer,
+    *,
+    reward_func=None,
+    sampler=None,
+    peft_config=None,
+    malformed: int = 0,
+    shown: int = 3,
 ) -> str:
     """What ``VARTrainer(model, config, rows, processing_class=tokenizer, ...)`` would train on, and with what memory.
 
@@ -61,7 +70,7 @@ def preview(
     check_vocabulary(model, tokenizer)
     calibrate_first_rank(model, config.device, config.process_index)
     if config.online:
-        check_online(config, reward_func, None, None)
+        check_online(config, reward_func, sampler, None)
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         loop = OnlineLoop(
             config, method, parsed_examples(rows, "train_dataset", "prompt"), None, tokenizer, pad, None, reward_func
@@ -70,10 +79,7 @@ def preview(
         sections = [_prompt_lines(loop, tokenizer, config, shown)]
         longest = max(len(prompt.ids) for prompt in loop.prompts) + config.max_new_tokens
         steps, batch = (loop.steps, config.iterations), (config.per_device_train_batch_size, longest)
-        if method.loss.item == "pair":
-            batch = (2 * batch[0], longest)
-        elif method.items.__name__ == "whole_prompts" or _per_prompt(config):
-            batch = (config.generations_per_prompt * batch[0], longest)
+        batch = (loop.rows_an_item * batch[0], longest)
         live_reference = loop.reads_initial_model
     else:
         ends = end_tokens(tokenizer, inner_model(model))
@@ -97,10 +103,6 @@ def preview(
     sections.append(_memory_lines(model, config, batch, live_reference and peft_config is None))
     title = f"dry run of method {config.method!r}: nothing is trained or written"
     return "\n\n".join([title, *("\n".join(lines) for lines in sections)])
-
-
-def _per_prompt(config) -> bool:
-    return config.method == "var" and config.normalizer in ("group", "self_normalised")
 
 
 # ---- rows as tokens --------------------------------------------------------------------------------------------------

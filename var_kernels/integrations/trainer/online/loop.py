@@ -70,7 +70,7 @@ class OnlineLoop(TrainerCallback):
         self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args, reward_function)
         self.buffer = Buffer(Path(args.output_dir) / BUFFER)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.expected_items = self._count_items()
+        self.expected_items, self.rows_an_item = self._count_items()
         self.steps = args.steps_per_iteration or -(-self.expected_items // per_step)
         self.dataset = FixedLengthItems(self.steps * per_step)
         self.trainer = None
@@ -357,14 +357,15 @@ class OnlineLoop(TrainerCallback):
                 digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _count_items(self) -> int:
-        """Items of an iteration in which no two completions of a prompt have the same reward."""
+    def _count_items(self) -> tuple[int, int]:
+        """Items of an iteration in which no two completions of a prompt have the same reward, and rows of an item."""
         count = self.args.generations_per_prompt
         drawn = [
             Drawn("", [""] * count, [float(number) for number in range(count)], "", [0], [[0]] * count)
             for _ in range(self.args.prompts_per_iteration)
         ]
-        return len(self.method.items(encode_drawn(drawn, pairs=draws_pairs(self.args.method)), self.args))
+        items = self.method.items(encode_drawn(drawn, pairs=draws_pairs(self.args.method)), self.args)
+        return len(items), max(map(len, items))
 
     def _together(self, work: Callable):
         """``work()`` on every rank; if it fails on one, all stop, with the same message."""

@@ -126,7 +126,8 @@ def _registered(name: str, layout: "_Layout", paths, forward, backward, shapes, 
 
     def fake_backward(*arguments) -> list[Tensor]:
         *leaves, _, _ = arguments
-        return [_given(g, leaves[0]) for g in gradient_shapes(layout.build(iter(leaves)).head)]
+        others = (leaves[at].new_empty(leaves[at].shape) for at in positions[len(_LEARNING) :])
+        return [_given(g, leaves[0]) for g in (*gradient_shapes(layout.build(iter(leaves)).head), *others)]
 
     def keep(ctx, inputs, output):
         ctx.set_materialize_grads(False)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.cli.explain import explain_engines
 from var_kernels.ops import engines, plan, weighted_nll
 from var_kernels.ops.backend import use_backend
-from var_kernels.ops.explain import explain_engines
 
 CPU = torch.device("cpu")
 N, D, V = 512, 32, 6000

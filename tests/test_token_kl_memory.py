@@ -54,6 +54,18 @@ def test_peak_is_bounded(name, dtype):
     assert bound(name, dtype) < 2 * BIG_N * BIG_V * 4 / 3, "the bound would not notice the logits"
 
 
+def test_sums_of_dw_are_in_the_budget():
+    """The policy's logits alone would fit, those of both models do not: dW is summed up over chunks."""
+    args, workspace_mb = big(BF16), 18
+    assert BIG_N * BIG_V * 4 < workspace_mb << 20 < BIG_N * BIG_V * 8
+
+    def run():
+        total = linear_token_kl(*args, workspace_mb=workspace_mb, reduction="sum", engine="one_pass")
+        return torch.autograd.grad(total, args[:2])
+
+    assert peak_extra_bytes(run) <= (workspace_mb << 20) + (BIG_N + BIG_V) * BIG_D * 2 + ROW_VECTORS
+
+
 def test_the_bound_notices_materialised_logits(monkeypatch):
     original = kl_engine.plan_forward
     monkeypatch.setattr(kl_engine, "plan_forward", lambda n, v, budget, cost: original(n, v, 1 << 40, cost))

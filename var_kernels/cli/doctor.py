@@ -197,7 +197,7 @@ def memory_lines(args: argparse.Namespace) -> list[str]:
     """The loss's memory above hidden states and weights, plain against fused, from the model's configuration alone."""
     import torch
 
-    from var_kernels.ops.explain import explain_engines, most_bytes
+    from var_kernels.cli.explain import explain_engines, most_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, hidden, vocab, dtype = "", args.hidden, args.vocab, None

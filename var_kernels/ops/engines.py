@@ -99,6 +99,7 @@ def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable
             del dlogits_nv  # a copy in 16 bit would live on beside the next tile
         if split:
             dweight_vd.copy_(sums_vd)
+        del sums_vd  # would live on beside the next slice's
 
 
 def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, slice], Tensor]) -> Gradients:

@@ -23,7 +23,7 @@ from var_kernels.ops.plan import (
     MAX_FORWARD_ROWS,
     Plan,
     TileCost,
-    dweight_bytes,
+    accumulator_bytes,
     holds_token_chunks,
     operand_copies,
     plan_forward,
@@ -125,8 +125,8 @@ class HeadPair:
 
     @property
     def accumulator(self) -> int:
-        """Bytes of the fp32 sums of dW over chunks, where they are not themselves the gradient that is returned."""
-        return dweight_bytes(self.policy)
+        """Bytes of the sums of dW over chunks, see ``accumulator_bytes``."""
+        return accumulator_bytes(self.policy, self.chunk_cost(self.budget).rows_within(self.budget, self.v))
 
     def storages(self, rows: int, columns: int) -> tuple[TileStorage, TileStorage]:
         return self.policy.new_tile(rows, columns), self.ref.new_tile(rows, columns)
@@ -183,7 +183,8 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gra
     plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), accumulator)
     step = pair.weight_slice(budget)
     storages = pair.storages(plan.rows, pair.v)
-    state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, head.wide)
+    dweight = head.wide if plan.rows < head.n else head.operand
+    state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, dweight)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)

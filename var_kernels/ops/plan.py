@@ -10,7 +10,8 @@ from torch import Tensor
 
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.compile_time import compile_time
-from var_kernels.ops.gemm import ROUNDED_ROWS, rounds_sums, widens
+from var_kernels.ops import gemm
+from var_kernels.ops.gemm import ROUNDED_ROWS, rounds_sums
 from var_kernels.ops.head import Head
 
 MIB = 1 << 20
@@ -104,15 +105,15 @@ def _cuda_memory(index: int) -> int:
 # ---- costs of a head -------------------------------------------------------------------------------------------------
 
 
-def operand_copies(head: Head, gradient: bool, gemms: str | None = None) -> int:
+def operand_copies(head: Head, gradient: bool) -> int:
     """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py), and of factors in
-    the tile's dtype and the operands'. gemms: the backend whose gradient GEMMs are counted; None: the call's.
+    the tile's dtype and the operands'.
     """
     operand, tile = head.operand, head.tile
     partial = 0
-    if gradient and operand.itemsize == 2 and not widens(operand, head.hidden_ND.device):
+    if gradient and operand.itemsize == 2 and not gemm.widens(operand, head.hidden_ND.device):
         # A partial result in 16 bit, and the fp32 copy that torch makes to add it.
-        partial = 0 if rounds_sums(operand, gemms or head.options.backend) else 2 + 4
+        partial = 0 if rounds_sums(operand, head.options.backend) else 2 + 4
     copies = head.d * ((tile.itemsize if head.upcast else 0) + partial)
     if head.left_NR is not None:
         casts = (tile.itemsize if head.factor != tile else 0) + partial
@@ -183,12 +184,16 @@ def _exp_tile_bytes(head: Head, budget: int) -> int:
 
 
 def dweight_bytes(head: Head) -> int:
-    """Bytes of the accumulator of dW, where it is not itself the gradient that is returned."""
+    """``accumulator_bytes`` of the chunks of one pass."""
+    return accumulator_bytes(head, _rows_within(head, head.options.budget))
+
+
+def accumulator_bytes(head: Head, rows: int) -> int:
+    """Bytes of the sums of dW over chunks of ``rows``, where they are not themselves the gradient that is returned;
+    none where all rows are one chunk: dW is one product.
+    """
     accumulation = head.wide
-    if not head.needs.lm_head_weight or accumulation == head.operand:
-        return 0
-    # All rows at once: dW is one product.
-    if _rows_within(head, head.options.budget) >= head.n > 0:
+    if not head.needs.lm_head_weight or accumulation == head.operand or rows >= head.n > 0:
         return 0
     return head.v * head.d * accumulation.itemsize
 

@@ -61,6 +61,17 @@ def test_one_completion_a_prompt_is_not_enough(method, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_single_completions_have_advantages_of_their_own(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["completions"][0], "reward": 0.1 * i - 0.3}
+            for i, row in enumerate(ROWS)]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no prompt has two .*, or take advantages='batch' or 'given'"):
+        tiny_trainer(tmp_path, rows, method="reinforce")
+    trainer = run(tmp_path, "reinforce", rows, advantages="given", length_normalization="token", max_steps=1)
+    table = naive_rows(tiny_model(), rows)  # weighted SFT: sum of w nll over the tokens of the batch
+    total = sum(-entry["reward"] * entry["logp"].sum() for entry in table) / sum(len(entry["logp"]) for entry in table)
+    assert losses(trainer)[0] == pytest.approx(total.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 def test_prompts_of_one_completion_among_others_are_named(method, tmp_path, caplog):
     rows = [*ROWS[:6], *({"prompt": r["prompt"], "completion": r["completions"][0], "reward": 1.0} for r in ROWS[6:])]

@@ -51,6 +51,15 @@ REFUSED = {  # id: (rows, options, what the message says)
     "awr, one row a step": (SINGLE, {"method": "awr", "per_device_train_batch_size": 1}, "every step has one"),
     "grpo, ties": (TIED, {"method": "grpo"}, f"{TIES}.*method 'var' with normalizer='batch'"),
     "ppo, ties": (TIED, {"method": "ppo"}, TIES),
+    "reinforce, ties": (TIED, {"method": "reinforce"}, TIES),
+    "gspo, ties": (TIED, {"method": "gspo", "advantages": "group_mean"}, TIES),
+    "reinforce over the batch, all equal": (EQUAL, {"method": "reinforce", "advantages": "batch"}, "all 24 are 0.5"),
+    "reinforce over the batch, one row a step": (
+        SINGLE, {"method": "reinforce", "advantages": "batch", "per_device_train_batch_size": 1}, "every step has one",
+    ),
+    "given weights of 0": (ZERO, {"method": "reinforce", "advantages": "given"}, "all 24 are 0, by which"),
+    "gvpo, ties": (TIED, {"method": "gvpo"}, TIES),
+    "astar_po, one completion a prompt": (SINGLE, {"method": "astar_po"}, ALONE),
     "raft, ties": (TIED, {"method": "raft"}, TIES),
     "exo, ties": (TIED, {"method": "exo"}, TIES),
     "lire, ties": (TIED, {"method": "lire"}, TIES),
@@ -93,6 +102,7 @@ WARNED = {  # id: (rows, options, what the log says)
     "rgold, a sigmoid that saturates": (FAR, {"method": "rgold"}, "reads their sigmoid, which differs by"),
     "best-of-n of one": (SINGLE, {"method": "sft"}, "no effect: 8 of 8 prompts have a single completion"),
     "kto, all desirable": ([{**r, "rewards": [1, 2, 3]} for r in ROWS], {"method": "kto"}, "completion is desirable"),
+    "given weights, all equal": (EQUAL, {"method": "topr"}, "rewards tell no completion from another: all 24 are"),
     "weighted_bc, all equal": (EQUAL, {"method": "weighted_bc"}, "rewards tell no completion from another: all 24 are"),
 }  # fmt: skip
 
@@ -109,6 +119,8 @@ SILENT = {  # id: (rows, options)
     "var batch, one completion a prompt": (SINGLE, BATCH),
     "weighted_bc, rewards in reach of the sigmoid": (ROWS, {"method": "weighted_bc"}),
     "awr": (ROWS, {"method": "awr"}),
+    "given weights, one completion a prompt": (SINGLE, {"method": "reinforce", "advantages": "given"}),
+    "reinforce over the batch, one completion a prompt": (SINGLE, {"method": "reinforce", "advantages": "batch"}),
     "sft on all": (SINGLE, {"method": "sft", "sft_on": "all"}),
     "dpo": (ROWS, {"method": "dpo"}),
     "sft on pairs": ([{k: v for k, v in row.items() if k != "rewards"} for row in PAIRS], {"method": "sft"}),

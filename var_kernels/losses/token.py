@@ -180,9 +180,7 @@ def clipped_surrogate(
     """-min(ratio A, clip(ratio) A), at most -dual_clip A where A < 0: of tokens or of sequences, see ``ppo_loss``."""
     _check_clip(clip_low, clip_high, dual_clip)
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    if dual_clip is None:
-        return loss
-    return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+    return loss if dual_clip is None else torch.minimum(loss, dual_clip * advantage.abs())  # below 0 where A > 0
 
 
 def token_objective(

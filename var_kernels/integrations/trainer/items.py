@@ -28,6 +28,7 @@ def whole_prompts(rows, config) -> list[list[int]]:
         raise ValueError(
             f"method {config.method!r} compares the completions of a prompt: no prompt has two ({_places(rows, lonely)}"
             "); the data need rows of prompt + completions + rewards"
+            + (", or take advantages='batch' or 'given'" if hasattr(config, "advantages") else "")
         )
     if lonely:
         logger.warning(

@@ -68,7 +68,8 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
         equal = f"all {len(reward)} are {float(reward[0]):g}"
         if scope:
             return f"{equal}, and {who} compares them; give rewards that tell completions apart, or take method 'sft'"
-        if float(reward[0]) == 0 and not getattr(config, "squash", True):
+        multiplies = getattr(config, "advantages", "") == "given" or not getattr(config, "squash", True)
+        if float(reward[0]) == 0 and multiplies:
             return f"{equal}, by which {who} multiplies: nothing would be learnt; give rewards that differ from 0"
         logger.warning("%s: rewards tell no completion from another: %s", name, equal)
     elif _squashes(method, config) and _spread(reward.sigmoid()) < MIN_REWARD_SPREAD:

@@ -13,8 +13,11 @@ from benchmarks.gpu_bench import Item
 from benchmarks.gpu_timing import GIGA, MIB, TFLOP, products_run
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
+from var_kernels.ops import labels
 from var_kernels.ops.backend import choose_backend, row_kernels
+from var_kernels.ops.define import scale_
 from var_kernels.ops.gemm import add_product, logits_into, product_into
+from var_kernels.ops.head import Head, HeadOptions, Needs
 from var_kernels.ops.plan import budget_bytes
 
 MAIN = (8192, 4096, 128256)
@@ -148,7 +151,7 @@ def _overlap(bench) -> list[dict]:
 
 def primitives(dry_run: bool) -> list[Item]:
     """Output precision, slice widths, chunk lengths, overlap; the row kernels at their defaults."""
-    runs = {"logits": _logit_gemms, "overlap": _overlap}
+    runs = {"logits": _logit_gemms, "overlap": _overlap, "labels": _label_kernels}
     runs |= {
         f"slice {width}": functools.partial(_slice_gemms, width=width)
         for width in ((128, 256) if dry_run else (1024, 2048, 4096, 8192, 16384, 32768))
@@ -198,6 +201,31 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -
     return rows
 
 
+def _label_kernels(bench) -> list[dict]:
+    """What surrounds ``row_exp``, on tokens as frequent as Zipf's law has them; bytes: every label distinct."""
+    n, d, v = _sizes(bench, MAIN)
+    hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=0.02)
+    label_ids = (v ** torch.rand(n, 1, device=bench.device)).long().clamp(max=v - 1)
+    options = HeadOptions(
+        LogitTransform(), 0.0, "fp32", budget_bytes(None, weight), choose_backend(bench.device, torch.float32)[0]
+    )
+    head = Head(hidden, weight, None, label_ids, options, Needs(hidden=True, lm_head_weight=True))
+    scale, entry, sums = torch.rand(n, device=bench.device), torch.rand(n, device=bench.device), hidden.float()
+    ordered, label = labels.segments(label_ids[:, 0]), (weight, label_ids[:, 0], entry)
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+    one = torch.ones((), device=bench.device)
+    steps = {
+        "labels: start": (lambda: _ignore(labels.start(head)), 4),
+        "labels: sort": (lambda: _ignore(labels.segments(label_ids[:, 0])), 0),
+        "labels: scaled hidden": (lambda: labels.combine_rows(head, dhidden, hidden, scale), 4),
+        "labels: sums to dhidden": (lambda: labels.combine_rows(head, dhidden, sums, scale, label), 8),
+        "labels: rows of dW": (lambda: labels.add_label_rows(head, dweight, ordered, entry, hidden), 6),
+        "scale of 1": (lambda: scale_(dweight, one), 0),
+    }
+    timings = bench.total({name: step for name, (step, _) in steps.items()})
+    return [_bytes_row(name, timing, steps[name][1] * n * d) for name, timing in timings.items()]
+
+
 @contextmanager
 def _row_kernel_setting(block: int, warps: int):
     from var_kernels.kernels import rows_triton
@@ -216,7 +244,7 @@ def _row_kernel_setting(block: int, warps: int):
 def _row_kernels_with(bench, block: int, warps: int) -> list[dict]:
     with _row_kernel_setting(block, warps):
         label = f"{block} columns, {warps} warps"
-        # An odd vocabulary is read and written element by element.
+        # An odd vocabulary is loaded and stored up to the padded end of a row.
         cases = itertools.product((MAIN[2], 50257), (torch.float32, torch.bfloat16))
         return [row for v, dtype in cases for row in _row_kernels(bench, dtype, label, v)]
 

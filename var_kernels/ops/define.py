@@ -234,11 +234,12 @@ def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
         return list(gradients)
     for gradient in gradients:
         if gradient is not None:
-            _scale_(gradient, dloss)
+            scale_(gradient, dloss)
     return list(gradients)
 
 
-def _scale_(gradient: Tensor, factor: Tensor) -> None:
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, a number on its device."""
     kernels = label_kernels(choose_backend(gradient.device, gradient.dtype)[0])
     if kernels is None or not gradient.is_contiguous():
         gradient.mul_(factor)

@@ -1,4 +1,4 @@
-"""Which engine a call of given sizes takes, and why: what ``var-kernels doctor`` prints."""
+"""The engines of calls of given sizes, as their plans say: what ``var-kernels doctor`` prints."""
 
 import torch
 
@@ -52,22 +52,26 @@ def explain_engines(
     if dtype == torch.float16:
         weighted = "two passes, 4 GEMMs: gradients made early underflow in fp16"
     elif one_pass_fits(head):
-        rows = one_pass_plan(head).rows
-        weighted = f"one pass, 3 GEMMs: {budget:,.0f} MiB hold chunks of {rows:,} of {n:,} rows{wide}"
+        plan = one_pass_plan(head)
+        chunks = f"{budget:,.0f} MiB hold chunks of {plan.rows:,} of {n:,} rows{wide}"
+        weighted = f"one pass, 3 GEMMs: {chunks}; {plan.predicted / MIB:,.0f} MiB predicted"
     else:
         weighted = f"two passes, 4 GEMMs: {budget:,.0f} MiB hold no useful chunk of whole rows{wide}"
     cached = cached_columns(head)
+    predicted = forward_plan(head, cached).predicted
     if cached == v:
         general = f"two passes, 3 GEMMs: {budget:,.0f} MiB hold all logits for the backward"
     else:
-        slices = -(-(v - cached) // backward_plan(head).columns)
+        plan = backward_plan(head, cached)
+        predicted, slices = max(predicted, plan.predicted), -(-(v - cached) // plan.columns)
         some = f"{budget:,.0f} MiB hold {cached / v:.0%} of the logits, " if cached else ""
         general = (
             f"two passes, {4 - cached / v:.3g} GEMMs: {some}the backward recomputes {slices} slices of the vocabulary"
         )
     tile = forward_plan(head)
+    tiles = f"tiles of {tile.rows:,} x {tile.columns:,} logits"
     return {
         "VAR, SFT": weighted,
-        "DPO": general,
-        "scoring": f"forward only, 1 GEMM: tiles of {tile.rows:,} x {tile.columns:,} logits",
+        "DPO": f"{general}; {predicted / MIB:,.0f} MiB predicted",
+        "scoring": f"forward only, 1 GEMM: {tiles}; {tile.predicted / MIB:,.0f} MiB predicted",
     }

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="the backend of a GPU")
 from benchmarks import gpu_costs
-from benchmarks.gpu_costs import CASES, RESULTS, ROW_KERNELS, computed, run
+from benchmarks.gpu_costs import CASES, RESULTS, ROW_KERNELS, Case, computed, run
 
 BY_NAME = {case.name: case for case in CASES}
 LARGE, SMALL, LONG = (8192, 4096, 128256), (8192, 896, 151936), (8192, 2304, 256000)
@@ -47,6 +47,23 @@ def test_small_launches_stay_few(name, most):
     counts = run(BY_NAME[name], *LARGE)
     assert len(counts.others) <= most, [what for what, _ in counts.others]
     assert counts.host_reads == 1  # the number of rows that count
+
+
+@pytest.mark.parametrize(
+    ("shape", "workspace_mb"), [(LARGE, 2260), (SMALL, 775), (SMALL, 1024), (LONG, 2762), (LONG, 3299)]
+)
+def test_the_engine_that_is_chosen_costs_little(shape, workspace_mb):
+    """Budgets around which one pass becomes worth its fp32 dW: at most 1.2 times the other engine's time, whether what
+    the GEMMs move hides under them or not.
+    """
+
+    def ratios(engine):
+        row = computed(Case(engine, 3, engine=engine, workspace_mb=lambda n, d, v: workspace_mb), shape)
+        return float(row["computed_ratio"]), float(row["computed_ratio_exposed"])
+
+    chosen = ratios("auto")
+    for engine in ("one_pass", "two_pass"):
+        assert all(ours <= 1.2 * other for ours, other in zip(chosen, ratios(engine), strict=True))
 
 
 def test_what_is_counted():

@@ -165,9 +165,11 @@ def label_configurations() -> list[Configuration]:
     """The label kernels: bf16 operands of a D that is a multiple of 16, bare; fp32 ones of any D with every option."""
     found = []
     strides = [
-        f"{t}_stride_{axis}" for t in ("hidden", "weight", "sums", "matrix", "total", "vectors") for axis in "nvd"
+        f"{t}_stride_{axis}"
+        for t in ("hidden", "weight", "out", "sums", "matrix", "total", "vectors")
+        for axis in "nvd"
     ]
-    strides += ["left_stride_n", "left_stride_r", "right_stride_v", "right_stride_r", "out_stride_n"]
+    strides += ["left_stride_n", "left_stride_r", "right_stride_v", "right_stride_r"]
     sizes = ("V", "D", "R", "C", "size")
     for everything, operand in ((False, "bf16"), (True, "fp32")):
         operands = ("hidden_ptr", "weight_ptr", "bias_ptr", "matrix_ptr", "vectors_ptr", "values_ptr", "out_ptr")

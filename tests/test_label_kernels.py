@@ -112,7 +112,9 @@ def check_scales(device, module=labels_triton, transform=PLAIN):
     assert close(scale, prob.double() * transform.slope / sumexp.double())
 
 
-def check_combine(device, module=labels_triton, dtype=torch.float32, in_place=False, with_label=True, constant=True):
+def check_combine(
+    device, module=labels_triton, dtype=torch.float32, in_place=False, with_label=True, constant=True, by_columns=False
+):
     labels = some_labels(device)
     sums, matrix = normal(N, D, device=device), normal(V, D, dtype=dtype, device=device)
     scale, factor, third = (normal(N, device=device).roll(i) for i in range(3))
@@ -124,6 +126,8 @@ def check_combine(device, module=labels_triton, dtype=torch.float32, in_place=Fa
     if constant:
         truth += third.double().unsqueeze(1) * total.double()
     out = sums if in_place else torch.full((N, D + 1), torch.nan, dtype=dtype, device=device)[:, :D]
+    if by_columns:
+        out, sums = (t.t().contiguous().t() for t in (out, sums))
     label = (matrix, labels, factor) if with_label else None
     module.combine_rows(out, sums, scale, label, (third, total) if constant else None)
     assert close(out, truth, out.dtype)
@@ -162,6 +166,7 @@ CHECKS = {
     "combine": check_combine,
     "combine, in place": functools.partial(check_combine, in_place=True),
     "combine, bf16": functools.partial(check_combine, dtype=BF16),
+    "combine, columns first": functools.partial(check_combine, by_columns=True),
     "combine, scale alone": functools.partial(check_combine, with_label=False, constant=False),
     "rows": check_rows,
     "rows, bf16": functools.partial(check_rows, dtype=BF16),

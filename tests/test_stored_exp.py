@@ -143,6 +143,22 @@ def test_a_label_more_likely_than_all_others_keeps_its_digits(target):
     torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_hidden_states_by_columns(target, frozen):
+    """A transposed matrix, whose memory new tensors are shaped after."""
+    target.require(BF16)
+    hidden, weight, labels, _ = Case("", dtype=BF16, shape=(40, 24, 37), ignored=0.0).inputs(target.device)
+    weight.requires_grad_(not frozen)
+    found = []
+    for given in (hidden.detach(), hidden.detach().t().contiguous().t()):
+        leaves = [t for t in (given.requires_grad_(), weight) if t.requires_grad]
+        losses = linear_logprob(given, weight, labels).sum(), linear_weighted_nll(given, weight, labels, None)
+        found += [torch.autograd.grad(loss, leaves) for loss in losses]
+    for got, expected in zip(found[2:], found[:2], strict=True):
+        for g, e in zip(got, expected, strict=True):
+            assert_gradient(g, e, e)
+
+
 def test_labels_that_many_rows_share(target):
     """Their rows of dW are summed in fp32 and rounded once: 300 rows of one label, in bf16."""
     target.require(BF16)

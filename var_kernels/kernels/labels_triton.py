@@ -181,6 +181,7 @@ def _combine_rows_kernel(
     constant_ptr,  # (n,) fp32
     total_ptr,  # (D,) fp32
     out_stride_n,
+    out_stride_d,
     sums_stride_n,
     sums_stride_d,
     matrix_stride_v,
@@ -204,7 +205,7 @@ def _combine_rows_kernel(
         out += tl.load(label_ptr + row) * vector.to(tl.float32)
     if HAS_CONSTANT:
         out += tl.load(constant_ptr + row) * tl.load(total_ptr + offs_d, mask=mask, other=0.0)
-    tl.store(out_ptr + row * out_stride_n + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * out_stride_n + offs_d * out_stride_d, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -294,7 +295,7 @@ def start_rows(
             hidden_ND if bias_V is None else bias_V.contiguous(),
             left_NR,
             right_VR,
-            labels_N,
+            labels_N.contiguous(),
             stats.label_logit_NK,
             stats.max_N,
             stats.others_N,
@@ -328,7 +329,7 @@ def finish_rows(labels_n: Tensor, stats: RowStats, v: int) -> None:
         return
     with on_device_of(labels_n):
         _finish_rows_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
-            labels_n,
+            labels_n.contiguous(),
             stats.label_logit_NK,
             stats.max_N,
             stats.others_N,
@@ -360,7 +361,7 @@ def row_scales(
     softcap = transform.softcap
     with on_device_of(labels_n):
         _row_scales_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
-            labels_n,
+            labels_n.contiguous(),
             prob_n.contiguous(),
             entry_n.contiguous(),
             sumexp_n,
@@ -402,11 +403,11 @@ def combine_rows(
             sums_nd,
             scale_n.contiguous(),
             matrix_VD,
-            labels_n,
+            labels_n.contiguous(),
             label_n.contiguous(),
             constant_n.contiguous(),
             total_D,
-            out_nd.stride(0),
+            *out_nd.stride(),
             *sums_nd.stride(),
             *matrix_VD.stride(),
             matrix_VD.shape[0],
@@ -430,9 +431,9 @@ def add_label_rows(total_CD: Tensor, segments: tuple[Tensor, Tensor], label_n: T
     with on_device_of(total_CD):
         _label_rows_kernel[(n, triton.cdiv(d, block))](
             total_CD,
-            sorted_n,
-            order_n,
-            label_n,
+            sorted_n.contiguous(),
+            order_n.contiguous(),
+            label_n.contiguous(),
             vectors_nd,
             *total_CD.stride(),
             *vectors_nd.stride(),

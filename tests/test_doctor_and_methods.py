@@ -43,7 +43,7 @@ def test_every_package_of_an_extra_is_known():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     modules = {"pyyaml": "yaml", "pytest-benchmark": "pytest_benchmark"}
-    for extra in ("hf", "trl", "deepspeed", "bench"):
+    for extra in ("hf", "demo", "trl", "deepspeed", "bench"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0]
             if name != "var-kernels":

@@ -10,6 +10,8 @@ EXTRAS = {
     **dict.fromkeys(
         ("transformers", "accelerate", "datasets", "tokenizers", "peft", "yaml", "rich", "matplotlib"), "hf"
     ),
+    "vaderSentiment": "demo",
+    "gguf": "demo",
     "trl": "trl",
     "deepspeed": "deepspeed",
     "pytest_benchmark": "bench",

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from tests.tiny_online import online_trainer
-from tests.tiny_training import ROWS, tiny_trainer
+from tests.tiny_training import ROWS, losses, tiny_trainer
 from var_kernels.integrations.trainer import callbacks, progress
 from var_kernels.integrations.trainer.progress import ProgressLines, progress_bar
 
@@ -23,7 +23,7 @@ class Clock:
         return self.now
 
 
-def test_lines_come_after_ten_seconds_and_then_ever_more_rarely(caplog):
+def test_lines_come_after_ten_seconds_and_then_every_half_minute(caplog):
     caplog.set_level(logging.INFO)
     clock = Clock()
     lines, when = ProgressLines("scoring", 1000, "row", clock=clock), []
@@ -32,7 +32,7 @@ def test_lines_come_after_ten_seconds_and_then_ever_more_rarely(caplog):
         lines.advance(1)
         if len(caplog.messages) > len(when):
             when.append(clock.now - 100.0)
-    assert when == [10.0, 30.0, 70.0, 150.0, 270.0, 390.0, 510.0, 630.0, 750.0, 870.0, 990.0]
+    assert when == [10.0, *range(30, 1000, 30)]
     assert caplog.messages[0] == "scoring: 10 of 1000 rows (1 %), 1 rows/s, 16:30 left"
     assert caplog.messages[-1] == "scoring: 990 of 1000 rows (99 %), 1 rows/s, 0:10 left"
 
@@ -97,3 +97,20 @@ def test_an_online_run_and_an_adapter_say_theirs(tmp_path, caplog):
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = tiny_trainer(tmp_path / "lora", ROWS, trainer_options={"peft_config": adapter})
     assert callbacks.summary(trainer).endswith(", 192 of them learn")
+
+
+def test_the_reference_scores_what_the_steps_read(tmp_path, caplog):
+    """A short run says so, trains as one that scores batch by batch, and refuses rows that it has not scored."""
+    caplog.set_level(logging.INFO)
+    options = {"per_device_train_batch_size": 2, "max_steps": 1}
+    trainer = tiny_trainer(tmp_path / "a", **options)
+    assert (~trainer.train_dataset.rows.columns["ref_logp"].isnan()).sum() == 2
+    assert "scoring 2 of 24 rows" in caplog.text
+    trainer.train()
+    live = tiny_trainer(tmp_path / "b", precompute_ref_log_probs=False, **options)
+    live.train()
+    assert losses(trainer) == pytest.approx(losses(live), rel=1e-6)
+    late = tiny_trainer(tmp_path / "c", **options)
+    late.args.max_steps = 8
+    with pytest.raises(RuntimeError, match="max_steps: the reference scored the rows of that many steps alone"):
+        late.train()

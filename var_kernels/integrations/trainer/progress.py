@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
-FIRST_LINE, LAST_PAUSE = 10.0, 120.0  # seconds: to the first line, and at most between two; the pauses double
+FIRST_LINE, LAST_PAUSE = 10.0, 30.0  # seconds: to the first line, and at most between two; the pauses double
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """The reference policy's log-probs of every token: computed once, kept on disk under the content they depend on."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,17 +17,13 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.hf import token_logprobs
+from var_kernels.integrations.pretrained import cache_folder
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.sharding import whole_tensors
 
 logger = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """$VAR_KERNELS_CACHE, else ~/.cache/var_kernels."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VAR_KERNELS_CACHE") or Path(home) / "var_kernels")
+_SMALL_PART = 8  # below this share of the data only the rows that a run reads are scored
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -52,11 +52,15 @@ def rows_fingerprint(rows: EncodedRows) -> str:
 
 
 def cache_path(args, key: str) -> Path:
-    return Path(args.cache_dir or default_cache_dir()) / "ref_logp" / f"{key}.safetensors"
+    return Path(args.cache_dir or cache_folder()) / "ref_logp" / f"{key}.safetensors"
 
 
-def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> Tensor:
+def cached_ref_logp(
+    trainer, model: nn.Module, rows: EncodedRows, key: str, wanted: Sequence[int] | None = None
+) -> Tensor:
     """(tokens,) fp32, nats, 0 in the prompts: from the cache, or scored now (each rank its share) and kept.
+
+    wanted: the rows that will be read, None for all. Where they are scored now the others are NaN, and nothing is kept.
 
     Raises:
         DataError: rows whose log-prob is not finite.
@@ -69,18 +73,15 @@ def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> T
         logger.info("reference log-probs of %d rows read from %s", len(rows), path)
         return found
     if trainer.args.should_save:
-        logger.info(
-            "scoring %d rows (%d tokens) with the reference, once: kept in %s for this run's resumes and for others",
-            len(rows), len(rows.token_ids), path.parent,
-        )  # fmt: skip
-    logp = score_rows(trainer, model, rows)
+        _announce(rows, path, wanted)
+    logp = score_rows(trainer, model, rows, wanted)
     sums = rows.row_sums(logp)
-    bad = (~sums.isfinite()).nonzero().flatten().tolist()
+    bad = [row for row in (range(len(rows)) if wanted is None else wanted) if not sums[row].isfinite()]
     if bad:
         problems = [Problem(rows.where[row], f"the reference model's log-prob is {sums[row].item()}") for row in bad]
         remedy = "-inf: its head forbids a label of the row, drop it; nan: it overflows, load it in a wider dtype"
         raise DataError(problems, remedy=remedy)
-    if trainer.args.should_save:
+    if trainer.args.should_save and wanted is None:
         try:
             _save(path, logp)
         except (OSError, SafetensorError) as error:  # a home that is read-only: the scores are right all the same
@@ -89,6 +90,35 @@ def cached_ref_logp(trainer, model: nn.Module, rows: EncodedRows, key: str) -> T
                 "(--cache-dir), or $VAR_KERNELS_CACHE, names another place", path.parent, error,
             )  # fmt: skip
     return logp
+
+
+def _announce(rows: EncodedRows, path: Path, wanted: Sequence[int] | None) -> None:
+    if wanted is None:
+        logger.info(
+            "scoring %d rows (%d tokens) with the reference, once: kept in %s for this run's resumes and for others",
+            len(rows), len(rows.token_ids), path.parent,
+        )  # fmt: skip
+    else:
+        logger.info(
+            "scoring %d of %d rows (%d tokens) with the reference: those that the run's steps read",
+            len(wanted), len(rows), sum(rows.length(row) for row in wanted),
+        )  # fmt: skip
+
+
+def rows_of_run(trainer) -> list[int] | None:
+    """The training rows that ``max_steps`` steps read, in the order of the run's own sampler; None where those are no
+    small part of them (then all are scored, and kept for further runs), or where ranks share them."""
+    args, items = trainer.args, trainer.train_dataset
+    batches = args.max_steps * args.gradient_accumulation_steps
+    if items is None or args.max_steps <= 0 or args.world_size > 1:
+        return None
+    if _SMALL_PART * batches * args.train_batch_size >= len(items):
+        return None
+    loader = trainer.get_train_dataloader()
+    with contextlib.suppress(ValueError):
+        trainer.accelerator._dataloaders.remove(loader)  # the run makes its own
+    read = itertools.islice(loader.batch_sampler, batches)
+    return sorted({row for batch in read for index in batch for row in items.items[index]})
 
 
 def _save(path: Path, logp: Tensor) -> None:
@@ -113,25 +143,33 @@ def _load(path: Path, num_tokens: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def score_rows(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
-    """(tokens,) fp32 log-probs of the completions' tokens under ``model``, 0 in the prompts."""
-    logp = torch.zeros(len(rows.token_ids), device=trainer.accelerator.device)
+def score_rows(trainer, model: nn.Module, rows: EncodedRows, wanted: Sequence[int] | None = None) -> Tensor:
+    """(tokens,) fp32 log-probs of the completions' tokens under ``model``, 0 in the prompts; NaN in rows that are not
+    ``wanted`` (None: all are)."""
+    start = 0.0 if wanted is None else math.nan
+    logp = torch.full((len(rows.token_ids),), start, device=trainer.accelerator.device)
 
     def score(batch: dict[str, Tensor], members: list[int]) -> None:
         scored = score_batch(trainer, model, batch).float()[: len(members)]
         for row, values in zip(members, scored, strict=True):
             logp[rows.offset[row] : rows.offset[row + 1]] = values[: rows.length(row)]
 
-    over_rows(trainer, model, rows, score, "reference log-probs")
+    over_rows(trainer, model, rows, score, "reference log-probs", wanted)
     return trainer.accelerator.reduce(logp, "sum").cpu()
 
 
-def over_rows(trainer, model: nn.Module, rows: EncodedRows, visit, title: str) -> None:
-    """``visit(batch, its row numbers)`` for this rank's share of the rows, in batches of rows of like length, with the
-    model in eval mode. Every rank makes as many visits, the last perhaps of a row that is none of its own (no row
-    numbers): a forward pass of sharded weights is a collective."""
+def over_rows(
+    trainer, model: nn.Module, rows: EncodedRows, visit, title: str, wanted: Sequence[int] | None = None
+) -> None:
+    """``visit(batch, its row numbers)`` for this rank's share of the rows, or of the ``wanted`` ones, in batches of
+    rows of like length, with the model in eval mode.
+
+    Every rank makes as many visits, the last perhaps of a row that is none of its own (no row numbers): a forward pass
+    of sharded weights is a collective.
+    """
     args, accelerator = trainer.args, trainer.accelerator
-    order = sorted(range(len(rows)), key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
+    members = range(len(rows)) if wanted is None else wanted
+    order = sorted(members, key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
     size = args.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)

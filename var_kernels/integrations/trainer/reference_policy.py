@@ -13,6 +13,7 @@ from var_kernels.integrations.trainer.reference import (
     cached_ref_logp,
     model_fingerprint,
     rows_fingerprint,
+    rows_of_run,
     score_batch,
 )
 from var_kernels.integrations.trainer.sharding import place_reference, without_adapter
@@ -39,8 +40,9 @@ class ReferencePolicy:
 
     def _score_reference(self, model: nn.Module, tables: list[EncodedRows]) -> None:
         for rows in tables:
+            of_run = rows_of_run(self) if self.train_dataset is not None and rows is self.train_dataset.rows else None
             with self._as_reference(model):
-                logp = cached_ref_logp(self, model, rows, self._cache_key(rows))
+                logp = cached_ref_logp(self, model, rows, self._cache_key(rows), of_run)
             if self.method.reference == "token":
                 rows.token_columns["ref_token_logp"] = logp
             rows.columns["ref_logp"] = rows.row_sums(logp)

@@ -47,6 +47,12 @@ class GlobalBatch:
             batch["length"] = batch["labels"][:, 1:].ne(-100).sum(-1)
             if self.method.reference and "ref_logp" not in batch:
                 self._attach_reference(batch)
+            elif self.method.reference and batch["ref_logp"].isnan().any():
+                raise RuntimeError(
+                    "max_steps: the reference scored the rows of that many steps alone, and this batch holds others: "
+                    "max_steps, the batch size or torch's seed changed since the trainer was made; make it anew, or "
+                    "pass precompute_ref_log_probs=False"
+                )
         keys = [key for key in ("length", "group", "reward", "ref_logp", "value") if key in batches[0]]
         sizes = [0 if "stand_in" in batch else len(batch["length"]) for batch in batches]
         device = self.accelerator.device

@@ -1,6 +1,5 @@
-"""The demo: its world and its estimators by hand, a shrunken run end to end, and the mutants that it must unmask."""
+"""The demo: its estimators by hand, a run on the small world end to end, and the mutants that it must unmask."""
 
-import copy
 import dataclasses
 import functools
 import io
@@ -21,10 +20,14 @@ pytest.importorskip("matplotlib", reason="the demo needs the extra 'hf'")
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import small_world
+from benchmarks.small_world import QUICK, world
 from var_kernels.cli import main
-from var_kernels.cli.demo import experiment, measure, output, world
-from var_kernels.cli.demo.experiment import QUICK, Run
-from var_kernels.cli.demo.story import tell
+from var_kernels.cli.demo import experiment, output, replies, story, subject
+from var_kernels.cli.demo.experiment import Run, Subject
+from var_kernels.cli.demo.progress import Phases
+from var_kernels.cli.demo.replies import Drawn, Sampling
+from var_kernels.cli.demo.report import write_report
 from var_kernels.cli.demo.table import print_results
 from var_kernels.integrations.scratch import ScratchSpec
 from var_kernels.integrations.trainer import shares
@@ -38,13 +41,16 @@ TINY = dataclasses.replace(
     align_steps=2,
     completions=4,
     eval_samples=2,
-    frontier_samples=2,
-    probe_every=2,
     memory_rows=(256,),
-    memory_vocab=600,
+    sampling=Sampling(512, 6),  # an untrained model would use up every token
 )
+CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO(), width=200)
 MARGIN = 0.3  # points of reward that VAR must gain; its optimum gains about 0.7 in the shrunken run
+
+
+def tell(folder, plan=QUICK, seed=0):
+    return story.tell(str(folder), plan, seed=seed, device=CPU, make=small_world.subject, console=QUIET)
 
 
 # ---- the world and its checker --------------------------------------------------------------------------------------
@@ -101,19 +107,17 @@ def test_held_out_facts_are_not_trained_on_in_other_words():
 
 
 def test_win_rate_and_error_by_hand():
-    win = measure.win_rate(torch.tensor([[1.0, 0.0], [2.0, 2.0]]), torch.tensor([[0.0, 0.0], [2.0, -1.0]]))
+    win = replies.win_rate(torch.tensor([[1.0, 0.0], [2.0, 2.0]]), torch.tensor([[0.0, 0.0], [2.0, -1.0]]))
     torch.testing.assert_close(win, torch.tensor([[0.75], [0.75]]))
-    mean, error = measure.mean_and_error(torch.tensor([[0.0, 2.0], [3.0, 3.0]]))  # prompt means 1 and 3
+    mean, error = replies.mean_and_error(torch.tensor([[0.0, 2.0], [3.0, 3.0]]))  # prompt means 1 and 3
     assert mean == 2.0
     assert error == pytest.approx(math.sqrt(2.0) / math.sqrt(2.0))
 
 
 def test_frontier_by_hand():
     """Two equally likely replies worth 0 and 1: pi* is (1/4, 3/4) at lambda = 1 / log 3."""
-    task = task_of("What is 3 plus 4?")
-    scores = [world.Score(False, False, False, False), world.Score(True, False, False, False)]
-    drawn = measure.Drawn([task], 2, [[0], [0]], ["", ""], scores)
-    (point,) = experiment.frontier(drawn, [1 / math.log(3)])
+    drawn = Drawn([task_of("What is 3 plus 4?").prompt], 2, [[0], [0]], ["", ""], [True, True], [0.0, 1.0])
+    (point,) = small_world.frontier(drawn, [1 / math.log(3)])
     assert point["reward"] == pytest.approx(0.75)
     kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     assert point["kl"] == pytest.approx(kl)
@@ -126,9 +130,17 @@ def test_frontier_by_hand():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(results, output directory) of `var-kernels demo --quick`."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    return tell(str(folder), QUICK, seed=0, cpu=True, console=QUIET), folder
+    """(results, output directory, the small world with its reference, its optimum at the plan's lam)."""
+    folder, made = tmp_path_factory.mktemp("demo") / "run", []
+
+    def make(run, advance):
+        made.append(small_world.subject(run, advance))
+        return made[0]
+
+    results = story.tell(str(folder), QUICK, seed=0, device=CPU, make=make, console=QUIET)
+    (at,) = made
+    many = replies.draw(at.model, at.tokenizer, at.held_out, 8, QUICK.sampling, at.reward, 3)
+    return results, folder, at, small_world.frontier(many, [QUICK.lam])[0]
 
 
 def load(folder, name):
@@ -141,15 +153,12 @@ def gain(row: dict, reference: dict) -> float:
 
 
 def test_var_raises_the_sampled_reward(finished):
-    results, _ = finished
-    table, optimum = results["table"], results["optimum"]
-    var, reference = table["VAR"], table["reference"]
-    error = math.hypot(var["reward_error"], reference["reward_error"])
-    assert gain(var, reference) > max(MARGIN, 5 * error)
+    results, *_, optimum = finished
+    var, reference = results["table"]["VAR"], results["table"]["reference"]
+    assert var["gain"] == pytest.approx(gain(var, reference))
+    assert var["gain"] > max(MARGIN, 5 * var["gain_error"])
     assert gain(var, reference) > 0.5 * (optimum["reward"] - reference["reward"])
     assert var["win_rate"] > 0.6
-    assert var["friendly"] > reference["friendly"]
-    assert var["rude"] < reference["rude"]
 
 
 def test_sft_without_rewards_does_not(finished):
@@ -160,10 +169,10 @@ def test_sft_without_rewards_does_not(finished):
 
 
 def test_kl_is_zero_for_the_reference_and_near_the_optimum_for_var(finished):
-    results, _ = finished
-    assert results["table"]["reference"]["kl"] == pytest.approx(0, abs=1e-6)
+    results, *_, optimum = finished
+    assert results["table"]["reference"]["kl"] == 0
     assert results["table"]["reference"]["win_rate"] == pytest.approx(0.5)
-    assert 0.3 * results["optimum"]["kl"] < results["table"]["VAR"]["kl"] < 2 * results["optimum"]["kl"]
+    assert 0.3 * optimum["kl"] < results["table"]["VAR"]["kl"] < 2 * optimum["kl"]
 
 
 MUTANTS = {
@@ -177,30 +186,35 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_broken_weights_miss_the_margin(finished, tmp_path, monkeypatch, mutant):
-    results, folder = finished
-    reference, tokenizer = load(folder, "reference")
+    results, folder, at, _ = finished
     rows = [json.loads(line) for line in (folder / "data" / "completions.jsonl").read_text().splitlines()]
     monkeypatch.setattr(shares, "var_weights", MUTANTS[mutant](shares.var_weights))
-    policy = copy.deepcopy(reference)
-    experiment.align("VAR", policy, tokenizer, rows, Run(QUICK, 0, tmp_path, torch.device("cpu")), lambda: None)
-    _, held_out = world.split_tasks(0)
-    reward = measure.rewards_of(measure.draw(policy, tokenizer, held_out, QUICK.eval_samples, 3)).mean().item()
-    assert reward - results["table"]["reference"]["reward"] < MARGIN / 2
+    policy, _ = experiment.align("VAR", at, rows, Run(QUICK, 0, tmp_path, CPU), lambda: None)
+    drawn = replies.draw(policy, at.tokenizer, at.held_out, QUICK.eval_samples, QUICK.sampling, at.reward, 3)
+    row = replies.summarise(drawn, of_reference(results, at), torch.zeros(len(at.held_out), QUICK.eval_samples))
+    assert row["gain"] < MARGIN / 2
+    assert row["gain"] < 3 * row["gain_error"]
     if mutant == "wrong sign":
-        assert reward < results["table"]["reference"]["reward"] - MARGIN
+        assert row["gain"] < -MARGIN
+
+
+def of_reference(results: dict, at: Subject) -> Drawn:
+    """The reference's replies, as far as rewards are read of them."""
+    k, rewards = QUICK.eval_samples, results["rewards"]["reference"]
+    return Drawn(at.held_out, k, [[0]] * len(rewards), [""] * len(rewards), [True] * len(rewards), rewards)
 
 
 def test_saved_models_give_the_saved_samples_and_kl(finished):
     """What is on disk is what was measured; the KL summands equal those of plain logits."""
-    results, folder = finished
-    (policy, tokenizer), (reference, _) = load(folder, "var"), load(folder, "reference")
-    _, held_out = world.split_tasks(0)
-    drawn = measure.draw(policy, tokenizer, held_out, QUICK.eval_samples, 8)
+    results, folder, at, _ = finished
+    (policy, tokenizer), reference, sampling = load(folder, "var"), at.model, QUICK.sampling
+    place = list(results["table"]).index("VAR")
+    drawn = replies.draw(policy, tokenizer, at.held_out, QUICK.eval_samples, sampling, at.reward, 4 + place)
     saved = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert drawn.texts == [row["reply"] for row in saved if row["model"] == "VAR"]
-    assert measure.rewards_of(drawn).mean().item() == pytest.approx(results["table"]["VAR"]["reward"])
-    kl = measure.kl_to_reference(policy, reference, tokenizer, drawn)
-    prompt, reply = tokenizer(held_out[1].prompt).input_ids, drawn.token_ids[QUICK.eval_samples]
+    assert replies.rewards_of(drawn).mean().item() == pytest.approx(results["table"]["VAR"]["reward"])
+    kl = replies.kl_to_reference(policy, reference, tokenizer, drawn, sampling)
+    prompt, reply = tokenizer(at.held_out[1]).input_ids, drawn.token_ids[QUICK.eval_samples]
     ids = torch.tensor([prompt + reply])
     with torch.no_grad():
         logp = [model(ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1] for model in (policy, reference)]
@@ -209,49 +223,107 @@ def test_saved_models_give_the_saved_samples_and_kl(finished):
 
 
 def test_objective_is_reward_less_lam_kl_and_the_optimum_bounds_it(finished):
-    results, folder = finished
-    lam, best = results["optimum"]["lam"], results["optimum"]
+    results, folder, _, best = finished
     saved = json.loads((folder / "metrics.json").read_text())
     for row in (*results["table"].values(), best):
-        assert row["objective"] == pytest.approx(row["reward"] - lam * row["kl"], abs=1e-5)
+        assert row["objective"] == pytest.approx(row["reward"] - QUICK.lam * row["kl"], abs=1e-5)
         assert 0 < row["objective_error"] < 0.1
         assert row["objective"] < best["objective"] + 3 * math.hypot(row["objective_error"], best["objective_error"])
     assert saved["table"]["VAR"]["objective"] == results["table"]["VAR"]["objective"]
-    assert saved["optimum"]["objective_error"] == best["objective_error"]
 
 
-def test_terminal_fits_and_tells_the_objective(finished):
-    results, _ = finished
+def test_terminal_fits_and_tells_the_gain(finished):
+    results = finished[0]
     console = Console(file=io.StringIO(), width=80)
     print_results(console, results)
     lines = console.file.getvalue().splitlines()
-    for name, row in {**results["table"], "optimum π*": results["optimum"]}.items():
-        line = next(line for line in lines if line.strip().startswith(name))  # the table comes first
-        assert f"{row['objective']:+.2f} ± {row['objective_error']:.2f}" in line
-    text = " ".join(" ".join(lines).split())
-    assert f"No policy exceeds that of π*, {results['optimum']['objective']:+.2f}" in text
+    for name, row in results["table"].items():
+        line = next(line for line in lines if line.strip().startswith(name.split()[0]))  # the table comes first
+        assert f"{row['reward']:+.2f} ± {row['reward_error']:.2f}" in line
+        if name != "reference":
+            assert f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" in line
 
 
 def test_report_stands_alone_and_tells_the_numbers(finished):
-    results, folder = finished
+    results, folder, *_ = finished
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<script|<link|(?:src|href)=\"(?!#)(?!data:)[^\"]*\"", report) == []
-    assert report.count("<svg") == 4
-    assert f"{results['table']['VAR']['reward']:+.2f} ± {results['table']['VAR']['reward_error']:.2f}" in report
+    assert report.count("<svg") == 3
     signed = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")  # noqa: E731
-    for row in (*results["table"].values(), results["optimum"]):
+    for row in results["table"].values():
+        assert f"<td>{signed(row['reward'])} ± {row['reward_error']:.2f}</td>" in report
         assert f"<td>{signed(row['objective'])} ± {row['objective_error']:.2f}</td>" in report
-    assert f"{results['memory'][-1]['plain_mib'] / results['memory'][-1]['fused_mib']:.1f}x" in report
+    for step in results["memory"]:
+        assert all(f"<td>{step[loss]['peak_mib']:,.0f}</td>" in report for loss in ("plain", "fused"))
     for row in results["samples"]:
         assert row["question"] in report
     assert not re.search(r"\$[a-z_]+|\bnan\b", re.sub(r"<svg.*?</svg>", "", report, flags=re.DOTALL))
 
 
-def test_fused_loss_takes_less_memory(finished):
-    for row in finished[0]["memory"]:
-        logits_mib = row["tokens"] * row["vocab"] * 4 / 2**20
-        assert row["plain_mib"] > 2 * logits_mib
-        assert row["fused_mib"] < 0.7 * row["plain_mib"]
+def test_a_step_that_found_no_room_is_told(finished, tmp_path):
+    results = finished[0]
+    step = {"tokens": 8192, "plain": None, "fused": {"peak_mib": 7000.0, "seconds": 3.0, "before_mib": 1.0}}
+    changed = {**results, "memory": [*results["memory"], step]}
+    write_report(tmp_path / "report.html", changed)
+    assert "<td>8,192</td><td>no room</td><td>7,000</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    console = Console(file=io.StringIO(), width=80)
+    print_results(console, changed)
+    assert "no room" in console.file.getvalue()
+
+
+def test_a_cut_reply_is_left_out_of_its_row(tmp_path):
+    """Where two whole ones are left; a prompt with fewer keeps all. Messages get their completions as messages."""
+    texts, ended = [str(i) for i in range(8)], [True, False, True, True, True, False, False, False]
+    drawn = Drawn(["a", [{"role": "user", "content": "b"}]], 4, [[0]] * 8, texts, ended, [float(i) for i in range(8)])
+    rows = experiment.rows_of(drawn)
+    assert rows[0] == {"prompt": "a", "completions": ["0", "2", "3"], "rewards": [0.0, 2.0, 3.0]}
+    assert [text[0]["content"] for text in rows[1]["completions"]] == ["4", "5", "6", "7"]
+
+
+# ---- what is aligned ------------------------------------------------------------------------------------------------
+
+
+def test_vader_scores_the_text():
+    pytest.importorskip("vaderSentiment", reason="the demo's reward needs the extra 'demo'")
+    kind, unkind, flat = subject.vader([], ["What a lovely, happy day!", "A horrible, sad day.", "The bus has wheels."])
+    assert kind > 0.5
+    assert unkind < -0.5
+    assert flat == 0
+
+
+def test_shipped_prompts():
+    """Asked with or without a chat template; none of the held-out ones is trained on."""
+    chat, text = subject.shipped_prompts(True), subject.shipped_prompts(False)
+    shown = [[subject.question(prompt) for prompt in part] for part in text]
+    assert [[subject.question(prompt) for prompt in part] for part in chat] == shown
+    assert [len(part) for part in shown] == [32, 24]
+    assert len({question for part in shown for question in part}) == 56
+    assert all(re.fullmatch(r"[A-Z][^#\n]+[.?]", question) for part in shown for question in part)
+
+
+def test_without_a_model_the_small_world_is_taken_and_said(monkeypatch):
+    def nothing(*_):
+        raise OSError("neither the hub nor the package index has it")
+
+    monkeypatch.setattr("var_kernels.integrations.pretrained.fetch", nothing)
+    console = Console(file=io.StringIO(), width=200)
+    make, plan = story._choose(None, None, experiment.FULL, CPU, console)
+    assert (make, plan) == (small_world.subject, small_world.FULL)
+    assert "neither the hub nor the package index has it. Going on with a small world" in console.file.getvalue()
+    with pytest.raises(OSError, match="neither the hub"):
+        story._choose(None, "operator:add", experiment.FULL, CPU, console)
+
+
+def test_lines_in_a_log_file():
+    """One at least every half minute, with the time left of the phase and of all."""
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=200)
+    with Phases(console, {"a": 60, "b": 60}, clock=lambda: now[0]) as phases, phases.phase("a", 6) as advance:
+        for _ in range(6):
+            now[0] += 20
+            advance()
+    lines = [line.strip() for line in console.file.getvalue().splitlines() if "left" in line]
+    assert lines == ["a: 2 of 6, 1:20 left; all 3:20 left", "a: 4 of 6, 0:40 left; all 2:40 left"]
 
 
 # ---- the output directory -------------------------------------------------------------------------------------------
@@ -265,13 +337,12 @@ def numbers(results: dict) -> dict:
     return {name: {key: row[key] for key in row if key != "seconds"} for name, row in results["table"].items()}
 
 
-def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)  # an untrained model would use up every token
-    first = tell(str(tmp_path / "a"), TINY, seed=5, cpu=True, console=QUIET)
+def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path):
+    first = tell(tmp_path / "a", TINY, seed=5)
     (tmp_path / "a" / "mine.txt").write_text("kept")
     (tmp_path / "a" / "models" / "var" / "stale").write_text("gone")
     (tmp_path / "a" / ".partial-999999999").mkdir()  # of a run that was killed
-    again = tell(str(tmp_path / "a"), TINY, seed=5, cpu=True, console=QUIET)
+    again = tell(tmp_path / "a", TINY, seed=5)
     assert numbers(first) == numbers(again)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {*output._OWN, "mine.txt"}
     assert not (tmp_path / "a" / "models" / "var" / "stale").exists()
@@ -281,9 +352,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
     # a shell that runs this in the background has it ignore SIGINT
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr("var_kernels.cli.demo.story.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(experiment, "QUICK", TINY)
+    monkeypatch.setattr(story, "_choose", lambda *_: (small_world.subject, TINY))
     assert main(["demo", "--quick", "--cpu", "--output", str(tmp_path / "new" / "run")]) == 130
     assert tree(tmp_path) == []
 
@@ -295,6 +365,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
         (["--output", "{folder}/file"], "is a file; choose another"),
         (["--output", "{folder}/theirs"], "theirs holds data, which no demo wrote; choose another directory"),
         (["--sed", "1"], "unknown option --sed, did you mean --seed?"),
+        (["--compare", "dpo,kto"], "--compare: expected some of sft, best-of-n, dpo, got 'kto'; VAR is always trained"),
+        (["--reward", "nothing"], "reward: expected module:function, got 'nothing'"),
+        (["--model", "no/such/folder"], "model: no such directory: no/such/folder"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):

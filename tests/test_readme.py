@@ -122,51 +122,70 @@ def test_figures_of_trl_are_measured():
 
 
 def test_figures_of_the_demo_are_measured():
-    from benchmarks.demo import RESULTS, memory, table
+    """Those of a run that was kept, by ``python -m benchmarks.demo``; without one README has none."""
+    from benchmarks.demo import MARKS, PICTURE, RESULTS, block, settings
 
     text = " ".join(README.split())
-    assert f"\n{table(RESULTS)}\n" in README
-    assert memory(RESULTS) in text
-    rows = {
-        row["model"]: {k: float(v) for k, v in row.items() if k != "model" and v}
-        for row in measured(RESULTS / "demo-models.csv")
-    }
+    _, _, rest = README.partition(MARKS[0])
+    assert rest.partition(MARKS[1])[0] == block(RESULTS)
     study = (ROOT / "docs" / "study.md").read_text()
     for name, value in (("VAR", "0.94 ± 0.13"), ("DPO", "0.82 ± 0.17")):
         assert f"{name} | {value} |" in study
         assert f"{name} {'has ' if name == 'VAR' else ''}{value}" in text
-    for row in rows.values():
-        assert row["objective"] == pytest.approx(row["reward"] - 0.5 * row["kl"], abs=2e-4)
+    if not block(RESULTS):
+        return
+    assert PICTURE.is_file()
+    lam = float(settings(RESULTS)["lam"])
+    for row in measured(RESULTS / "demo-models.csv"):
+        assert float(row["objective"]) == pytest.approx(float(row["reward"]) - lam * float(row["kl"]), abs=2e-4)
+    gain, error = (float(row[key]) for key in ("gain", "gain_error"))  # of the last one, VAR
+    assert gain > 3 * error
+
+
+def test_figures_on_real_weights_are_measured():
+    page = (ROOT / "docs" / "real.md").read_text()
+    for row in measured("cpu-avx-512/real-errors.csv"):
+        keys = ("loss_error", "logp_rms", "dhidden_rms", "dweight_rms")
+        figures = [f"{float(row[key]):.1e}" if row[key] else "" for key in keys]
+        line = f"| {row['dtype']} | {row['head']} | {float(row['loss']):.5f} | {' | '.join(figures)} |"
+        assert line.replace("  ", " ").replace("  ", " ") in page
+    (row,) = measured("cpu-avx-512/real-sparsity.csv")
+    assert f"{row['kept']} of {row['tiles']} tiles are kept, {float(row['kept_share']):.1%}".replace("%", " %") in page
 
 
 def test_demo_figures_are_written_from_a_run(tmp_path):
-    from benchmarks.demo import memory, samples, table, write_csv
+    from benchmarks.demo import block, picture, sizes, steps, table, write_csv
 
-    row = dict.fromkeys(("reward_error", "win_rate_error", "kl_error", "objective_error"), 0.021)
-    row |= {"reward": 1.5, "right": 0.9, "friendly": 0.8, "rude": 0.0, "too_long": 0.1, "seconds": 3.0}
-    row |= {"win_rate": 0.79, "kl": 0.8, "objective": 1.1}
-    best = {"lam": 0.5, "reward": 1.7, "kl": 0.9, "objective": 1.25, "objective_error": 0.02}
-    sizes = [{"tokens": n, "vocab": 32000, "plain_mib": 1.3 * n, "fused_mib": 0.1 * n} for n in (1024, 2048)]
-    environment = {"device": "a CPU", "torch": "2", "transformers": "5", "python": "3"}
-    metrics = {"seed": 0, "environment": environment, "table": {"reference": row, "VAR": row}, "optimum": best}
-    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "memory": sizes}))
-    replies = [("reference", "A horse.", 0.0), ("VAR", " A stable.", 2.0), ("VAR", "second", -1.0)]
-    lines = [
-        {"prompt": "User: Where does a horse live?\nAssistant:", "model": m, "reply": t, "reward": r}
-        for m, t, r in replies
-    ]
+    row = dict.fromkeys(("reward_error", "gain_error", "win_rate_error", "kl_error", "objective_error"), 0.021)
+    row |= {"reward": 0.5, "gain": 0.2, "win_rate": 0.79, "kl": 0.8, "objective": 0.34, "length": 21, "seconds": 3.0}
+    step = {"peak_mib": 1300.0, "seconds": 2.0}
+    metrics = {
+        "seed": 0,
+        "subject": {"name": "a model", "vocabulary": 49152},
+        "environment": {"device": "a CPU", "torch": "2", "transformers": "5", "python": "3"},
+        "plan": {"completions": 8, "eval_samples": 1, "lam": 0.2},
+        "data": {"prompts": 32, "held_out": 24},
+        "table": {"reference": row, "VAR": row},
+        "memory": [{"tokens": 1024, "plain": step, "fused": step}, {"tokens": 4096, "plain": None, "fused": step}],
+        "seconds": {"all": 1234.5},
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    lines = [{"model": model, "reward": reward} for model, reward in (("reference", 0.0), ("VAR", 0.5))]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_csv(tmp_path, tmp_path)
     assert table(tmp_path).splitlines()[2:] == [
-        "| reference | +1.50 ± 0.02 | +1.10 ± 0.02 | | 90 % | 80 % | |",
-        "| **VAR** | +1.50 ± 0.02 | +1.10 ± 0.02 | 0.80 ± 0.02 | 90 % | 80 % | 79 % ± 2 % |",
-        "| optimum π* | +1.70 | +1.25 ± 0.02 | 0.90 | | | |",
+        "| reference | +0.50 ± 0.02 | | | |",
+        "| **VAR** | +0.50 ± 0.02 | +0.20 ± 0.02 | 79 % ± 2 % | 0.80 ± 0.02 |",
     ]
-    assert (
-        memory(tmp_path)
-        == "(vocabulary 32,000): 1,331 plain, 102 fused at 1,024 tokens; 2,662 plain, 205 fused at 2,048 tokens"
+    assert sizes(tmp_path) == (
+        "32 prompts with 8 answers each; 24 held-out prompts with 1 answers each; 1,234 seconds in all"
     )
-    assert samples(tmp_path).splitlines()[2:] == ["| Where does a horse live? | A horse. (0) | A stable. (+2) |"]
+    assert steps(tmp_path) == (
+        "1,300 MiB plain, 1,300 MiB fused at 1,024 tokens; no room plain, 1,300 MiB fused at 4,096 tokens"
+    )
+    assert table(tmp_path) in block(tmp_path)
+    assert steps(tmp_path) in block(tmp_path)
+    assert picture(tmp_path).startswith("<svg")
 
 
 def test_figures_of_the_page_on_var_are_measured():

@@ -1,6 +1,7 @@
 """The study: a shrunken run of every section, its resumption and its failures, and its figures by hand."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -16,14 +17,14 @@ pytest.importorskip("transformers", reason="the study needs the extra 'hf'")
 pytest.importorskip("rich", reason="the study needs the extra 'hf'")
 pytest.importorskip("matplotlib", reason="the study needs the extra 'hf'")
 
+from benchmarks.small_world import world
 from benchmarks.study import claims, measure, real, stages, world_runs
 from benchmarks.study.__main__ import main
 from benchmarks.study.claims import CONFIRMED, OPEN, REFUTED, Line
 from benchmarks.study.plan import FULL, METHODS, QUICK, REAL, RealPlan
 from benchmarks.study.tables import number, spread
 from tests.tiny_training import ROWS, tiny_config, tiny_model, tokenizer
-from var_kernels.cli.demo import world
-from var_kernels.cli.demo.measure import Drawn
+from var_kernels.cli.demo.replies import Drawn
 from var_kernels.integrations.trainer import VARTrainer, method_config, shares
 
 torch.set_num_threads(1)
@@ -212,9 +213,8 @@ def test_numbers_as_they_are_shown():
 
 def two_replies():
     """One prompt, two replies worth 0 and 1 of equal probability under the reference."""
-    task = world.all_facts()[0][0]
-    scores = [world.Score(False, False, False, False), world.Score(True, False, False, False)]
-    return Drawn([task], 2, [[5, 1], [6, 7, 8, 1]], ["a", "b"], scores)
+    prompt = world.all_facts()[0][0].prompt
+    return Drawn([prompt], 2, [[5, 1], [6, 7, 8, 1]], ["a", "b"], [True, True], [0.0, 1.0])
 
 
 def test_optimum_by_hand(monkeypatch):
@@ -222,7 +222,7 @@ def test_optimum_by_hand(monkeypatch):
     drawn, lam = two_replies(), 1 / math.log(3)
     monkeypatch.setattr(measure, "draw", lambda *_, **__: drawn)
     monkeypatch.setattr(measure, "reply_logps", lambda *_: torch.full((1, 2), math.log(0.5)))
-    (point,) = measure.optimum(None, None, drawn.tasks, 2, 0, 48, [lam])
+    (point,) = measure.optimum(None, None, drawn.prompts, 2, 0, 48, [lam])
     entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
     assert point["entropy"] == pytest.approx(entropy)
     assert point["objective"] == pytest.approx(lam * math.log(0.5 * 1 + 0.5 * 3))
@@ -233,11 +233,11 @@ def test_figures_of_replies_by_hand(monkeypatch):
     monkeypatch.setattr(measure, "draw", lambda *_, **__: drawn)
     logps = {"policy": torch.tensor([[-1.0, -2.0]]), "reference": torch.tensor([[-2.0, -4.0]])}
     monkeypatch.setattr(measure, "reply_logps", lambda model, *_: logps[model])
-    found = measure.look("policy", "reference", None, drawn.tasks, 2, 0, 48)
+    found = measure.look("policy", "reference", None, drawn.prompts, 2, 0, 48)
     assert found == {"reward": 0.5, "kl": 1.5, "entropy": 1.5, "length": 3.0, "distinct": 1.0}
-    twice = Drawn(drawn.tasks, 2, drawn.token_ids, ["a", "a"], drawn.scores)
+    twice = dataclasses.replace(drawn, texts=["a", "a"])
     monkeypatch.setattr(measure, "draw", lambda *_, **__: twice)
-    assert measure.look("policy", "reference", None, drawn.tasks, 2, 0, 48)["distinct"] == 0.5
+    assert measure.look("policy", "reference", None, drawn.prompts, 2, 0, 48)["distinct"] == 0.5
 
 
 def test_log_probs_of_texts_are_those_of_the_model():

@@ -9,28 +9,30 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from var_kernels.cli.demo.experiment import frontier
-from var_kernels.cli.demo.measure import Drawn, draw, reply_logps, rewards_of, summarise
-from var_kernels.cli.demo.world import Task
+from benchmarks import small_world
+from var_kernels.cli.demo.replies import Drawn, Sampling, draw, reply_logps, rewards_of, summarise
 from var_kernels.integrations.data import encode_examples, parse_row
 from var_kernels.integrations.hf import sequence_logprobs
 from var_kernels.integrations.trainer.collator import RowCollator
 
+_CHUNK = 512  # sequences at once
+
 
 def look(
-    policy, reference, tokenizer, tasks: list[Task], k: int, seed: int, limit: int, of_reference: Drawn | None = None
+    policy, reference, tokenizer, prompts: list[str], k: int, seed: int, limit: int, of_reference: Drawn | None = None
 ) -> dict:
-    """Figures of k replies of at most ``limit`` tokens to each task, sampled at temperature 1.
+    """Figures of k replies of at most ``limit`` tokens to each prompt, sampled at temperature 1.
 
     reward: points. kl: to the reference, nats a reply. length: tokens with the end token. distinct: different replies
     of a prompt, as a share of k. entropy: nats a reply, the mean of -log pi(y|x). With the reference's replies also
     win_rate (ties count half) and the checker's findings; reward, kl and win_rate with standard errors over prompts.
     """
-    drawn = draw(policy, tokenizer, tasks, k, seed, max_new_tokens=limit)
-    logp_PK, ref_PK = reply_logps(policy, tokenizer, drawn), reply_logps(reference, tokenizer, drawn)
+    sampling = Sampling(_CHUNK, limit)
+    drawn = draw(policy, tokenizer, prompts, k, sampling, small_world.reward, seed)
+    logp_PK, ref_PK = (reply_logps(model, tokenizer, drawn, sampling) for model in (policy, reference))
     figures = {"reward": rewards_of(drawn).mean().item(), "kl": (logp_PK - ref_PK).mean().item()}
     if of_reference is not None:
-        figures = summarise(drawn, of_reference, logp_PK - ref_PK)
+        figures = summarise(drawn, of_reference, logp_PK - ref_PK) | small_world.found(drawn)
     return figures | {"entropy": -logp_PK.mean().item(), **_shape(drawn)}
 
 
@@ -43,11 +45,12 @@ def _shape(drawn: Drawn) -> dict:
     }
 
 
-def optimum(reference, tokenizer, tasks: list[Task], k: int, seed: int, limit: int, lams: list[float]) -> list[dict]:
-    """pi* at each lam, from k replies of the reference a task: reward, kl, entropy, and what reward - lam kl is."""
-    drawn = draw(reference, tokenizer, tasks, k, seed, max_new_tokens=limit)
-    ref_PK, rewards_PK = reply_logps(reference, tokenizer, drawn).double(), rewards_of(drawn).double()
-    points = frontier(drawn, lams)
+def optimum(reference, tokenizer, prompts: list[str], k: int, seed: int, limit: int, lams: list[float]) -> list[dict]:
+    """pi* at each lam, from k replies of the reference a prompt: reward, kl, entropy, and what reward - lam kl is."""
+    sampling = Sampling(_CHUNK, limit)
+    drawn = draw(reference, tokenizer, prompts, k, sampling, small_world.reward, seed)
+    ref_PK, rewards_PK = reply_logps(reference, tokenizer, drawn, sampling).double(), rewards_of(drawn).double()
+    points = small_world.frontier(drawn, lams)
     for point in points:
         w_PK = torch.softmax(rewards_PK / point["lam"], dim=1)
         point["entropy"] = -(w_PK * ref_PK).sum(1).mean().item() - point["kl"]  # log pi* = log pi_ref + r/lam - log Z

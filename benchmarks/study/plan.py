@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from var_kernels.cli.demo.measure import MAX_NEW_TOKENS
+from benchmarks.small_world import MAX_NEW_TOKENS
 from var_kernels.integrations.scratch import ScratchSpec
 
 
@@ -25,7 +25,7 @@ class RealPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The part on the demo's world. ``lam`` is the price of a nat of KL in reward points, for every method that has a
+    """The part on the small world. ``lam`` is the price of a nat of KL in reward points, for every method that has a
     place for it."""
 
     name: str

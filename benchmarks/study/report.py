@@ -9,13 +9,13 @@ import torch
 import transformers
 
 import var_kernels
+from benchmarks.small_world.world import MAX_WORDS
 from benchmarks.study import claims as claims_module
 from benchmarks.study import plots, tables
 from benchmarks.study.claims import Claim, all_claims
 from benchmarks.study.plan import HEADS, METHODS, REAL, Plan
 from benchmarks.study.tables import markdown, number, spread
 from benchmarks.study.world_runs import Context
-from var_kernels.cli.demo.world import MAX_WORDS
 
 PAGE = "study.md"
 

@@ -1,4 +1,4 @@
-"""Runs on the demo's world: a reference for each seed, and a policy for each method, seed and learning rate."""
+"""Runs on the small world: a reference for each seed, and a policy for each method, seed and learning rate."""
 
 import copy
 import functools
@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import small_world
+from benchmarks.small_world import MAX_LENGTH, world
 from benchmarks.study.measure import Probe, Texts, best_and_worst, look, optimum
 from benchmarks.study.plan import METHODS, Entry, Plan
-from var_kernels.cli.demo import experiment, world
-from var_kernels.cli.demo.experiment import MAX_LENGTH, Run
-from var_kernels.cli.demo.measure import draw
+from var_kernels.cli.demo import experiment
+from var_kernels.cli.demo.experiment import Run
 from var_kernels.cli.demo.output import write_jsonl
+from var_kernels.cli.demo.replies import Sampling, draw
 from var_kernels.integrations.trainer import VARTrainer
 
 # Seeds of the draws, added to a run's own: no two measurements share their luck, all methods of a seed do.
@@ -41,10 +43,14 @@ class Context:
         """(model, tokenizer) as they were saved."""
         return AutoModelForCausalLM.from_pretrained(folder).to(self.device), AutoTokenizer.from_pretrained(folder)
 
-    def tasks(self, seed: int) -> tuple[list[world.Task], list[world.Task]]:
+    def prompts(self, seed: int) -> tuple[list[str], list[str]]:
         """(trained on, held out): divided by fact, another division for each seed."""
-        train, held_out = world.split_tasks(seed)
+        train, held_out = ([task.prompt for task in tasks] for tasks in world.split_tasks(seed))
         return train[: self.plan.max_prompts], held_out[: self.plan.max_prompts]
+
+    def draw(self, model, tokenizer, prompts: list[str], k: int, seed: int):
+        sampling = Sampling(small_world.SAMPLING.batch, self.plan.reply_tokens)
+        return draw(model, tokenizer, prompts, k, sampling, small_world.reward, seed)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -58,22 +64,20 @@ def reference(context: Context, seed: int) -> dict:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         run = Run(plan, seed, Path(scratch), context.device)
-        model, tokenizer, _ = experiment.make_reference(run, _nothing)
+        model, tokenizer, _ = small_world.make_reference(run, _nothing)
         seconds = time.monotonic() - began
-        tasks, held_out = context.tasks(seed)
-        write_jsonl(folder / "train.jsonl", experiment.draw_completions(model, tokenizer, run, tasks, _nothing, limit))
-        other = Run(plan, seed + _HELD_OUT, Path(scratch), context.device)
-        write_jsonl(
-            folder / "held_out.jsonl", experiment.draw_completions(model, tokenizer, other, held_out, _nothing, limit)
-        )
+    prompts, held_out = context.prompts(seed)
+    for name, asked, shift in (("train", prompts, 1), ("held_out", held_out, _HELD_OUT)):
+        drawn = context.draw(model, tokenizer, asked, plan.completions, seed + shift)
+        write_jsonl(folder / f"{name}.jsonl", _answers(drawn))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    drawn = draw(model, tokenizer, held_out, plan.eval_samples, seed + _REFERENCE, max_new_tokens=limit)
+    drawn = context.draw(model, tokenizer, held_out, plan.eval_samples, seed + _REFERENCE)
     return {
         "seconds": seconds,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": len(tokenizer),
-        "train_prompts": len(tasks),
+        "train_prompts": len(prompts),
         "held_out_prompts": len(held_out),
         "final": look(model, model, tokenizer, held_out, plan.eval_samples, seed + _FINAL, limit, drawn),
         "optima": optimum(
@@ -91,7 +95,7 @@ def align(
     """One policy: curve over the probes, final figures, seconds of training alone, memory of a step."""
     plan, entry = context.plan, METHODS[name]
     base, tokenizer = context.load(context.reference_folder(seed))
-    _, held_out = context.tasks(seed)
+    _, held_out = context.prompts(seed)
     rows = read_rows(context.reference_folder(seed) / "train.jsonl")
     held_out_rows = read_rows(context.reference_folder(seed) / "held_out.jsonl")
     watched = {
@@ -118,14 +122,14 @@ def align(
             "lr_scheduler_type": schedule,
         }
         config = run.config(entry.method, steps, batch_size(entry, plan.prompts, plan.completions), rate, **settings)
-        data, options = (_prompts_only(rows), {"reward_func": checker()}) if entry.online else (rows, {})
+        data, options = (_prompts_only(rows), {"reward_func": small_world.reward}) if entry.online else (rows, {})
         if entry.own_share < 1:
             options["trainer_class"] = functools.partial(MixedSail, own_share=entry.own_share)
-        log = experiment.train(policy, tokenizer, data, config, _nothing, [probe], **options)
+        _, log = experiment.train(policy, tokenizer, data, config, _nothing, [probe], **options)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     limit = plan.reply_tokens
-    drawn = draw(base, tokenizer, held_out, plan.eval_samples, seed + _REFERENCE, max_new_tokens=limit)
+    drawn = context.draw(base, tokenizer, held_out, plan.eval_samples, seed + _REFERENCE)
     final = look(policy, base, tokenizer, held_out, samples, seed + _FINAL, limit, drawn)
     return {
         "final": {**final, "objective": final["reward"] - plan.lam * final["kl"]},
@@ -172,14 +176,13 @@ def _prompts_only(rows: list[dict]) -> list[dict]:
     return [{"prompt": row["prompt"]} for row in rows]
 
 
-def checker():
-    """The world's verifiable reward as a function of texts."""
-    tasks = {task.prompt: task for fact in world.all_facts() for task in fact}
-
-    def rewards(prompts: list[str], completions: list[str]) -> list[float]:
-        return [world.score(tasks[p], reply).reward for p, reply in zip(prompts, completions, strict=True)]
-
-    return rewards
+def _answers(drawn) -> list[dict]:
+    """A row of each prompt with its replies."""
+    places = (slice(start, start + drawn.k) for start in range(0, len(drawn.texts), drawn.k))
+    return [
+        {"prompt": prompt, "completions": drawn.texts[place], "rewards": drawn.rewards[place]}
+        for prompt, place in zip(drawn.prompts, places, strict=True)
+    ]
 
 
 def noisy_pairs(rows: list[dict], noise: float, seed: int, per_prompt: int = 4) -> list[dict]:

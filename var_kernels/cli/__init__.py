@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "align a causal LM by VAR, or another method, on rows with rewards or pairs",
     "methods": "list the training methods, or say all about one",
     "doctor": "say what this machine has, which backend runs, and what a batch needs in memory",
-    "demo": "build a small model, align it, and show what came of it",
+    "demo": "align a pretrained model on its own scored answers, and show what came of it",
     "bench": "run the benchmarks of a source checkout",
 }
 

@@ -1,4 +1,5 @@
-"""``var-kernels demo``: build a small language model, align it by VAR, SFT and DPO, and show what came of it."""
+"""``var-kernels demo``: let a pretrained language model answer, align it on its scored answers by VAR, and show what
+came of it."""
 
 import argparse
 
@@ -6,27 +7,47 @@ _MAX_THREADS = 4  # a model of this size has no work for more, and a container's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="name or path of a causal LM (default: SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--reward", metavar="MODULE:FUNCTION", help="called with (prompts, completions) (default: VADER's sentiment)"
+    )
+    parser.add_argument(
+        "--compare", metavar="NAMES", help="train beside VAR: sft, best-of-n, dpo, separated by commas (on a GPU: all)"
+    )
     parser.add_argument(
         "--output", default="runs/demo", metavar="DIR", help="where everything is saved (default: runs/demo)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="a shrunken run of less than a minute, for a first look")
+    parser.add_argument("--quick", action="store_true", help="a shrunken run, for a first look")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
 
 
 def run(args: argparse.Namespace) -> int:
+    import dataclasses
     import os
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is on the hub; without it transformers may look
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is plenty, and several in one process need a launcher
     import torch
 
-    from var_kernels.cli.demo.experiment import FULL, QUICK
+    from var_kernels.cli.demo import experiment
     from var_kernels.cli.demo.story import tell
 
     torch.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
     if args.seed < 0:
         raise ValueError(f"--seed: expected an integer >= 0, got {args.seed}")
-    tell(args.output, QUICK if args.quick else FULL, seed=args.seed, cpu=args.cpu)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    plan = experiment.QUICK if args.quick else experiment.GPU if device.type == "cuda" else experiment.FULL
+    if args.compare is not None:
+        plan = dataclasses.replace(plan, methods=(*_methods(args.compare), "VAR"))
+    tell(args.output, plan, seed=args.seed, device=device, model=args.model, reward=args.reward)
     return 0
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = {"sft": "SFT", "best-of-n": "Best-of-n SFT", "dpo": "DPO"}
+    asked = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in asked:
+        if name not in names:
+            raise ValueError(f"--compare: expected some of {', '.join(names)}, got {name!r}; VAR is always trained")
+    return tuple(full for name, full in names.items() if name in asked)

@@ -1,8 +1,6 @@
-"""The experiment: a reference model from scratch, completions that it draws, and the policies aligned on them."""
+"""The experiment: completions that the reference draws, and the policies that are aligned on them."""
 
-import itertools
-import math
-import time
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,69 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from var_kernels.cli.demo import world
-from var_kernels.cli.demo.measure import Drawn, draw, kl_to_reference, mean_and_error, rewards_of
-from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
+from var_kernels.cli.demo.replies import Drawn, Prompt, Reward, Sampling, draw, prompt_ids
 from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
 
-MAX_LENGTH = 96  # tokens; the longest row of the corpus has about 45
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes and settings of a run. ``lam`` is VAR's lambda in reward points; DPO's beta plays the same part."""
-
-    model: ScratchSpec
-    pretrain_steps: int
-    pretrain_batch: int
-    pretrain_rate: float
-    completions: int  # drawn from the reference for each training prompt
-    align_steps: int
-    align_prompts: int  # per step
-    align_rate: float
-    lam: float
-    eval_samples: int  # per held-out prompt
-    frontier_samples: int
-    probe_every: int
-    memory_rows: tuple[int, ...]
-    memory_vocab: int
-
-
-FULL = Plan(
-    model=ScratchSpec(hidden=128, layers=2, heads=4, vocab=1024),
-    pretrain_steps=1200,
-    pretrain_batch=32,
-    pretrain_rate=4e-3,
-    completions=16,
-    align_steps=80,
-    align_prompts=8,
-    align_rate=1e-3,
-    lam=0.5,
-    eval_samples=16,
-    frontier_samples=32,
-    probe_every=10,
-    memory_rows=(1024, 2048, 4096),
-    memory_vocab=32_000,
-)
-QUICK = Plan(
-    model=ScratchSpec(hidden=96, layers=2, heads=3, vocab=1024),
-    pretrain_steps=300,
-    pretrain_batch=32,
-    pretrain_rate=6e-3,
-    completions=8,
-    align_steps=40,
-    align_prompts=8,
-    align_rate=1e-3,
-    lam=0.5,
-    eval_samples=4,
-    frontier_samples=8,
-    probe_every=20,
-    memory_rows=(512, 1024),
-    memory_vocab=16_000,
-)
-
-# What is trained on the completions that the reference drew: name -> the method and its settings; the strength of the
-# pull to the reference, ``lam``, is "beta" for DPO.
+# What can be trained on the completions that the reference drew: name -> the method and its settings; the strength of
+# the pull to the reference, ``lam``, is "beta" for DPO.
 METHODS = {
     "SFT": ("sft", {"sft_on": "all"}),
     "Best-of-n SFT": ("sft", {"sft_on": "best"}),
@@ -86,6 +26,76 @@ Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Sizes and settings of a run. ``lam`` is VAR's lambda in reward points; DPO's beta plays the same part."""
+
+    sampling: Sampling
+    completions: int  # drawn from the reference for each training prompt
+    align_steps: int
+    align_prompts: int  # per step
+    align_rate: float
+    lam: float
+    eval_samples: int  # per held-out prompt
+    memory_rows: tuple[int, ...]
+    methods: tuple[str, ...] = ("VAR",)
+    lora: int | None = None  # rank of an adapter; None: every weight learns
+    max_prompts: int | None = None  # of either kind; None: all
+
+
+FULL = Plan(
+    sampling=Sampling(batch=64, max_new_tokens=40, temperature=0.7),
+    completions=8,
+    align_steps=32,
+    align_prompts=1,
+    align_rate=1e-3,
+    lam=0.2,
+    eval_samples=8,
+    memory_rows=(1024, 4096),
+    lora=16,
+)
+QUICK = Plan(
+    sampling=Sampling(batch=32, max_new_tokens=24, temperature=0.7),
+    completions=4,
+    align_steps=4,
+    align_prompts=2,
+    align_rate=1e-3,
+    lam=0.2,
+    eval_samples=4,
+    memory_rows=(256,),
+    lora=16,
+    max_prompts=8,
+)
+GPU = Plan(
+    sampling=Sampling(batch=512, max_new_tokens=64, temperature=0.7),
+    completions=32,
+    align_steps=64,
+    align_prompts=4,
+    align_rate=1e-3,
+    lam=0.2,
+    eval_samples=32,
+    memory_rows=(1024, 4096, 16_384),
+    methods=tuple(METHODS),
+    lora=16,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is aligned, on which prompts, by which reward; ``model`` is the reference.
+
+    says: of the model and of the reward, a sentence each, for the report.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    reward: Reward
+    says: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Run:
     """What every part of one run shares. ``folder`` takes the Trainer's own files."""
 
@@ -93,6 +103,7 @@ class Run:
     seed: int
     folder: Path
     device: torch.device
+    max_length: int = 96  # tokens of a row; the longest of the small world has about 45
 
     def config(self, method: str, steps: int, batch: int, rate: float, **settings) -> AlignConfig:
         common = {
@@ -106,7 +117,7 @@ class Run:
             "warmup_steps": max(1, min(40, steps // 10)),
             "adam_beta2": 0.95,
             "logging_steps": max(1, steps // 40),
-            "max_length": MAX_LENGTH,
+            "max_length": self.max_length,
             "seed": self.seed,
             "use_cpu": self.device.type == "cpu",
             "disable_tqdm": True,
@@ -117,50 +128,64 @@ class Run:
         return method_config(method)(**common | settings)
 
 
-def make_reference(run: Run, advance: Advance):
-    """(model, tokenizer, corpus rows): a Llama-shaped model trained on one pass over the mixed-quality corpus."""
-    plan = run.plan
-    rows = list(itertools.islice(world.corpus(run.seed), plan.pretrain_steps * plan.pretrain_batch))
-    tokenizer = make_tokenizer(plan.model, (row["prompt"] + row["completion"] for row in rows[:10_000]))
-    model = make_model(plan.model, len(tokenizer), MAX_LENGTH, run.seed)
-    config = run.config("sft", plan.pretrain_steps, plan.pretrain_batch, plan.pretrain_rate, sft_on="all")
-    train(model, tokenizer, rows, config, advance)
-    return model, tokenizer, rows
+def draw_completions(subject: Subject, run: Run, advance: Advance) -> Drawn:
+    """The reference's replies to the training prompts."""
+    settings = (run.plan.completions, run.plan.sampling, subject.reward, run.seed + 1, advance)
+    return draw(subject.model, subject.tokenizer, subject.prompts, *settings)
 
 
-def draw_completions(
-    model, tokenizer, run: Run, tasks: list[world.Task], advance: Advance, max_new_tokens: int | None = None
-) -> list[dict]:
-    """One row {"prompt", "completions", "rewards"} per task, completions drawn from the reference at temperature 1."""
-    size = run.plan.completions
-    drawn = draw(model, tokenizer, tasks, size, run.seed + 1, advance, max_new_tokens)
-    rewards = rewards_of(drawn).tolist()
-    return [
-        {"prompt": task.prompt, "completions": drawn.texts[i * size : (i + 1) * size], "rewards": rewards[i]}
-        for i, task in enumerate(tasks)
-    ]
+def rows_of(drawn: Drawn) -> list[dict]:
+    """A row {"prompt", "completions", "rewards"} of each prompt, to train on.
+
+    A reply that was cut is left out, its cut would be learned as an end; a prompt with fewer than two whole ones keeps
+    all.
+    """
+    rows = []
+    for i, prompt in enumerate(drawn.prompts):
+        places = range(i * drawn.k, (i + 1) * drawn.k)
+        whole = [place for place in places if drawn.ended[place]]
+        kept = whole if len(whole) > 1 else places
+        texts, rewards = ([values[place] for place in kept] for values in (drawn.texts, drawn.rewards))
+        if not isinstance(prompt, str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        rows.append({"prompt": prompt, "completions": texts, "rewards": rewards})
+    return rows
 
 
-def align(name: str, model, tokenizer, rows: list[dict], run: Run, advance: Advance, callbacks=()) -> list[dict]:
-    """Train ``model`` in place by one of ``METHODS`` on the rows; returns the Trainer's log."""
-    plan = run.plan
+def longest_row(subject: Subject, plan: Plan) -> int:
+    """Tokens of the longest prompt and the longest reply, and room for what a chat template puts behind it."""
+    prompts = [*subject.prompts, *subject.held_out]
+    return max(len(prompt_ids(subject.tokenizer, prompt)) for prompt in prompts) + plan.sampling.max_new_tokens + 8
+
+
+def align(name: str, subject: Subject, rows: list[dict], run: Run, advance: Advance) -> tuple:
+    """(policy, the Trainer's log): a copy of the reference, trained by one of ``METHODS`` on the rows."""
+    plan, policy = run.plan, copy.deepcopy(subject.model)
     batch = plan.align_prompts * (plan.completions if name == "SFT" else 1)
     rate = plan.align_rate * (DPO_RATE if name == "DPO" else 1.0)
     method, settings = METHODS[name]
     settings = {key: plan.lam if value == "lam" else value for key, value in settings.items()}
-    config = run.config(method, plan.align_steps, batch, rate, **settings)
-    return train(model, tokenizer, rows, config, advance, callbacks)
+    settings["logp_temperature"] = plan.sampling.temperature  # of the distribution that drew them
+    config, options = run.config(method, plan.align_steps, batch, rate, **settings), {}
+    if plan.lora:
+        from peft import LoraConfig
+
+        options["peft_config"] = LoraConfig(
+            r=plan.lora, lora_alpha=2 * plan.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    trained, log = train(policy, subject.tokenizer, rows, config, advance, **options)
+    return trained.merge_and_unload() if plan.lora else trained, log
 
 
 def train(
     model, tokenizer, rows, config: AlignConfig, advance: Advance, callbacks=(), trainer_class=VARTrainer, **options
-) -> list[dict]:
-    """The Trainer's log; ``options`` are those of ``VARTrainer``."""
+) -> tuple[torch.nn.Module, list[dict]]:
+    """The trained model (with its adapter in it) and the Trainer's log; ``options`` are those of ``VARTrainer``."""
     callbacks = [_Advance(advance), *callbacks]
     trainer = trainer_class(model, config, rows, processing_class=tokenizer, callbacks=callbacks, **options)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.model, [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 class _Advance(TrainerCallback):
@@ -169,45 +194,3 @@ class _Advance(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.advance()
-
-
-class Probe(TrainerCallback):
-    """Samples the policy on held-out prompts every few steps: the curves of the report. Its own time is kept apart."""
-
-    def __init__(self, reference, tokenizer, tasks: list[world.Task], every: int, seed: int):
-        self.reference, self.tokenizer, self.tasks, self.every, self.seed = reference, tokenizer, tasks, every, seed
-        self.curve: list[dict] = []
-        self.seconds = 0.0
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._look(0, model)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._look(state.global_step, model)
-
-    def _look(self, step: int, model) -> None:
-        began, was_training = time.monotonic(), model.training
-        drawn = draw(model, self.tokenizer, self.tasks, 2, self.seed)
-        kl = kl_to_reference(model, self.reference, self.tokenizer, drawn)
-        self.curve.append({"step": step, "reward": rewards_of(drawn).mean().item(), "kl": kl.mean().item()})
-        model.train(was_training)
-        self.seconds += time.monotonic() - began
-
-
-def frontier(drawn: Drawn, lams: list[float]) -> list[dict]:
-    """Estimated best: reward and KL of pi* = pi_ref exp(r/lam)/Z for each lam, from samples of the reference.
-
-    Per prompt over k samples, w = softmax(r/lam): E*[r] = sum w r and KL(pi* || pi_ref) = sum w log(k w), then the mean
-    over prompts; of the objective E*[r] - lam KL, which no policy exceeds, also the standard error.
-    """
-    rewards_PK = rewards_of(drawn).double()
-    points = []
-    for lam in lams:
-        w_PK = torch.softmax(rewards_PK / lam, dim=1)
-        reward_P1 = (w_PK * rewards_PK).sum(1, keepdim=True)
-        kl_P1 = (w_PK * (w_PK.log() + math.log(w_PK.shape[1]))).sum(1, keepdim=True)
-        objective, error = mean_and_error(reward_P1 - lam * kl_P1)
-        point = {"lam": lam, "reward": reward_P1.mean().item(), "kl": kl_P1.mean().item()}
-        points.append({**point, "objective": objective, "objective_error": error})
-    return points

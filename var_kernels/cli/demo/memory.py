@@ -1,40 +1,101 @@
-"""Peak memory of one training step, plain loss against fused loss, measured exactly."""
+"""Peak memory and time of one training step of a saved model, plain loss and fused loss, each in a process of its own.
 
-from collections.abc import Callable
+python -m var_kernels.cli.demo.memory FOLDER plain|fused cpu|cuda DTYPE TOKENS ...
+"""
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from var_kernels.integrations.hf import fused_lm_head
-from var_kernels.integrations.scratch import ScratchSpec, make_model
-from var_kernels.measure import peak_extra_bytes
+_LENGTH = 256  # tokens of a sequence
+_WARM_UP = 32  # tokens of the step before those that are measured: it brings the gradients' memory
 
 
-def compare(
-    rows: tuple[int, ...], vocab: int, device: torch.device, seed: int, advance: Callable[[], None]
-) -> list[dict]:
-    """For each number of tokens the peak MiB of forward + backward, through ``model(...).loss`` and ``fused_lm_head``.
-
-    A 2-layer Llama of width 256 in fp32, sequences of 256 tokens, every token labelled; gradients count on both sides.
-    """
-    model = make_model(ScratchSpec(hidden=256, layers=2, heads=4, vocab=vocab), vocab, 256, seed).to(device)
-    points = []
-    for num_rows in rows:
-        ids = torch.randint(vocab, (num_rows // 256, 256), generator=torch.Generator().manual_seed(seed)).to(device)
-
-        def step(ids=ids) -> None:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-
-        plain = _measure(model, step, device)
-        advance()
-        with fused_lm_head(model):
-            fused = _measure(model, step, device)
-        advance()
-        points.append({"tokens": num_rows, "vocab": vocab, "plain_mib": plain, "fused_mib": fused})
+def compare(folder: Path, rows: tuple[int, ...], device: torch.device, advance: Callable[[], None]) -> list[dict]:
+    """For each number of tokens {"tokens", "plain", "fused"}: the figures of ``steps`` on either side, None where the
+    process was ended for want of memory."""
+    points = [{"tokens": tokens, "plain": None, "fused": None} for tokens in rows]
+    for loss in ("plain", "fused"):
+        for point, figures in zip(points, steps(folder, loss, device.type, "float32", rows), strict=False):
+            point[loss] = figures
+            advance()
     return points
 
 
-def _measure(model, step: Callable[[], None], device: torch.device) -> float:
-    model.zero_grad(set_to_none=True)
-    peak = peak_extra_bytes(step, device) / 2**20
-    model.zero_grad(set_to_none=True)
-    return peak
+def steps(folder: Path, loss: str, device: str, dtype: str, rows: tuple[int, ...]) -> Iterator[dict]:
+    """{"peak_mib", "seconds", "before_mib"} of a step of each number of tokens, forward and backward, every token
+    labelled, gradients kept; as many as there was memory for.
+
+    peak_mib: of the whole process on a CPU, of the CUDA allocator on a GPU; before_mib: the same before the step.
+    """
+    command = [sys.executable, "-m", __name__, str(folder), loss, device, dtype, *map(str, rows)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        said = process.stderr.read()
+    if process.returncode not in (0, -9, 137) and "OutOfMemory" not in said:
+        raise RuntimeError(f"a step, {loss} loss, failed: {(said.strip() or 'nothing was said').splitlines()[-1]}")
+
+
+def main(folder: str, loss: str, device: str, dtype: str, *rows: str) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from var_kernels.integrations.hf import fused_lm_head
+
+    logging.disable_progress_bar()  # its lines would fill the pipe that nobody reads yet
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).train()
+    config = model.config.get_text_config()
+    length = min(_LENGTH, config.max_position_embeddings)
+
+    def step(count: int) -> None:
+        shape = (max(1, count // length), min(length, count))
+        ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    with fused_lm_head(model) if loss == "fused" else contextlib.nullcontext():
+        step(_WARM_UP)
+        for tokens in rows:
+            read = peak_reader(device)
+            before, began = read(), time.perf_counter()
+            step(int(tokens))
+            peak = read()  # on a GPU it waits for the step
+            figures = {"peak_mib": peak, "seconds": time.perf_counter() - began, "before_mib": before}
+            print(json.dumps(figures), flush=True)
+
+
+def peak_reader(device: str) -> Callable[[], float]:
+    """MiB at the highest since this call: where the system keeps no resettable maximum, since the process began."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+        def read() -> float:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() / 2**20
+
+        return read
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+
+        def read() -> float:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+        read()
+        return read
+    except (OSError, IndexError):
+        unit = 2**20 if sys.platform == "darwin" else 1024
+        return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    main(*sys.argv[1:])

@@ -5,7 +5,8 @@ from pathlib import Path
 from string import Template
 
 from var_kernels.cli.demo import plots
-from var_kernels.cli.demo.world import MAX_WORDS, Score
+
+_MINUS = "\N{MINUS SIGN}"
 
 
 def write_report(path: Path, results: dict) -> None:
@@ -15,43 +16,44 @@ def write_report(path: Path, results: dict) -> None:
 
 def _values(results: dict) -> dict[str, str]:
     plan, table, data, environment = results["plan"], results["table"], results["data"], results["environment"]
-    last = results["memory"][-1]
+    subject, var = results["subject"], table["VAR"]
     on_gpu = not environment["device"].startswith("the CPU")
     return {
+        "name": escape(subject["name"]),
+        "model_says": escape(subject["says"][0]),
+        "reward_says": escape(subject["says"][1]),
         "minutes": _duration(results["seconds"]["all"]),
         "device": escape(environment["device"]),
-        "before": _signed(table["reference"]["reward"]),
-        "after": _signed(table["VAR"]["reward"]),
-        "kl": f"{table['VAR']['kl']:.2f}",
-        "objective_before": _signed(table["reference"]["objective"]),
-        "objective_after": _signed(table["VAR"]["objective"]),
-        "objective_best": _signed(results["optimum"]["objective"]),
-        "objectives": _objectives(results),
-        "ratio": f"{last['plain_mib'] / last['fused_mib']:.1f}x",
-        "tokens": f"{last['tokens']:,}",
-        "vocab": f"{last['vocab']:,}",
-        "parameters": f"{plan['parameters']:,}",
-        "corpus_rows": f"{plan['pretrain_steps'] * plan['pretrain_batch']:,}",
+        "before": signed(table["reference"]["reward"]),
+        "after": signed(var["reward"]),
+        "gain": f"{signed(var['gain'])} ± {var['gain_error']:.2f}",
+        "wins": f"{var['win_rate']:.0%}",
+        "kl": f"{var['kl']:.1f}",
+        "saved": _saved(results["memory"]),
         "prompts": str(data["prompts"]),
         "completions": str(plan["completions"]),
-        "replies": f"{len(data['rewards']):,}",
-        "max_words": str(MAX_WORDS),
         "held_out": str(data["held_out"]),
         "eval_samples": str(plan["eval_samples"]),
+        "cut": f"{data['cut']:.0%}",
+        "tokens_at_most": str(plan["sampling"]["max_new_tokens"]),
+        "temperature": f"{plan['sampling']['temperature']:g}",
+        "asked": " Each question ends with “Answer in one short sentence.”" if subject["chat"] else "",
         "steps": str(plan["align_steps"]),
+        "trains": f"a LoRA adapter of rank {plan['lora']}" if plan["lora"] else "every weight",
+        "others": _others(plan),
         "lam": f"{plan['lam']:g}",
         "ess": f"{data['ess_per_prompt']:.1f}",
+        "per_prompt": f"{data['replies_per_prompt']:.1f}",
         "example": _example(data["example"]),
         "samples": "".join(_sample(row) for row in results["samples"]),
         "table": _table(results),
-        "curves": plots.training_curves(results),
+        "rewards": plots.rewards_before_and_after(results),
         "weights": plots.weights_against_rewards(results),
-        "frontier": plots.reward_against_kl(results),
-        "memory": plots.memory_bars(results),
-        "memory_how": "the CUDA allocator's peak"
-        if on_gpu
-        else "the sum of all allocations alive at once, from the profiler's memory events",
-        "question": escape(results["samples"][0]["question"]),
+        "memory": plots.step_bars(results),
+        "memory_table": _memory_table(results["memory"]),
+        "memory_how": "the CUDA allocator's highest" if on_gpu else "the highest that the whole process held",
+        "vocabulary": f"{subject['vocabulary']:,}",
+        "load": _load(results["samples"][0]["question"], subject["chat"]),
         "seed": str(results["seed"]),
         "environment": escape(
             " · ".join(f"{name} {version}" for name, version in environment.items() if name != "device")
@@ -62,53 +64,62 @@ def _values(results: dict) -> dict[str, str]:
     }
 
 
+def _saved(memory: list[dict]) -> str:
+    """The card: the peak of the largest step that both losses could make."""
+    both = [row for row in memory if row["plain"] and row["fused"]]
+    if not both:
+        return "no figure"
+    plain, fused = (both[-1][loss]["peak_mib"] / 1024 for loss in ("plain", "fused"))
+    return f"{plain:.1f} → {fused:.1f} GiB"
+
+
+def _others(plan: dict) -> str:
+    said = {
+        "SFT": "SFT on all of them",
+        "Best-of-n SFT": "best-of-n SFT on the best of each question",
+        "DPO": f"DPO on the best against the worst (β = {plan['lam']:g}, at 0.3 of the learning rate: at the full one "
+        "it drifts far off)",
+    }
+    parts = [said[name] for name in plan["methods"] if name != "VAR"]
+    return f"The others saw the same answers: {', '.join(parts)}." if parts else ""
+
+
 def _table(results: dict) -> str:
-    best = results["optimum"]
-    heads = (
-        *(
-            "model",
-            "reward, points",
-            f"reward \N{MINUS SIGN} {best['lam']:g} KL",
-            "KL, nats",
-            "right",
-            "friendly",
-            "rude",
-        ),
-        *("too long", "wins over reference", "seconds"),
-    )
-    rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
+    lam = results["plan"]["lam"]
+    heads = ("model", "reward", "gain", "wins over reference", "KL, nats", f"reward {_MINUS} {lam:g} KL", "tokens")
+    rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in (*heads, "seconds")) + "</tr>"]
     for name, row in results["table"].items():
         first = name == "reference"
         cells = [
             name,
-            f"{_signed(row['reward'])} ± {row['reward_error']:.2f}",
-            f"{_signed(row['objective'])} ± {row['objective_error']:.2f}",
-            "" if first else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
-            *(f"{row[key]:.0%}" for key in ("right", "friendly", "rude", "too_long")),
+            f"{signed(row['reward'])} ± {row['reward_error']:.2f}",
+            "" if first else f"{signed(row['gain'])} ± {row['gain_error']:.2f}",
             "" if first else f"{row['win_rate']:.0%} ± {row['win_rate_error']:.0%}",
-            f"{row['seconds']:.0f}",
+            "" if first else f"{row['kl']:.2f} ± {row['kl_error']:.2f}",
+            f"{signed(row['objective'])} ± {row['objective_error']:.2f}",
+            f"{row['length']:.0f}",
+            "" if first else f"{row['seconds']:.0f}",
         ]
         rows.append(f'<tr class="{name.lower()}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    objective = f"{_signed(best['objective'])} ± {best['objective_error']:.2f}"
-    cells = ["optimum π*", _signed(best["reward"]), objective, f"{best['kl']:.2f}", *[""] * 6]
-    rows.append('<tr class="target">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "".join(rows)
 
 
-def _objectives(results: dict) -> str:
-    """The models by reward - lam KL, the best first."""
-    rows = sorted(results["table"].items(), key=lambda item: -item[1]["objective"])
-    return ", ".join(f"{name} {_signed(row['objective'])}" for name, row in rows)
+def _memory_table(memory: list[dict]) -> str:
+    heads = ("tokens in the step", "plain, MiB", "fused, MiB", "plain, s", "fused, s")
+    rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
+    for row in memory:
+        cells = [f"{row['tokens']:,}"]
+        for key, form in (("peak_mib", ",.0f"), ("seconds", ".1f")):
+            cells += [format(row[loss][key], form) if row[loss] else "no room" for loss in ("plain", "fused")]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "".join(rows)
 
 
 def _example(example: dict) -> str:
-    """One answer for each reward that the answers to this question got."""
-    question = example["prompt"].removeprefix("User: ").removesuffix("\nAssistant:")
-    shown = {reward: (text, weight) for text, reward, weight in reversed(example["answers"])}
-    rows = [f"<tr><th>answers to “{escape(question)}”</th><th>reward</th><th>weight</th></tr>"]
-    for reward in sorted(shown, reverse=True):
-        text, weight = shown[reward]
-        rows.append(f"<tr><td>{escape(text.strip())}</td><td>{_signed(reward, 0)}</td><td>{weight:.2f}</td></tr>")
+    """The answers to one question with their weights, the best first."""
+    rows = [f"<tr><th>answers to “{escape(example['question'])}”</th><th>reward</th><th>weight</th></tr>"]
+    for text, reward, weight in example["answers"][:8]:
+        rows.append(f"<tr><td>{escape(text.strip())}</td><td>{signed(reward)}</td><td>{weight:.2f}</td></tr>")
     return "".join(rows)
 
 
@@ -116,26 +127,27 @@ def _sample(row: dict) -> str:
     cells = [escape(row["question"])]
     for name in ("reference", "VAR"):
         reply = row["replies"][name]
-        cells.append(f"{escape(reply['text'])}<br>{_tags(reply['score'])}")
+        kind = "good" if reward_is_good(reply["reward"]) else "bad" if reply["reward"] < 0 else "points"
+        cells.append(f'{escape(reply["text"])}<br><span class="tag {kind}">{signed(reply["reward"])}</span>')
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _tags(score: Score) -> str:
-    tags = [("points", _signed(score.reward, 0)), ("good", "right") if score.right else ("bad", "wrong")]
-    tags += [
-        (kind, text)
-        for kind, text, holds in (
-            ("good", "friendly", score.friendly),
-            ("bad", "rude", score.rude),
-            ("bad", "too long", score.too_long),
-        )
-        if holds
-    ]
-    return "".join(f'<span class="tag {kind}">{text}</span>' for kind, text in tags)
+def reward_is_good(reward: float) -> bool:
+    return reward > 0.05  # VADER's own threshold of a positive text
 
 
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}") if round(value, digits) else f"{0:.{digits}f}"
+def _load(question: str, chat: bool) -> str:
+    asked = (
+        f'inputs = tokenizer.apply_chat_template([{{"role": "user", "content": "{question}"}}],\n'
+        '    add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+        if chat
+        else f'inputs = tokenizer("User: {question}\\nAssistant:", return_tensors="pt")'
+    )
+    return escape(asked, quote=False)
+
+
+def signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", _MINUS) if round(value, digits) else f"{0:.{digits}f}"
 
 
 def _duration(seconds: float) -> str:

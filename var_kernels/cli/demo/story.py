@@ -1,12 +1,12 @@
-"""The demo from end to end: build, draw, align, measure, report."""
+"""The demo from end to end: load, draw, align, measure, report."""
 
 import contextlib
-import copy
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,29 +14,80 @@ import transformers
 from rich.console import Console
 
 import var_kernels
-from var_kernels.cli.demo import experiment, world
-from var_kernels.cli.demo.experiment import METHODS, Plan, Probe, Run
-from var_kernels.cli.demo.measure import Drawn, chunks, draw, kl_to_reference, mean_and_error, rewards_of, summarise
+from var_kernels.cli.demo import experiment
+from var_kernels.cli.demo.experiment import Plan, Run, Subject
 from var_kernels.cli.demo.memory import compare
 from var_kernels.cli.demo.output import REPORT, staged, write_jsonl, write_metrics
 from var_kernels.cli.demo.progress import Phases
+from var_kernels.cli.demo.replies import (
+    Drawn,
+    draw,
+    draws,
+    kl_to_reference,
+    mean_and_error,
+    rewards_of,
+    scorings,
+    summarise,
+)
 from var_kernels.cli.demo.report import write_report
+from var_kernels.cli.demo.subject import pretrained, question
 from var_kernels.cli.demo.table import print_results
+from var_kernels.integrations.trainer.rewards import load_function
 from var_kernels.losses import var_weights
 
-FRONTIER_LAMS = [0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 4.0, 10.0]
-_REFERENCE = "Train the reference on mixed-quality text"
-_DRAW = "Let the reference answer, score its answers"
+_LOAD = "Load the model"
+_DRAW = "Let it answer, score its answers"
 _EVALUATE = "Sample all models on held-out prompts"
-_MEMORY = "Measure memory, plain loss against fused"
+_MEMORY = "Measure a step, plain loss against fused"
 _REPORT = "Draw the report"
+_SHOWN = 8  # held-out prompts in the report
+
+Make = Callable[[Run, Callable[[], None]], Subject]
 
 
-def tell(output: str, plan: Plan, *, seed: int, cpu: bool = False, console: Console | None = None) -> dict:
-    """Run the demo and save everything under ``output``; returns the metrics that were saved."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+def tell(
+    output: str,
+    plan: Plan,
+    *,
+    seed: int,
+    device: torch.device,
+    model: str | None = None,
+    reward: str | None = None,
+    make: Make | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Run the demo and save everything under ``output``; returns the metrics that were saved.
+
+    model, reward: as the command's options. make: what is aligned, in place of these.
+    """
+    console = console or Console()
+    if make is None:
+        make, plan = _choose(model, reward, plan, device, console)
     with _quiet():
-        return _tell(output, plan, seed, device, console or Console())
+        return _tell(output, plan, seed, device, make, console)
+
+
+def _choose(model, reward, plan: Plan, device, console: Console) -> tuple[Make, Plan]:
+    """The pretrained model; where none can be had and none was asked for, the small world of a checkout."""
+    reward_function = load_function(reward) if reward else None
+    if model is not None and model.count("/") > 1 and not Path(model).exists():
+        raise FileNotFoundError(f"model: no such directory: {model}")
+    if model is None:
+        from var_kernels.integrations.pretrained import fetch
+
+        try:
+            console.print("Fetching SmolLM2-135M-Instruct, unless it is in the cache", style="dim", highlight=False)
+            fetch()
+        except OSError as error:
+            if reward:
+                raise
+            try:
+                from benchmarks import small_world
+            except ImportError:
+                raise error from None
+            console.print(f"{error}. Going on with a small world, trained here", highlight=False, soft_wrap=True)
+            return small_world.subject, small_world.QUICK if plan is experiment.QUICK else small_world.FULL
+    return lambda run, advance: pretrained(model, reward_function, plan, device), plan
 
 
 @contextlib.contextmanager
@@ -48,7 +99,9 @@ def _quiet() -> Iterator[None]:
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         log.setLevel(level)
         theirs.set_verbosity(verbosity)
@@ -56,29 +109,35 @@ def _quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-def _tell(output: str, plan: Plan, seed: int, device: torch.device, console: Console) -> dict:
+def _tell(output: str, plan: Plan, seed: int, device: torch.device, make: Make, console: Console) -> dict:
     began = time.monotonic()
+    steps = getattr(plan, "pretrain_steps", 1)
     expected = {
-        _REFERENCE: 85,
-        _DRAW: 8,
-        **{_align(name): 22 for name in METHODS},
-        _EVALUATE: 20,
-        _MEMORY: 10,
+        _LOAD: 85 if steps > 1 else 5,
+        _DRAW: 45,
+        **{_align(name): 70 for name in plan.methods},
+        _EVALUATE: 45 * (1 + len(plan.methods)),
+        _MEMORY: 60,
         _REPORT: 6,
     }
+    trained = ", ".join(plan.methods)
+    about = "" if plan is not experiment.FULL else f"; about {3 + 2 * len(plan.methods)} minutes on two idle cores"
     console.print(
-        f"[bold]var-kernels demo[/bold] on {_machine(device)}: about {_minutes(plan, device)}", highlight=False
+        f"[bold]var-kernels demo[/bold] on {_machine(device)}: sample, align by {trained}, sample again{about}",
+        highlight=False,
     )
     with staged(output) as folder:
         with Phases(console, expected) as phases:
-            results = _experiment(Run(plan, seed, folder, device), phases)
+            with phases.phase(_LOAD, steps) as advance:
+                subject = make(Run(plan, seed, folder, device), advance)
+            run = Run(plan, seed, folder, device, min(experiment.longest_row(subject, plan), _positions(subject)))
+            results = _experiment(run, subject, phases)
             with phases.phase(_REPORT):
                 results["seconds"] = {**phases.seconds, "all": time.monotonic() - began}
                 write_report(folder / REPORT, results)
-        write_metrics(
-            folder,
-            {key: results[key] for key in ("seed", "environment", "plan", "table", "optimum", "memory", "seconds")},
-        )
+        kept = ("seed", "subject", "environment", "plan", "table", "memory", "seconds")
+        counts = {key: value for key, value in results["data"].items() if isinstance(value, int | float)}
+        write_metrics(folder, {**{key: results[key] for key in kept}, "data": counts})
     print_results(console, results)
     console.print(
         f"\nReport: [bold]{Path(output) / REPORT}[/bold]   models, data, samples and metrics beside it", highlight=False
@@ -86,115 +145,121 @@ def _tell(output: str, plan: Plan, seed: int, device: torch.device, console: Con
     return results
 
 
-def _experiment(run: Run, phases: Phases) -> dict:
+def _experiment(run: Run, subject: Subject, phases: Phases) -> dict:
     plan, folder = run.plan, run.folder
-    tasks, held_out = world.split_tasks(run.seed)
-    with phases.phase(_REFERENCE, plan.pretrain_steps) as advance:
-        reference, tokenizer, corpus = experiment.make_reference(run, advance)
-    with phases.phase(_DRAW, chunks(tasks, plan.completions)) as advance:
-        rows = experiment.draw_completions(reference, tokenizer, run, tasks, advance)
-    write_jsonl(folder / "data" / "corpus.jsonl", corpus)
+    with phases.phase(_DRAW, draws(subject.prompts, plan.completions, plan.sampling)) as advance:
+        drawn = experiment.draw_completions(subject, run, advance)
+    rows = experiment.rows_of(drawn)
     write_jsonl(folder / "data" / "completions.jsonl", rows)
-    write_jsonl(folder / "data" / "held_out.jsonl", ({"prompt": task.prompt} for task in held_out))
-
-    policies, history, seconds = _align_all(run, reference, tokenizer, rows, held_out, phases)
-    seconds["reference"] = phases.seconds[_REFERENCE]
-    for name, policy in policies.items():
-        policy.save_pretrained(folder / "models" / _slug(name))
-        tokenizer.save_pretrained(folder / "models" / _slug(name))
-    drawn, table, optima = _evaluate(run, policies, tokenizer, held_out, phases)
+    write_jsonl(folder / "data" / "held_out.jsonl", ({"prompt": prompt} for prompt in subject.held_out))
+    policies, history, seconds = _align_all(run, subject, rows, phases)
+    replies, table = _evaluate(run, subject, policies, phases)
+    with phases.phase(_MEMORY, 2 * len(plan.memory_rows)) as advance:
+        memory = compare(folder / "models" / "var", plan.memory_rows, run.device, advance)
+    config = subject.model.config.get_text_config()
     return {
         "seed": run.seed,
+        "subject": {
+            "name": subject.name,
+            "says": subject.says,
+            "vocabulary": config.vocab_size,
+            "chat": not isinstance(subject.prompts[0], str),
+        },
         "environment": _environment(run.device),
-        "plan": {**vars(plan), "model": vars(plan.model), "parameters": sum(p.numel() for p in reference.parameters())},
-        "table": {name: {**row, "seconds": seconds[name]} for name, row in table.items()},
-        "optimum": next(point for point in optima if point["lam"] == plan.lam),
-        "frontier": optima,
+        "plan": {**vars(plan), "sampling": vars(plan.sampling), "model": None},
+        "table": {name: {**row, "seconds": seconds.get(name, 0.0)} for name, row in table.items()},
+        "rewards": {name: found.rewards for name, found in replies.items()},
         "history": history,
-        "memory": _memory(run, phases),
-        "data": {**_weigh(rows, plan.lam), "prompts": len(tasks), "held_out": len(held_out)},
-        "samples": _first_of_each_kind(held_out, drawn),
+        "memory": memory,
+        "data": {
+            **_weigh(rows, plan.lam),
+            "prompts": len(subject.prompts),
+            "held_out": len(subject.held_out),
+            "cut": 1 - sum(drawn.ended) / len(drawn.ended),
+        },
+        "samples": _first_replies(replies),
     }
 
 
-def _align_all(run: Run, reference, tokenizer, rows: list[dict], held_out: list[world.Task], phases: Phases):
+def _align_all(run: Run, subject: Subject, rows: list[dict], phases: Phases):
     """(policies, histories, training seconds), each by name; the reference is one of the policies."""
-    policies, history, seconds = {"reference": reference}, {}, {}
-    for name in METHODS:
-        probe = Probe(reference, tokenizer, held_out, run.plan.probe_every, run.seed + 2)
+    policies, history, seconds = {"reference": subject.model}, {}, {}
+    for name in run.plan.methods:
         with phases.phase(_align(name), run.plan.align_steps) as advance:
             began = time.monotonic()
-            policies[name] = copy.deepcopy(reference)
-            log = experiment.align(name, policies[name], tokenizer, rows, run, advance, [probe])
-            seconds[name] = time.monotonic() - began - probe.seconds
-        history[name] = {"probe": probe.curve, "log": log}
-    entries = ((name, kind, entry) for name, parts in history.items() for kind in parts for entry in parts[kind])
-    write_jsonl(run.folder / "history.jsonl", ({"model": name, "kind": kind, **entry} for name, kind, entry in entries))
+            policies[name], history[name] = experiment.align(name, subject, rows, run, advance)
+            seconds[name] = time.monotonic() - began
+            folder = run.folder / "models" / _slug(name)
+            policies[name].save_pretrained(folder)
+            subject.tokenizer.save_pretrained(folder)
+    lines = ({"model": name, **entry} for name, log in history.items() for entry in log)
+    write_jsonl(run.folder / "history.jsonl", lines)
     return policies, history, seconds
 
 
-def _evaluate(run: Run, policies: dict, tokenizer, held_out: list[world.Task], phases: Phases):
-    """(replies by policy, result table, reward and KL of pi* for several lambda), all on held-out prompts."""
-    plan, drawn, table = run.plan, {}, {}
-    steps = chunks(held_out, plan.eval_samples) * len(policies) + chunks(held_out, plan.frontier_samples)
+def _evaluate(run: Run, subject: Subject, policies: dict, phases: Phases) -> tuple[dict[str, Drawn], dict[str, dict]]:
+    """(replies by policy, result table), all on held-out prompts."""
+    plan, held_out, tokenizer = run.plan, subject.held_out, subject.tokenizer
+    k, sampling, found, table = plan.eval_samples, plan.sampling, {}, {}
+    steps = draws(held_out, k, sampling) * len(policies)
+    steps += scorings(len(held_out), k, sampling) * (len(policies) - 1)
     with phases.phase(_EVALUATE, steps) as advance:
         for i, (name, policy) in enumerate(policies.items()):
-            drawn[name] = draw(policy, tokenizer, held_out, plan.eval_samples, run.seed + 4 + i, advance)
-            kl = kl_to_reference(policy, policies["reference"], tokenizer, drawn[name])
-            table[name] = summarise(drawn[name], drawn["reference"], kl)
-            objective, error = mean_and_error(rewards_of(drawn[name]) - plan.lam * kl)
+            found[name] = draw(policy, tokenizer, held_out, k, sampling, subject.reward, run.seed + 4 + i, advance)
+            kl = torch.zeros(len(held_out), k)
+            if name != "reference":
+                kl = kl_to_reference(policy, subject.model, tokenizer, found[name], sampling, advance)
+            table[name] = summarise(found[name], found["reference"], kl)
+            objective, error = mean_and_error(rewards_of(found[name]) - plan.lam * kl)
             table[name] |= {"objective": objective, "objective_error": error}
-        many = draw(policies["reference"], tokenizer, held_out, plan.frontier_samples, run.seed + 3, advance)
-    write_jsonl(run.folder / "samples.jsonl", (row for name, replies in drawn.items() for row in _rows(name, replies)))
-    return drawn, table, experiment.frontier(many, sorted({plan.lam, *FRONTIER_LAMS}))
+    write_jsonl(run.folder / "samples.jsonl", (row for name, replies in found.items() for row in _rows(name, replies)))
+    return found, table
 
 
 def _rows(name: str, drawn: Drawn):
-    for i, (text, score) in enumerate(zip(drawn.texts, drawn.scores, strict=True)):
-        prompt = drawn.tasks[i // drawn.k].prompt
-        yield {"prompt": prompt, "model": name, "reply": text, "reward": score.reward, **vars(score)}
-
-
-def _memory(run: Run, phases: Phases) -> list[dict]:
-    rows, vocab = run.plan.memory_rows, run.plan.memory_vocab
-    if run.device.type == "cuda" and torch.cuda.mem_get_info(run.device)[0] > 20 * 2**30:
-        vocab = 128_256
-    with phases.phase(_MEMORY, 2 * len(rows)) as advance:
-        return compare(rows, vocab, run.device, run.seed, advance)
+    for i, (text, reward) in enumerate(zip(drawn.texts, drawn.rewards, strict=True)):
+        yield {"prompt": drawn.prompts[i // drawn.k], "model": name, "reply": text, "reward": reward}
 
 
 def _weigh(rows: list[dict], lam: float) -> dict:
-    """Reward and VAR weight of every completion, and those of one prompt in full: the first with the most rewards."""
-    rewards_PK = torch.tensor([row["rewards"] for row in rows])
-    groups = torch.arange(len(rows)).repeat_interleave(rewards_PK.shape[1])
-    result = var_weights(rewards_PK.flatten(), lam=lam, group_ids=groups)
-    weights_PK = result.weight.view_as(rewards_PK)
-    ess_P = weights_PK.sum(1).square() / weights_PK.square().sum(1)
-    widest = max(range(len(rows)), key=lambda i: len(set(rows[i]["rewards"])))
-    answers = zip(rows[widest]["completions"], rows[widest]["rewards"], weights_PK[widest].tolist(), strict=True)
+    """Reward and VAR weight of every completion, and those of one prompt in full: the first with the widest rewards."""
+    rewards = torch.tensor([reward for row in rows for reward in row["rewards"]])
+    counts = torch.tensor([len(row["rewards"]) for row in rows])
+    weights = var_weights(rewards, lam=lam, group_ids=torch.arange(len(rows)).repeat_interleave(counts)).weight
+    parts = weights.split(counts.tolist())
+    ess = sum((part.sum().square() / part.square().sum()).item() for part in parts) / len(parts)
+    widest = max(range(len(rows)), key=lambda i: max(rows[i]["rewards"]) - min(rows[i]["rewards"]))
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in rows[widest]["completions"]]
+    answers = zip(texts, rows[widest]["rewards"], parts[widest].tolist(), strict=True)
     return {
-        "rewards": rewards_PK.flatten().tolist(),
-        "weights": weights_PK.flatten().tolist(),
-        "ess_per_prompt": ess_P.mean().item(),
+        "rewards": rewards.tolist(),
+        "weights": weights.tolist(),
+        "ess_per_prompt": ess,
+        "replies_per_prompt": len(rewards) / len(rows),
         "example": {
-            "prompt": rows[widest]["prompt"],
+            "question": question(rows[widest]["prompt"]),
             "answers": sorted(dict.fromkeys(answers), key=lambda row: -row[1]),
         },
     }
 
 
-def _first_of_each_kind(held_out: list[world.Task], drawn: dict) -> list[dict]:
-    """The first two held-out prompts of each kind with each model's first reply: nothing is picked by hand."""
-    seen: dict[str, int] = {}
-    rows = []
-    for i, task in enumerate(held_out):
-        seen[task.kind] = seen.get(task.kind, 0) + 1
-        if seen[task.kind] <= 2:
-            replies = {
-                name: {"text": d.texts[i * d.k].strip(), "score": d.scores[i * d.k]} for name, d in drawn.items()
-            }
-            rows.append({"kind": task.kind, "question": task.question, "replies": replies})
-    return sorted(rows, key=lambda row: row["kind"])
+def _first_replies(replies: dict[str, Drawn]) -> list[dict]:
+    """Held-out prompts in their order with each model's first reply: nothing is picked by hand."""
+    prompts = replies["reference"].prompts[:_SHOWN]
+    return [
+        {
+            "question": question(prompt),
+            "replies": {
+                name: {"text": drawn.texts[i * drawn.k].strip(), "reward": drawn.rewards[i * drawn.k]}
+                for name, drawn in replies.items()
+            },
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _positions(subject: Subject) -> int:
+    return getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def _align(name: str) -> str:
@@ -203,12 +268,6 @@ def _align(name: str) -> str:
 
 def _slug(name: str) -> str:
     return name.lower().replace(" ", "-")
-
-
-def _minutes(plan: Plan, device: torch.device) -> str:
-    if plan is experiment.QUICK or device.type == "cuda":
-        return "a minute"
-    return "three to four minutes on two CPU cores"
 
 
 def _machine(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""The demo's small world: questions, four kinds of authors who answer them, and a reward that a program can check.
+"""The small world: questions, four kinds of authors who answer them, and a reward that a program can check.
 
 The corpus imitates what is found in the wild: the same question gets a careful, a curt, a chatty or a grumpy
 answer. A model trained on it can do all four; alignment has to bring out the first.

@@ -1,0 +1,96 @@
+"""Figures on real weights and real text, into benchmarks/results.
+
+    python -m benchmarks.real errors   --text FILE [--model smollm2|gemma] [--tokens 1024]
+    python -m benchmarks.real sparsity --text FILE [--model smollm2|gemma] [--tokens 1024]
+    python -m benchmarks.real steps    --text FILE [--model ...] [--tokens 1024 4096 16384] [--dtype float32 bfloat16]
+                                       [--heads ...] [--checkpointing]
+    python -m benchmarks.real study    --text FILE [--seeds 0 1 2] [--reduced]
+
+FILE: rows of {"prompt", "completions", "rewards"}, one JSON object a line (.jsonl, .jsonl.gz). The study is made
+for two hours on two cores (estimated from the time of a step); --reduced, a few minutes, shows that it runs. Rows are
+added to the CSV; those of the same settings are replaced.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from benchmarks.cpu_machine import header, results_folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("section", choices=("errors", "sparsity", "steps", "study"))
+    parser.add_argument("--text", type=Path, required=True, help="file of rated completions")
+    parser.add_argument("--model", default="smollm2", choices=("smollm2", "gemma"))
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--heads", nargs="+")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--reduced", action="store_true", help="a study of few steps: its figures mean little")
+    parser.add_argument("--out", type=Path, default=results_folder(), help="folder of the CSV (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not args.text.is_file():
+        parser.error(f"--text: expected a file, {args.text} is none")
+    {"errors": _errors, "sparsity": _sparsity, "steps": _steps, "study": _study}[args.section](args)
+    return 0
+
+
+def _errors(args) -> None:
+    from benchmarks.real.heads import ERROR_COLUMNS, errors
+
+    for tokens in args.tokens or [1024]:
+        for dtype in args.dtype:
+            rows = errors(args.model, args.text, tokens, dtype)
+            _write(args.out / "real-errors.csv", ERROR_COLUMNS, rows, 4)
+
+
+def _sparsity(args) -> None:
+    from benchmarks.real.heads import SPARSITY_COLUMNS, sparsity
+
+    for tokens in args.tokens or [1024]:
+        _write(args.out / "real-sparsity.csv", SPARSITY_COLUMNS, [sparsity(args.model, args.text, tokens)], 2)
+
+
+def _steps(args) -> None:
+    from benchmarks.real.steps import COLUMNS, HEADS, measure
+
+    for tokens in args.tokens or [1024, 4096, 16384]:
+        for dtype in args.dtype:
+            rows = measure(args.model, args.text, dtype, args.checkpointing, tokens, args.heads or HEADS)
+            _write(args.out / "real-steps.csv", COLUMNS, rows, 5)
+
+
+def _study(args) -> None:
+    from benchmarks.real.study import COLUMNS, REDUCED, Sizes, runs
+
+    name = "real-study-reduced.csv" if args.reduced else "real-study.csv"
+    for seed in args.seeds:
+        _write(args.out / name, COLUMNS, runs(args.text, seed, REDUCED if args.reduced else Sizes()), 2)
+
+
+def _write(path: Path, columns: tuple[str, ...], rows: list[dict], keys: int) -> None:
+    """The rows beside those of the file with other values in their first ``keys`` columns."""
+    told = [[_text(row.get(column, "")) for column in columns] for row in rows]
+    new = {tuple(row[:keys]) for row in told}
+    old = []
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        old = [row for row in list(csv.reader(lines))[1:] if tuple(row[:keys]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        print(header().replace("; processor time", ""), file=file)
+        csv.writer(file).writerows([columns, *old, *told])
+    print(*(",".join(row) for row in told), sep="\n", flush=True)
+
+
+def _text(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

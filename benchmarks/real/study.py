@@ -1,0 +1,98 @@
+"""VAR, SFT, best-of-n and DPO on SmolLM2 with a file of rated completions, judged on prompts that none saw."""
+
+import copy
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.real.models import load, read_rows
+from benchmarks.study.measure import Texts
+from benchmarks.study.plan import RealPlan
+from benchmarks.study.real import _figures as held_out_figures
+from var_kernels.cli.demo.experiment import METHODS, Plan, Run, Subject, align
+from var_kernels.cli.demo.replies import Sampling, draw, kl_to_reference, mean_and_error
+from var_kernels.losses import var_weights
+
+COLUMNS = (
+    *("method", "seed", "nll", "weighted_nll", "lift", "pair_accuracy", "likelihood_accuracy", "clear_pairs"),
+    *("kl", "kl_error", "ess_share", "seconds"),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run takes; lam in the file's reward units."""
+
+    steps: int = 40
+    completions: int = 8  # of a prompt
+    max_length: int = 192
+    held_out: int = 40
+    sampled: int = 16  # held-out prompts that KL is estimated on
+    rate: float = 3e-4
+    lam: float = 0.2
+
+
+REDUCED = Sizes(steps=4, completions=4, max_length=96, held_out=6, sampled=4)
+
+
+def runs(file: Path, seed: int, sizes: Sizes, methods=tuple(METHODS)) -> list[dict]:
+    """A row of the reference and of every method."""
+    torch.manual_seed(seed)
+    model, tokenizer = load("smollm2", torch.float32)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completions": [
+                [{"role": "assistant", "content": text}] for text in row["completions"][: sizes.completions]
+            ],
+            "rewards": row["rewards"][: sizes.completions],
+        }
+        for row in read_rows(file)
+        if len(row["completions"]) >= sizes.completions and len(row["prompt"]) < 4 * sizes.max_length // 3
+    ]
+    random.Random(0).shuffle(rows)
+    held_out, train = rows[: sizes.held_out], rows[sizes.held_out :]
+    random.Random(seed).shuffle(train)
+    texts = Texts(held_out, tokenizer, sizes.max_length)
+    reference_logp = texts.logps(model, chunk=16)
+    sampling = Sampling(batch=64, max_new_tokens=32)
+    plan = Plan(
+        sampling=sampling, completions=sizes.completions, align_steps=sizes.steps, align_prompts=1,
+        align_rate=sizes.rate, lam=sizes.lam, eval_samples=4, memory_rows=(), lora=16,
+    )  # fmt: skip
+    prompts = [row["prompt"] for row in held_out[: sizes.sampled]]
+    subject = Subject("smollm2", model, tokenizer, prompts, prompts, _no_reward, ("", ""))
+    judged = RealPlan(lam=sizes.lam)
+    ess = _ess_share(train[: sizes.steps], sizes.lam)
+    found = [{"method": "reference", "seed": seed, **held_out_figures(model, texts, reference_logp, judged)}]
+    for name in methods:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(plan, seed, Path(folder), torch.device("cpu"), sizes.max_length)
+            policy, _ = align(name, subject, copy.deepcopy(train), run, lambda: None)
+        seconds = time.monotonic() - began
+        drawn = draw(policy, tokenizer, prompts, plan.eval_samples, sampling, _no_reward, seed)
+        kl, error = mean_and_error(kl_to_reference(policy, model, tokenizer, drawn, sampling))
+        figures = held_out_figures(policy, texts, reference_logp, judged)
+        row = {"method": name, "seed": seed, **figures, "kl": kl, "kl_error": error, "seconds": seconds}
+        found.append(row | ({"ess_share": ess} if name == "VAR" else {}))
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return found
+
+
+def _no_reward(prompts: list, completions: list) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def _ess_share(rows: list[dict], lam: float) -> float:
+    """Effective share of a prompt's completions under VAR's weights, the mean over prompts."""
+    shares = []
+    for row in rows:
+        rewards = torch.tensor(row["rewards"])
+        weight = var_weights(rewards, lam=lam, group_ids=torch.zeros(len(rewards), dtype=torch.long)).weight
+        shares.append((weight.sum().square() / weight.square().sum() / len(rewards)).item())
+    return sum(shares) / len(shares)

@@ -149,6 +149,9 @@ def test_figures_on_real_weights_are_measured():
         figures = [f"{float(row[key]):.1e}" if row[key] else "" for key in keys]
         line = f"| {row['dtype']} | {row['head']} | {float(row['loss']):.5f} | {' | '.join(figures)} |"
         assert line.replace("  ", " ").replace("  ", " ") in page
+    for row in measured("cpu-avx-512/real-steps.csv"):
+        whose = "ours" if row["head"] == "var_kernels" else "transformers' loss"
+        assert f"{float(row['peak_mib']):,.0f} MiB with {whose}" in page
     (row,) = measured("cpu-avx-512/real-sparsity.csv")
     assert f"{row['kept']} of {row['tiles']} tiles are kept, {float(row['kept_share']):.1%}".replace("%", " %") in page
 

@@ -1,7 +1,7 @@
 """``linear_loss``: any loss of the registry from hidden states, by the passes over the head that its class allows."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ def linear_loss(
     head_options: Mapping[str, object] | None = None,
     return_logp: Literal[False] = False,
     return_argmax: Literal[False] = False,
-    **options: Any,
+    **options: object,
 ) -> Tensor: ...
 
 
@@ -59,7 +59,7 @@ def linear_loss(
     head_options: Mapping[str, object] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 
@@ -80,7 +80,7 @@ def linear_loss(
     head_options: Mapping[str, object] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Tensor | tuple[Tensor, ...]:
     """A loss by its name (``var_kernels.LOSSES``), from hidden states and the lm_head, without the [N, V] logits.
 

@@ -77,9 +77,6 @@ class TileCost:
         return self.fixed + columns * self.column + rows * (columns * self.element + self.row)
 
 
-# ---- the budget ------------------------------------------------------------------------------------------------------
-
-
 def default_workspace_mb(device: torch.device, weight_bytes: int) -> int:
     """On a CPU half of the head's weight, at least 64 MiB: with less, dW is added up from chunks so short that memory
     and not arithmetic sets the time. On an accelerator 1/32 of its memory, at least 128 MiB.
@@ -100,9 +97,6 @@ def _cuda_memory(index: int) -> int:
     if not torch.cuda.is_available():  # a fake tensor's device
         return 0
     return torch.cuda.get_device_properties(index).total_memory
-
-
-# ---- costs of a head -------------------------------------------------------------------------------------------------
 
 
 def operand_copies(head: Head, gradient: bool) -> int:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from var_kernels.integrations.data import encode_examples, parse_row
 from var_kernels.integrations.tokenizer import train_tokenizer
 from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
+from var_kernels.integrations.trainer.methods import find_method
 
 torch.set_num_threads(1)  # two threads a process that fight for the same cores are many times slower than one
 
@@ -80,10 +81,9 @@ def tiny_config(folder, **options) -> AlignConfig:
 
 
 def tiny_trainer(folder, rows=ROWS, *, model=None, trainer_options=None, **options) -> VARTrainer:
-    model = tiny_model() if model is None else model
-    return VARTrainer(
-        model, tiny_config(folder, **options), rows, processing_class=tokenizer(), **(trainer_options or {})
-    )
+    model, args = tiny_model() if model is None else model, tiny_config(folder, **options)
+    teacher = {"ref_model": tiny_model(1)} if find_method(args.method).teacher else {}
+    return VARTrainer(model, args, rows, processing_class=tokenizer(), **teacher | (trainer_options or {}))
 
 
 def losses(trainer) -> list[float]:

@@ -23,6 +23,7 @@ _RUN = {
     ),
     "model": (str, None, "name or path of a causal LM, or of an adapter, which is merged into its base"),
     "from_scratch": (str, None, "instead of --model: a new one, e.g. hidden=128,layers=2,heads=4,vocab=4096"),
+    "teacher": (str, None, "name or path of the teacher of --method distill, with the model's tokenizer"),
     "dataset": (str, None, ".json, .jsonl (also .gz) or .parquet file, or a name on the hub (docs/data.md)"),
     "split": (str, None, "split of a hub data set (default train)"),
     "subset": (str, None, "configuration of a hub data set"),
@@ -193,6 +194,11 @@ def _run(args: argparse.Namespace) -> int:
     if not settings["dry_run"]:
         _check_writable(output_dir)
         checkpoint = _checkpoint(output_dir, settings["resume"])
+    if bool(settings["teacher"]) != METHODS[config.method].teacher:
+        got = f"--teacher {settings['teacher']}" if settings["teacher"] else "no --teacher"
+        raise ValueError(
+            f"teacher: --method distill needs one and no other method reads it, got {got} with {config.method}"
+        )
     reward_func = _reward_function(settings, config)
     peft_config = _lora(settings["lora"]) if settings["lora"] else None
     need = "prompt" if config.online else "optional" if reward_func else METHODS[config.method].need_rewards
@@ -220,6 +226,8 @@ def _run(args: argparse.Namespace) -> int:
         if config.process_index == 0:
             print(report)
         return 0
+    if settings["teacher"]:
+        options["ref_model"] = settings["teacher"]
     try:
         trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, sampler=sampler, **options)
     except RuntimeError as error:

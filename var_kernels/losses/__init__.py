@@ -50,6 +50,7 @@ from var_kernels.losses.regression import (
 )
 from var_kernels.losses.sail import draw_preference, sail_dp_loss, sail_pp_loss, sail_pr_loss
 from var_kernels.losses.sequences import sequence_lengths, sequence_sum
+from var_kernels.losses.sparse import sparse_token_kl
 from var_kernels.losses.supervised import awr_loss, reweighted_loss, sft_loss
 from var_kernels.losses.token import (
     dft_loss,
@@ -156,6 +157,7 @@ __all__ = [
     "single_name",
     "slic_loss",
     "soft_value",
+    "sparse_token_kl",
     "standardised_advantage",
     "target_po_loss",
     "token_objective",

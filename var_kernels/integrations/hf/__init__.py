@@ -1,6 +1,7 @@
 """Fused losses on any Hugging Face causal language model, without its [B, T, V] logits."""
 
 from var_kernels.integrations.hf.cross import cross_reference_logprobs
+from var_kernels.integrations.hf.distill import distillation_loss, token_divergence
 from var_kernels.integrations.hf.head import HeadParams, capture
 from var_kernels.integrations.hf.logprobs import next_labels, sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.loss import fused_lm_head
@@ -9,8 +10,10 @@ __all__ = [
     "HeadParams",
     "capture",
     "cross_reference_logprobs",
+    "distillation_loss",
     "fused_lm_head",
     "next_labels",
     "sequence_logprobs",
+    "token_divergence",
     "token_logprobs",
 ]

@@ -48,6 +48,17 @@ def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) ->
         )
 
 
+def check_teacher(args: AlignConfig, ref_model) -> None:
+    if not METHODS[args.method].teacher:
+        return
+    if ref_model is None:
+        raise ValueError(
+            f"ref_model: method {args.method!r} needs a teacher, got none; pass ref_model=MODEL (--teacher NAME)"
+        )
+    if args.sync_ref_model:
+        raise ValueError(f"sync_ref_model must be False for method {args.method!r}: its teacher does not move")
+
+
 def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
     if not args.online:
         if sampler is not None:
@@ -68,7 +79,7 @@ def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
             "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
             "refresh_reference=False with a reference of your own"
         )
-    if reward_func is None and not METHODS[args.method].policy_labels:
+    if reward_func is None and not (METHODS[args.method].policy_labels or METHODS[args.method].teacher):
         raise ValueError(
             f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
             "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "

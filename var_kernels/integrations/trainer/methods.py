@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.integrations.hf.distill import HeadInputs, divergence_in_head
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX
 from var_kernels.integrations.trainer import items, shares
 from var_kernels.integrations.trainer.reward_effect import z_over_batch
@@ -35,6 +36,7 @@ from var_kernels.losses.checks import check_choice
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
+from var_kernels.ops.signatures import DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Method:
     places as the policy itself would label them. compares: what a reward is compared with, the completions of its
     "prompt", of the "step", of the "data", or "" nothing: it counts by itself. reads_draws: online, the loss takes the
     completions for draws of the policy, or of the reference, so that log-probs are read at the draws' temperature.
+    teacher: ``ref_model`` is a teacher, whose distributions over the whole vocabulary the loss reads.
     """
 
     loss: Loss
@@ -62,6 +65,7 @@ class Method:
     policy_labels: bool = False
     compares: str = ""
     reads_draws: bool = False
+    teacher: bool = False
 
     @property
     def reference(self) -> str:
@@ -162,6 +166,7 @@ def loss_in_head(
     config,
     *,
     extra_head=None,
+    teacher: HeadInputs | None = None,
     process_group=None,
     label_generator=None,
 ) -> "HeadResult":
@@ -175,6 +180,14 @@ def loss_in_head(
         items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
         loss, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
         return HeadResult(loss, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
+    if method.teacher:
+        sizes = {of.lm_head_weight.shape[0] for of in (head, teacher.head)}
+        options = {**method.loss_options(config), "temperature": config.logp_temperature}
+        options |= {"vocabulary": min(sizes), "workspace_mb": config.workspace_mb}
+        divergence = divergence_in_head(hidden, head, labels, teacher, **options)
+        total = (divergence * rows["weight"].unsqueeze(1)).sum()
+        nothing, score_B = torch.zeros_like(kept), -divergence.detach().sum(-1)
+        return HeadResult(total, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
     if method.head == "reward":
         inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
     elif method.head == "value":
@@ -287,6 +300,30 @@ BRADLEY_TERRY = Loss(
 )
 
 
+def _distillation(
+    token_logp: Tensor, *, direction: str = "forward", beta: float = 0.5, teacher_temperature: float = 1.0
+) -> Tensor:
+    """Options of the divergence from a teacher, ``token_divergence``; the loss itself reads both models' heads."""
+    check_choice("direction", direction, DIRECTIONS)
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie between 0 and 1, got {beta}; its limits are direction 'forward' and 'reverse'")
+    if not teacher_temperature > 0:
+        raise ValueError(f"teacher_temperature must be positive, got {teacher_temperature}")
+    return token_logp
+
+
+# No loss of the registry: it reads a second model, and no log-prob of a label.
+DISTILLATION = Loss(
+    name="distill",
+    function=_distillation,
+    pass_class="B",
+    item="token",
+    formula="KL(teacher || student), KL(student || teacher) or their mixture's divergence, over the vocabulary",
+    source="GKD (2306.13649), equation 1",
+    evidence="derived",
+)
+
+
 def _method(name: str, entry: dict) -> Method:
     loss = entry.get("loss") or LOSSES[name]
     return Method(**{"loss": loss, **_of_loss(loss), **entry})
@@ -364,6 +401,7 @@ _ENTRIES = {
     "ava_d": {**_SFT, "prepare": shares.rows, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
     "ava_p": {"head": "reward", "settings": _HEAD_RATE},
     "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
+    "distill": {**_SFT, "loss": DISTILLATION, "settings": _SFT_ON, "teacher": True, "reads_draws": True},
     "ppo": _policy_gradient(),
     "grpo": _policy_gradient(defaults={"beta": 0.04}),
     "cispo": _policy_gradient(length_normalization="token"),

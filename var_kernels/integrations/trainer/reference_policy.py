@@ -24,6 +24,10 @@ class ReferencePolicy:
     """Mixin in front of transformers.Trainer."""
 
     def _prepare_reference(self, tables: list[EncodedRows]) -> None:
+        if self.method.teacher:
+            self._own_reference = False
+            self.ref_model = place_reference(self, self.ref_model).requires_grad_(False).eval()
+            return
         if not (self.online.reads_initial_model if self.args.online else self.method.reference):
             self.ref_model = None
             return

@@ -123,6 +123,11 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
     sharded = weight_sharding(trainer)
     if not sharded:
         return
+    if method.teacher:
+        raise ValueError(
+            f"method {args.method!r} reads the teacher's lm_head beside the student's, whole on every rank, and "
+            f"{sharded} shards it; train with DDP, or call token_divergence in a loop of your own"
+        )
     if args.sync_ref_model:
         raise ValueError(f"sync_ref_model: the reference cannot follow weights that {sharded} spreads; use DDP")
     if args.online:

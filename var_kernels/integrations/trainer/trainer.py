@@ -16,12 +16,14 @@ from var_kernels.integrations.data import (
     Example,
     end_tokens,
 )
+from var_kernels.integrations.hf.distill import head_inputs
 from var_kernels.integrations.hf.head import capture, inner_model
 from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.argument_checks import (
     check_arguments,
     check_online,
+    check_teacher,
     parsed_examples,
     read_items,
 )
@@ -78,7 +80,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             ``load_examples`` returns. eval_dataset may be several by name, ``{"short": rows, "long": rows}``.
         processing_class: the tokenizer, or its name or path; by default the model's own.
         ref_model: the reference policy; by default the model as it is given, and with PEFT the model without its
-            adapter.
+            adapter. Of method "distill" the teacher, with the student's tokenizer.
         reward_func: ``f(prompts, completions, **columns) -> floats``, replaces the rewards in the data (docs/data.md,
             "Reward functions"). A ``RewardModel`` is one. Several: a list, their sum, or a ``RewardSum`` with weights.
         sampler: with ``online=True``: what draws completions; by default the model's own ``generate``.
@@ -109,6 +111,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
     ):
         args, reward_func = VARConfig("var_output") if args is None else args, as_reward_function(reward_func)
         check_arguments(args, train_dataset, ref_model, peft_config)
+        check_teacher(args, ref_model)
         check_online(args, reward_func, sampler, ref_model)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
@@ -225,16 +228,18 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         group = dist.group.WORLD if self.args.world_size > 1 and mode == "train" else None
         generator = self._label_generator(inputs) if self.method.policy_labels and mode == "train" else None
 
+        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        teacher = head_inputs(self.ref_model, given) if self.method.teacher else None
+
         def in_head(hidden: Tensor, head):
             labels = next_labels(inputs["labels"], hidden)
             # a device_map may put the head elsewhere
             here = {key: value.to(hidden.device) for key, value in rows.items()}
             return loss_in_head(
                 self.method, hidden, head, labels, here, self.args,
-                extra_head=self.extra_head, process_group=group, label_generator=generator,
+                extra_head=self.extra_head, teacher=teacher, process_group=group, label_generator=generator,
             )  # fmt: skip
 
-        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         result, outputs = capture(model, in_head, given, low_rank=True)
         world_size = self.args.world_size if mode == "train" else 1
         result = HeadResult(result[0], *(values.to(rows["weight"].device) for values in result[1:]))

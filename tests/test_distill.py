@@ -1,0 +1,162 @@
+"""Distillation from a teacher model: the divergence inside two heads, the trainer's method, TRL's GKD loss."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from tests.tiny_online import online_trainer
+from tests.tiny_training import ROWS, tiny_model, tiny_trainer, tokenizer
+from var_kernels import linear_token_kl
+from var_kernels.integrations.hf import distillation_loss, token_divergence
+
+FP64 = torch.float64
+
+
+def batch():
+    torch.manual_seed(3)
+    ids = torch.randint(3, len(tokenizer()), (3, 9))
+    labels = ids.clone()
+    labels[:, :3] = labels[1, 7:] = -100
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def logits(model, given):
+    return model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits[:, :-1]
+
+
+def expected(student, teacher, given, direction, beta=0.5, temperature=1.0):
+    logp = (logits(student, given) / temperature).log_softmax(-1)
+    logq = (logits(teacher, given).detach() / temperature).log_softmax(-1)
+
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1)
+
+    if direction == "jsd":
+        logm = (beta * logq.exp() + (1 - beta) * logp.exp()).log()
+        value = beta * kl(logq, logm) + (1 - beta) * kl(logp, logm)
+    else:
+        value = kl(logp, logq) if direction == "reverse" else kl(logq, logp)
+    return value.where(given["labels"][:, 1:] != -100, 0.0)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_divergence_of_two_models(direction):
+    student, teacher, given = tiny_model(0), tiny_model(1), batch()
+    options = {"direction": direction, "beta": 0.3, "temperature": 1.7}
+    got = token_divergence(student, teacher, given, **options)
+    want = expected(student, teacher, given, **options)
+    torch.testing.assert_close(got[:, 1:], want)
+    assert not got[:, 0].any()
+    got.sum().backward()
+    gradient = student.lm_head.weight.grad.clone()
+    assert all(p.grad is None for p in teacher.parameters())
+    student.zero_grad()
+    expected(student, teacher, given, **options).sum().backward()
+    torch.testing.assert_close(gradient, student.lm_head.weight.grad)
+    loss = distillation_loss(student, teacher, given, **options)
+    torch.testing.assert_close(loss, want.sum() / (given["labels"][:, 1:] != -100).sum())
+
+
+def test_a_teacher_padded_further():
+    """Ids that the student does not have are cut off by name, and refused without it."""
+    student, teacher, given = tiny_model(0), tiny_model(1), batch()
+    ids = len(tokenizer())
+    whole = token_divergence(student, teacher, given)
+    teacher.resize_token_embeddings(ids + 5)
+    with pytest.raises(ValueError, match=r"one vocabulary.*vocabulary=len\(tokenizer\)"):
+        token_divergence(student, teacher, given)
+    torch.testing.assert_close(token_divergence(student, teacher, given, vocabulary=ids), whole)
+
+
+BETAS = [("forward", 0.0), ("jsd", 0.3), ("reverse", 1.0)]  # TRL's and Liger's names of the three
+
+
+@pytest.mark.parametrize(("direction", "beta"), BETAS)
+def test_against_trl(direction, beta):
+    trl = pytest.importorskip("trl.experimental.gkd", reason="TRL's GKD trainer is not installed")
+    student, teacher, given = tiny_model(0), tiny_model(1), batch()
+    both = logits(student, given), logits(teacher, given)
+    theirs = trl.GKDTrainer.generalized_jsd_loss(*both, given["labels"][:, 1:], beta=beta, temperature=2.0)
+    mixed = {"beta": beta} if direction == "jsd" else {}
+    torch.testing.assert_close(
+        distillation_loss(student, teacher, given, direction=direction, temperature=2.0, **mixed), theirs
+    )
+
+
+@pytest.mark.parametrize(("direction", "beta"), BETAS)
+def test_against_liger(direction, beta):
+    """The loss that Liger makes of chunks of both models' logits; its beta is the teacher's share too."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed")
+    torch.manual_seed(0)
+    hidden, weight, ref_hidden, ref_weight = (torch.randn(s) for s in ((21, 8), (50, 8), (21, 12), (50, 12)))
+    labels = torch.randint(0, 50, (21,))
+    labels[3:7] = -100
+    theirs = liger.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=2.0, compiled=False
+    )(hidden, weight, ref_hidden, ref_weight, labels)
+    mixed = {"beta": beta} if direction == "jsd" else {}
+    temperatures = {"temperature": 2.0, "ref_temperature": 2.0}
+    ours = linear_token_kl(hidden, weight, ref_hidden, ref_weight, labels, direction=direction, **temperatures, **mixed)
+    torch.testing.assert_close(ours.sum() / 17, theirs if theirs.dim() == 0 else theirs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_a_step_is_that_of_the_formula(direction, tmp_path):
+    """One step of plain SGD over the whole data set, against autograd through both models' logits."""
+    student, teacher = tiny_model(0), tiny_model(1)
+    twin = tiny_model(0)
+    trainer = tiny_trainer(
+        tmp_path, ROWS, model=student, method="distill", direction=direction, sft_on="all",
+        per_device_train_batch_size=24, trainer_options={"ref_model": teacher},
+    )  # fmt: skip
+    data = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    trainer.train()
+    given = {name: data[name] for name in ("input_ids", "attention_mask", "labels")}
+    loss = expected(twin, teacher, given, direction).sum() / (given["labels"][:, 1:] != -100).sum()
+    loss.backward()
+    rate = trainer.args.learning_rate
+    for moved, start in zip(student.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(moved.detach(), start.detach() - rate * start.grad)
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_training_lowers_the_divergence(tmp_path):
+    options = {"max_steps": 8, "learning_rate": 1e-2, "optim": "adamw_torch", "per_device_train_batch_size": 8}
+    more = {"model": tiny_model(0), "trainer_options": {"ref_model": tiny_model(1)}}
+    losses = losses_of(tiny_trainer(tmp_path, ROWS, method="distill", **more, **options))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_on_policy(tmp_path):
+    """The student's own completions, no reward: its reverse KL to the teacher falls."""
+    student, teacher = tiny_model(0), tiny_model(1)
+    trainer = online_trainer(
+        tmp_path, method="distill", direction="reverse", model=student, reward_func=None,
+        trainer_options={"ref_model": teacher}, iterations=4,
+    )  # fmt: skip
+    losses = losses_of(trainer)
+    assert losses[-1] < losses[0]
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"ref_model: method 'distill' needs a teacher, got none.*--teacher"):
+        tiny_trainer(tmp_path, ROWS, model=tiny_model(), method="distill", trainer_options={"ref_model": None})
+    with pytest.raises(ValueError, match="sync_ref_model must be False"):
+        tiny_trainer(
+            tmp_path, ROWS, model=tiny_model(), method="distill", sync_ref_model=True,
+            precompute_ref_log_probs=False, trainer_options={"ref_model": tiny_model(1)},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="direction"):
+        tiny_trainer(
+            tmp_path, ROWS, model=tiny_model(), method="distill", direction="sideways",
+            trainer_options={"ref_model": tiny_model(1)},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="batch must hold labels"):
+        token_divergence(tiny_model(), tiny_model(1), {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})

@@ -1,0 +1,146 @@
+"""Divergence of a student's next-token distributions from a teacher's, inside both models' lm_heads."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.head import HeadParams, capture
+from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
+from var_kernels.ops import linear_token_kl
+from var_kernels.ops.signatures import Direction
+
+
+class HeadInputs(NamedTuple):
+    """What a model feeds its lm_head, (B, T, D), and that head: constants."""
+
+    hidden: Tensor
+    head: HeadParams
+
+
+def head_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> HeadInputs:
+    """A teacher's forward pass without logits and without gradients, in train or eval mode as it is."""
+    found = []
+    with torch.no_grad():
+        (hidden, *_), _ = capture(
+            model, lambda hidden, head: (found.append(head), hidden)[1], inputs, low_rank=True
+        )  # fmt: skip
+    return HeadInputs(hidden, found[0])
+
+
+def divergence_in_head(
+    hidden: Tensor,
+    head: HeadParams,
+    labels: Tensor,
+    teacher: HeadInputs,
+    *,
+    direction: Direction = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocabulary: int | None = None,
+    workspace_mb: float | None = None,
+) -> Tensor:
+    """``linear_token_kl`` of the student's hidden states (B, T, D) and the teacher's; labels (B, T), aligned with them,
+    say which rows count.
+    """
+
+    def cut(of: HeadParams) -> dict[str, Any]:
+        rows = slice(vocabulary)
+        options = dict(of.logit_options)
+        if of.low_rank is not None:
+            options["low_rank"] = (of.low_rank[0].to(hidden.device), of.low_rank[1][rows].to(hidden.device))
+        bias = None if of.bias is None else of.bias[rows].to(hidden.device)
+        return {"weight": of.lm_head_weight[rows].to(hidden.device), "bias": bias, "options": options}
+
+    own, other = cut(head), cut(teacher.head)
+    if own["weight"].shape[0] != other["weight"].shape[0]:
+        sizes = f"{own['weight'].shape[0]} and {other['weight'].shape[0]}"
+        raise ValueError(
+            f"the student and the teacher must have one vocabulary, got heads of {sizes} entries; with one tokenizer "
+            "and padding of two lengths pass vocabulary=len(tokenizer)"
+        )
+    return linear_token_kl(
+        hidden,
+        own["weight"],
+        teacher.hidden.to(hidden.device),
+        other["weight"],
+        labels,
+        own["bias"],
+        other["bias"],
+        direction=direction,
+        beta=beta,
+        temperature=temperature,
+        ref_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        workspace_mb=workspace_mb,
+        **own["options"],
+        **{f"ref_{name}": value for name, value in other["options"].items()},
+    )
+
+
+def token_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    direction: Direction = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocabulary: int | None = None,
+    workspace_mb: float | None = None,
+) -> Tensor:
+    """Divergence of the student's distribution from the teacher's at every label, without either model's logits.
+
+        "forward"   KL(teacher || student)      classic distillation, mass-covering
+        "reverse"   KL(student || teacher)      on-policy distillation, mode-seeking
+        "jsd"       beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student: GKD
+
+    The teacher may have another hidden size, another architecture and another dtype; its tokenizer must be the
+    student's. Gradients go to the student alone. Peak memory is that of ``linear_token_kl``.
+
+    Args:
+        model: the student; teacher: of the same kinds as ``token_logprobs`` takes, its whole lm_head on one device.
+        batch: the models' keyword arguments, input_ids (B, T) among them, and labels (B, T), not shifted, -100 where
+            there is nothing to learn. What a label says is not used.
+        direction, beta: as above.
+        temperature: divides both models' logits; teacher_temperature: the teacher's own in its place.
+        vocabulary: ids that both models know, len(tokenizer), where their heads are padded to two lengths.
+        workspace_mb: see ``linear_token_kl``.
+    Returns:
+        (B, T) fp32, nats, >= 0: at t the divergence of the distributions that predict labels[:, t]; 0 where it is -100.
+    Raises:
+        ValueError, TypeError: a head that is not understood, labels of another shape, two vocabularies.
+    Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), equation 1.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("batch must hold labels (B, T), -100 where there is nothing to learn, got none")
+    told = head_inputs(teacher, inputs)
+
+    def in_head(hidden: Tensor, head: HeadParams) -> Tensor:
+        return divergence_in_head(
+            hidden,
+            head,
+            next_labels(labels, hidden),
+            told,
+            direction=direction,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            vocabulary=vocabulary,
+            workspace_mb=workspace_mb,
+        )
+
+    (divergence, *_), _ = capture(model, in_head, inputs, low_rank=True)
+    return F.pad(divergence[:, :-1], (1, 0))
+
+
+def distillation_loss(model: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    """Mean of ``token_divergence`` over the labels that are not -100: a scalar, nats per token. options: its own."""
+    divergence = token_divergence(model, teacher, batch, **options)
+    active = batch["labels"][:, 1:].ne(IGNORE_INDEX).sum().clamp(min=1)
+    return divergence.sum() / active.to(divergence.device)

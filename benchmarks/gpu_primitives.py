@@ -12,9 +12,10 @@ import torch
 from benchmarks.gpu_bench import Item
 from benchmarks.gpu_timing import GIGA, MIB, TFLOP, products_run
 from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.kernels.pairs import KINDS, PairOptions, empty_state
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops import labels
-from var_kernels.ops.backend import choose_backend, row_kernels
+from var_kernels.ops.backend import choose_backend, pair_kernels, row_kernels
 from var_kernels.ops.define import scale_
 from var_kernels.ops.gemm import add_product, logits_into, product_into
 from var_kernels.ops.head import Head, HeadOptions, Needs
@@ -164,6 +165,7 @@ def primitives(dry_run: bool) -> list[Item]:
         f"row kernels {str(dtype).removeprefix('torch.')}": functools.partial(_row_kernels, dtype=dtype)
         for dtype in (torch.float32, torch.bfloat16)
     }
+    runs |= {"pair kernels": _pair_kernels}
     return [Item("primitives", key, run, 0.0 if dry_run else 2.0, rank=1) for key, run in runs.items()]
 
 
@@ -199,6 +201,26 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -
         what = f"{name}, {str(dtype).removeprefix('torch.')}, V {v}"
         rows.append({**_bytes_row(what, timing, moved), "setting": label})
     return rows
+
+
+def _pair_kernels(bench) -> list[dict]:
+    """Of ``linear_token_kl``, on fp32 tiles of two models. Bytes: both read, the gradient written in bf16 over the
+    first: 18 a logit for a KL and its gradient, 26 for "jsd".
+    """
+    n, v = _sizes(bench, (2048, MAIN[2]), (32, 512))
+    kernels = pair_kernels(choose_backend(bench.device, torch.float32)[0])
+    z, w = (bench.randn(n, v, dtype=torch.float32, scale=2.0) for _ in range(2))
+    upstream, steps = torch.ones(n, device=bench.device), {}
+    for kind in KINDS:
+        state, pair = empty_state(n, torch.float32, z.device), PairOptions(kind)
+        run = functools.partial(kernels.pair_rows, z, w, state, pair)
+        run(stats=True)
+        steps[f"pair_stats {kind}"] = functools.partial(run, stats=True)
+        steps[f"pair_grad {kind}"] = functools.partial(run, upstream_n=upstream, out_dtype=torch.bfloat16)
+    steps["pair_mixture"] = functools.partial(run, mixture=True)
+    moved = {name: z.numel() * (10 if "grad" in name else 8) for name in steps}
+    timings = bench.total({name: lambda step=step: _ignore(step()) for name, step in steps.items()})
+    return [_bytes_row(f"{name}, V {v}", timing, moved[name]) for name, timing in timings.items()]
 
 
 def _label_kernels(bench) -> list[dict]:

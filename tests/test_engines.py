@@ -1,5 +1,7 @@
 """What the engines promise beyond their numbers: storage behind a tile, labels that nobody checked, counts given."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, line
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients
 from var_kernels.ops import checks
 from var_kernels.ops.ava_literal import linear_prob_lse
+from var_kernels.ops.backend import choose_backend, use_backend
 from var_kernels.ops.head import Head, HeadOptions, zero_row_ends
 
 N, V, D = 63, 507, 72
@@ -20,8 +23,6 @@ def test_row_ends_are_zero_for_16_bit_gemms(target):
     target.require(torch.bfloat16)
     if target.device != "cpu":
         pytest.skip("cuBLAS reads nothing beyond a row")
-    from var_kernels.ops.backend import choose_backend
-
     backend, _ = choose_backend(torch.device("cpu"), torch.float32)
     options = HeadOptions(LogitTransform(), 0.0, "fp32", 1 << 20, backend)
     hidden, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16()
@@ -182,3 +183,12 @@ def test_a_count_under_the_compiler():
     for ours, theirs in zip(got, expected, strict=True):
         for g, e in zip(ours, theirs, strict=True):
             torch.testing.assert_close(g, e)
+
+
+def test_a_forced_backend_stays_in_its_thread(monkeypatch):
+    monkeypatch.delenv("VAR_KERNELS_BACKEND", raising=False)
+    on_cpu = torch.device("cpu"), torch.float32
+    with ThreadPoolExecutor(1) as other, use_backend("torch"):
+        assert choose_backend(*on_cpu) == ("torch", "forced")
+        assert other.submit(choose_backend, *on_cpu).result()[1] != "forced"
+    assert choose_backend(*on_cpu)[1] != "forced"

@@ -1,4 +1,4 @@
-// torch ops over the bf16 GEMM: checks, choice of the instruction set, blocks in parallel. Stable ABI only.
+// torch ops over the bf16 GEMM: checks, choice of the instruction set, threads. Stable ABI only.
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +9,8 @@
 #include "cpu.h"
 #include "gemm.h"
 #include "torch_ops.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #ifdef VK_BF16_TARGETS
 #include "gemm_x86.h"
@@ -45,6 +47,9 @@ int64_t best_gemm_level() {
   return best;
 }
 
+// Multiply-adds that are worth a thread of their own.
+constexpr int64_t kGrainProducts = 1 << 22;
+
 void check_operand(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.scalar_type() == ScalarType::BFloat16, name,
                   ": expected a CPU matrix in bf16");
@@ -64,20 +69,37 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
   STD_TORCH_CHECK(narrow || out.scalar_type() == ScalarType::Float, "out: expected float32 or bfloat16");
   STD_TORCH_CHECK(!narrow || (!add && left.size(1) <= gemm::kMaxDepth), "out: bfloat16 takes one product of a depth of ",
                   gemm::kMaxDepth, " at most");
-  const gemm::Product p{a, b, static_cast<char*>(out.mutable_data_ptr()), out.stride(0), narrow, add, nullptr};
-  const int64_t rows = p.left.lanes, columns = p.right.lanes;
-  if (rows == 0 || columns == 0) return;
-  const bool by_columns = columns >= rows;
-  const int64_t total = by_columns ? columns : rows, threads = torch::stable::get_num_threads();
-  const int64_t step = gemm::ceil_div(gemm::ceil_div(total, threads), 32) * 32;
-  std::atomic<bool> done{true};
-  torch::stable::parallel_for(0, gemm::ceil_div(total, step), 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * step, end = std::min(total, last * step);
-    if (!(by_columns ? gemm::multiply_block(p, kernels, 0, rows, begin, end)
-                     : gemm::multiply_block(p, kernels, begin, end, 0, columns)))
-      done = false;
+  run_product({a, b, static_cast<char*>(out.mutable_data_ptr()), out.stride(0), narrow, add, nullptr}, kernels);
+}
+
+// Rows or columns of a matrix, as torch's C functions take it.
+Tensor part_of(const Tensor& t, int64_t side, int64_t begin, int64_t end) {
+  const int64_t strides[] = {t.stride(0), t.stride(1)};
+  int64_t sizes[] = {t.size(0), t.size(1)};
+  sizes[side] = end - begin;
+  float* data = static_cast<float*>(t.data_ptr()) + begin * strides[side];
+  return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, t.device(), ScalarType::Float);
+}
+
+// out = or += left right in fp32 by torch's GEMM, which inside a region runs on one thread: each takes an equal part of the
+// longer side, and does not spin for the others as the GEMM's own threads do.
+void torch_product_into(Tensor out, Tensor left, Tensor right, bool add) {
+  for (const Tensor* t : {&out, &left, &right})
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 2 && t->scalar_type() == ScalarType::Float,
+                    "out, left, right: expected CPU matrices in fp32");
+  const int64_t rows = left.size(0), depth = left.size(1), columns = right.size(1);
+  STD_TORCH_CHECK(right.size(0) == depth, "right: expected ", depth, " rows, got ", right.size(0));
+  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == columns, "out: expected ", rows, " x ", columns);
+  const int64_t longer = std::max(rows, columns), side = columns >= rows;
+  const int64_t least = ceil_div(kGrainProducts, std::max<int64_t>(1, rows * columns / std::max<int64_t>(1, longer) * depth));
+  const int64_t equal = ceil_div(longer, torch::stable::get_num_threads());
+  in_pieces(longer, ceil_div(std::max({least, equal, int64_t{1}}), 64) * 64, [&](int64_t begin, int64_t end) {
+    const Tensor result = part_of(out, side, begin, end);
+    const Tensor a = side == 0 ? part_of(left, 0, begin, end) : part_of(left, 0, 0, rows);
+    const Tensor b = side == 1 ? part_of(right, 1, begin, end) : part_of(right, 0, 0, depth);
+    TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0)
+                               : aoti_torch_cpu_mm_out(result.get(), a.get(), b.get()));
   });
-  STD_TORCH_CHECK(done, "out of memory: operands are packed into ", gemm::Scratch::kBytes >> 10, " KiB a thread");
 }
 
 }  // namespace
@@ -104,9 +126,27 @@ gemm::Operand gemm_operand(const Tensor& t, int lane, const char* name) {
   return o;
 }
 
+void run_product(const gemm::Product& p, const gemm::Kernels& kernels, const EndRows& end_rows) {
+  if (p.left.lanes == 0 || p.right.lanes == 0) return;
+  const int64_t size = p.left.lanes * p.right.lanes * std::max<int64_t>(1, p.left.depth);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(size, kGrainProducts));
+  Shares shares = gemm::shares_of(p, kernels, threads);
+  Pieces rows(end_rows ? p.left.lanes : 0, ceil_div(p.left.lanes, 8 * threads));
+  std::atomic<bool> done{true};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      if (!gemm::multiply(p, kernels, shares, thread)) done = false;
+      // Multiplied by all threads by now.
+      if (done && end_rows) rows.run(end_rows);
+    }
+  });
+  STD_TORCH_CHECK(done, "out of memory: operands are packed into ", gemm::Scratch::kBytes >> 10, " KiB a thread");
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(var_kernels_native, m) {
   m.def("best_gemm_level() -> int");
   m.def("has_gemm_level(int level) -> bool");
+  m.def("torch_product_into(Tensor(a!) out, Tensor left, Tensor right, bool add) -> ()");
   m.def("product_into(Tensor(a!) out, Tensor left, Tensor right, bool add, int level) -> ()");
 }
 
@@ -117,6 +157,7 @@ STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CPU, m) {
   m.impl("product_into", TORCH_BOX(&product_into));
+  m.impl("torch_product_into", TORCH_BOX(&torch_product_into));
 }
 
 }  // namespace var_kernels

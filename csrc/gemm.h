@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "shares.h"
+
 namespace var_kernels {
 namespace gemm {
 
@@ -39,8 +41,6 @@ constexpr int64_t kLane = 16, kDeep = 32, kTile = kLane * kDeep;
 constexpr int64_t kBlockDepth = 2048, kMaxDepth = 4096;
 // Columns of a block of B at most; rows of one of A, and its bytes; elements of the sums, which are 16 x 16 blocks.
 constexpr int64_t kWide = 512, kHigh = 128, kLeftBytes = 1 << 18, kSumElements = kWide * kHigh;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What an instruction set brings.
 struct Kernels {
@@ -91,24 +91,32 @@ inline int64_t block_columns(const Kernels& kernels, int64_t depth) {
   return std::min(kernels.right_bytes / panel, kWide / kLane) / 2 * 2 * kLane;
 }
 
-// Rows [row_begin, row_end) by columns [column_begin, column_end), by one thread. False: there is no memory for Scratch.
-[[nodiscard]] inline bool multiply_block(const Product& p, const Kernels& kernels, int64_t row_begin, int64_t row_end,
-                                         int64_t column_begin, int64_t column_end) {
+inline Shares shares_of(const Product& p, const Kernels& kernels, int64_t threads) {
+  const int64_t wide = block_columns(kernels, p.at_once() ? p.left.depth : std::min(p.left.depth, kBlockDepth));
+  // What an epilogue takes does not depend on the threads.
+  return Shares(p.left.lanes, p.right.lanes, wide, kHigh, p.epilogue ? wide : 2 * kLane, threads);
+}
+
+// One thread's part. False: there is no memory for Scratch.
+[[nodiscard]] inline bool multiply(const Product& p, const Kernels& kernels, Shares& shares, int64_t thread) {
   thread_local Scratch scratch;
-  if (!scratch.allocate()) return false;
+  if (!scratch.allocate()) {
+    shares.stop();
+    return false;
+  }
   kernels.begin();
   const int64_t depth = p.left.depth, block_depth = p.at_once() ? std::max(depth, kDeep) : kBlockDepth;
   const int64_t tile_bytes = kTile * kernels.element_bytes, left_tiles = kLeftBytes / tile_bytes / (kHigh / kLane);
-  for (int64_t k = 0; k < depth || k == 0; k += block_depth) {
-    const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep);
-    const int64_t right_panel = tiles * tile_bytes;
-    const int64_t panels = std::min(kernels.right_bytes / std::max(right_panel, tile_bytes), kWide / kLane) / 2 * 2;
-    for (int64_t column = column_begin; column < column_end; column += panels * kLane) {
-      const int64_t columns = std::min(panels * kLane, column_end - column), column_panels = ceil_div(columns, kLane);
+  Shares::Block block;
+  Shares::Rows taken;
+  while (shares.take_block(thread, &block)) {
+    const int64_t column = block.column, columns = block.columns, column_panels = ceil_div(columns, kLane);
+    for (int64_t k = block.depth; (k < depth || k == 0) && shares.begin_depth(thread, k); k += block_depth) {
+      const int64_t deep = std::min(block_depth, depth - k), tiles = ceil_div(deep, kDeep);
+      const int64_t right_panel = tiles * tile_bytes, sum_stride = column_panels * kLane * kLane;
       kernels.pack_right(p.right, column, columns, k, deep, scratch.right());
-      for (int64_t row = row_begin; row < row_end; row += kHigh) {
-        const int64_t rows = std::min(kHigh, row_end - row), row_panels = ceil_div(rows, kLane);
-        const int64_t sum_stride = column_panels * kLane * kLane;
+      while (shares.take_rows(thread, &taken)) {
+        const int64_t row = taken.row, rows = taken.rows, row_panels = ceil_div(rows, kLane);
         for (int64_t first = 0; first < tiles || first == 0; first += left_tiles) {
           const int64_t count = std::min(left_tiles, tiles - first), left_panel = count * tile_bytes;
           kernels.pack_left(p.left, row, rows, k + first * kDeep, std::min(count * kDeep, deep - first * kDeep),

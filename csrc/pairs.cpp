@@ -71,7 +71,7 @@ void pair_rows(Tensor z, Tensor w, Tensor state, int64_t divergence, double beta
   };
   const PairKernels& kernels = pair_kernels(level);
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, columns));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  in_pieces(n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (stages & kStats) kernels.stats(job, row);
       if (stages & kMixture) kernels.mixture(job, row);

@@ -2,7 +2,6 @@
 // binary serves several versions of torch and of Python.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -41,17 +40,11 @@ Labels labels_of(const Tensor& labels, int64_t n, int64_t v_start) {
   return {vector_of<const int64_t>(labels, ScalarType::Long, labels.numel(), "labels"), labels.size(1), v_start};
 }
 
-int64_t row_elements(const ExpBlocks& blocks) { return blocks.blocks; }
-template <class Job>
-int64_t row_elements(const Job& job) {
-  return job.tile.columns;
-}
-
 // Each row by one thread: the result has the same bits for every number of threads.
 template <class Job>
 void each_row(void (*kernel)(const Job&, int64_t), const Job& job, int64_t n) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row_elements(job)));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, job.tile.columns));
+  in_pieces(n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) kernel(job, row);
   });
 }
@@ -165,8 +158,8 @@ void run_exp(const gemm::Epilogue& self, const float* sums, int64_t row, int64_t
   exp.kernels->exp_of_sums(*exp.blocks, sums, row, rows, column, columns);
 }
 
-// row_exp of the logits hidden W^T, which are never written: (n, d) and (columns, d) in bf16. A thread owns blocks of columns,
-// whose bounds and order do not depend on the number of threads.
+// row_exp of the logits hidden W^T, which are never written: (n, d) and (columns, d) in bf16. Each block of columns has
+// statistics of its own, so that the bits do not depend on the threads.
 void product_exp(Tensor hidden, Tensor weight, Tensor labels, Tensor pivot, Tensor others, int64_t v_start,
                  std::optional<Tensor> bias, double scale, double cap, double inner, double cap_slope,
                  std::optional<Tensor> out, std::optional<Tensor> earlier, int64_t gemm_level, int64_t level) {
@@ -179,7 +172,7 @@ void product_exp(Tensor hidden, Tensor weight, Tensor labels, Tensor pivot, Tens
   const gemm::Kernels& multiply = gemm_kernels(gemm_level);
   const RowKernels& rows = kernels(level);
   blocks.block = gemm::block_columns(multiply, depth);
-  blocks.blocks = gemm::ceil_div(columns, blocks.block);
+  blocks.blocks = ceil_div(columns, blocks.block);
   std::vector<float> pivots(n * blocks.blocks);
   std::vector<double> sums(n * blocks.blocks);
   blocks.pivots = pivots.data();
@@ -188,15 +181,10 @@ void product_exp(Tensor hidden, Tensor weight, Tensor labels, Tensor pivot, Tens
   epilogue.run = run_exp;
   epilogue.kernels = &rows;
   epilogue.blocks = &blocks;
-  const gemm::Product p{gemm_operand(hidden, 0, "hidden"), gemm_operand(weight, 0, "weight"), nullptr, 0, false,
-                        false, &epilogue};
-  std::atomic<bool> done{true};
-  torch::stable::parallel_for(0, blocks.blocks, 1, [&](int64_t first, int64_t last) {
-    const int64_t end = std::min(columns, last * blocks.block);
-    if (!gemm::multiply_block(p, multiply, 0, n, first * blocks.block, end)) done = false;
-  });
-  STD_TORCH_CHECK(done, "out of memory: operands are packed into ", gemm::Scratch::kBytes >> 10, " KiB a thread");
-  each_row(rows.end_blocks, blocks, n);
+  run_product({gemm_operand(hidden, 0, "hidden"), gemm_operand(weight, 0, "weight"), nullptr, 0, false, false, &epilogue},
+              multiply, [&](int64_t begin, int64_t end) {
+                for (int64_t row = begin; row < end; ++row) rows.end_blocks(blocks, row);
+              });
 }
 
 // For the test of its error bound.

@@ -199,9 +199,11 @@ void product(int64_t m, int64_t depth, int64_t n, bool left_by_depth, bool right
   char* out = narrow ? reinterpret_cast<char*>(rounded.data()) : reinterpret_cast<char*>(wide.data());
   const gemm::Product p{left, right, out, stride, narrow, add};
   std::atomic<bool> all_released{true};
-  by_threads(gemm::ceil_div(n, 64), [&](int64_t i) {
+  // Half of the threads come late, and find their shares taken.
+  Shares shares = gemm::shares_of(p, kProduct, 2 * kThreads);
+  by_threads(2 * kThreads, [&](int64_t thread) {
     configure_otherwise();
-    const bool done = gemm::multiply_block(p, kProduct, 0, m, 64 * i, std::min(n, 64 * i + 64));
+    const bool done = gemm::multiply(p, kProduct, shares, thread);
     if (!done || !released()) all_released = false;
   });
   double error = 0, largest = 0;
@@ -235,6 +237,7 @@ void products() {
         product(13, 71, 207, left, right, narrow, add, whole);
         product(140, 33, 130, left, right, narrow, add, whole);
         product(20, 2101, 70, left, right, narrow, add, whole);
+        product(100, 2101, 40, left, right, narrow, add, whole);
       }
 }
 

@@ -1,5 +1,6 @@
 """What ``make bench`` and the CPU benchmarks print: names that can be read, memory beside time."""
 
+import csv
 import os
 import re
 import subprocess
@@ -57,4 +58,19 @@ def test_cpu_losses_prints_what_it_wrote(tmp_path, capsys):
     assert "2 tokens x 3 hidden x 4 vocabulary, float32" in out
     ours, bare = out.index("var_kernels, fp32 logits"), out.index("bare GEMMs")
     assert ours < bare
-    assert re.search(r"var_kernels, fp32 logits +8\.0 +0\.80 +2\n", out)
+    assert re.search(r"var_kernels, fp32 logits +1 +8\.0 +0\.80 +2\n", out)
+
+
+def test_cpu_losses_takes_turns_between_numbers_of_threads(tmp_path):
+    from benchmarks.cpu_losses import MODES
+
+    out = ["--shape", "32,16,100", "--dtype", "float32", "--runs", "1", "--out", str(tmp_path)]
+    asked = ["--threads", "1,2", "--busy", "--only", "bare GEMMs,fp32 logits"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cpu_losses", *out, *asked], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "busy-32x16x100-float32.csv").read_text().splitlines()
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert {(row["threads"], row["mode"]) for row in rows} == {(t, m) for t in "12" for m in MODES}
+    assert all(float(row[column]) >= 0 for row in rows for column in ("ms", "wall_ms", "of_the_gemms", "peak_mib"))

@@ -54,7 +54,7 @@ def thread_sanitizer(folder: Path, *flags: str) -> Path:
 def test_threads_share_nothing_that_they_write(tmp_path):
     done = run(thread_sanitizer(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "144 passed, 0 failed" in done.stdout
+    assert "168 passed, 0 failed" in done.stdout
 
 
 def test_the_thread_sanitizer_notices_shared_rows(tmp_path):
@@ -70,7 +70,7 @@ def test_neon(tmp_path):
             pytest.skip(f"no {program} here")
     done = run(emulator, build(tmp_path, compiler, "-static"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "144 passed, 0 failed" in done.stdout
+    assert "168 passed, 0 failed" in done.stdout
 
 
 def amx(folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -88,7 +88,7 @@ def amx(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 def test_amx_over_its_emulation(tmp_path):
     done = amx(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "102 passed, 0 failed" in done.stdout
+    assert "126 passed, 0 failed" in done.stdout
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -77,7 +77,7 @@ class Counts:
 _FREE = {
     *("view", "t", "transpose", "slice", "unsqueeze", "squeeze", "expand", "detach", "alias", "as_strided", "select"),
     *("permute", "_unsafe_view", "unbind", "split", "empty", "new_empty", "empty_like", "empty_strided", "device"),
-    *("new_empty_strided", "_reshape_alias", "diagonal", "_assert_async"),
+    *("new_empty_strided", "_reshape_alias", "diagonal", "_assert_async", "promote_types"),
 }
 _FILLS = {"zero_", "fill_", "zeros", "full", "zeros_like", "full_like", "ones", "new_zeros", "new_full", "ones_like"}
 _GATHERS = {"index", "index_select", "gather", "embedding"}

@@ -110,6 +110,17 @@ def test_a_gguf_file_becomes_a_folder_for_from_pretrained(tmp_path):
     assert logits.isfinite().all()
 
 
+def test_weights_of_a_gguf_file_are_refused_with_the_way_on(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny_training import tiny_trainer
+
+    write_gguf(tmp_path / "tiny.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    with pytest.raises(ValueError, match=r"model: must be free of a quantiser, got weights from a GGUF file.*convert"):
+        tiny_trainer(tmp_path, model=model)
+
+
 def write_gguf(file) -> dict[str, torch.Tensor]:
     width, heads, inner, words = 32, 2, 64, ["<s>", "</s>", "<unk>", "a", "b", "ab"]
     writer = gguf.GGUFWriter(str(file), "llama")

@@ -20,6 +20,17 @@ def check_vocabulary(model, tokenizer, role: str = "model") -> None:
         )
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuse weights read from a GGUF file, which are dequantised but marked as quantised."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if str(getattr(getattr(method, "quant_method", None), "value", "")).lower() == "gguf":
+        raise ValueError(
+            "model: must be free of a quantiser, got weights from a GGUF file, which transformers trains neither whole "
+            "nor by an adapter; save them dequantised by var_kernels.integrations.pretrained.convert(file, folder) and "
+            "load that folder"
+        )
+
+
 def check_learns(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

@@ -38,6 +38,7 @@ from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_checks import (
     check_learns,
     check_positions,
+    check_trainable,
     check_vocabulary,
     disable_dropout,
     freeze_head,
@@ -123,6 +124,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         self.pad_token_id = next(
             i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None
         )
+        check_trainable(model)
         check_vocabulary(model, processing_class)
         if ref_model is not None:
             check_vocabulary(ref_model, processing_class, "ref_model")

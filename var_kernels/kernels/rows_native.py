@@ -32,6 +32,8 @@ def obstacle() -> str | None:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
+    if not hasattr(torch.ops.var_kernels_native, "pair_rows"):
+        return "the C++ extension is older than its sources; build it again"
     return None
 
 

@@ -45,6 +45,7 @@ SYMBOLS = {
     "Q, KL, TD": "of AVA: help(var_kernels.losses.ava_d_loss)",
     "e": "label_smoothing, or clip_range",
     "k, lam, t": "options of the loss, one for each sign of A",
+    "pi, pi_T": "distributions of a token: the policy's and the teacher's",
     "K": "answers of the prompt",
     "H": "entropy of the policy at a token",
     "sg": "without a gradient",

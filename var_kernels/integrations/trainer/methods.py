@@ -318,7 +318,8 @@ DISTILLATION = Loss(
     function=_distillation,
     pass_class="B",
     item="token",
-    formula="KL(teacher || student), KL(student || teacher) or their mixture's divergence, over the vocabulary",
+    formula="KL(pi_T || pi), KL(pi || pi_T) or beta KL(pi_T || mix) + (1 - beta) KL(pi || mix), "
+    "mix = beta pi_T + (1 - beta) pi",
     source="GKD (2306.13649), equation 1",
     evidence="derived",
 )

@@ -3,6 +3,7 @@
 Rates are those of kernels in a full queue: a launch of a row kernel takes a good part of the kernel's own time.
 """
 
+import bisect
 import functools
 import itertools
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from var_kernels.ops.backend import choose_backend, pair_kernels, row_kernels
 from var_kernels.ops.define import scale_
 from var_kernels.ops.gemm import add_product, logits_into, product_into
 from var_kernels.ops.head import Head, HeadOptions, Needs
-from var_kernels.ops.plan import budget_bytes
+from var_kernels.ops.plan import budget_bytes, one_pass_rows
 
 MAIN = (8192, 4096, 128256)
 TINY = (64, 32, 512)
@@ -340,12 +341,26 @@ def forward(dry_run: bool) -> list[Item]:
     ]
 
 
+def _workspace_of_chunks(hidden, weight, labels, rows: int) -> float:
+    """MiB of the least workspace whose budget holds one pass in chunks of so many rows."""
+    backend, _ = choose_backend(hidden.device, torch.float32)
+    needs = Needs(hidden=True, lm_head_weight=True)
+
+    def held(kib: int) -> int:
+        options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(kib / 1024, weight), backend)
+        return one_pass_rows(Head(hidden, weight, None, labels.unsqueeze(1), options, needs))
+
+    return bisect.bisect_left(range(1 << 30), rows, key=held) / 1024
+
+
 def _crossing(bench, shape, engine: str, workspace_mb: float | None, about: dict) -> list[dict]:
     n, d, v = shape
     hidden = bench.randn(n, d).requires_grad_()
     weight = bench.randn(v, d, scale=2 / d**0.5).requires_grad_()
     labels = torch.randint(0, v, (n,), device=bench.device)
     token_weight = torch.rand(n, device=bench.device)
+    if about["rows"]:
+        workspace_mb = _workspace_of_chunks(hidden, weight, labels, about["rows"])
 
     def step():
         hidden.grad = weight.grad = None
@@ -374,9 +389,8 @@ def crossover(dry_run: bool) -> list[Item]:
     items = []
     for shape in [TINY] if dry_run else [MAIN, (8192, 896, 151936)]:
         n, d, v = shape
-        # The chunk's fp32 logits beside the fp32 dW; a page more, so that rounding takes no row.
         chunks = [16] if dry_run else [128, 256, 512, 1024, 2048]
-        cases = [("one_pass", {"rows": rows}, (4 * v * (d + rows) + 4096) / MIB) for rows in chunks]
+        cases = [("one_pass", {"rows": rows}, None) for rows in chunks]
         cases += [("two_pass", {}, workspace) for workspace in ([2] if dry_run else [128, 256, 512, 1024, 2048])]
         cases += [(engine, {"default": True}, None) for engine in ("one_pass", "two_pass")]
         for engine, about, workspace in cases:

@@ -1,7 +1,9 @@
 """The C++ row kernels alone: their exponential, every instruction set of this machine, odd widths, strides, threads."""
 
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,6 +330,13 @@ def test_chosen_on_a_cpu_unless_something_else_is_forced(monkeypatch):
         assert choose_backend(CPU, torch.float32)[0] == "torch"
     with use_backend("native"), pytest.raises(ValueError, match=r"'native' was forced but .* this tile is fp64"):
         choose_backend(CPU, torch.float64)
+
+
+def test_a_binary_older_than_its_sources_is_named(monkeypatch):
+    sources = "".join(path.read_text() for path in (Path(__file__).parents[1] / "csrc").glob("*.cpp"))
+    assert set(re.findall(r'"([a-z_]+)\(Tensor', sources)) == set(rows_native.OPS)
+    monkeypatch.setattr(rows_native, "OPS", (*rows_native.OPS, "an_op_of_tomorrow"))
+    assert "older than its sources" in rows_native.obstacle.__wrapped__()
 
 
 def test_what_does_not_fit_the_contract_is_refused():

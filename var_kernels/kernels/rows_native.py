@@ -20,6 +20,11 @@ CACHED_TILES = True
 # Instruction set of the kernels: None for the best of this machine, else 0 (baseline), 1 (AVX2), 2 (AVX-512).
 LEVEL: int | None = None
 LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")
+# Ops of the extension that work on tensors: a binary older than its sources may lack the newest.
+OPS = (
+    *("row_stats", "row_exp", "row_grad", "exp_into", "pair_rows", "product_into", "product_exp"),
+    "torch_product_into",
+)
 
 
 @functools.cache
@@ -32,7 +37,7 @@ def obstacle() -> str | None:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
-    if not hasattr(torch.ops.var_kernels_native, "pair_rows"):
+    if not all(hasattr(torch.ops.var_kernels_native, name) for name in OPS):
         return "the C++ extension is older than its sources; build it again"
     return None
 

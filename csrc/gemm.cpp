@@ -10,8 +10,6 @@
 #include "gemm.h"
 #include "torch_ops.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #ifdef VK_BF16_TARGETS
 #include "gemm_x86.h"
 #endif
@@ -72,36 +70,6 @@ void product_into(Tensor out, Tensor left, Tensor right, bool add, int64_t level
   run_product({a, b, static_cast<char*>(out.mutable_data_ptr()), out.stride(0), narrow, add, nullptr}, kernels);
 }
 
-// Rows or columns of a matrix, as torch's C functions take it.
-Tensor part_of(const Tensor& t, int64_t side, int64_t begin, int64_t end) {
-  const int64_t strides[] = {t.stride(0), t.stride(1)};
-  int64_t sizes[] = {t.size(0), t.size(1)};
-  sizes[side] = end - begin;
-  float* data = static_cast<float*>(t.data_ptr()) + begin * strides[side];
-  return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, t.device(), ScalarType::Float);
-}
-
-// out = or += left right in fp32 by torch's GEMM, which inside a region runs on one thread: each takes an equal part of the
-// longer side, and does not spin for the others as the GEMM's own threads do.
-void torch_product_into(Tensor out, Tensor left, Tensor right, bool add) {
-  for (const Tensor* t : {&out, &left, &right})
-    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 2 && t->scalar_type() == ScalarType::Float,
-                    "out, left, right: expected CPU matrices in fp32");
-  const int64_t rows = left.size(0), depth = left.size(1), columns = right.size(1);
-  STD_TORCH_CHECK(right.size(0) == depth, "right: expected ", depth, " rows, got ", right.size(0));
-  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == columns, "out: expected ", rows, " x ", columns);
-  const int64_t longer = std::max(rows, columns), side = columns >= rows;
-  const int64_t least = ceil_div(kGrainProducts, std::max<int64_t>(1, rows * columns / std::max<int64_t>(1, longer) * depth));
-  const int64_t equal = ceil_div(longer, torch::stable::get_num_threads());
-  in_pieces(longer, ceil_div(std::max({least, equal, int64_t{1}}), 64) * 64, [&](int64_t begin, int64_t end) {
-    const Tensor result = part_of(out, side, begin, end);
-    const Tensor a = side == 0 ? part_of(left, 0, begin, end) : part_of(left, 0, 0, rows);
-    const Tensor b = side == 1 ? part_of(right, 1, begin, end) : part_of(right, 0, 0, depth);
-    TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(result.get(), result.get(), a.get(), b.get(), 1.0, 1.0)
-                               : aoti_torch_cpu_mm_out(result.get(), a.get(), b.get()));
-  });
-}
-
 }  // namespace
 
 const gemm::Kernels& gemm_kernels(int64_t level) {
@@ -146,7 +114,6 @@ void run_product(const gemm::Product& p, const gemm::Kernels& kernels, const End
 STABLE_TORCH_LIBRARY_FRAGMENT(var_kernels_native, m) {
   m.def("best_gemm_level() -> int");
   m.def("has_gemm_level(int level) -> bool");
-  m.def("torch_product_into(Tensor(a!) out, Tensor left, Tensor right, bool add) -> ()");
   m.def("product_into(Tensor(a!) out, Tensor left, Tensor right, bool add, int level) -> ()");
 }
 
@@ -157,7 +124,6 @@ STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(var_kernels_native, CPU, m) {
   m.impl("product_into", TORCH_BOX(&product_into));
-  m.impl("torch_product_into", TORCH_BOX(&torch_product_into));
 }
 
 }  // namespace var_kernels

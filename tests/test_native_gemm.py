@@ -89,27 +89,6 @@ def test_an_element_does_not_depend_on_its_block_or_the_threads(level):
     assert torch.equal(whole, parts)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 300, 1100), (1100, 300, 70), (600, 1, 600), (3, 0, 5)], ids=str)
-def test_fp32_products_are_divided_between_threads(shape, threads):
-    m, k, n = shape
-    left, right = matrix(k, m).float().t(), matrix(k, n).float()
-    storage = torch.full((m + 2, n + 5), 7.0)
-    out = storage[1:-1, 2 : n + 2]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            gemm_native.product_into(out, left, right)
-        assert_summed_in_fp32(out, left, right)
-        gemm_native.product_into(out, left, right, add=True)
-    finally:
-        torch.set_num_threads(before)
-    assert_summed_in_fp32(out, left, right, left.double() @ right.double())
-    out.fill_(7.0)
-    assert torch.equal(storage, torch.full_like(storage, 7.0)), "written beside the result"
-
-
 def test_threads_take_turns_at_rows_and_columns(level):
     """More threads than processors, so that some come late: the same bits as one thread's."""
     left, right = matrix(700, 900), matrix(900, 1300)
@@ -150,8 +129,6 @@ def test_what_it_takes(monkeypatch):
     a, b, fp32 = matrix(4, 6), matrix(6, 3), torch.float32
     assert gemm_native.supports(fp32, a, b)
     assert gemm_native.supports(BF16, a, b)
-    assert gemm_native.supports(fp32, a.float(), b.float())
-    assert not gemm_native.supports(fp32, a, b.float())
     assert not gemm_native.supports(torch.float64, a, b)
     assert not gemm_native.supports(fp32, a.half(), b.half())
     assert not gemm_native.supports(fp32, torch.zeros(4, 12, dtype=BF16)[::2, ::2], b)
@@ -165,8 +142,6 @@ def test_shapes_that_do_not_fit_are_refused(level):
         gemm_native.product_into(torch.empty(4, 3), matrix(4, 6), matrix(5, 3))
     with pytest.raises(RuntimeError, match="out: expected 4 x 3"):
         gemm_native.product_into(torch.empty(4, 2), matrix(4, 6), matrix(6, 3))
-    with pytest.raises(RuntimeError, match="right: expected 6 rows, got 5"):
-        gemm_native.product_into(torch.empty(4, 3), matrix(4, 6).float(), matrix(5, 3).float())
     with pytest.raises(RuntimeError, match="left: expected rows or columns of adjacent elements"):
         gemm_native.product_into(torch.empty(4, 3), torch.zeros(8, 12, dtype=BF16)[::2, ::2], matrix(6, 3))
 

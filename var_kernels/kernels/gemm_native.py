@@ -1,5 +1,5 @@
 """bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or
-added to one in place. fp32 ones by torch's GEMM, divided between threads there.
+added to one in place.
 """
 
 import functools
@@ -48,21 +48,16 @@ def _readable(t: Tensor) -> bool:
 
 def supports(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
     """Whether ``left @ right`` runs here: bf16 matrices with adjacent rows or columns, an fp32 result or a rounded one
-    of moderate depth; fp32 ones.
+    of moderate depth.
     """
-    if out == left.dtype == right.dtype == torch.float32:
-        return left.device.type == "cpu" and available()
     fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= MAX_ROUNDED_DEPTH)
     return fits and _readable(left) and _readable(right) and available()
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
     """out = or += left @ right: exact products, fp32 sums in an order that depends on the depth alone. To AMX and
-    AVX-512 BF16 denormal operands are 0. Of fp32 operands: torch's GEMM, called by threads that do not spin for others.
+    AVX-512 BF16 denormal operands are 0.
     """
-    if left.dtype == torch.float32:
-        torch.ops.var_kernels_native.torch_product_into(out, left, right, add)
-        return
     torch.ops.var_kernels_native.product_into(out, left, right, add, _level())
 
 

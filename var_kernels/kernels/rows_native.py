@@ -21,10 +21,7 @@ CACHED_TILES = True
 LEVEL: int | None = None
 LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")
 # Ops of the extension that work on tensors: a binary older than its sources may lack the newest.
-OPS = (
-    *("row_stats", "row_exp", "row_grad", "exp_into", "pair_rows", "product_into", "product_exp"),
-    "torch_product_into",
-)
+OPS = ("row_stats", "row_exp", "row_grad", "exp_into", "pair_rows", "product_into", "product_exp")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Distillation from a teacher model: the divergence inside two heads, the trainer's method, TRL's GKD loss."""
+"""Distillation from a teacher model: the divergence inside two heads, the trainer's methods, TRL's GKD loss."""
 
 import pytest
 import torch
@@ -125,6 +125,65 @@ def test_a_step_is_that_of_the_formula(direction, tmp_path):
 def losses_of(trainer):
     trainer.train()
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def asft(model, reference_logits, given, kl_coef):
+    """Mean over the labels of DFT and kl_coef KL(reference || model), by autograd through both models' logits."""
+    labels, logp, logq = given["labels"][:, 1:], logits(model, given).log_softmax(-1), reference_logits.log_softmax(-1)
+    kept, label_logp = labels != -100, logp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    kl = (logq.exp() * (logq - logp)).sum(-1)
+    return (kl_coef * kl - label_logp.detach().exp() * label_logp)[kept].mean()
+
+
+def whole_batch(trainer):
+    data = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    return {name: data[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+ASFT = {
+    "method": "asft",
+    "kl_coef": 0.7,
+    "sft_on": "all",
+    "per_device_train_batch_size": 24,
+    "per_device_eval_batch_size": 24,
+}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["ref_model", "the model before training"])
+def test_steps_of_asft_are_those_of_the_formula(given, tmp_path):
+    """Three steps of plain SGD: from the second on the policy has left its reference."""
+    model, twin, reference = tiny_model(0), tiny_model(0), tiny_model(1 if given else 0)
+    options = {"ref_model": tiny_model(1)} if given else {}
+    trainer = tiny_trainer(tmp_path, ROWS, model=model, max_steps=3, learning_rate=1.0, trainer_options=options, **ASFT)
+    batch, want = whole_batch(trainer), []
+    for _ in range(3):
+        loss = asft(twin, logits(reference, batch).detach(), batch, 0.7)
+        want.append(loss.item())
+        for parameter, slope in zip(twin.parameters(), torch.autograd.grad(loss, twin.parameters()), strict=True):
+            parameter.data -= slope
+    assert losses_of(trainer) == pytest.approx(want, rel=1e-5)
+    for moved, expected_weight in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(moved.detach(), expected_weight.detach())
+    assert trainer.evaluate(ROWS)["eval_loss"] == pytest.approx(
+        asft(twin, logits(reference, batch), batch, 0.7).item(), rel=1e-5
+    )
+
+
+def test_asft_of_an_adapter_is_held_near_the_model_without_it(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = tiny_trainer(tmp_path, ROWS, model=tiny_model(0), trainer_options={"peft_config": lora}, **ASFT)
+    assert trainer.ref_model is None
+    batch = whole_batch(trainer)
+    want = asft(trainer.model, logits(tiny_model(0), batch), batch, 0.7)
+    assert losses_of(trainer) == pytest.approx([want.item()], rel=1e-5)
+
+
+def test_asft_refusals(tmp_path):
+    with pytest.raises(ValueError, match="kl_coef must be finite and >= 0, got -1"):
+        tiny_trainer(tmp_path, ROWS, method="asft", kl_coef=-1.0)
+    with pytest.raises(ValueError, match="online: method 'asft' learns from demonstrations"):
+        online_trainer(tmp_path, method="asft")
 
 
 def test_training_lowers_the_divergence(tmp_path):

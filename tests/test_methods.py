@@ -26,7 +26,7 @@ def run(folder, method, rows=ROWS, **options):
 
 
 def test_every_loss_of_the_registry_can_be_trained():
-    assert set(METHODS) == {*LOSSES, "bradley_terry", "distill"}
+    assert set(METHODS) == {*LOSSES, "bradley_terry", "distill", "asft"}
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -319,7 +319,7 @@ def test_values_that_nothing_explains_are_the_mean(tmp_path):
 # ---- what is logged --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["raft", "alol_ref_free", "sft", "dpo", "dft"])
+@pytest.mark.parametrize("method", ["raft", "alol_ref_free", "sft", "dpo", "dft", "asft"])
 def test_logged_log_probs_are_those_of_what_was_computed(method, tmp_path):
     """One pass leaves out rows that the loss gives no weight: they are no part of the means."""
     trainer = run(tmp_path, method, max_steps=1, logging_steps=1)

@@ -66,7 +66,7 @@ ROWS = {
     "importance-weighted SFT": ("iw_sft", "max_weight=16.0"),
     "importance-weighted SFT, a weight a token": ("iw_sft_token", "ratio_max=1.8"),
     "proximal SFT": ("psft", ""),
-    "ASFT": ("asft", ""),
+    "ASFT": ("asft", "kl_coef=0.1"),
     "EAFT": ("eaft", "max_entropy=3.0"),
     "CHORD's phi": ("chord_phi", ""),
     "PPO token clip": ("ppo", "clip_low=0.2"),
@@ -104,7 +104,7 @@ def test_row_is_in_the_table(row):
 
 
 def test_the_table_has_no_other_rows():
-    assert {name for name, _ in ROWS.values()} == {*LOSSES, *VARIANTS, "bradley_terry"}
+    assert {name for name, _ in ROWS.values()} == {*LOSSES, *VARIANTS, "bradley_terry", "asft"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -82,7 +82,7 @@ def tiny_config(folder, **options) -> AlignConfig:
 
 def tiny_trainer(folder, rows=ROWS, *, model=None, trainer_options=None, **options) -> VARTrainer:
     model, args = tiny_model() if model is None else model, tiny_config(folder, **options)
-    teacher = {"ref_model": tiny_model(1)} if find_method(args.method).teacher else {}
+    teacher = {"ref_model": tiny_model(1)} if find_method(args.method).teacher == "given" else {}
     return VARTrainer(model, args, rows, processing_class=tokenizer(), **teacher | (trainer_options or {}))
 
 

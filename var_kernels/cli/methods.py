@@ -23,6 +23,7 @@ DATA = {
 }
 _NEED = {"required": "needed", "optional": "not needed", "unless_pair": "needed unless the rows are pairs"}
 _READS = {"": "not read", "sequence": "its log-prob of each answer", "token": "its log-prob of each token"}
+_TEACHERS = {"": "", "given": "a teacher model", "reference": "the reference's distributions"}
 # What the formulas are written in.
 SYMBOLS = {
     "s": "log-prob of an answer, the sum over its tokens",
@@ -45,7 +46,7 @@ SYMBOLS = {
     "Q, KL, TD": "of AVA: help(var_kernels.losses.ava_d_loss)",
     "e": "label_smoothing, or clip_range",
     "k, lam, t": "options of the loss, one for each sign of A",
-    "pi, pi_T": "distributions of a token: the policy's and the teacher's",
+    "pi, pi_ref, pi_T": "distributions of a token: the policy's, the reference's and the teacher's",
     "K": "answers of the prompt",
     "H": "entropy of the policy at a token",
     "sg": "without a gradient",
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _reads(method) -> str:
     """What of the reference is read, by default and with the setting that asks for more."""
+    if method.teacher == "reference":
+        return f"{_TEACHERS['reference']} over the vocabulary; it stays in memory"
     reads = _READS[method.reference]
     _, default, _ = method.own_settings.get("reference", (str, "", ""))
     return f"not read; with --reference mean or sum {reads}" if default == "none" else reads
@@ -131,7 +134,7 @@ def markdown_table() -> str:
     for name, method in METHODS.items():
         loss = method.loss
         options = ", ".join(f"`{option}` {default}" for option, (_, default, _) in method.own_settings.items())
-        reads = ", ".join(f"`{read}`" for read in loss.inputs)
+        reads = _TEACHERS[method.teacher] or ", ".join(f"`{read}`" for read in loss.inputs)
         formula = loss.formula.replace("|", "\\|")
         cells = (f"`{name}`", formula, loss.pass_class, loss.item, reads, options, loss.source, loss.evidence)
         lines.append(f"| {' | '.join(cells)} |")

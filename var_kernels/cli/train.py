@@ -194,7 +194,7 @@ def _run(args: argparse.Namespace) -> int:
     if not settings["dry_run"]:
         _check_writable(output_dir)
         checkpoint = _checkpoint(output_dir, settings["resume"])
-    if bool(settings["teacher"]) != METHODS[config.method].teacher:
+    if bool(settings["teacher"]) != (METHODS[config.method].teacher == "given"):
         got = f"--teacher {settings['teacher']}" if settings["teacher"] else "no --teacher"
         raise ValueError(
             f"teacher: --method distill needs one and no other method reads it, got {got} with {config.method}"

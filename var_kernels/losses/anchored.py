@@ -42,7 +42,7 @@ def linear_asft_loss(
     Raises:
         TypeError, ValueError: kl_coef out of range, and what the two ops refuse.
 
-    Source: ASFT, arXiv 2509.23753, from its authors' description.
+    Source: ASFT, arXiv 2509.23753; direction, coefficient and mean over the tokens as in the authors' code.
     """
     check_number("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
     weight = hidden.new_ones(labels.shape) if token_weight is None else token_weight.detach()

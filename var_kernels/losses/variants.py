@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from var_kernels.losses.anchored import linear_asft_loss
 from var_kernels.losses.ava import literal_q
 from var_kernels.losses.registry import LOSSES, PASS_CLASSES
 from var_kernels.losses.var import var_loss
@@ -218,14 +217,6 @@ _enter(
     "reinforce",
     advantages="given",
     length_normalization="token",
-)
-_enter(
-    "asft",
-    "dft + kl_coef KL(q || p) of each token over the vocabulary, q the reference's",
-    "ASFT, arXiv 2509.23753",
-    "summary",
-    function=linear_asft_loss,
-    pass_class="B",
 )
 _enter(
     "token_kl",

@@ -42,9 +42,10 @@ def divergence_in_head(
     teacher_temperature: float | None = None,
     vocabulary: int | None = None,
     workspace_mb: float | None = None,
+    token_weight: Tensor | None = None,
 ) -> Tensor:
     """``linear_token_kl`` of the student's hidden states (B, T, D) and the teacher's; labels (B, T), aligned with them,
-    say which rows count.
+    say which rows count: (B, T), or with token_weight (B, T) the weighted sum, in one pass.
     """
 
     def cut(of: HeadParams) -> dict[str, Any]:
@@ -75,6 +76,8 @@ def divergence_in_head(
         temperature=temperature,
         ref_temperature=temperature if teacher_temperature is None else teacher_temperature,
         workspace_mb=workspace_mb,
+        token_weight=token_weight,
+        reduction="none" if token_weight is None else "sum",
         **own["options"],
         **{f"ref_{name}": value for name, value in other["options"].items()},
     )

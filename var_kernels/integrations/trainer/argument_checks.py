@@ -49,7 +49,7 @@ def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) ->
 
 
 def check_teacher(args: AlignConfig, ref_model) -> None:
-    if not METHODS[args.method].teacher:
+    if METHODS[args.method].teacher != "given":
         return
     if ref_model is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
             "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
             "refresh_reference=False with a reference of your own"
         )
-    if reward_func is None and not (METHODS[args.method].policy_labels or METHODS[args.method].teacher):
+    if reward_func is None and not (METHODS[args.method].policy_labels or METHODS[args.method].teacher == "given"):
         raise ValueError(
             f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
             "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "

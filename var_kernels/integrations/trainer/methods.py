@@ -5,6 +5,7 @@ A step is prepared once for all of its micro-batches on this rank (``prepare``),
 batch. The micro-batch losses of a step, summed over accumulation steps and ranks, are the loss of the global batch.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from var_kernels.losses import (
     LOSSES,
     Loss,
     bradley_terry_loss,
+    dft_loss,
     dro_value_loss,
     linear_loss,
     quantile_reward,
@@ -32,7 +34,7 @@ from var_kernels.losses import (
 )
 from var_kernels.losses.advantages import ADVANTAGES
 from var_kernels.losses.ava import last_value
-from var_kernels.losses.checks import check_choice
+from var_kernels.losses.checks import check_choice, check_number
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
@@ -51,7 +53,8 @@ class Method:
     places as the policy itself would label them. compares: what a reward is compared with, the completions of its
     "prompt", of the "step", of the "data", or "" nothing: it counts by itself. reads_draws: online, the loss takes the
     completions for draws of the policy, or of the reference, so that log-probs are read at the draws' temperature.
-    teacher: ``ref_model`` is a teacher, whose distributions over the whole vocabulary the loss reads.
+    teacher: whose distributions over the whole vocabulary the loss reads: "given" (those of ``ref_model``, a teacher),
+    "reference" (the reference's, which stays in memory) or "" nobody's.
     """
 
     loss: Loss
@@ -65,7 +68,7 @@ class Method:
     policy_labels: bool = False
     compares: str = ""
     reads_draws: bool = False
-    teacher: bool = False
+    teacher: str = ""
 
     @property
     def reference(self) -> str:
@@ -180,20 +183,25 @@ def loss_in_head(
         items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
         loss, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
         return HeadResult(loss, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
+    name, options, anchor = loss.name, method.loss_options(config), 0.0
     if method.teacher:
-        sizes = {of.lm_head_weight.shape[0] for of in (head, teacher.head)}
-        options = {**method.loss_options(config), "temperature": config.logp_temperature}
-        options |= {"vocabulary": min(sizes), "workspace_mb": config.workspace_mb}
-        divergence = divergence_in_head(hidden, head, labels, teacher, **options)
-        total = (divergence * rows["weight"].unsqueeze(1)).sum()
+        shared = {"temperature": config.logp_temperature, "workspace_mb": config.workspace_mb}
+        shared["vocabulary"] = min(of.lm_head_weight.shape[0] for of in (head, teacher.head))
+        divergence_of = functools.partial(divergence_in_head, hidden, head, labels, teacher, **shared)
+        weight = rows["weight"].unsqueeze(1).expand_as(labels)
+    if method.teacher == "given":
+        divergence = divergence_of(**options)
+        total = (divergence * weight).sum()
         nothing, score_B = torch.zeros_like(kept), -divergence.detach().sum(-1)
         return HeadResult(total, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
+    if method.teacher == "reference":  # ASFT
+        name, anchor = "dft", options.pop("kl_coef") * divergence_of(token_weight=weight)
     if method.head == "reward":
         inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
     elif method.head == "value":
         inputs["value"] = extra_head(hidden.detach(), prompt_end(labels))
     total, logp, argmax = linear_loss(
-        loss.name,
+        name,
         hidden,
         head.lm_head_weight,
         labels,
@@ -209,8 +217,9 @@ def loss_in_head(
         label_generator=label_generator,
         return_logp=True,
         return_argmax=True,
-        **method.loss_options(config),
+        **options,
     )
+    total = total + anchor
     logp_B = sequence_sum(logp, labels)
     if method.head == "value":
         given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
@@ -320,8 +329,28 @@ DISTILLATION = Loss(
     item="token",
     formula="KL(pi_T || pi), KL(pi || pi_T) or beta KL(pi_T || mix) + (1 - beta) KL(pi || mix), "
     "mix = beta pi_T + (1 - beta) pi",
-    source="GKD (2306.13649), equation 1",
+    source="GKD, arXiv 2306.13649",
     evidence="derived",
+)
+
+
+def _asft(token_logp: Tensor, *, kl_coef: float = 0.1) -> Tensor:
+    """DFT's loss of a token; the trainer adds kl_coef times KL(reference || policy) of the whole distributions, as
+    ``linear_asft_loss`` does. The reference is the model before training, or ``ref_model``.
+    """
+    check_number("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
+    return dft_loss(token_logp)
+
+
+# No loss of the registry: it reads a second model.
+ASFT = Loss(
+    name="asft",
+    function=_asft,
+    pass_class="B",
+    item="token",
+    formula="dft + kl_coef KL(pi_ref || pi)",
+    source="ASFT, arXiv 2509.23753",
+    evidence="code",
 )
 
 
@@ -343,6 +372,7 @@ _ENTRIES = {
     },
     "sft": {**_SFT, "settings": _SFT_ON},
     "dft": {**_SFT, "settings": _SFT_ON},
+    "asft": {**_SFT, "loss": ASFT, "settings": _SFT_ON, "teacher": "reference"},
     "iw_sft": {**_SFT, "settings": _SFT_ON},
     "iw_sft_token": {**_SFT, "settings": _SFT_ON},
     "psft": {**_SFT, "settings": _SFT_ON},
@@ -402,7 +432,7 @@ _ENTRIES = {
     "ava_d": {**_SFT, "prepare": shares.rows, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
     "ava_p": {"head": "reward", "settings": _HEAD_RATE},
     "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
-    "distill": {**_SFT, "loss": DISTILLATION, "settings": _SFT_ON, "teacher": True, "reads_draws": True},
+    "distill": {**_SFT, "loss": DISTILLATION, "settings": _SFT_ON, "teacher": "given", "reads_draws": True},
     "ppo": _policy_gradient(),
     "grpo": _policy_gradient(defaults={"beta": 0.04}),
     "cispo": _policy_gradient(length_normalization="token"),

@@ -95,6 +95,7 @@ def preview(
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
         steps, batch = (math.ceil(len(items) / per_step), config.num_train_epochs), _largest_batch(items, config)
         live_reference = bool(method.reference) and not config.precompute_ref_log_probs
+        live_reference |= method.teacher == "reference"
     sections.append(_step_lines(steps, config, "iteration" if config.online else "epoch"))
     if peft_config is not None:
         from peft import get_peft_model

@@ -4,10 +4,12 @@ it is asked."""
 import contextlib
 import copy
 import hashlib
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.hf.distill import HeadInputs, head_inputs
 from var_kernels.integrations.trainer.reference import (
     cache_path,
     cached_ref_logp,
@@ -24,15 +26,12 @@ class ReferencePolicy:
     """Mixin in front of transformers.Trainer."""
 
     def _prepare_reference(self, tables: list[EncodedRows]) -> None:
-        if self.method.teacher:
-            self._own_reference = False
-            self.ref_model = place_reference(self, self.ref_model).requires_grad_(False).eval()
-            return
-        if not (self.online.reads_initial_model if self.args.online else self.method.reference):
+        initial = self.online.reads_initial_model if self.args.online else self.method.reference
+        if not (self.method.teacher or initial):
             self.ref_model = None
             return
         self._own_reference = self.ref_model is None
-        precompute = self.args.precompute_ref_log_probs and not self.args.online
+        precompute = self.args.precompute_ref_log_probs and not (self.args.online or self.method.teacher)
         if self.ref_model is None and not precompute and not _is_peft(self.model):
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
@@ -117,16 +116,29 @@ class ReferencePolicy:
         own = self.ref_model is None and _is_peft(model)
         return without_adapter(model) if own else contextlib.nullcontext()
 
-    def _attach_reference(self, batch: dict[str, Tensor]) -> None:
+    @contextlib.contextmanager
+    def _live_reference(self) -> Iterator[nn.Module]:
+        """The reference's model in eval mode; the policy's own without its adapter."""
         model = self.model if self.ref_model is None else self.ref_model
         was_training = model.training
         model.eval()
         with self._as_reference(model):
+            yield model
+        model.train(was_training)
+
+    def _attach_reference(self, batch: dict[str, Tensor]) -> None:
+        with self._live_reference() as model:
             logp = score_batch(self, model, batch)
         if self.method.reference == "token":
             batch["ref_token_logp"] = logp
         batch["ref_logp"] = logp.sum(-1)
-        model.train(was_training)
+
+    def _teacher_inputs(self, batch: dict[str, Tensor]) -> HeadInputs | None:
+        """What the teacher feeds its lm_head, where the method has one."""
+        if not self.method.teacher:
+            return None
+        with self._live_reference() as model:
+            return head_inputs(model, batch)
 
 
 def _is_peft(model: nn.Module) -> bool:

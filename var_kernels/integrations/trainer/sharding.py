@@ -125,7 +125,7 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
         return
     if method.teacher:
         raise ValueError(
-            f"method {args.method!r} reads the teacher's lm_head beside the student's, whole on every rank, and "
+            f"method {args.method!r} reads a second model's lm_head beside the policy's, whole on every rank, and "
             f"{sharded} shards it; train with DDP, or call token_divergence in a loop of your own"
         )
     if args.sync_ref_model:

@@ -16,7 +16,6 @@ from var_kernels.integrations.data import (
     Example,
     end_tokens,
 )
-from var_kernels.integrations.hf.distill import head_inputs
 from var_kernels.integrations.hf.head import capture, inner_model
 from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
@@ -231,7 +230,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         generator = self._label_generator(inputs) if self.method.policy_labels and mode == "train" else None
 
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        teacher = head_inputs(self.ref_model, given) if self.method.teacher else None
+        teacher = self._teacher_inputs(given)
 
         def in_head(hidden: Tensor, head):
             labels = next_labels(inputs["labels"], hidden)

@@ -184,6 +184,8 @@ def _why_not(name: str, method) -> str:
         return "learns from the responses of a data set; sail_pp and sail_pr are its online kin"
     if method.head == "reward":
         return "learns a reward model from demonstrations or pairs, which the policy's own completions are not"
+    if method.teacher == "reference":
+        return "learns from demonstrations, near the model that it began with; grpo holds draws near it"
     if method.head == "fitted":
         return "fits its values on the data before training; use weighted_bc, awr or rlol online"
     return ""

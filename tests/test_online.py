@@ -221,7 +221,7 @@ def test_reference_and_old_log_probs_are_those_of_the_right_model(refresh, tmp_p
 
 READS_DRAWS = ["ppo", "grpo", "cispo", "sapo", "gspo", "reinforce", "vespo", "topr", "gvpo",
                "target_po", "astar_po", "rlol", "rgold", "weighted_bc",
-               "sail_pp", "sail_pr", "var", "qrpo"]  # fmt: skip
+               "sail_pp", "sail_pr", "var", "qrpo", "distill"]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", FITTING)

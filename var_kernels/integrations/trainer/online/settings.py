@@ -26,8 +26,8 @@ class OnlineSettings:
         sampling_temperature: > 0; None: 0.9 for sail_pp and sail_pr, 1.0 for the others. Nothing else is applied, such
             as top-k, top-p or a repetition penalty, whatever the model's generation settings say.
         logp_temperature: > 0, of the log-probs that the loss and the metrics read: the policy's, those of the policy
-            that drew, and the reference's. None: online, where the loss takes completions for draws of the policy (of
-            the policy gradients ppo, grpo, rlol, rgold, weighted_bc, sail_pp and sail_pr, of var and of qrpo),
+            that drew, and the reference's. None: online, where the loss takes completions for draws of the policy (the
+            policy gradients, rlol, rgold, weighted_bc, sail_pp, sail_pr, var, qrpo, astar_po, gvpo, target_po, distill),
             sampling_temperature; 1.0 elsewhere.
         importance_cap: with a ``sampler`` of another engine, whose probabilities are slightly others: losses of tokens
             (ppo, grpo, cispo, sapo, ...) are multiplied by min(exp(lp_old - lp_sampler), cap) at each token, lp_old of

@@ -27,8 +27,8 @@ class OnlineSettings:
             as top-k, top-p or a repetition penalty, whatever the model's generation settings say.
         logp_temperature: > 0, of the log-probs that the loss and the metrics read: the policy's, those of the policy
             that drew, and the reference's. None: online, where the loss takes completions for draws of the policy (the
-            policy gradients, rlol, rgold, weighted_bc, sail_pp, sail_pr, var, qrpo, astar_po, gvpo, target_po, distill),
-            sampling_temperature; 1.0 elsewhere.
+            policy gradients, rlol, rgold, weighted_bc, sail_pp, sail_pr, var, qrpo, astar_po, gvpo, target_po and
+            distill), sampling_temperature; 1.0 elsewhere.
         importance_cap: with a ``sampler`` of another engine, whose probabilities are slightly others: losses of tokens
             (ppo, grpo, cispo, sapo, ...) are multiplied by min(exp(lp_old - lp_sampler), cap) at each token, lp_old of
             the policy as it drew. 2.0 is usual. None: no weights. ``sampler_logp_gap`` is logged in any case.

@@ -12,7 +12,7 @@ from var_kernels.kernels.rows import LogitTransform, RowCoefficients
 from var_kernels.ops import checks
 from var_kernels.ops.ava_literal import linear_prob_lse
 from var_kernels.ops.backend import choose_backend, use_backend
-from var_kernels.ops.head import Head, HeadOptions, zero_row_ends
+from var_kernels.ops.head import Head, HeadOptions, Needs, zero_row_ends
 
 N, V, D = 63, 507, 72
 ALL = {"return_lse": True, "return_entropy": True, "return_argmax": True}
@@ -26,7 +26,7 @@ def test_row_ends_are_zero_for_16_bit_gemms(target):
     backend, _ = choose_backend(torch.device("cpu"), torch.float32)
     options = HeadOptions(LogitTransform(), 0.0, "fp32", 1 << 20, backend)
     hidden, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16()
-    head = Head(hidden, weight, None, torch.zeros(N, 1, dtype=torch.int64), options)
+    head = Head(hidden, weight, None, torch.zeros(N, 1, dtype=torch.int64), options, Needs())
     storage = head.new_tile(N, V)
     storage.elements.fill_(torch.nan)
     logits = storage.view(N, V)

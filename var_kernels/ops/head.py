@@ -119,7 +119,7 @@ class Head:
     bias_V: Tensor | None
     labels_NK: Tensor
     options: HeadOptions
-    needs: Needs = Needs()
+    needs: Needs
     left_NR: Tensor | None = None
     right_VR: Tensor | None = None
 

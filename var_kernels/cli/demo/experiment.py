@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,29 +53,24 @@ FULL = Plan(
     memory_rows=(1024, 4096),
     lora=16,
 )
-QUICK = Plan(
+QUICK = replace(
+    FULL,
     sampling=Sampling(batch=32, max_new_tokens=24, temperature=0.7),
     completions=4,
     align_steps=4,
-    align_prompts=2,
-    align_rate=1e-3,
-    lam=0.05,
     eval_samples=4,
     memory_rows=(256,),
-    lora=16,
     max_prompts=8,
 )
-GPU = Plan(
+GPU = replace(
+    FULL,
     sampling=Sampling(batch=512, max_new_tokens=64, temperature=0.7),
     completions=32,
     align_steps=64,
     align_prompts=4,
-    align_rate=1e-3,
-    lam=0.05,
     eval_samples=32,
     memory_rows=(1024, 4096, 16_384),
     methods=tuple(METHODS),
-    lora=16,
 )
 
 

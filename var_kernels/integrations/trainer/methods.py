@@ -87,7 +87,7 @@ class Method:
     def own_settings(self) -> dict[str, tuple[object, object, str]]:
         """Name -> (type, default, meaning) of the config's fields that are this method's alone: the loss's options
         first."""
-        meaning = f"option of {self.loss.function.__name__}"
+        meaning = f"option of the loss {self.loss.name!r}"
         types = self.loss.option_types
         options = {
             name: (types[name], self.defaults.get(name, default), meaning)

@@ -38,7 +38,6 @@ TARGETS = {
 # Bytes a thread on the stack, none on a hot path: (Triton, target, configuration). What is not listed keeps none.
 _SMALL_TILE = "fused_forward bf16, 64x128x16 (small), every option"
 KNOWN_SPILLS = {
-    ("3.7", "sm_90", "var_weights groups of 32, packed tokens"): 16,
     ("3.8", "sm_80", _SMALL_TILE): 64,
     ("3.8", "sm_100", _SMALL_TILE): 16,
     ("3.8", "sm_90", "var_weights batch of 32, packed tokens"): 8,
@@ -299,44 +298,27 @@ def _aligned_arguments(rows: bool, odd: bool) -> tuple[str, ...]:
 
 
 def weight_configurations() -> list[Configuration]:
-    """VAR's weights: all of a small batch in one program, then the kernels of a large one."""
-    found = []
-    single, largest = weights_triton.SINGLE, weights_triton.MAX_SEQUENCES
+    """VAR's weights: from the tokens of a small batch, and from the sums of the largest."""
+    few, largest = weights_triton.TOKEN_SEQUENCES, weights_triton.MAX_SEQUENCES
+    kernel = weights_triton._batch_weights_kernel
     inputs = {
         **dict.fromkeys(("rewards_ptr", "ref_ptr", "weight_ptr", "log_z_ptr", "ess_ptr", "token_weight_ptr"), "*fp32"),
-        **dict.fromkeys(("lengths_ptr", "groups_ptr", "labels_ptr", "count_ptr"), "*i64"),
+        **dict.fromkeys(("lengths_ptr", "labels_ptr"), "*i64"),
         **dict.fromkeys(("B", "T", "ignore_index"), "i32"),
         "cu_seqlens_ptr": "*i32",
-        "sum_ptr": "*fp64",
         "inverse_lam_bits": "i64",
     }
-    batch, pairs = weights_triton._batch_weights_kernel, weights_triton._pair_weights_kernel
-    from_tokens = {"TOKENS": True, "TOKEN_REF": True, "HAS_LENGTHS": False, "PACKED": True, "ALONE": True}
-    from_sums = {"TOKENS": False, "TOKEN_REF": False, "HAS_LENGTHS": True, "PACKED": False, "ALONE": False}
-    cross = {"CROSS": True, "REWARD_PAIRS": True, "TOKEN_REF": False}
-    one_block = {"ROWS": single, "OTHERS": single, "TIME": weights_triton.INLINE_TILE // single}
-    blocks = {"ROWS": weights_triton.PAIR_ROWS, "OTHERS": weights_triton.PAIR_ROWS}
-    one_row = {"ROWS": 1, "TIME": weights_triton.TOKEN_TILE, "PACKED": True}
-    every = {"MEAN": True, "REFERENCE": "mean", "CROSS": False, "REWARD_PAIRS": False, "TIME": 1}
-    few, many = weights_triton.NUM_WARPS, weights_triton.LARGE_BATCH_WARPS
-    for name, kernel, constants, num_warps in (
-        (f"var_weights batch of {single}, packed tokens", batch, every | from_tokens | one_block, few),
-        (f"var_weights batch of {largest}", batch, every | from_sums | {"ROWS": largest}, many),
-        (f"var_weights groups of {single}, packed tokens", pairs, every | from_tokens | one_block, few),
-        ("var_weights groups of any", pairs, every | from_sums | blocks, weights_triton.PAIR_WARPS),
-        (f"var_weights cross of {single}, packed tokens", pairs, every | from_tokens | cross | one_block, few),
-        ("var_weights cross of any", pairs, every | from_sums | cross | blocks, weights_triton.PAIR_WARPS),
-        ("var_weights sequence sums", weights_triton._sequence_sums_kernel, one_row | {"TOKEN_REF": True}, few),
-        (
-            "var_weights finish",
-            weights_triton._finish_kernel,
-            one_row | {"ALL": largest, "TOKENS": True, "ESS": True},
-            few,
-        ),
-    ):
-        constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
-        found.append(_configuration(name, kernel, inputs, constants, ("B", "T"), num_warps))
-    return found
+    from_tokens = {"TOKENS": True, "TOKEN_REF": True, "HAS_LENGTHS": False, "PACKED": True}
+    from_tokens |= {"ROWS": few, "TIME": weights_triton.TOKEN_TILE // few}
+    from_sums = {"TOKENS": False, "TOKEN_REF": False, "HAS_LENGTHS": True, "PACKED": False, "ROWS": largest, "TIME": 1}
+    every = {"MEAN": True, "REFERENCE": "mean"}
+    return [
+        _configuration(name, kernel, inputs, form | every, ("B", "T"), num_warps)
+        for name, form, num_warps in (
+            (f"var_weights batch of {few}, packed tokens", from_tokens, weights_triton.NUM_WARPS),
+            (f"var_weights batch of {largest}", from_sums, weights_triton.LARGE_BATCH_WARPS),
+        )
+    ]
 
 
 def resources(compiled, target: GPUTarget) -> tuple[int, int]:

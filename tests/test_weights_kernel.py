@@ -1,4 +1,4 @@
-"""VAR's weights by kernel: against the naive twin, from sums and from tokens, small and large batches, every option."""
+"""VAR's weights over a batch by kernel: against the naive twin, from sums and from tokens, every option; mutants."""
 
 import pytest
 import torch
@@ -6,16 +6,15 @@ import torch
 from tests.conftest import TARGETS
 from tests.mutation import mutant_of
 from tests.test_var_loss import Batch
-from tests.test_var_weights import COMBINATIONS, arguments, assert_close, random_batch
+from tests.test_var_weights import COMBINATIONS, assert_close, random_batch
+from tests.test_var_weights import arguments as all_arguments
 from var_kernels import var_loss, var_weights
 from var_kernels.losses import weights as weights_module
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
-from var_kernels.ops.weights import takes_weights_kernel
 from var_kernels.reference import var_weights_ref
 
 pytest.importorskip("triton", reason="triton is not installed")
 from var_kernels.kernels import weights_triton
-from var_kernels.kernels.weights_triton import var_weights as weights_by_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::var_kernels.losses.CollapsedWeightsWarning")
 interpreted = pytest.mark.parametrize("target", [p for p in TARGETS if p.id == "cpu-triton"], indirect=True)
@@ -32,12 +31,17 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=["one program", "several"])
-def programs(request, monkeypatch):
-    """The batches here fit one program; the kernels of larger ones must give the same."""
-    if request.param == "several":
-        monkeypatch.setattr(weights_triton, "SINGLE", 0)
-        monkeypatch.setattr(weights_triton, "PAIR_ROWS", 16)
+OF_A_BATCH = [c for c in COMBINATIONS if c[0] in ("batch", "batch_mean", "self_normalised")]
+
+
+def weights_by_kernel(rewards, ref_logp, *, normalizer, group_ids=None, module=weights_triton, **options):
+    return module.var_weights(rewards, ref_logp, mean=normalizer != "batch", **options)
+
+
+def arguments(batch: dict, normalizer: str, reference: str) -> tuple[tuple, dict]:
+    """Over the batch: without groups."""
+    positional, options = all_arguments(batch, normalizer, reference)
+    return positional, {**options, "group_ids": None}
 
 
 def moved(batch: dict, device: str) -> dict:
@@ -55,8 +59,8 @@ def check(got, want, tolerance=1e-12):
 
 
 @on_triton
-@pytest.mark.parametrize(("normalizer", "reference"), COMBINATIONS)
-def test_equal_to_the_naive_twin(target, programs, normalizer, reference):
+@pytest.mark.parametrize(("normalizer", "reference"), OF_A_BATCH)
+def test_equal_to_the_naive_twin(target, normalizer, reference):
     batch = random_batch(b=37, dtype=torch.float64)
     batch["lengths"][4] = batch["lengths"][36] = 0  # left out of Z
     positional, options = arguments(moved(batch, target.device), normalizer, reference)
@@ -70,7 +74,7 @@ def test_equal_to_the_naive_twin(target, programs, normalizer, reference):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(target, dtype):
     batch = moved(random_batch(dtype=dtype), target.device)
-    positional, options = arguments(batch, "group", "mean")
+    positional, options = arguments(batch, "batch_mean", "mean")
     *got, _ = weights_by_kernel(*positional, lam=0.8, **options)
     assert {t.dtype for t in got} == {torch.float32}
     check(got, var_weights_ref(*positional, lam=0.8, **options), FP32)
@@ -97,7 +101,8 @@ def test_the_largest_batch(target):
     assert_close(weight.cpu(), expected.cpu())
     assert_close(log_z.cpu(), (rewards / 0.5).logsumexp(0).cpu())
     assert_close(ess.cpu(), 1 / expected.square().sum().cpu())
-    assert not takes_weights_kernel(rewards.device, b + 1)
+    assert weights_module.weights_kernel(rewards, "batch", None) is weights_triton
+    assert weights_module.weights_kernel(torch.ones(b + 1, device=rewards.device), "batch", None) is None
 
 
 @on_triton
@@ -109,18 +114,17 @@ def test_lam_keeps_all_its_bits(target, lam):
 
 
 @on_triton
-@pytest.mark.parametrize("normalizer", ["batch", "batch_mean", "group", "self_normalised", "cross"])
-def test_extremes(target, programs, normalizer):
+@pytest.mark.parametrize("normalizer", ["batch", "batch_mean"])
+def test_extremes(target, normalizer):
     """Scores of +-1e36, a batch of fillers only, squares that underflow, NaN: no overflow, no NaN but for NaN."""
     one = torch.zeros(3, dtype=torch.int64, device=target.device)
 
     def run(rewards, lam, lengths=None):
         rewards = torch.tensor(rewards, dtype=torch.float64, device=target.device)
-        pairs = rewards.expand(3, 3) if normalizer == "cross" else rewards
-        options = {"normalizer": normalizer, "reference": "none", "lengths": lengths, "group_ids": one}
-        return weights_by_kernel(pairs, None, lam=lam, dtype=torch.float64, **options)[:3]
+        options = {"normalizer": normalizer, "reference": "none", "lengths": lengths}
+        return weights_by_kernel(rewards, None, lam=lam, dtype=torch.float64, **options)[:3]
 
-    scale = 3 if normalizer in ("batch_mean", "self_normalised") else 1
+    scale = 3 if normalizer == "batch_mean" else 1
     weight, _, ess = run([1e30, -1e30, 1e30], 1e-6)
     assert_close(weight.cpu(), torch.tensor([0.5, 0.0, 0.5]) * scale)
     assert_close(ess.cpu(), 2.0)
@@ -136,14 +140,10 @@ def test_extremes(target, programs, normalizer):
 def test_any_strides_and_integers(target):
     batch = moved(random_batch(dtype=torch.float64), target.device)
     rewards = batch["rewards"].repeat_interleave(2)[::2]
-    lengths, group_ids = batch["lengths"].to(torch.int16), batch["group_ids"].to(torch.int32).repeat(2, 1).t()[:, 0]
-    options = {"lam": 0.8, "normalizer": "group", "reference": "mean"}
-    *got, _ = weights_by_kernel(
-        rewards, batch["ref_logp"], lengths=lengths, group_ids=group_ids, dtype=torch.float64, **options
-    )
-    want = var_weights_ref(
-        batch["rewards"], batch["ref_logp"], lengths=batch["lengths"], group_ids=batch["group_ids"], **options
-    )
+    lengths = batch["lengths"].to(torch.int16).repeat(2, 1).t()[:, 0]
+    options = {"lam": 0.8, "normalizer": "batch", "reference": "mean"}
+    *got, _ = weights_by_kernel(rewards, batch["ref_logp"], lengths=lengths, dtype=torch.float64, **options)
+    want = var_weights_ref(batch["rewards"], batch["ref_logp"], lengths=batch["lengths"], **options)
     check(got, want)
 
 
@@ -168,26 +168,22 @@ def token_batch(device: str, packed: bool, b=19, t=23):
 
 
 @on_triton
-@pytest.mark.parametrize("inline", [True, False], ids=["one launch", "several"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize(("normalizer", "reference"), [c for c in COMBINATIONS if c[0] != "batch_mean"])
-def test_from_tokens_to_tokens(target, monkeypatch, inline, packed, normalizer, reference):
-    if not inline:
-        monkeypatch.setattr(weights_triton, "INLINE_TOKENS", 0)
-    monkeypatch.setattr(weights_triton, "TOKEN_TILE", 16)
-    monkeypatch.setattr(weights_triton, "INLINE_TILE", 256)
+@pytest.mark.parametrize(("normalizer", "reference"), OF_A_BATCH)
+def test_from_tokens_to_tokens(target, monkeypatch, packed, normalizer, reference):
+    monkeypatch.setattr(weights_triton, "TOKEN_TILE", 256)
     token_logp, labels, cu_seqlens = token_batch(target.device, packed)
     batch = moved(random_batch(b=19, dtype=torch.float64), target.device)
-    (rewards, ref_logp), options = arguments(batch, normalizer, reference)
+    (rewards, _), options = arguments(batch, normalizer, reference)
     lengths = sequence_lengths(labels, cu_seqlens=cu_seqlens)
-    sums = ref_logp if normalizer == "cross" else sequence_sum(token_logp, labels, cu_seqlens=cu_seqlens)
+    sums = sequence_sum(token_logp, labels, cu_seqlens=cu_seqlens)
     options["lengths"] = lengths
     want = var_weights_ref(rewards, sums, lam=0.8, **options)
 
     options["lengths"] = None  # counted
     *got, token_weight = weights_by_kernel(
         rewards,
-        ref_logp if normalizer == "cross" else token_logp,
+        token_logp,
         lam=0.8,
         labels=labels,
         cu_seqlens=cu_seqlens,
@@ -213,27 +209,27 @@ def test_rows_behind_the_last_sequence_weigh_nothing(target):
 # -- through the public functions ----------------------------------------------------------------------------------
 
 
-def counted(monkeypatch, name: str) -> list:
-    calls, original = [], getattr(weights_module, name)
-    monkeypatch.setattr(weights_module, name, lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+def counted(monkeypatch) -> list:
+    calls, original = [], weights_triton.var_weights
+    monkeypatch.setattr(weights_triton, "var_weights", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     return calls
 
 
 @on_triton
 @pytest.mark.parametrize(("normalizer", "reference"), COMBINATIONS)
-def test_var_weights_takes_the_kernel(target, monkeypatch, normalizer, reference):
-    calls = counted(monkeypatch, "weights_by_kernel")
+def test_var_weights_over_the_batch_are_the_kernels(target, monkeypatch, normalizer, reference):
+    calls = counted(monkeypatch)
     batch = moved(random_batch(), target.device)
-    positional, options = arguments(batch, normalizer, reference)
+    positional, options = all_arguments(batch, normalizer, reference)
     got = var_weights(*positional, lam=0.8, **options)
-    assert len(calls) == 1
+    assert len(calls) == (normalizer in ("batch", "batch_mean"))
     check(got, var_weights_ref(*positional, lam=0.8, **options), FP32)
     assert {t.dtype for t in got} == {torch.float32}
 
 
 @pytest.mark.parametrize("target", [p for p in TARGETS if "torch" in p.id], indirect=True)
 def test_other_backends_do_not(target, monkeypatch):
-    calls = counted(monkeypatch, "weights_by_kernel")
+    calls = counted(monkeypatch)
     var_weights(torch.ones(3, device=target.device), lam=1.0, reference="none")
     assert not calls
 
@@ -241,7 +237,8 @@ def test_other_backends_do_not(target, monkeypatch):
 @on_triton
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["sums", "tokens"])
-def test_var_loss_by_kernel_equals_the_other_path(target, monkeypatch, packed, per_token):
+@pytest.mark.parametrize("normalizer", ["batch", "self_normalised"])
+def test_var_loss_by_kernel_equals_the_other_path(target, monkeypatch, packed, per_token, normalizer):
     batch, device = Batch(), target.device
     labels, cu_seqlens = batch.labels, None
     hidden, token_ref = batch.hidden.detach(), -torch.rand(labels.shape)
@@ -250,20 +247,21 @@ def test_var_loss_by_kernel_equals_the_other_path(target, monkeypatch, packed, p
         cu_seqlens = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32).to(device)
         hidden, labels, token_ref = hidden[keep], labels[keep], token_ref[keep]
     ref_logp = token_ref if per_token else batch.ref_logp
-    options = {"lam": 0.5, "normalizer": "group", "reference": "mean", "return_stats": True}
+    reference = "mean" if normalizer == "batch" else "none"
+    options = {"lam": 0.5, "normalizer": normalizer, "reference": reference, "return_stats": True}
 
     def run():
         leaves = [t.detach().to(device).requires_grad_() for t in (hidden, batch.lm_head_weight)]
         stats = var_loss(
             *leaves, labels.to(device), batch.rewards.to(device), ref_logp.to(device),
-            group_ids=batch.group_ids.to(device), cu_seqlens=cu_seqlens, **options,
+            cu_seqlens=cu_seqlens, **options,
         )  # fmt: skip
         return stats, torch.autograd.grad(stats.loss, leaves)
 
-    calls = counted(monkeypatch, "weights_by_kernel")
+    calls = counted(monkeypatch)
     by_kernel, gradients = run()
     assert len(calls) == 1
-    monkeypatch.setattr(weights_module, "takes_weights_kernel", lambda *_: False)
+    monkeypatch.setattr(weights_module, "weights_kernel", lambda *_: None)
     other, expected = run()
     assert len(calls) == 1
     torch.testing.assert_close(by_kernel.loss, other.loss, rtol=1e-5, atol=1e-6)
@@ -294,8 +292,8 @@ def check_sums(module, normalizer: str) -> None:
     batch["lengths"][4] = 0
     # Digits for fp32 to lose, and no reference term, which would leave all the weight to one row.
     batch["rewards"] = batch["rewards"] / 3
-    positional, options = arguments(batch, normalizer, "mean" if normalizer == "cross" else "none")
-    *got, _ = module.var_weights(*positional, lam=0.8, **options, dtype=torch.float64)
+    positional, options = arguments(batch, normalizer, "none")
+    *got, _ = weights_by_kernel(*positional, lam=0.8, module=module, **options, dtype=torch.float64)
     check(got, var_weights_ref(*positional, lam=0.8, **options))
 
 
@@ -303,7 +301,9 @@ def check_tokens(module, normalizer: str) -> None:
     token_logp, labels, _ = token_batch("cpu", packed=False)
     batch = random_batch(b=19, dtype=torch.float64)
     options = {"lam": 0.8, "normalizer": normalizer, "reference": "mean"}
-    *got, token_weight = module.var_weights(batch["rewards"], token_logp, labels=labels, dtype=torch.float64, **options)
+    *got, token_weight = weights_by_kernel(
+        batch["rewards"], token_logp, labels=labels, module=module, dtype=torch.float64, **options
+    )
     lengths = sequence_lengths(labels)
     check(got, var_weights_ref(batch["rewards"], sequence_sum(token_logp, labels), lengths=lengths, **options))
     assert torch.equal(token_weight, expand_to_tokens(got[0], labels).masked_fill(labels == -100, 0.0))
@@ -314,9 +314,6 @@ MUTANTS = {  # id: (source, its replacement, the check that must notice, normali
     "mean over left-out rows too": ("tl.maximum(kept, 1).to", "tl.maximum(B, 1).to", check_sums, "batch_mean"),
     "scores in fp32": ("score = reward.to(tl.float64)", "score = reward.to(tl.float32)", check_sums, "batch"),
     "fillers kept": ("inside & (length > 0)", "inside & (length > -1)", check_sums, "batch"),
-    "groups mixed": ("group[:, None] == other_group", "group[:, None] <= other_group", check_sums, "group"),
-    "forgotten rescale": ("total * tl.exp(top - new_top) +", "total +", check_sums, "cross"),
-    "own response of another prompt": ("rows * (B + 1), mask", "rows * B, mask", check_sums, "cross"),
     "ignored tokens read": ("mask=counts, other=0.0", "mask=mask, other=0.0", check_tokens, "batch"),
     "ignored tokens weighed": ("tl.where(counts, weight[:, None], 0.0)", "weight[:, None]", check_tokens, "batch"),
     "tail of tokens dropped": (
@@ -334,12 +331,7 @@ def test_mutant_is_refused(target, name, tmp_path, monkeypatch):
     before, after, check_it, normalizer = MUTANTS[name]
     mutant = mutant_of(weights_triton, before, after, tmp_path)
     for module in (weights_triton, mutant):
-        for size, value in {
-            "SINGLE": 32 if check_it is check_tokens else 0,
-            "PAIR_ROWS": 16,
-            "INLINE_TILE": 256,
-        }.items():
-            monkeypatch.setattr(module, size, value)
+        monkeypatch.setattr(module, "TOKEN_TILE", 256)
     check_it(weights_triton, normalizer)
     with pytest.raises(AssertionError):
         check_it(mutant, normalizer)

@@ -1,6 +1,8 @@
 """The weights of VAR: the share of the loss that each sequence gets. (B,) tensors only, detached, in log space."""
 
+import importlib
 import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from var_kernels.losses.weight_checks import (
     warn_if_alone,
     warn_if_rewards_ignored,
 )
-from var_kernels.ops.weights import takes_weights_kernel, weights_by_kernel
+from var_kernels.ops.backend import triton_obstacle, uses_triton
 
 MIN_ESS_SHARE = 0.1  # of the way from one-hot (one sequence of each group has all the weight) to uniform
 
@@ -106,25 +108,24 @@ def var_weights(
     if problem and process_group is None:
         raise ValueError(problem)
     dtype = _result_dtype(rewards, ref_logp)
-    by_kernel = process_group is None and takes_weights_kernel(rewards.device, rewards.shape[0])
-    rewards = rewards.detach() if by_kernel else rewards.detach().double()
+    grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    kernels = weights_kernel(rewards, normalizer, group_ids) if process_group is None else None
+    rewards = rewards.detach() if kernels else rewards.detach().double()
     if problem:  # as NaN it reaches every rank and all raise below; raising here would leave the others waiting
         rewards = torch.full_like(rewards, float("nan"))
 
-    grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    mean = normalizer in ("batch_mean", "self_normalised")
     compared = {"lengths": lengths, "group_ids": group_ids if grouped else None}
-    if by_kernel:
-        options = {"lam": lam, "normalizer": normalizer, "reference": reference, "dtype": dtype}
-        weight_B, log_z, ess, _ = weights_by_kernel(rewards, ref_logp, lengths=lengths, group_ids=group_ids, **options)
-        weight_G, num_kept, num_groups = weight_B, 0, 1
-        if weight_B.device.type == "cpu":
-            kept_B = torch.ones_like(weight_B, dtype=torch.bool) if lengths is None else lengths > 0
-            num_kept = kept_B.sum()
-            num_groups = group_ids[kept_B].unique().numel() if grouped else 1
+    num_groups = 1
+    if kernels:
+        options = {"lam": lam, "mean": mean, "reference": reference, "dtype": dtype}
+        weight_B, log_z, ess, _ = kernels.var_weights(rewards, ref_logp, lengths=lengths, **options)
+        weight_G, num_kept = weight_B, len(weight_B)
+        if weight_B.device.type == "cpu" and lengths is not None:
+            num_kept = (lengths > 0).sum()
     elif normalizer == "cross":
         weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, reference, lengths, process_group)
         (weight_G,), _ = _gather([weight_B], process_group)  # (B_global,)
-        num_groups = 1
         if process_group is not None:
             rewards = None  # other ranks' rows may be the ones that tell
     else:
@@ -136,15 +137,15 @@ def var_weights(
         (score_G, *columns), own = _gather(columns, process_group)
         ids_G = columns[:grouped]
         rewards = score_G * lam if reference == "none" else columns[-1]
-        mean = normalizer in ("batch_mean", "self_normalised")
         groups = group_rows(*ids_G) if grouped else None
         weight_G, log_z = _normalise(score_G, groups, mean=mean)  # (B_global,)
         weight_B, log_z = weight_G[own], log_z[own] if grouped else log_z
         kept_G = score_G > -torch.inf
         num_kept = kept_G.sum()
-        num_groups = ids_G[0][kept_G].unique().numel() if grouped and kept_G.device.type == "cpu" else 1
+        if grouped and kept_G.device.type == "cpu":
+            num_groups = ids_G[0][kept_G].unique().numel()
         compared = {"lengths": kept_G.long(), "group_ids": ids_G[0] if grouped else None}
-    if not by_kernel:
+    if not kernels:
         ess = effective_sample_size(weight_G)
 
     if weight_G.device.type == "cpu":
@@ -174,39 +175,56 @@ def token_weights(
     cu_seqlens: Tensor | None,
     ignore_index: int,
 ) -> tuple[VARWeights, Tensor] | None:
-    """``var_weights`` from log-probs per token (or sums), and the weights spread over the tokens: the shape of labels.
+    """``var_weights`` from log-probs per token (or sums), and each token's weight: the shape of labels.
 
-    From tokens to tokens without a tensor in between; lengths are counted from labels when None. None where no kernel
-    serves the call: sum, weigh and expand then.
+    From tokens to tokens in one launch; lengths are counted from labels when None. None for a call that the kernel does
+    not support: sum, weigh and expand then.
     """
     reference = check_options(lam, normalizer, reference, ref_logp)
-    if rewards.device != labels.device or not takes_weights_kernel(rewards.device, rewards.shape[0]):
+    kernels = weights_kernel(rewards, normalizer, group_ids, labels)
+    if kernels is None:
         return None
-    per_token = reference != "none" and normalizer != "cross" and ref_logp is not None
-    per_token = per_token and ref_logp.shape == labels.shape != rewards.shape
+    per_token = reference != "none" and ref_logp is not None and ref_logp.shape == labels.shape != rewards.shape
     # Stand-ins of the right form for what the kernel makes itself.
     sums = ref_logp.new_empty(rewards.shape[0]) if per_token else ref_logp
     lengths = None if lengths is None else lengths.to(rewards.device)
     counted = labels.new_empty(rewards.shape[0]) if lengths is None else lengths
     check_tensors(rewards, sums, normalizer, reference, counted, group_ids, None)
-    problem = bad_values(rewards, None if per_token or reference == "none" else ref_logp, lengths)
+    ref_logp = None if reference == "none" else ref_logp.detach()
+    problem = bad_values(rewards, None if per_token else ref_logp, lengths)
     if problem:
         raise ValueError(problem)
-    weight_B, log_z, ess, token_weight = weights_by_kernel(
+    weight_B, log_z, ess, token_weight = kernels.var_weights(
         rewards.detach(),
-        None if reference == "none" else ref_logp.detach(),
+        ref_logp,
         lam=lam,
-        normalizer=normalizer,
+        mean=normalizer in ("batch_mean", "self_normalised"),
         reference=reference,
         lengths=lengths,
-        group_ids=group_ids,
         labels=labels,
         cu_seqlens=cu_seqlens,
         ignore_index=ignore_index,
-        dtype=_result_dtype(rewards, None if reference == "none" else ref_logp),
+        dtype=_result_dtype(rewards, ref_logp),
     )
     warn_if_alone(rewards)
     return VARWeights(weight_B, log_z, ess), token_weight
+
+
+def weights_kernel(
+    rewards: Tensor, normalizer: str, group_ids: Tensor | None, labels: Tensor | None = None
+) -> ModuleType | None:
+    """The Triton module where one launch gives the weights: Z over the batch, and a batch that one program holds."""
+    grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    device, num_rows = rewards.device, rewards.shape[0]
+    if grouped or normalizer == "cross" or device.type == "meta" or torch.compiler.is_compiling():
+        return None
+    if triton_obstacle(device, torch.float32) or not uses_triton(device):
+        return None
+    kernels = importlib.import_module("var_kernels.kernels.weights_triton")
+    if labels is None:
+        return kernels if 0 < num_rows <= kernels.MAX_SEQUENCES else None
+    holds = 0 < num_rows <= kernels.TOKEN_SEQUENCES and labels.numel() <= kernels.MAX_TOKENS
+    return kernels if holds and device == labels.device else None
 
 
 def _result_dtype(rewards: Tensor, ref_logp: Tensor | None) -> torch.dtype:

@@ -28,6 +28,7 @@ TWO_EPOCHS = {"num_train_epochs": 2.0, "max_steps": -1}
 CASES = {
     "2 var": (2, "var", 3, {"gradient_accumulation_steps": 2, **TWO_EPOCHS}),
     "2 dpo, live reference": (2, "dpo", 3, {"precompute_ref_log_probs": False, **TWO_EPOCHS}),
+    "2 distill": (2, "distill", 3, TWO_EPOCHS),
     "3 var, zero.Init": (3, "var", 3, {"gradient_accumulation_steps": 2, **TWO_EPOCHS}),
     "3 dpo": (3, "dpo", 3, TWO_EPOCHS),
     "3 alol": (3, "alol", 5, TWO_EPOCHS),
@@ -63,7 +64,8 @@ def trainer_of(name, folder, size, **layout):
         model = tiny_model(dtype=torch.float32)
     torch.manual_seed(0)
     lora = adapter and LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **adapter)
-    return VARTrainer(model, config, ROWS, processing_class=tokenizer(), peft_config=lora)
+    teacher = tiny_model(1, dtype=torch.float32) if method == "distill" else None
+    return VARTrainer(model, config, ROWS, processing_class=tokenizer(), peft_config=lora, ref_model=teacher)
 
 
 def whole_weights(trainer):
@@ -102,12 +104,22 @@ def train(name, folder):
     return results
 
 
+def refusal(folder):
+    options = {"deepspeed": settings(3), "use_cpu": False, "ddp_backend": "gloo"}
+    try:
+        trainer_of("2 distill", folder, 3, **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def run_rank(rank, world, folder):
     compile_nothing()
     results = {}
     with as_accelerators():
         for number, name in enumerate(CASES):
             results[name] = train(name, folder / str(number))
+        results["refused"] = refusal(folder / "refused")
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -130,6 +142,11 @@ def test_equals_one_process(ranks, name, tmp_path):
         for made, wanted, start in zip(found[name]["weights"], single.model.parameters(), before, strict=True):
             error, change = rms(made - wanted.detach()), rms(wanted.detach() - start)
             assert error <= max(1e-4 * change, 1e-7 * rms(start))
+
+
+def test_a_teacher_that_would_be_whole_is_refused(ranks):
+    for found in ranks[1]:
+        assert "reads a second model, which would be whole on every rank under ZeRO-3" in found["refused"]
 
 
 def test_weights_are_in_parts_from_the_start(ranks):

@@ -9,6 +9,7 @@ from tests.tiny_online import online_trainer
 from tests.tiny_training import ROWS, tiny_model, tiny_trainer, tokenizer
 from var_kernels import linear_token_kl
 from var_kernels.integrations.hf import distillation_loss, token_divergence
+from var_kernels.ops import kl_engine
 
 FP64 = torch.float64
 
@@ -57,7 +58,11 @@ def test_divergence_of_two_models(direction):
     expected(student, teacher, given, **options).sum().backward()
     torch.testing.assert_close(gradient, student.lm_head.weight.grad)
     loss = distillation_loss(student, teacher, given, **options)
-    torch.testing.assert_close(loss, want.sum() / (given["labels"][:, 1:] != -100).sum())
+    active = (given["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(loss, want.sum() / active)
+    student.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(student.lm_head.weight.grad, gradient / active)
 
 
 def test_a_teacher_padded_further():
@@ -120,6 +125,28 @@ def test_a_step_is_that_of_the_formula(direction, tmp_path):
     rate = trainer.args.learning_rate
     for moved, start in zip(student.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(moved.detach(), start.detach() - rate * start.grad)
+
+
+def test_four_gemms_where_the_budget_holds_no_gradient_of_all_logits(tmp_path, monkeypatch, small_tiles):
+    """The trainer's loss and ``distillation_loss`` are sums with known weights: logits are computed once."""
+    student, teacher, products = tiny_model(0), tiny_model(1), []
+    original = kl_engine.fill_logits
+    monkeypatch.setattr(kl_engine, "fill_logits", lambda *a: (products.append(a[1].numel()), original(*a))[1])
+    trainer = tiny_trainer(
+        tmp_path, ROWS, model=student, method="distill", sft_on="all", per_device_train_batch_size=24,
+        workspace_mb=0.15, trainer_options={"ref_model": teacher},
+    )  # fmt: skip
+    data = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    given = {name: data[name] for name in ("input_ids", "attention_mask", "labels")}
+    rows = int((given["labels"][:, 1:] != -100).sum())
+    entries = rows * len(tokenizer()) * 2
+    assert entries * 8 > 0.15 * 2**20  # fp64 logits
+    distillation_loss(student, teacher, given, workspace_mb=0.15).backward()
+    assert sum(products) == entries
+    token_divergence(student, teacher, given, workspace_mb=0.15).sum().backward()
+    assert sum(products) == 3 * entries
+    trainer.train()
+    assert sum(products) == 4 * entries
 
 
 def losses_of(trainer):

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.ranks import Collectives, run_ranks
 from var_kernels import linear_loss, var_loss
-from var_kernels.integrations.hf import capture, fused_lm_head, next_labels
+from var_kernels.integrations.hf import capture, fused_lm_head, next_labels, token_divergence
 from var_kernels.integrations.hf.head import inner_model
 
 B, T, V = 8, 10, 151
@@ -145,6 +145,21 @@ def rounded_output(batch, early):
         return str(error)
 
 
+def distil(student, teacher, ids, labels):
+    """Its teacher is another model; the gradient is that of two passes, which read its head in the backward."""
+    loss = token_divergence(student, teacher, {"input_ids": ids, "labels": labels}, direction="reverse").sum()
+    loss.backward()
+    return loss.detach()
+
+
+def another_model():
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.roll(1, 0))
+    return model
+
+
 def run_rank(rank, world, folder):
     group, results = dist.group.WORLD, {}
     for (case, sizes), layout, name in itertools.product(SHARES[world].items(), LAYOUTS[world], LOSSES):
@@ -161,6 +176,13 @@ def run_rank(rank, world, folder):
         if layout != "fsdp1" and case == "uneven":
             counts = [collectives(model, batch, name, group, mb) for mb in (0.5, 64)]
             results["collectives", layout, name] = counts
+    batch = make_batch("uneven", (4, 4))
+    ids, labels = (batch[name].chunk(world)[rank] for name in ("input_ids", "labels"))
+    for layout in PLAIN:
+        student, teacher = (wrap(model, layout, group) for model in (make_model(), another_model()))
+        loss = distil(student, teacher, ids, labels)
+        dist.all_reduce(loss)
+        results["distil", layout] = loss.item(), whole_gradients(student, layout)
     results["rounded"] = [rounded_output(make_batch("uneven", (4, 4)), early) for early in (True, False)]
     if rank == 0:
         torch.save(results, f"{folder}/{world}.pt")
@@ -190,6 +212,17 @@ def test_equals_one_process(worlds, world, case, layout, name):
     assert gradients.keys() == learning.keys()
     for parameter, wanted in learning.items():
         torch.testing.assert_close(gradients[parameter], wanted, rtol=1e-9, atol=1e-11, msg=parameter)
+
+
+@pytest.mark.parametrize("world", SHARES)
+@pytest.mark.parametrize("layout", PLAIN)
+def test_a_teacher_in_parts(worlds, layout, world):
+    student, batch = make_model(), make_batch("uneven", (4, 4))
+    expected = distil(student, another_model(), batch["input_ids"], batch["labels"]).item()
+    loss, gradients = worlds[world]["distil", layout]
+    assert math.isclose(loss, expected, rel_tol=1e-9)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(gradients[name] * world, parameter.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def shard_bytes(parameters, world):

@@ -64,6 +64,11 @@ CASES = {
     "fsdp2 dpo, saved head": (fsdp(), "dpo", 3, {"adapter": SAVED_HEAD, **TWO_EPOCHS}),
     "fsdp2 dro": (fsdp(**SHARDED), "dro", 5, {**ADAM, **TWO_EPOCHS}),
     "fsdp2 alol": (fsdp(), "alol", 5, TWO_EPOCHS),
+    "ddp distill": ({}, "distill", 3, {"direction": "jsd", **TWO_EPOCHS}),
+    "fsdp2 distill": (fsdp(), "distill", 3, {**ACCUMULATED, **ADAM, **TWO_EPOCHS}),
+    "fsdp2 distill, first rank's weights": (fsdp(cpu_ram_efficient_loading=True), "distill", 3, TWO_EPOCHS),
+    "fsdp2 asft": (fsdp(), "asft", 3, {"kl_coef": 0.7, "sft_on": "all", **TWO_EPOCHS}),
+    "fsdp2 asft, adapted head": (fsdp(), "asft", 3, {"adapter": HEAD, "kl_coef": 0.7, **TWO_EPOCHS}),
     "fsdp1 var": (fsdp(1), "var", 5, TWO_EPOCHS),
     "fsdp1 alol": (fsdp(1), "alol", 5, TWO_EPOCHS),
     "fsdp1 dpo, adapter": (fsdp(1), "dpo", 3, {"adapter": BODY, **TWO_EPOCHS}),
@@ -78,6 +83,7 @@ REFUSED = {
         fsdp(1), {"method": "dpo", "precompute_ref_log_probs": False},
         "precompute_ref_log_probs=False: under FSDP1 the reference is the model before training",
     ),
+    "fsdp1 distill": (fsdp(1), {"method": "distill"}, "reads a second model, which would be whole on every rank"),
     "moving": (fsdp(), {"precompute_ref_log_probs": False, "sync_ref_model": True}, "cannot follow weights that FSDP2"),
     "uneven": ({"accelerator_config": {"even_batches": False}}, {}, "accelerator_config: even_batches must be True"),
     "dispatched": (
@@ -97,19 +103,21 @@ def dtype_of(name):
 def trainer_of(name, folder, size, layout, weightless=False, **more):
     _, method, _, options = CASES[name]
     settings = {"method": method, "per_device_train_batch_size": size, **options, **layout, **more}
-    others = {}
+    others, weights = {}, [tiny_model(dtype=dtype_of(name))]
+    if method == "distill":
+        weights.append(tiny_model(1, dtype=dtype_of(name)))
+        others = {"trainer_options": {"ref_model": weights[1]}}
     if adapter := settings.pop("adapter", None):
         from peft import LoraConfig
 
         torch.manual_seed(0)
         lora = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **adapter)
         others = {"trainer_options": {"peft_config": lora}}
-    model = tiny_model(dtype=dtype_of(name))
     if weightless:  # what from_pretrained leaves on all ranks but the first
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in (p for model in weights for p in model.parameters()):
                 parameter.fill_(torch.nan)
-    return tiny_trainer(folder, model=model, **others, **settings)
+    return tiny_trainer(folder, model=weights[0], **others, **settings)
 
 
 def whole_weights(trainer):

@@ -1,6 +1,7 @@
 """Divergence of a student's next-token distributions from a teacher's, inside both models' lm_heads."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.head import HeadParams, capture
 from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
+from var_kernels.integrations.hf.parallel import gathers_weights
 from var_kernels.ops import linear_token_kl
 from var_kernels.ops.signatures import Direction
 
@@ -21,12 +23,23 @@ class HeadInputs(NamedTuple):
 
 
 def head_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> HeadInputs:
-    """A teacher's forward pass without logits and without gradients, in train or eval mode as it is."""
+    """A teacher's forward pass without logits and without gradients, in train or eval mode as it is.
+
+    Where FSDP or ZeRO-3 gathers weights for their use alone, the head is a copy of its own.
+    """
     found = []
+
+    def keep(hidden: Tensor, head: HeadParams) -> Tensor:
+        if gathers_weights(model):
+            whole = {"lm_head_weight": head.lm_head_weight.clone()}
+            whole["bias"] = None if head.bias is None else head.bias.clone()
+            whole["low_rank"] = None if head.low_rank is None else (head.low_rank[0], head.low_rank[1].clone())
+            head = replace(head, **whole)
+        found.append(head)
+        return hidden
+
     with torch.no_grad():
-        (hidden, *_), _ = capture(
-            model, lambda hidden, head: (found.append(head), hidden)[1], inputs, low_rank=True
-        )  # fmt: skip
+        (hidden, *_), _ = capture(model, keep, inputs, low_rank=True)
     return HeadInputs(hidden, found[0])
 
 
@@ -118,6 +131,20 @@ def token_divergence(
         ValueError, TypeError: a head that is not understood, labels of another shape, two vocabularies.
     Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), equation 1.
     """
+    options = {"direction": direction, "beta": beta, "temperature": temperature, "vocabulary": vocabulary}
+    options |= {"teacher_temperature": teacher_temperature, "workspace_mb": workspace_mb}
+    return F.pad(_divergence(model, teacher, batch, mean=False, **options)[:, :-1], (1, 0))
+
+
+def distillation_loss(model: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    """Mean of ``token_divergence`` over the labels that are not -100, in one pass: a scalar, nats per token. options:
+    its own.
+    """
+    return _divergence(model, teacher, batch, mean=True, **options)
+
+
+def _divergence(model, teacher, batch: Mapping[str, Any], *, mean: bool, **options: Any) -> Tensor:
+    """(B, T), at t the divergence of the distributions that predict the label after it; or their mean."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch.get("labels")
     if labels is None:
@@ -125,25 +152,11 @@ def token_divergence(
     told = head_inputs(teacher, inputs)
 
     def in_head(hidden: Tensor, head: HeadParams) -> Tensor:
-        return divergence_in_head(
-            hidden,
-            head,
-            next_labels(labels, hidden),
-            told,
-            direction=direction,
-            beta=beta,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            vocabulary=vocabulary,
-            workspace_mb=workspace_mb,
-        )
+        following, weight = next_labels(labels, hidden), None
+        if mean:
+            kept = following != IGNORE_INDEX
+            weight = kept.to(torch.promote_types(hidden.dtype, torch.float32)) / kept.sum().clamp(min=1)
+        return divergence_in_head(hidden, head, following, told, token_weight=weight, **options)
 
     (divergence, *_), _ = capture(model, in_head, inputs, low_rank=True)
-    return F.pad(divergence[:, :-1], (1, 0))
-
-
-def distillation_loss(model: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], **options: Any) -> Tensor:
-    """Mean of ``token_divergence`` over the labels that are not -100: a scalar, nats per token. options: its own."""
-    divergence = token_divergence(model, teacher, batch, **options)
-    active = batch["labels"][:, 1:].ne(IGNORE_INDEX).sum().clamp(min=1)
-    return divergence.sum() / active.to(divergence.device)
+    return divergence

@@ -6,7 +6,7 @@ DTensor of them first, and expects one back.
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -16,6 +16,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def gathers_weights(model: nn.Module) -> bool:
+    """Whether FSDP1, FSDP2 or ZeRO-3 spreads the weights over ranks, which are whole only while they are used."""
+    fsdp = any(hasattr(type(m), "reshard") or "_fsdp_wrapped_module" in m._modules for m in model.modules())
+    return fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def local_rows(hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

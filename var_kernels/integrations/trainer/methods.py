@@ -190,10 +190,9 @@ def loss_in_head(
         divergence_of = functools.partial(divergence_in_head, hidden, head, labels, teacher, **shared)
         weight = rows["weight"].unsqueeze(1).expand_as(labels)
     if method.teacher == "given":
-        divergence = divergence_of(**options)
-        total = (divergence * weight).sum()
-        nothing, score_B = torch.zeros_like(kept), -divergence.detach().sum(-1)
-        return HeadResult(total, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
+        total, nothing = divergence_of(token_weight=weight, **options), torch.zeros_like(kept)
+        zeros = nothing.to(total.dtype)
+        return HeadResult(total, zeros, zeros[:, 0], nothing, nothing, zeros[:, 0])
     if method.teacher == "reference":  # ASFT
         name, anchor = "dft", options.pop("kl_coef") * divergence_of(token_weight=weight)
     if method.head == "reward":

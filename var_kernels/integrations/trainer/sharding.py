@@ -123,11 +123,6 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
     sharded = weight_sharding(trainer)
     if not sharded:
         return
-    if method.teacher:
-        raise ValueError(
-            f"method {args.method!r} reads a second model's lm_head beside the policy's, whole on every rank, and "
-            f"{sharded} shards it; train with DDP, or call token_divergence in a loop of your own"
-        )
     if args.sync_ref_model:
         raise ValueError(f"sync_ref_model: the reference cannot follow weights that {sharded} spreads; use DDP")
     if args.online:
@@ -137,6 +132,10 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
     remedy = "use FSDP2 (fsdp_version: 2), DDP or ZeRO-2"
     if method.head in ("value", "reward"):
         raise ValueError(f"method {args.method!r}: its head beside the lm_head cannot learn under {sharded}; {remedy}")
+    if method.teacher:
+        raise ValueError(
+            f"method {args.method!r} reads a second model, which would be whole on every rank under {sharded}; {remedy}"
+        )
     if method.reference and (ref_model is not None or not args.precompute_ref_log_probs):
         name = "ref_model" if ref_model is not None else "precompute_ref_log_probs=False"
         raise ValueError(

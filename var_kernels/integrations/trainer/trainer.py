@@ -127,7 +127,9 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         check_vocabulary(model, processing_class)
         if ref_model is not None:
             check_vocabulary(ref_model, processing_class, "ref_model")
-        calibrate_first_rank(model, args.device, args.process_index)  # a head that is not understood is refused here
+        for given in (model, ref_model):  # a head that is not understood is refused here
+            if given is not None:
+                calibrate_first_rank(given, args.device, args.process_index)
         self.online = None
         if args.online:
             named = (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))

@@ -20,32 +20,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_timing import Item
 
 ROOT = Path(__file__).parents[1]
 # A worker's start: imports, the device's context.
 START_SECONDS = 15
-
-
-@dataclass(frozen=True)
-class Item:
-    """One measurement. run(bench) gives its rows (without the key); seconds: how long it takes at the floors' rate,
-    compilation included; other: another library, whose failure is only noted; rank: 0 for ours at the shapes of the
-    bars, 1 for what decides a default and for the few peers, 2 for other shapes, 3 for the rest.
-    """
-
-    section: str
-    key: str
-    run: Callable
-    seconds: float
-    other: bool = False
-    rank: int = 2
-
-    @property
-    def limit(self) -> float:
-        """After this many seconds it hangs."""
-        return 45 + 4 * self.seconds
 
 
 def all_sections() -> dict[str, Callable]:
@@ -110,7 +93,7 @@ class Table:
         part.replace(self.path)
 
 
-def todo(args, sections: dict[str, Callable]) -> list[Item]:
+def todo(args, sections: dict[str, Callable]) -> "list[Item]":
     """Items that have no row yet, in order of value: a call that is cut has the first ones."""
     found = []
     for name in sorted(args.sections or sections, key=ORDER.index):
@@ -257,7 +240,7 @@ class Watch:
         self._ended({**item, "failed": True, "note": note}, item["other"])
 
 
-def print_plan(items: list[Item]) -> None:
+def print_plan(items: "list[Item]") -> None:
     """Estimated seconds of what is left to do."""
     total = 0.0
     for rank, name in dict.fromkeys((item.rank, item.section) for item in items):

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_bench import Item
 from benchmarks.gpu_providers import FEW, IGNORED, LATER, OURS, PEERS, PROVIDERS, obstacle
-from benchmarks.gpu_timing import MIB, bare_gemms, products_run
+from benchmarks.gpu_timing import MIB, Item, bare_gemms, products_run
 
 SHAPES = (
     (8192, 4096, 128256),

@@ -1,6 +1,10 @@
-"""Pictures of one GPU's CSVs: bars of each shape, time and memory against N, the roofline."""
+"""Pictures of one GPU's CSVs: bars of each shape, time and memory against N, the roofline.
+
+python benchmarks/gpu_plots.py DIR                      writes DIR/bars.png, rows.png, roofline.png
+"""
 
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu_report import COMPARED, number, read
 
 OURS, OTHERS = "#c0392b", "#7f8c8d"
@@ -130,3 +135,7 @@ def roofline(folder: Path) -> Path | None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
     return _save(figure, folder, "roofline")
+
+
+if __name__ == "__main__":
+    print(*(path.name for path in draw(Path(sys.argv[1]))))

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.gpu_bench import Item
-from benchmarks.gpu_timing import GIGA, MIB, TFLOP, products_run
+from benchmarks.gpu_timing import GIGA, MIB, TFLOP, Item, products_run
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.pairs import KINDS, PairOptions, empty_state
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats

@@ -1,6 +1,6 @@
-"""Tables and plots from the CSVs of one GPU, and a gate against a saved baseline.
+"""Tables from the CSVs of one GPU, and a gate against a saved baseline.
 
-    python benchmarks/gpu_report.py DIR                     writes DIR/summary.md and DIR/*.png
+    python benchmarks/gpu_report.py DIR                     writes DIR/summary.md
     python benchmarks/gpu_report.py DIR --gate BASELINE     compares with the CSVs of another run; status 1 where slower
 
 The gate compares ratios to the bare GEMMs that were timed in the same rounds, not milliseconds.
@@ -331,10 +331,7 @@ def main() -> int:
         print("\n".join(problems) or "no ratio to the bare GEMMs rose")
         return 1 if problems else 0
     (args.folder / "summary.md").write_text(summary(args.folder))
-    from benchmarks.gpu_plots import draw  # matplotlib may be missing
-
-    drawn = draw(args.folder)
-    print(f"{args.folder / 'summary.md'}, {', '.join(path.name for path in drawn)}")
+    print(args.folder / "summary.md")
     return 0
 
 

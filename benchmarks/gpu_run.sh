@@ -153,4 +153,5 @@ measure 1
 gpu_tests all "${TEST_SECONDS:-150}" "${JOBS:-13}" $(grep -lE 'mark\.gpu|def test.*\btarget\b' tests/test_*.py)
 measure 9
 "$PYTHON" benchmarks/gpu_report.py "$out" || status=1
+"$PYTHON" benchmarks/gpu_plots.py "$out" || status=1
 exit $status

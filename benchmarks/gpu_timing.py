@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +32,26 @@ PACKAGES = (
 # 10 ms at 2 GHz: longer than the launches of a step.
 QUEUE_CYCLES = 20_000_000
 QUEUED_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Item:
+    """One measurement. run(bench) gives its rows (without the key); seconds: how long it takes at the floors' rate,
+    compilation included; other: another library, whose failure is only noted; rank: 0 for ours at the shapes of the
+    bars, 1 for what decides a default and for the few peers, 2 for other shapes, 3 for the rest.
+    """
+
+    section: str
+    key: str
+    run: Callable
+    seconds: float
+    other: bool = False
+    rank: int = 2
+
+    @property
+    def limit(self) -> float:
+        """After this many seconds it hangs."""
+        return 45 + 4 * self.seconds
 
 
 class Bench:

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_compare
-from benchmarks.gpu_bench import Item
 from benchmarks.gpu_providers import IGNORED, PROVIDERS, obstacle
-from benchmarks.gpu_timing import MIB
+from benchmarks.gpu_timing import MIB, Item
 from var_kernels import VARLoss
 
 LENGTHS = Path(__file__).parent / "data" / "alpaca_eval_lengths.csv"

@@ -84,7 +84,7 @@ def test_dry_run_of_every_section_and_resume(tmp_path):
 BROKEN = """
     import os, sys, time
     from benchmarks import gpu_bench
-    from benchmarks.gpu_bench import Item
+    from benchmarks.gpu_timing import Item
 
     def raises(bench):
         raise RuntimeError("no such luck")
@@ -134,7 +134,7 @@ def test_failures_are_reported_and_the_rest_still_runs(tmp_path):
 POISONED = """
     import sys
     from benchmarks import gpu_bench
-    from benchmarks.gpu_bench import Item
+    from benchmarks.gpu_timing import Item
 
     lost = []
 
@@ -318,10 +318,11 @@ def fake(tmp_path):
 
 
 def test_the_order_of_a_call_on_a_gpu(fake, tmp_path):
-    """Probe, ours, the large tests alone, defaults and few peers, all tests on 13 processes, the rest, report."""
+    """Probe, ours, the large tests alone, defaults and few peers, all tests on 13 processes, the rest, report, plots."""
     result, asked = fake(PACK=str(tmp_path / "pack.tar"))
     assert result.returncode == 0, result.stdout + result.stderr
-    wanted = ("probe", "--rank 0", "test_at_scale.py", "--rank 1", "test_engines.py", "--rank 9", "gpu_report.py")
+    tests, report = ("test_at_scale.py", "test_engines.py"), ("gpu_report.py", "gpu_plots.py")
+    wanted = ("probe", "--rank 0", tests[0], "--rank 1", tests[1], "--rank 9", *report)
     assert len(asked) == len(wanted)
     assert all(part in line for part, line in zip(wanted, asked, strict=True)), asked
     assert "-n 1 " in asked[2]
@@ -338,7 +339,7 @@ def test_a_machine_that_refuses_expandable_segments(fake):
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line.split("=")[1] for line in asked[:2]] == ["expandable_segments:True", "none"]
     assert all("allocator=none" in line for line in asked[2:])
-    assert len(asked) == 8
+    assert len(asked) == 9
 
 
 def test_a_first_call_that_fails_ends_the_run(fake):
@@ -388,7 +389,7 @@ def test_a_worker_that_dies_between_items_is_replaced_once(tmp_path):
         script.write_text(
             "import os, sys, pathlib\n"
             "from benchmarks import gpu_bench\n"
-            "from benchmarks.gpu_bench import Item\n"
+            "from benchmarks.gpu_timing import Item\n"
             f"starts = pathlib.Path({str(folder / 'starts')!r})\n"
             "def items(dry_run):\n"
             "    return [Item('roofs', key, lambda bench: [{'ms': 1.5}], 0.0) for key in ('first', 'second')]\n"

@@ -17,27 +17,23 @@ ORDER = ["kernels", "ops", "losses", "integrations", "cli"]
 HEAVY = {"transformers", "datasets", "accelerate", "peft", "trl", "tokenizers"}
 
 
+def module_of(path: Path) -> tuple[str, ...]:
+    parts = path.with_suffix("").relative_to(ROOT.parent).parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
 def imports(path: Path):
-    """(module, whether at import time) of every import in a file; relative ones resolved."""
-    package = ("var_kernels", *path.relative_to(ROOT).parts[:-1])
-    tree = ast.parse(path.read_text())
-    inside_functions = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
-    }
-    for node in ast.walk(tree):
+    """The module of every import in a file, those inside functions too; relative ones resolved."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            yield name, id(node) not in inside_functions
+            source = ".".join(part for part in (base, node.module) if part)
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
 def layer_of(path: Path) -> str:
@@ -51,7 +47,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_only_from_layers_before(path):
     layer = layer_of(path)
-    for name, _ in imports(path):
+    for name in imports(path):
         parts = name.split(".")
         if parts[0] != "var_kernels" or len(parts) < 2:
             continue
@@ -81,13 +77,39 @@ def test_kernels_stand_alone(path):
     "path", [p for p in FILES if layer_of(p) in ("kernels", "ops", "losses")], ids=lambda path: path.name
 )
 def test_trainers_are_imported_by_integrations_alone(path):
-    for name, _ in imports(path):
+    for name in imports(path):
         assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name}"
 
 
 def test_the_walk_sees_imports():
-    found = {name for name, _ in imports(ROOT / "ops" / "call.py")}
+    found = {name for name in imports(ROOT / "ops" / "call.py")}
     assert {"torch", "var_kernels.kernels.rows", "var_kernels.ops.checks"} <= found
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Names on a circle, or on a way to one: all that remains once files without imports are taken out repeatedly."""
+    graph = dict(graph)
+    while free := [name for name, used in graph.items() if not used & graph.keys()]:
+        for name in free:
+            del graph[name]
+    return sorted(graph)
+
+
+def test_no_circle_of_imports():
+    """In no folder, neither at import time nor inside functions."""
+    files = {
+        ".".join(module_of(path)): path
+        for folder in ("var_kernels", "benchmarks", "tests", "examples")
+        for path in (ROOT.parent / folder).rglob("*.py")
+    }
+    graph = {}
+    for name, path in files.items():
+        used = {module for module in imports(path) if module in files} - {name}
+        # `from package import module` names the package too, which its __init__ alone would need.
+        graph[name] = {module for module in used if not any(other.startswith(module + ".") for other in used)}
+    assert {"var_kernels.integrations.hf.capture", "benchmarks.gpu_bench"} <= graph.keys()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+    assert circles(graph) == []
 
 
 def test_import_is_light():

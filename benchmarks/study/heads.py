@@ -10,7 +10,7 @@ from benchmarks.small_world import MAX_LENGTH
 from benchmarks.study.measure import Texts
 from benchmarks.study.plan import HEADS
 from benchmarks.study.world_runs import Context, noisy_pairs, read_rows
-from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.losses import linear_loss

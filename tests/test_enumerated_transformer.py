@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from var_kernels import linear_loss, var_weights
 from var_kernels.integrations.hf import sequence_logprobs
-from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.losses import LOSSES, dpo_loss, single_name
 

@@ -10,7 +10,7 @@ from tests.hf_compare import assert_close, check, gradients, own_and_fused, own_
 from tests.hf_zoo import VOCAB, batch, build, llama
 from tests.tolerance import assert_result
 from var_kernels.integrations.hf import capture, cross_reference_logprobs, fused_lm_head, token_logprobs
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -10,7 +10,7 @@ from tests.hf_zoo import VOCAB, Case, batch, build, llama
 from tests.tolerance import assert_result
 from var_kernels.integrations.hf import capture, fused_lm_head, token_logprobs
 from var_kernels.integrations.hf.calibration import calibrate_loss
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 
 pytest.importorskip("transformers")
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.ranks import Collectives, run_ranks
 from var_kernels import linear_loss, var_loss
 from var_kernels.integrations.hf import capture, fused_lm_head, next_labels, token_divergence
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 
 B, T, V = 8, 10, 151
 PLAIN = ("ddp", "fsdp1", "fsdp2", "fsdp2, head apart")

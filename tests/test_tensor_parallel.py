@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.test_sharded import make_model
 from tests.tiny_training import tiny_model, tiny_trainer
 from var_kernels.integrations.hf import fused_lm_head, token_logprobs
-from var_kernels.integrations.hf.head import capture
+from var_kernels.integrations.hf.capture import capture
 
 T, V = 10, 151
 BATCHES = ("plain", "ignored")

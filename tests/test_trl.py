@@ -30,7 +30,7 @@ from tests.trl_runs import (
     own,
     tiny,
 )
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trl import FusedHeadMixin, _FusedForward
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops import logprob

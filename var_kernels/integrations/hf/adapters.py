@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.hf.parallel import is_dtensor
 from var_kernels.integrations.hf.quantised import own_forward
+from var_kernels.integrations.hf.swap import swapped_forward
 
 _REMEDY = (
     "Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or "
@@ -93,15 +94,15 @@ def _active(head: nn.Module) -> list[str]:
 
 
 def inside_adapter(
-    head: nn.Module, hidden: Tensor, name: str, compute: Callable[[Tensor, LowRank | None], Tensor], swap: Callable
+    head: nn.Module, hidden: Tensor, name: str, compute: Callable[[Tensor, LowRank | None], Tensor]
 ) -> Tensor:
     """``compute(hidden, low_rank)`` inside the forward of every module whose weight it reads: hooks on these gather
-    sharded weights and move inputs. ``swap`` is ``head.swapped_forward``.
+    sharded weights and move inputs.
     """
     if head.disable_adapters and head.merged:
         head.unmerge()  # as PEFT's own forward does
     if hasattr(head, "lora_A"):
-        return _inside_lora(head, hidden, name, compute, swap)
+        return _inside_lora(head, hidden, name, compute)
     adapters = _active(head)
     if len(adapters) > 1:
         head._check_overlapping_tokens(adapters)
@@ -110,11 +111,11 @@ def inside_adapter(
         terms = [_token_term(head, adapter, hidden) for adapter in adapters]
         return compute(hidden, _joined(terms, hidden))
 
-    with swap(head.base_layer, at_the_core):
+    with swapped_forward(head.base_layer, at_the_core):
         return head.base_layer(hidden)
 
 
-def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable, swap: Callable) -> Tensor:
+def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable) -> Tensor:
     adapters, terms = _active(head), []
 
     def with_the_next(hidden: Tensor, remaining: list[str]) -> Tensor:
@@ -131,7 +132,7 @@ def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable, 
                 terms.append((ones, right.bias.unsqueeze(1)))
             return with_the_next(hidden, remaining)
 
-        with swap(right, inside_right):
+        with swapped_forward(right, inside_right):
             return called(lefts[adapter])
 
     def at_the_core(hidden: Tensor, *_args, **_kwargs) -> Tensor:
@@ -145,7 +146,7 @@ def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable, 
         if getattr(head, "cast_input_dtype_enabled", True):
             given = given.to(down.weight.dtype)
         lefts[adapter] = down(head.lora_dropout[adapter](given))
-    with swap(head.base_layer, at_the_core):
+    with swapped_forward(head.base_layer, at_the_core):
         return head.base_layer(hidden)
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.adapters import is_adapter
-from var_kernels.integrations.hf.head import HeadParams, find_head, inner_model, vocabulary_size
+from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
+from var_kernels.integrations.hf.model import find_head, inner_model, vocabulary_size
 from var_kernels.integrations.hf.model_inputs import is_encoder_decoder, of_a_library
 from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, unseen, vector
@@ -79,10 +80,8 @@ class Transform:
         return HeadParams(weight, bias, self.logit_scale, self.softcap, group)
 
 
-_transforms: WeakKeyDictionary = WeakKeyDictionary()
-_loss_rules: WeakKeyDictionary = WeakKeyDictionary()
-_causal_with: WeakKeyDictionary = WeakKeyDictionary()
-_apart_with: WeakKeyDictionary = WeakKeyDictionary()
+# Model -> (its fingerprint then, what was found of it)
+_findings: WeakKeyDictionary[nn.Module, tuple[tuple, dict[Any, Any]]] = WeakKeyDictionary()
 
 
 def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False) -> Transform:
@@ -104,13 +103,15 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, enco
     """
     inner = inner_model(model)
     _refuse_unless_handled(inner, encoder_decoder)
-    return _cached(_transforms, inner, inputs, lambda given: _calibrate_transform(Probe(model, inner, given)))
+    found = _found(inner)
+    if "transform" not in found:
+        found["transform"] = _try(inner, inputs, lambda given: _calibrate_transform(Probe(model, inner, given)))
+    return found["transform"]
 
 
 def adopt_transform(model: nn.Module, transform: Transform) -> None:
     """Take over what another rank's ``calibrate`` found of the same model, in place of a calibration here."""
-    inner = inner_model(model)
-    _transforms[inner] = (fingerprint(inner), transform)
+    _found(inner_model(model))["transform"] = transform
 
 
 def calibrate_loss(
@@ -125,8 +126,11 @@ def calibrate_loss(
     inner = inner_model(model)
     _refuse_unless_handled(inner, encoder_decoder)
     transform = calibrate(model, inputs, encoder_decoder=encoder_decoder)
-    options = {"vocab": transform.vocab, "masked_ids": transform.masked, "wide": transform.wide}
-    return _cached(_loss_rules, inner, inputs, lambda given: fit_loss_rule(Probe(model, inner, given), **options))
+    found = _found(inner)
+    if "loss" not in found:
+        options = {"vocab": transform.vocab, "masked_ids": transform.masked, "wide": transform.wide}
+        found["loss"] = _try(inner, inputs, lambda given: fit_loss_rule(Probe(model, inner, given), **options))
+    return found["loss"]
 
 
 def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: bool = False) -> bool:
@@ -139,12 +143,12 @@ def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: b
     if names <= {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "use_cache"}:
         return False
     inner = inner_model(model)
-    found = _cached(_causal_with, inner, None, lambda _: {})
-    if names not in found:
+    found, key = _found(inner), ("causal", names)
+    if key not in found:
         with unseen(inner):
             probe = Probe(model, inner, inputs)
-            found[names] = _unchanged_before(probe, *(probe.run(noise, seed)[2] for seed in (0, 1)))
-    return found[names]
+            found[key] = _unchanged_before(probe, *(probe.run(noise, seed)[2] for seed in (0, 1)))
+    return found[key]
 
 
 def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
@@ -155,16 +159,16 @@ def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     inner = inner_model(model)
     names = frozenset(name for name, value in inputs.items() if value is not None)
     attention = getattr(inner.config.get_text_config(), "_attn_implementation", None)
-    found = _cached(_apart_with, inner, None, lambda _: {})
-    if (attention, names) not in found:
+    found, key = _found(inner), ("apart", attention, names)
+    if key not in found:
         with unseen(inner):
             probe = Probe(model, inner)
             try:
                 first, second = (probe.run_packed(noise, seed, names) for seed in (0, 1))
-                found[attention, names] = _agree(first, second, first)
+                found[key] = _agree(first, second, first)
             except TrialFailedError:
-                found[attention, names] = False
-    return found[attention, names]
+                found[key] = False
+    return found[key]
 
 
 def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
@@ -175,35 +179,37 @@ def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
         )
 
 
-def _cached(cache: WeakKeyDictionary, inner: nn.Module, inputs: Mapping[str, Any] | None, compute: Callable) -> Any:
+def _found(inner: nn.Module) -> dict[Any, Any]:
+    """The findings about a model, which are empty again after a change of its fingerprint."""
     key = fingerprint(inner)
-    if inner not in cache or cache[inner][0] != key:
-        try:
-            with unseen(inner):
-                found = compute(None)
-        except TrialFailedError:
-            with unseen(inner, hooks=True):  # it may not run without them
-                found = _on_tokens_or(inputs, compute)
-        cache[inner] = (key, found)
-    return cache[inner][1]
+    if inner not in _findings or _findings[inner][0] != key:
+        _findings[inner] = (key, {})
+    return _findings[inner][1]
 
 
-def _on_tokens_or(inputs: Mapping[str, Any] | None, compute: Callable) -> Any:
+def _try(inner: nn.Module, inputs: Mapping[str, Any] | None, compute: Callable) -> Any:
+    """``compute(None)``: on a few tokens. Where the model does not run on these, with its hooks; then on ``inputs``."""
     try:
-        return compute(None)
+        with unseen(inner):
+            return compute(None)
     except TrialFailedError:
-        if inputs is None:
-            raise
-        return compute(inputs)
+        with unseen(inner, hooks=True):
+            try:
+                return compute(None)
+            except TrialFailedError:
+                if inputs is None:
+                    raise
+                return compute(inputs)
 
 
 def fingerprint(inner: nn.Module) -> tuple:
     """Every number that the transform or the loss could come from, and the loss; a change of any calibrates again."""
+    head = find_head(inner)
     numbers = [
-        vocabulary_size(find_head(inner)),
+        vocabulary_size(head),
         id(getattr(getattr(inner, "loss_function", None), "__func__", getattr(inner, "loss_function", None))),
     ]
-    for module in (inner, find_head(inner)):
+    for module in (inner, head):
         numbers += [key for key, hook in module._forward_hooks.items() if not of_a_library(hook)]
     configs = [inner.config, *(value for value in vars(inner.config).values() if hasattr(value, "model_type"))]
     for config in configs:

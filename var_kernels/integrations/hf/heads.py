@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.adapters import unwrapped
-from var_kernels.integrations.hf.head import head_sizes, inner_model
+from var_kernels.integrations.hf.model import head_sizes, inner_model
 
 PER = ("token", "sequence")
 _NAME = "value_head"

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import is_causal
-from var_kernels.integrations.hf.head import HeadParams, capture, find_head, inner_model
+from var_kernels.integrations.hf.capture import capture
+from var_kernels.integrations.hf.head import HeadParams
+from var_kernels.integrations.hf.model import find_head, inner_model
 from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
 from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
 from var_kernels.losses import sequence_sum

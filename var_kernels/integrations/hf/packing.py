@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations.hf.calibration import keeps_sequences_apart
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 
 
 def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:

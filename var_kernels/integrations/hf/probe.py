@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import arg_tree_leaves
 
-from var_kernels.integrations.hf.head import (
-    find_head,
-    logits_of,
-    placeholder,
-    swapped,
-    swapped_forward,
-    swapped_head,
-    vocabulary_size,
-    without_cache,
-)
+from var_kernels.integrations.hf.head import placeholder
+from var_kernels.integrations.hf.model import find_head, logits_of, vocabulary_size, without_cache
 from var_kernels.integrations.hf.model_inputs import (
     decoder_inputs,
     input_device,
@@ -32,6 +24,7 @@ from var_kernels.integrations.hf.model_inputs import (
     of_a_library,
 )
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
+from var_kernels.integrations.hf.swap import swapped, swapped_forward, swapped_head
 
 _TOKENS = 8
 _SMALL = 2**20  # elements; of larger buffers (packed weights) no copy is made

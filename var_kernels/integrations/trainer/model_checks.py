@@ -5,7 +5,7 @@ import logging
 from torch import nn
 
 from var_kernels.integrations.data import EncodedRows
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.sharding import rows_of
 
 logger = logging.getLogger(__name__)

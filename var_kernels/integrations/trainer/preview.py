@@ -12,7 +12,7 @@ from torch import Tensor
 
 from var_kernels.integrations.data import EncodedRows, end_tokens
 from var_kernels.integrations.hf import token_logprobs
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples, read_items
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.items import equal_pair

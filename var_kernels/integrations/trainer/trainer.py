@@ -16,9 +16,10 @@ from var_kernels.integrations.data import (
     Example,
     end_tokens,
 )
-from var_kernels.integrations.hf.head import capture, inner_model
+from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.argument_checks import (
     check_arguments,
     check_online,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import EncodedRows
-from var_kernels.integrations.hf.head import capture, find_head, head_sizes, inner_model
+from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, ValueHead
+from var_kernels.integrations.hf.model import find_head, head_sizes, inner_model
 from var_kernels.integrations.trainer.reference import over_rows
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, end_tokens
-from var_kernels.integrations.hf.head import inner_model
+from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
 from var_kernels.integrations.trainer.online.importance import mean_gap, sampler_logps, truncated_weights

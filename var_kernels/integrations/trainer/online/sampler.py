@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from var_kernels.integrations.data import end_tokens
-from var_kernels.integrations.hf.head import inner_model, swapped
+from var_kernels.integrations.hf.model import inner_model
+from var_kernels.integrations.hf.swap import swapped
 
 
 class Samples(NamedTuple):

@@ -1,0 +1,125 @@
+"""The HF model under its wrappers, its lm_head, what it is given and what it returns."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from var_kernels.integrations.hf.adapters import check_adapter, is_adapter, unwrapped
+from var_kernels.integrations.hf.quantised import computes_a_product, is_packed, own_forward
+
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
+_DEQUANTISE = (
+    "Keep the head in floating point (modules_to_not_convert=['lm_head'], llm_int8_skip_modules=['lm_head']) or "
+    "dequantise it"
+)
+_REPLACED = (
+    ": {}, in train or eval mode. Change the hidden states before the head or the logits after "
+    "it in the model's forward (a scale, a softcap, a bias), or use the model's own loss"
+)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The HF model under torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers: the module that owns the lm_head."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a model, got {type(model).__name__}; load it first: "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+    # Looked up among the children: several wrappers answer for any attribute of what they wrap.
+    while wrapped := next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None):
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise TypeError(
+                "model: nn.DataParallel runs copies in threads; wrap it in DistributedDataParallel (torchrun)"
+            )
+        model = wrapped
+    if callable(getattr(model, "get_base_model", None)):
+        return inner_model(model.get_base_model())
+    if not callable(getattr(model, "get_output_embeddings", None)):
+        raise TypeError(
+            "model: expected a transformers model with get_output_embeddings(), or a wrapper of one, got "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def find_head(inner: nn.Module) -> nn.Linear:
+    """The nn.Linear that makes the logits, or PEFT's LoRA layer around one; of a head in modules_to_save its active
+    copy. Others are refused.
+    """
+    name = type(inner).__name__
+    head = inner.get_output_embeddings()
+    if head is None:
+        head = _only_head_within(inner)
+    head = getattr(head, "_orig_mod", head)  # torch.compile
+    head = unwrapped(head)
+    head = getattr(head, "_fsdp_wrapped_module", head)
+    if head is None:
+        raise ValueError(
+            f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM, but a base "
+            "model or a classifier; load it by AutoModelForCausalLM, or the class with a language-model head"
+        )
+    if is_adapter(head):
+        check_adapter(head, name)
+        _check_linear(head.base_layer, name)
+    else:
+        _check_linear(head, name)
+    return head
+
+
+def vocabulary_size(head: nn.Linear) -> int:
+    return head_sizes(head)[0]
+
+
+def head_sizes(head: nn.Linear) -> tuple[int, int]:
+    """(V, D), also of a sharded or packed weight. PEFT's tied copy of an embedding gives its own sizes turned round."""
+    turned = (head.in_features, head.out_features)
+    return turned if turned == tuple(head.weight.shape) else turned[::-1]
+
+
+def _check_linear(head: nn.Module, name: str) -> None:
+    if isinstance(head, nn.Embedding) or not isinstance(head, nn.Linear):
+        kind, remedy = type(head).__name__, "Use the model's own loss instead"
+        if hasattr(head, "in_features") or hasattr(head, "infeatures"):  # torch.ao, HQQ, AWQ; GPTQ
+            kind, remedy = f"{type(head).__module__}.{kind}", _DEQUANTISE
+        raise ValueError(f"{name}: expected its output embedding to be one nn.Linear, got {kind}. {remedy}")
+    if "_var_kernels_busy" in vars(head):
+        return  # its forward is ours now; it was looked at before
+    packed = is_packed(head.weight)
+    # FSDP2 and parametrizations derive a class at run time with nn.Linear's forward.
+    replaced = own_forward(head) is not None
+    replaced &= getattr(head, "out_additional_features", None) != 0  # Idefics: two weights, of which one is none
+    if (packed or replaced) and not computes_a_product(head):
+        why = _REPLACED.format(getattr(own_forward(head), "__qualname__", own_forward(head)))
+        raise ValueError(
+            f"{name}: its lm_head must compute W h + b, got a {type(head).__name__} of {head.weight.dtype} whose "
+            f"forward computes something else{f' (a quantised head?). {_DEQUANTISE}' if packed else why}"
+        )
+
+
+def _only_head_within(inner: nn.Module) -> nn.Module | None:
+    """The output embedding of a part of the model (BLIP's text decoder) where all parts that have one agree on it."""
+    heads = {}
+    for module in inner.modules():
+        if module is not inner and callable(getattr(module, "get_output_embeddings", None)):
+            found = module.get_output_embeddings()
+            if found is not None:
+                heads[id(found)] = found
+    return next(iter(heads.values())) if len(heads) == 1 else None
+
+
+def without_cache(inner: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with use_cache=False where the caller says nothing and the model knows the word."""
+    if "use_cache" in inputs or "use_cache" not in inspect.signature(inner.forward).parameters:
+        return dict(inputs)
+    return {**inputs, "use_cache": False}
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits of a model output, be it a ModelOutput, a dict or a tuple."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if isinstance(output, tuple):
+        return next((item for item in output if isinstance(item, Tensor) and item.dim() > 0), None)
+    return getattr(output, "logits", None)

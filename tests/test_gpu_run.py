@@ -318,7 +318,7 @@ def fake(tmp_path):
 
 
 def test_the_order_of_a_call_on_a_gpu(fake, tmp_path):
-    """Probe, ours, the large tests alone, defaults and few peers, all tests on 13 processes, the rest, report, plots."""
+    """Probe, ours, the large tests alone, defaults and few peers, tests on 13 processes, the rest, tables, plots."""
     result, asked = fake(PACK=str(tmp_path / "pack.tar"))
     assert result.returncode == 0, result.stdout + result.stderr
     tests, report = ("test_at_scale.py", "test_engines.py"), ("gpu_report.py", "gpu_plots.py")

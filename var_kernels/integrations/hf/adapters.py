@@ -137,7 +137,7 @@ def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable) 
 
     def at_the_core(hidden: Tensor, *_args, **_kwargs) -> Tensor:
         if is_dtensor(head.base_layer.weight):
-            raise ValueError(f"{name}: LoRA on an lm_head that is spread over ranks is not supported. {_REMEDY}")
+            raise ValueError(f"{name}: LoRA on an lm_head that is sharded over ranks is not supported. {_REMEDY}")
         return with_the_next(hidden, adapters)
 
     lefts, given = {}, hidden

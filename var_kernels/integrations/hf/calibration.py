@@ -55,7 +55,7 @@ class Transform:
         core = head.base_layer if is_adapter(head) else head
         weight, bias = dense_weight(core), core.bias
         if is_dtensor(weight):
-            return self._spread_params(weight, bias, inner)
+            return self._sharded_params(weight, bias, inner)
         if self.vocabulary_bias is not None:
             added = vector(inner, self.vocabulary_bias).to(weight) * (self.bias_ratio / self.logit_scale)
             bias = added if bias is None else bias + added
@@ -69,12 +69,12 @@ class Transform:
         low_rank = None if factors is None else (factors.left, factors.right[: self.vocab])
         return HeadParams(weight, bias, self.logit_scale, self.softcap, low_rank=low_rank)
 
-    def _spread_params(self, weight: Tensor, bias: Tensor | None, inner: nn.Module) -> HeadParams:
+    def _sharded_params(self, weight: Tensor, bias: Tensor | None, inner: nn.Module) -> HeadParams:
         name = type(inner).__name__
         if self.vocabulary_bias is not None or self.masked or weight.shape[0] != self.vocab:
             raise ValueError(
-                f"{name}: its lm_head is spread over ranks and a vocabulary bias, masked ids or a cut follow it, which "
-                "does not work together: leave lm_head out of the tensor-parallel plan"
+                f"{name}: its lm_head is sharded over ranks and followed by a vocabulary bias, masked ids or a cut, "
+                "which does not work together: leave lm_head out of the tensor-parallel plan"
             )
         weight, bias, group = vocabulary_slice(weight, bias, name)
         return HeadParams(weight, bias, self.logit_scale, self.softcap, group)

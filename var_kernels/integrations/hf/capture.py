@@ -15,7 +15,7 @@ def capture(
     fn: Callable[[Tensor, HeadParams], Any],
     inputs: Mapping[str, Any],
     *,
-    spread: bool = False,
+    sharded: bool = False,
     low_rank: bool = False,
 ) -> tuple[tuple[Tensor, ...], Any]:
     """Run ``model(**inputs)`` with ``fn(hidden, head_params)`` computed inside the lm_head's forward instead of logits.
@@ -28,7 +28,7 @@ def capture(
         fn: called once, with hidden and the head's weight, bias and calibrated logit transform.
         inputs: keyword arguments of the model, without ``labels``; for an encoder-decoder with decoder_input_ids.
             use_cache is False unless given.
-        spread: fn knows a ``HeadParams`` with a group, whose vocabulary is spread over ranks.
+        sharded: fn knows a ``HeadParams`` with a group, whose vocabulary is sharded over ranks.
         low_rank: fn passes ``**head_params.logit_options`` on to the ops, or adds ``head_params.low_rank`` itself;
             without it a head with an active LoRA adapter is refused.
     Returns:
@@ -43,7 +43,7 @@ def capture(
     def compute(hidden: Tensor):
         return fn(hidden, transform.params(head, inner))
 
-    with head_results(inner, head, compute, wide=transform.wide, spread=spread, low_rank=low_rank) as results:
+    with head_results(inner, head, compute, wide=transform.wide, sharded=sharded, low_rank=low_rank) as results:
         output = model(**without_cache(inner, inputs))
     if not results:
         raise ValueError(

@@ -30,7 +30,7 @@ class HeadParams:
     bias: Tensor | None  # (V,) likewise
     logit_scale: float
     softcap: float | None
-    group: Any = None  # the ranks over which tensor parallelism spreads the vocabulary
+    group: Any = None  # the ranks over which tensor parallelism shards the vocabulary
     low_rank: tuple[Tensor, Tensor] | None = None  # left (B, T, R), a row for each of hidden's, and right (V, R)
 
     @property
@@ -47,14 +47,14 @@ def head_results(
     fn: Callable[[Tensor], Any],
     *,
     wide: bool = False,
-    spread: bool = False,
+    sharded: bool = False,
     low_rank: bool = False,
     as_logits: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Inside the block the head computes ``fn(hidden)`` in place of logits; the yielded list gets its result(s).
 
     The placeholder is (B, T, 1) zeros, or with ``wide`` (B, T, V) on the meta device, which takes no memory. With
-    ``spread`` fn knows a head whose vocabulary is spread over ranks, with ``low_rank`` one with a LoRA adapter;
+    ``sharded`` fn knows a head whose vocabulary is sharded over ranks, with ``low_rank`` one with a LoRA adapter;
     otherwise these are refused.
 
     With ``as_logits`` the head returns what fn returns, and may be called several times.
@@ -75,7 +75,7 @@ def head_results(
             raise ValueError(
                 f"{type(inner).__name__} calls its lm_head more than once a forward pass, which is not understood"
             )
-        if is_dtensor(head.weight) and not spread:
+        if is_dtensor(head.weight) and not sharded:
             raise ValueError(
                 f"{type(inner).__name__}: the lm_head weight is a DTensor inside its own forward (a tensor-parallel "
                 "head), which fused_lm_head, token_logprobs and sequence_logprobs understand, this loss does not: "

@@ -62,7 +62,7 @@ class _TokenHead(nn.Module):
         """Write ``name``.safetensors (the weights) and ``name``.json (class and sizes) into the folder.
 
         Each file appears whole or not at all. The folder is made if need be; a model saved there is left as it is.
-        Weights that FSDP2 has spread are gathered, so every rank makes the call; is_main_process: this one writes.
+        Weights that FSDP2 has sharded are gathered, so every rank makes the call; is_main_process: this one writes.
         """
         from safetensors.torch import save_file
 

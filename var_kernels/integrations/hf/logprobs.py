@@ -73,8 +73,8 @@ def token_logprobs(
         labels = labels.masked_fill(starts.to(labels.device), IGNORE_INDEX)
 
     def score(hidden: Tensor, head: HeadParams):
-        spread = {} if head.group is None else {"process_group": head.group}
-        return (vocab_parallel_logprob if spread else linear_logprob)(
+        sharded = {} if head.group is None else {"process_group": head.group}
+        return (vocab_parallel_logprob if sharded else linear_logprob)(
             hidden,
             head.lm_head_weight,
             row_labels(labels, hidden, shift=shift),
@@ -83,10 +83,10 @@ def token_logprobs(
             temperature=temperature,
             return_entropy=return_entropy,
             workspace_mb=workspace_mb,
-            **spread,
+            **sharded,
         )
 
-    results, _ = capture(model, score, inputs, spread=True, low_rank=True)
+    results, _ = capture(model, score, inputs, sharded=True, low_rank=True)
     if shift:  # (B, T): the row of t - 1 belongs to the label at t
         results = tuple(F.pad(result[:, :-1], (1, 0)) for result in results)
     return results if return_entropy else results[0]

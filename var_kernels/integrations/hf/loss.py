@@ -148,7 +148,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 rows.append(row_labels(scored, hidden, shift=self._rule.shift))
             params = self._transform.params(head, self.inner)
             if params.group is not None:
-                return _spread_nll_mean(hidden, params, rows[0], num_items, self._options)
+                return _sharded_nll_mean(hidden, params, rows[0], num_items, self._options)
             return linear_weighted_nll(
                 hidden,
                 params.lm_head_weight,
@@ -162,7 +162,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 **self._options,
             )
 
-        with head_results(self.inner, head, nll_mean, wide=self._transform.wide, spread=True, low_rank=True) as results:
+        options = {"wide": self._transform.wide, "sharded": True, "low_rank": True}
+        with head_results(self.inner, head, nll_mean, **options) as results:
             if not self._rule.replaceable:
                 if shift_labels is not None:
                     raise ValueError(f"shift_labels: {type(self.inner).__name__}'s own loss takes none; pass labels")
@@ -205,7 +206,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             nothing = placeholder(head, hidden, False, learns, value=math.nan)  # for code that torch does not show us
             return open_logits(nothing, source, vocabulary_size(head), dtype)
 
-        options = {"spread": True, "low_rank": True, "as_logits": True}
+        options = {"sharded": True, "low_rank": True, "as_logits": True}
         try:
             with head_results(inner, head, logits, **options):
                 return self._plain_forward(*args, **kwargs)
@@ -327,10 +328,10 @@ def _same_labels(ours: Tensor, theirs: Tensor | None) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
 
 
-def _spread_nll_mean(
+def _sharded_nll_mean(
     hidden: Tensor, head: HeadParams, labels: Tensor, num_items: Tensor | int | None, options: Mapping[str, Any]
 ) -> Tensor:
-    """The mean of a head whose vocabulary is spread over ranks."""
+    """The mean of a head whose vocabulary is sharded over ranks."""
     logp = vocab_parallel_logprob(
         hidden, head.lm_head_weight, labels, head.bias, process_group=head.group, **head.logit_options, **options
     )

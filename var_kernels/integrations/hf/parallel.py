@@ -42,7 +42,7 @@ def vocabulary_slice(weight: Tensor, bias: Tensor | None, name: str):
     """(this rank's rows of the weight, of the bias, the group of the ranks that share the vocabulary).
 
     Raises:
-        ValueError: a DTensor that is spread in another way.
+        ValueError: a DTensor that is sharded in another way.
     """
     from torch.distributed.tensor import Shard
 
@@ -50,7 +50,7 @@ def vocabulary_slice(weight: Tensor, bias: Tensor | None, name: str):
     if mesh.ndim != 1 or placements != (Shard(0),) or (bias is not None and not is_dtensor(bias)):
         raise ValueError(
             f"{name}: inside its own forward the lm_head weight is a DTensor placed as {placements}; expected its "
-            "vocabulary (and that of its bias) spread over one group of ranks, (Shard(dim=0),): use the plan "
+            "vocabulary (and that of its bias) sharded over one group of ranks, (Shard(dim=0),): use the plan "
             "'colwise_gather_output', or leave lm_head out of it"
         )
     return weight.to_local(), None if bias is None else bias.to_local(), mesh.get_group()

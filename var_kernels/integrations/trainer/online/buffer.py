@@ -8,13 +8,13 @@ folder/iteration-00003.rank-0.part    batches of an iteration that is being draw
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from var_kernels.integrations.data.forms import Text
+from var_kernels.integrations.files import atomic_write
 
 
 @dataclass
@@ -73,8 +73,10 @@ class Buffer:
         }
         tensors = {f"row.{name}": values.contiguous() for name, values in content.columns.items()}
         tensors |= {f"token.{name}": values.contiguous() for name, values in content.token_columns.items()}
-        _replace(path.with_suffix(".safetensors"), lambda temporary: save_file(tensors, temporary, metadata))
-        _replace(path, lambda temporary: temporary.write_bytes(data))
+        with atomic_write(path.with_suffix(".safetensors")) as temporary:
+            save_file(tensors, temporary, metadata)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
         for part in self.folder.glob(f"{path.stem}.rank-*.part"):
             part.unlink(missing_ok=True)
 
@@ -122,7 +124,8 @@ class Part:
             entry = json.loads(line)
             self.batches[entry["batch"]], self.logps[entry["batch"]] = entry["completion_ids"], entry.get("logps")
         header = json.dumps({"key": key})
-        _replace(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in (header, *kept))))
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in (header, *kept)))
 
     def add(self, number: int, completion_ids: list[list[list[int]]], logps: list | None = None) -> None:
         self.batches[number], self.logps[number] = completion_ids, logps
@@ -139,12 +142,3 @@ def _is_json(line: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -76,8 +76,8 @@ class KLCase:
         return {"workspace_mb": 0.15 if self.policy.dtype == FP64 else 0.08}
 
 
-def run_case(case: KLCase, direction: str, engine: str, device: str) -> None:
-    """Values and every gradient under a non-uniform upstream gradient."""
+def run_case(case: KLCase, direction: str, engine: str, device: str, ref_grad: bool = False) -> None:
+    """Values and every gradient under a non-uniform upstream gradient; with ref_grad those of the reference too."""
     policy = case.policy
     hidden, weight, labels, bias, *constants = case.inputs(device)
     left, right, *ref_factors = case.low_rank(device)
@@ -95,27 +95,31 @@ def run_case(case: KLCase, direction: str, engine: str, device: str) -> None:
 
     leaves, constants = (hidden, weight, bias, left, right), (*constants, *ref_factors)
     wide = upstream.to(torch.float64 if policy.dtype == FP64 else torch.float32)
+    if ref_grad:
+        constants = [None if t is None else t.detach().clone().requires_grad_() for t in constants]
     weighted = {} if engine == "two_pass" else {"token_weight": wide, "reduction": "sum", "engine": "one_pass"}
-    kl = call(linear_token_kl, leaves, constants, **weighted, **case.workspace(engine))
+    kl = call(linear_token_kl, leaves, constants, ref_grad=ref_grad, **weighted, **case.workspace(engine))
     (kl * wide if engine == "two_pass" else kl).sum().backward()
 
     def reference(dtype):
         own = [None if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad) for t in leaves]
-        others = [None if t is None else t.to(dtype) for t in constants]
+        others = [None if t is None else t.detach().to(dtype).requires_grad_(ref_grad) for t in constants]
         values = call(linear_token_kl_ref, own, others, dtype=dtype)
         total = (values * upstream.to(dtype)).sum()
         total.backward()
-        return (values if engine == "two_pass" else total), own
+        return (values if engine == "two_pass" else total), [*own, *others]
 
     truth, truth_leaves = reference(FP64)
     _, own_leaves = reference(policy.dtype)
     scale = 1.0 if engine == "two_pass" else upstream.abs().sum().item()
     assert_result(kl / scale, truth / scale, "KL", policy.largest_logit)
     names = ("dhidden", "dweight", "dbias", "dleft", "dright")
-    for name, leaf, expected, own in zip(names, leaves, truth_leaves, own_leaves, strict=True):
+    names += ("dref_hidden", "dref_weight", "dref_bias", "dref_left", "dref_right")
+    for name, leaf, expected, own in zip(names, (*leaves, *constants), truth_leaves, own_leaves, strict=True):
         if leaf is not None and leaf.requires_grad:
             assert leaf.grad.dtype == leaf.dtype
-            assert_gradient(leaf.grad.to(policy.dtype), expected.grad, own.grad, name)
+            dtype = leaf.dtype if name.startswith("dref") else policy.dtype
+            assert_gradient(leaf.grad.to(dtype), expected.grad, own.grad.to(dtype), name)
 
 
 def inputs(dtype=torch.float32):

@@ -192,9 +192,7 @@ def test_autocast():
 
 
 def test_the_reference_is_a_constant():
-    """Also where its tensors require gradients, and where it is the policy itself: a teacher that learns is another
-    call, with the roles changed.
-    """
+    """Also where its tensors require gradients, and where it is the policy itself: one that learns is ``ref_grad``."""
     hidden, weight, ref_hidden, ref_weight, labels = inputs()
     teacher = [t.requires_grad_() for t in (ref_hidden, ref_weight, torch.randn(V), torch.randn(len(hidden), 2))]
     factors = (teacher[3], torch.randn(V, 2, requires_grad=True))

@@ -55,6 +55,7 @@ def linear_token_kl(
     ref_softcap: float | None = None,
     ref_temperature: float = 1.0,
     ref_low_rank: tuple[Tensor, Tensor] | None = None,
+    ref_grad: bool = False,
     engine: Engine = "auto",
     **options: Unpack[RowKeywords],
 ) -> Tensor:
@@ -71,7 +72,7 @@ def linear_token_kl(
     "forward" is distillation from the reference as teacher; "jsd" the generalised Jensen-Shannon divergence of GKD:
     divided by beta it goes to "forward" as beta goes to 0, divided by 1 - beta to "reverse" as beta goes to 1.
     Gradients go to the policy's hidden, weight, bias and low-rank factors; the reference is a constant, also where its
-    tensors require gradients.
+    tensors require gradients, unless ``ref_grad``.
 
     GEMMs: 2 forward; 4 in all where ``workspace_mb`` holds the gradient in all logits in the operands' dtype, where
     nothing but ``hidden`` learns, and for reduction "sum" where it holds an fp32 dW; else the backward recomputes both
@@ -93,12 +94,15 @@ def linear_token_kl(
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
         workspace_mb: MiB for tiles of both models' logits; None: see ``linear_logprob``.
         num_active, precision: see ``linear_logprob``.
+        ref_grad: gradients go to the reference's tensors too. A second call with the roles exchanged makes them, so
+            that each of the two takes the GEMMs above.
         engine: "auto", "one_pass" or "two_pass"; "auto" takes two passes for fp16.
 
     Returns:
         "none": the shape of labels, nats per token, >= 0 before the weight, 0 where a row does not count. "sum": a
         scalar. fp32 (fp64 if either model is fp64). Where q forbids (-inf) what p allows, KL(p||q) is inf and
-        its gradient NaN; KL(q||p) and the mixture's are finite, and vice versa. An all-ignored batch gives a
+        the policy's gradient NaN; KL(q||p) and the mixture's are finite, and vice versa. With ``ref_grad`` the
+        reference's gradient of KL(p||q), q - p in its logits, is finite there too. An all-ignored batch gives a
         differentiable 0.
 
     Raises:
@@ -111,6 +115,16 @@ def linear_token_kl(
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
     options = with_defaults("linear_token_kl", options, RowKeywords)
+    if ref_grad and torch.is_grad_enabled():
+        others = dict(zip(_OF_A_MODEL, (ref_logit_scale, ref_softcap, ref_temperature, ref_low_rank), strict=True))
+        policy = (hidden, lm_head_weight, bias, {name: options[name] for name in _OF_A_MODEL})
+        reference = (ref_hidden, ref_lm_head_weight, ref_bias, others)
+        shared = {name: options[name] for name in ("ignore_index", "num_active", "workspace_mb", "precision")}
+        shared |= {"labels": labels, "reduction": reduction, "engine": engine}
+        kl = _one_sided(policy, reference, direction=direction, beta=beta, token_weight=token_weight, **shared)
+        weight = None if token_weight is None else token_weight.detach()
+        exchanged = {"direction": _EXCHANGED[direction], "beta": 1 - beta, "token_weight": weight}
+        return _GradientsOfBoth.apply(kl, _one_sided(reference, policy, **exchanged, **shared))
     labels, options["ignore_index"] = _row_labels(hidden, labels, options["ignore_index"])
     ref_options = {**options, "logit_scale": ref_logit_scale, "softcap": ref_softcap, "temperature": ref_temperature}
     ref_options["low_rank"] = ref_low_rank
@@ -133,6 +147,31 @@ def linear_token_kl(
     kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
+
+
+_OF_A_MODEL = ("logit_scale", "softcap", "temperature", "low_rank")
+# The divergence of which the reference is the policy, and the value the same; of "jsd" with 1 - beta.
+_EXCHANGED = {"reverse": "forward", "forward": "reverse", "jsd": "jsd"}
+
+
+def _one_sided(policy, reference, **options) -> Tensor:
+    """``linear_token_kl`` of two models: (hidden, lm_head_weight, bias, options) each."""
+    (hidden, lm_head_weight, bias, own), (ref_hidden, ref_lm_head_weight, ref_bias, others) = policy, reference
+    of_ref = {f"ref_{name}": value for name, value in others.items()}
+    tensors = {"lm_head_weight": lm_head_weight, "ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
+    return linear_token_kl(hidden, bias=bias, ref_bias=ref_bias, **tensors, **own, **of_ref, **options)
+
+
+class _GradientsOfBoth(torch.autograd.Function):
+    """One of two equal values, with the gradients of both. (Adding one less itself would make NaN of inf.)"""
+
+    @staticmethod
+    def forward(ctx, value, equal):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream, upstream
 
 
 def _one_pass_serves(pair: HeadPair) -> bool:

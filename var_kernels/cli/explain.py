@@ -35,7 +35,7 @@ def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, 
 def most_bytes(
     n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None = None
 ) -> int:
-    """What tiles of logits and the copies beside them take at most: the budget, or less where all of them are less."""
+    """Largest size of the tiles of logits and their copies: the budget, or less where everything fits in less."""
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
     if head.stores_exp and one_pass_fits(head):
         return min(head.options.budget, one_pass_plan(head).predicted)

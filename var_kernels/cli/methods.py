@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reads(method) -> str:
-    """What of the reference is read, by default and with the setting that asks for more."""
+    """The part of the reference that is read, by default and with the setting that reads more."""
     if method.teacher == "reference":
         return f"{_TEACHERS['reference']} over the vocabulary; it stays in memory"
     reads = _READS[method.reference]

@@ -86,7 +86,7 @@ def coerce(name: str, value: Any, kind: str) -> Any:
 
 
 def no_such_model(option: str, name: str, error: Exception) -> OSError:
-    """What transformers says of a name that it cannot load, its first line behind the option's name."""
+    """The first line of transformers' error about a name that it cannot load, after the option's name."""
     reason = str(error).strip().splitlines()[0]
     return OSError(
         f"{option}: {name} is no local directory with a model in it, and could not be had from the hub: {reason}"

@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _logged_to_stderr():
-    """What the library logs, each line with its name before it: of the first process all, of others the warnings."""
+    """Print the library's log, each line after its logger's name: all of the first process, the warnings of others."""
     handler, log = logging.StreamHandler(), logging.getLogger("var_kernels")
     handler.setFormatter(logging.Formatter("[var-kernels] %(message)s"))
     level, propagate, show = log.level, log.propagate, warnings.showwarning

@@ -28,8 +28,8 @@ def missing_package(error: ImportError) -> ImportError | None:
 
 
 def install_command(extra: str) -> str:
-    """In a checkout pip's name for it, which works from any folder; of an installed package its requirements, as no
-    index has to have this project."""
+    """The pip command for an extra: of a checkout, its path, which works from any folder; of an installed package, the
+    requirements themselves, since no index has to hold this project."""
     checkout = Path(__file__).parents[2]
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -e '{checkout}[{extra}]'"

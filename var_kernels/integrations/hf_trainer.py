@@ -9,7 +9,7 @@ from var_kernels.integrations.hf import fused_lm_head
 
 
 class FusedLossMixin:
-    """In front of transformers.Trainer or a class of its kind: training and evaluation of the loss make no logits.
+    """Mixin in front of transformers.Trainer or a class of its kind: training and evaluating the loss make no logits.
 
     ``predict()``, and ``evaluate()`` with ``compute_metrics``, get the model's own logits, as Trainer's users expect;
     under a bare ``fused_lm_head(model)`` they get none. ``label_smoothing_factor`` and ``compute_loss_func`` take

@@ -23,7 +23,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 @dataclass
 class CrossEntropyOutput:
-    """What was asked for; None elsewhere. z_loss: the part of the loss, without a gradient; token_accuracy: share of
+    """Requested outputs, None elsewhere. z_loss: the part of the loss, without a gradient; token_accuracy: share of
     the rows that are not ignored, for "none" per row; predicted_tokens: (N,) most likely ids, -1 where ignored."""
 
     loss: Tensor
@@ -126,7 +126,7 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
 
     @property
     def _mixes_classes(self) -> bool:
-        """Whether label smoothing is more than ``linear_logprob``'s: over weighted classes, or to be scaled by p_y."""
+        """Return whether smoothing is over weighted classes or scaled by p_y: more than ``linear_logprob`` does."""
         return self.label_smoothing != 0 and (self.ce_weight is not None or self.use_token_scaling)
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None):

@@ -44,7 +44,7 @@ _TILE_ELEMENTS = 2**22  # logits at once where their mean needs them
 
 
 class FusedHeadMixin:
-    """In front of a TRL trainer (SFT, DPO, KTO, GRPO, RLOO): its models score tokens inside their own lm_head.
+    """Mixin in front of a TRL trainer (SFT, DPO, KTO, GRPO, RLOO): its models score tokens inside their own lm_head.
 
         class FusedSFTTrainer(FusedHeadMixin, SFTTrainer): ...
 
@@ -127,7 +127,7 @@ def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
 
 
 class _NoAdapter:
-    """What no lm_head is an instance of; find_head refuses the adapters that are not understood."""
+    """A class that no lm_head is an instance of; find_head refuses unsupported adapters."""
 
 
 def _refuse_what_needs_logits(trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""What torch.compile takes as a constant of the graph: what machine there is, found while it traces."""
+"""Constants of a compiled graph: facts about the machine, found while torch.compile traces."""
 
 
 def compile_time(fn):

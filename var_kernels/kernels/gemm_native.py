@@ -38,7 +38,7 @@ def _level() -> int:
 
 @compile_time
 def available() -> bool:
-    """Whether the extension is there, and wanted."""
+    """Return whether the extension is there and not switched off."""
     return _level() > 0
 
 
@@ -47,8 +47,8 @@ def _readable(t: Tensor) -> bool:
 
 
 def supports(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
-    """Whether ``left @ right`` runs here: bf16 matrices with adjacent rows or columns, an fp32 result or a rounded one
-    of moderate depth.
+    """Return whether ``left @ right`` is supported: bf16 matrices with adjacent rows or columns, an fp32 result or a
+    rounded one of moderate depth.
     """
     fits = out == torch.float32 or (out == torch.bfloat16 and left.shape[1] <= MAX_ROUNDED_DEPTH)
     return fits and _readable(left) and _readable(right) and available()
@@ -62,7 +62,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False)
 
 
 def supports_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
-    """Whether ``product_exp`` runs on these operands."""
+    """Return whether ``product_exp`` supports these operands."""
     return hidden_nd.shape[1] <= MAX_ROUNDED_DEPTH and _readable(hidden_nd) and _readable(weight_vd) and available()
 
 

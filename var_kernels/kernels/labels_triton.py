@@ -353,7 +353,7 @@ def row_scales(
     v: int,
     transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
-    """Of the gradient in the raw logits: its factor of the exponentials, and the label's entry, (n,) each."""
+    """Coefficients of the gradient in the raw logits: the factor of the exponentials, the label's entry; (n,) each."""
     n = labels_n.shape[0]
     scale_n, label_n = (torch.empty(n, dtype=torch.float32, device=labels_n.device) for _ in range(2))
     if n == 0:

@@ -36,7 +36,7 @@ class PairOptions:
 
     @property
     def needs_whole_rows(self) -> bool:
-        """Whether the divergence itself needs complete maxima and sums first."""
+        """Return whether the divergence itself needs complete maxima and sums first."""
         return self.kind == "jsd"
 
 

@@ -13,7 +13,7 @@ COPIES_GRADIENT = False
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
-    """What one call allocates beside two (n, columns) tiles: nothing."""
+    """Bytes that one call allocates in addition to two (n, columns) tiles: none."""
     return 0
 
 

@@ -263,7 +263,7 @@ def _pair_grad_kernel(
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
-    """What one call allocates beside two (n, columns) tiles: nothing."""
+    """Bytes that one call allocates in addition to two (n, columns) tiles: none."""
     return 0
 
 

@@ -146,7 +146,7 @@ class RowStats:
 
     @property
     def of_label(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of rows with one target, (N,) each: pivot, sum of the exponentials, the label's log p and logit."""
+        """Statistics of rows with one target, (N,) each: pivot, sum of exponentials, the label's log p and logit."""
         return self.max_N, self.sumexp_N, self.logp_NK(0.0, 0).squeeze(1), self.label_logit_NK.squeeze(1)
 
     @property

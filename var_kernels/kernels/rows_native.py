@@ -26,7 +26,7 @@ OPS = ("row_stats", "row_exp", "row_grad", "exp_into", "pair_rows", "product_int
 
 @functools.cache
 def obstacle() -> str | None:
-    """Why the extension cannot run, or None; loads it on the first call."""
+    """Reason why the extension cannot run, or None; the first call loads it."""
     spec = importlib.util.find_spec(f"{__package__}._native")
     if spec is None or spec.origin is None:
         return "the C++ extension is not built"
@@ -64,7 +64,7 @@ def _scalars(transform: LogitTransform) -> tuple[float, float, float]:
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
-    """What one call allocates beside an (n, columns) tile: nothing."""
+    """Bytes that one call allocates in addition to an (n, columns) tile: none."""
     return 0
 
 
@@ -101,12 +101,12 @@ def row_stats(
 
 
 def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
+    """Return whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
     return operand != torch.float16
 
 
 def exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc):
-    """Of ``row_exp`` and gemm_native's ``product_exp``: statistics, place and transform, memory, level."""
+    """Arguments of ``row_exp`` and of gemm_native's ``product_exp``: statistics, place, transform, memory, level."""
     softcap = transform.softcap
     cap_slope = 0.0 if softcap is None else transform.temperature / softcap
     bias_v = None if bias_v is None else bias_v.contiguous()
@@ -124,7 +124,7 @@ def row_exp(
     out_nv: Tensor | None,
     earlier_nc: Tensor | None,
 ) -> None:
-    """As ``rows_torch.row_exp``."""
+    """Same contract as ``rows_torch.row_exp``."""
     given, place, memory, level = exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc)
     _ops().row_exp(logits_nv, *given, stats.logit_sum_N, stats.argmax_N, stats.top_N, *place, *memory, level)
 

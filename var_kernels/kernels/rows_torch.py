@@ -89,8 +89,8 @@ def _merge_block(z_nv: Tensor, labels_nk: Tensor, stats: RowStats, v_start: int)
 
 
 def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials, and raised
-    pivots are read on the host."""
+    """Return whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials, and
+    raised pivots are read on the host."""
     return device.type == "cpu" and operand != torch.float16
 
 

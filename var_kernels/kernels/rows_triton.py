@@ -49,7 +49,7 @@ def _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS: tl.con
 
 @triton.jit
 def _end(C, PADDED: tl.constexpr):
-    """Where the loads and stores of a row end: where its memory goes on, at a multiple that the compiler knows, so that
+    """End of a row's loads and stores: where its memory goes on, at a multiple that the compiler knows, so that
     they move 16 bytes at a time."""
     if PADDED:
         return tl.cdiv(C, 32) * 32
@@ -361,7 +361,7 @@ def _block(columns: int, most: int) -> int:
 
 
 def _padded(tile_nc: Tensor) -> bool:
-    """Whether rows of a number of columns that is no multiple of 16 have memory up to a multiple of ROW_ELEMENTS."""
+    """Return whether rows whose columns are no multiple of 16 have memory up to a multiple of ROW_ELEMENTS."""
     n, columns = tile_nc.shape
     stride, offset, end = tile_nc.stride(0), tile_nc.storage_offset(), -(-columns // ROW_ELEMENTS) * ROW_ELEMENTS
     if columns % 16 == 0 or stride % ROW_ELEMENTS or offset % ROW_ELEMENTS:
@@ -370,7 +370,7 @@ def _padded(tile_nc: Tensor) -> bool:
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
-    """What one call allocates beside an (n, columns) tile: nothing."""
+    """Bytes that one call allocates in addition to an (n, columns) tile: none."""
     return 0
 
 
@@ -416,7 +416,7 @@ def row_stats(
 
 
 def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
+    """Return whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
     return operand != torch.float16
 
 
@@ -430,7 +430,7 @@ def row_exp(
     out_nv: Tensor | None,
     earlier_nc: Tensor | None,
 ) -> None:
-    """As ``rows_torch.row_exp``."""
+    """Same contract as ``rows_torch.row_exp``."""
     n, columns = logits_nv.shape
     if n == 0:
         return

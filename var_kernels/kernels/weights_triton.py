@@ -27,7 +27,7 @@ LOWEST = tl.constexpr(-1.7e308)
 
 @triton.jit
 def _segments(cu_seqlens_ptr, rows, inside, T, PACKED: tl.constexpr):
-    """Where the rows' tokens begin, and how many there are: padded (B, T), or packed."""
+    """Start and number of the rows' tokens: padded (B, T), or packed."""
     if PACKED:
         begin = tl.load(cu_seqlens_ptr + rows, mask=inside, other=0).to(tl.int64)
         length = tl.load(cu_seqlens_ptr + rows + 1, mask=inside, other=0).to(tl.int64) - begin
@@ -42,7 +42,7 @@ def _token_sums(
     ref_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, T, ignore_index,
     TIME: tl.constexpr, PACKED: tl.constexpr, TOKEN_REF: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: the sum of the reference's log-probs over the labels that count, and their number."""
+    """Sums of each row: the reference's log-probs over the labels that count, and their number."""
     begin, length = _segments(cu_seqlens_ptr, rows, inside, T, PACKED)
     total = tl.zeros(rows.shape, tl.float64)
     count = tl.zeros(rows.shape, tl.int64)

@@ -195,7 +195,7 @@ def pair_accuracy(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
 
 
 def _counted(mask: Tensor, as_printed: bool) -> Tensor:
-    """Where likelihood and KL count: at every label, or at all but the last."""
+    """Mask of the tokens that likelihood and KL count: every label, or all but the last."""
     return mask & (mask.flip(1).cumsum(1).flip(1) > 1) if as_printed else mask
 
 

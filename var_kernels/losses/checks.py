@@ -1,4 +1,4 @@
-"""What the losses refuse, by name and with the remedy. Metadata everywhere; values on the CPU only."""
+"""Checks of the losses' arguments, with the remedy in each error. Metadata everywhere; values on the CPU only."""
 
 import math
 from typing import Literal, get_args
@@ -49,7 +49,7 @@ def check_tokens(**tensors: Tensor) -> None:
 
 
 def check_constants(**tensors: Tensor) -> None:
-    """What no gradient flows to (log-probs of the reference, rewards, values) must be finite; read on the CPU only."""
+    """Refuse non-finite constants (log-probs of the reference, rewards, values); read on the CPU only."""
     for name, values in tensors.items():
         if values_readable(values) and not values.isfinite().all():
             at = tuple((~values.isfinite()).nonzero()[0].tolist())

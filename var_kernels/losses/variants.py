@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def use(self) -> str:
-        """How to have it: the command's options, or the function's name."""
+        """The command's options for it, or the function's name."""
         if self.function is not None:
             return f"{self.function.__name__}(...)"
         words = [f"--{name.replace('_', '-')}" + ("" if v is True else f" {v}") for name, v in self.settings.items()]

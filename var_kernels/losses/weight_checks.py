@@ -1,4 +1,4 @@
-"""What ``var_weights`` refuses, by name and with the remedy, and rewards that move no weight, of which it warns.
+"""Checks of ``var_weights``' arguments, and the warning about rewards that move no weight.
 Metadata everywhere; values on the CPU only."""
 
 import warnings
@@ -137,7 +137,7 @@ def warn_if_rewards_ignored(
 
 
 def warn_if_alone(rewards: Tensor) -> None:
-    """What metadata tells of a batch whose values are not read."""
+    """Check a batch whose values are not read, by metadata alone."""
     if not values_readable(rewards) and rewards.shape[0] == 1:
         _warn_ignored(
             "the batch has one sequence, whose weight does not depend on its reward",

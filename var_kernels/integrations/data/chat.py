@@ -15,7 +15,7 @@ Spans = list[tuple[int, int]]  # (start, stop) of what the assistant writes
 
 
 def template_errors() -> tuple[type[Exception], ...]:
-    """What a template raises on messages that do not fit it."""
+    """Raised by a template on messages that do not fit it."""
     try:
         from jinja2.exceptions import TemplateError
     except ImportError:
@@ -68,7 +68,7 @@ class ChatTemplate:
         return first, whole, self._spans(example, completion, whole)
 
     def _spans(self, example: Example, completion: list[dict], whole: str) -> Spans:
-        """Of a template without marks: an answer begins where the generation prompt ends and ends where the
+        """Spans of a template without marks: an answer begins where the generation prompt ends and ends where the
         conversation up to it ends."""
         spans = []
         for number, message in enumerate(completion):
@@ -94,8 +94,8 @@ class ChatTemplate:
         return spans
 
     def _start(self, messages: list[dict], example: Example, whole: str, opens: bool) -> tuple[int, str]:
-        """Where the text after these messages begins in the whole conversation, and what of the generation prompt is
-        not in it: some templates end it with an empty thought that they drop once there is an answer."""
+        """Start of the text after these messages in the whole conversation, and the part of the generation prompt that
+        is missing there: some templates end it with an empty thought that they drop once there is an answer."""
         head = self._render(messages, example, opens)
         if whole.startswith(head):
             return len(head), ""

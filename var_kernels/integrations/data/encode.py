@@ -184,7 +184,7 @@ def cut_prompt(ids: Tensor, kept: int, room: int) -> Tensor:
 
 
 def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
-    """What ends a completion: the end tokens of the model's generation settings, and the tokenizer's."""
+    """Tokens that end a completion: those of the model's generation settings, and the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
     return tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None))
@@ -281,7 +281,7 @@ def _template_opening(tokenizer) -> list[int]:
 
 
 def _has_ended(tokenizer, ids: list[int], ends: set[int]) -> bool:
-    """Whether an end token is the last, or followed by white space alone."""
+    """Return whether an end token is the last, or followed by white space alone."""
     last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in ends), None)
     if last is None:
         return False

@@ -61,7 +61,7 @@ def renamed(row: object, columns: Mapping[str, str], where: str) -> object:
 
 
 def is_local(dataset: str) -> bool:
-    """Whether the name is one of a local file, by its ending, and not one of the hub."""
+    """Return whether the name is that of a local file, by its ending, rather than one of the hub."""
     return dataset.endswith(LOCAL_SUFFIXES)
 
 

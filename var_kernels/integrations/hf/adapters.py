@@ -32,14 +32,14 @@ _LORA_LAYERS = (
 
 @dataclass(frozen=True)
 class LowRank:
-    """What active adapters add to the raw logits: right left. The bias of lora_B is a column beside ones in left."""
+    """The term right left that active adapters add to the raw logits; a bias is a column of right, ones in left."""
 
     left: Tensor  # (B, T, R)
     right: Tensor  # (V, R)
 
 
 def unwrapped(head: nn.Module) -> nn.Module:
-    """What makes the logits inside PEFT's wrappers: modules_to_save's active copy, the layer of trainable tokens."""
+    """The module that makes the logits inside PEFT's wrappers: modules_to_save's active copy, or trainable tokens."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         active = head.active_adapters
         saved = not head.disable_adapters and all(adapter in head.modules_to_save for adapter in active)
@@ -52,7 +52,7 @@ def is_adapter(head: nn.Module) -> bool:
 
 
 def is_active(head: nn.Module) -> bool:
-    """Whether something is added to the base layer's logits now."""
+    """Return whether an adapter adds to the base layer's logits now."""
     return is_adapter(head) and bool(_active(head))
 
 

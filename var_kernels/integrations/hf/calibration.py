@@ -1,4 +1,4 @@
-"""What a model does after its lm_head, found once per model by feeding it known values in place of the head's output.
+"""The operations that follow a model's lm_head, found once per model by injecting known values after the head.
 
 Config names are no guide: logits_scaling divides in Granite and multiplies in HyperCLOVA X, some models carry a
 logit_scale that they do not use, recurrent_gemma and xLSTM name their softcap differently. What the model returns
@@ -117,7 +117,7 @@ def adopt_transform(model: nn.Module, transform: Transform) -> None:
 def calibrate_loss(
     model: nn.Module, inputs: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False
 ) -> LossRule:
-    """Whether the model's own loss shifts its labels, and can be replaced by its loss_function; cached likewise.
+    """Find whether the model's own loss shifts its labels and can be replaced by its loss_function; cached likewise.
 
     Raises:
         ValueError: the model's loss is neither the shifted nor the plain mean cross-entropy of its logits, plus what
@@ -134,8 +134,8 @@ def calibrate_loss(
 
 
 def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: bool = False) -> bool:
-    """Whether hidden states do not depend on later tokens: of tokens alone, or of inputs like these (token_type_ids say
-    what is a prefix to PaliGemma). The second is looked at once per model and set of names.
+    """Return whether hidden states do not depend on later tokens, for tokens alone or for inputs like these
+    (token_type_ids mark a prefix to PaliGemma). The latter is tried once per model and set of names.
     """
     if calibrate(model, inputs, encoder_decoder=encoder_decoder).causal:
         return True
@@ -152,9 +152,9 @@ def is_causal(model: nn.Module, inputs: Mapping[str, Any], *, encoder_decoder: b
 
 
 def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether the hidden states of a sequence do not depend on those before it in the same row, told as in ``inputs``
-    (position_ids, cu_seq_lens_q ..., with an attention_mask (B, T) or without). Looked at once per model and set of
-    names; False where the model wants more than tokens.
+    """Return whether the hidden states of a sequence are independent of those before it in the same row, where
+    ``inputs`` mark the boundaries (position_ids, cu_seq_lens_q ..., with or without an attention_mask (B, T)). Tried
+    once per model and set of names; False where the model needs more than tokens.
     """
     inner = inner_model(model)
     names = frozenset(name for name, value in inputs.items() if value is not None)
@@ -332,13 +332,13 @@ def _source(
 
 
 def _unchanged_before(probe: Probe, hidden1: Tensor, hidden2: Tensor) -> bool:
-    """Whether the two runs, which differ in their last token, agree on all positions before it."""
+    """Return whether two runs that differ in their last token agree on all positions before it."""
     last = probe.last_token()
     return _agree(hidden1[..., :last, :], hidden2[..., :last, :], hidden1)
 
 
 def _agree(one: Tensor, other: Tensor, like: Tensor) -> bool:
-    """Whether two runs gave the same hidden states, up to the rounding of values as large as ``like``."""
+    """Return whether two runs gave the same hidden states, up to the rounding of values as large as ``like``."""
     worst = (one - other).abs().amax().item() if one.numel() else 0.0
     # An expert's GEMM over all its tokens rounds each differently as they change: 1e-6 seen in fp32.
     return worst <= max(2e-5, 4 * torch.finfo(like.dtype).eps) * like.abs().amax().item()

@@ -17,7 +17,7 @@ from var_kernels.ops.signatures import Direction
 
 
 class HeadInputs(NamedTuple):
-    """What a model feeds its lm_head, (B, T, D), and that head: constants."""
+    """Constants: the hidden states (B, T, D) that a model feeds its lm_head, and that head."""
 
     hidden: Tensor
     head: HeadParams

@@ -119,7 +119,7 @@ class Source:
 
 @dataclass(frozen=True)
 class View:
-    """Which rows of the head's output a tensor stands for, and what was done to their values."""
+    """The rows of the head's output that a tensor stands for, and the operations on their values so far."""
 
     source: Source
     rows: Tensor  # int64, the shape of the logits without their vocabulary axis
@@ -264,7 +264,7 @@ def _cpu(logits, *_args, **_kwargs):
 
 
 def _register_hook(logits, hook):
-    """Of a wrapper that waits for the gradient of the head's output; it passes no gradient on that is another."""
+    """Register a library's hook, which waits for the gradient of the head's output and does not change it."""
     if not of_a_library(hook):
         _refuse(logits, "Tensor.register_hook")
     logits.view_.source.hooked = True
@@ -443,7 +443,7 @@ def _step(func, *args, **kwargs):
 
 
 def _written(logits, view: View):
-    """In-place: every other tensor of these logits, which may share their memory, is not to be read any more."""
+    """Record an in-place write: other tensors of these logits may share their memory, so reading them raises."""
     view.source.version += 1
     logits.view_ = replace(view, version=view.source.version)
     return logits
@@ -510,7 +510,7 @@ def _change_kind(func, before, after, logits):
 
 
 def _values(logits, target: Tensor, name: str) -> Tensor:
-    """What stands at ``target`` in the row of each of its elements, whose rows are of its shape."""
+    """Values at the ids ``target``, each in the row of the same place; rows have target's shape."""
     view = _read(logits, name)
     rows = view.rows.expand(target.shape)
     target = target.to(rows.device)

@@ -22,7 +22,7 @@ from var_kernels.integrations.hf.swap import swapped, swapped_head
 
 @dataclass(frozen=True)
 class HeadParams:
-    """What turns hidden states into logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh; W h +
+    """The map from hidden states to logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh; W h +
     right left where the head carries a LoRA adapter.
     """
 
@@ -113,7 +113,7 @@ def tied(results: list[Tensor], logits: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def placeholder(head: nn.Linear, hidden: Tensor, wide: bool, *results: Tensor, value: float = 0.0) -> Tensor:
-    """What a head returns in place of (B, T, V) logits; wide for a model that writes at single ids of them."""
+    """Make the tensor that a head returns in place of (B, T, V) logits; wide where the model writes at single ids."""
     width, device = (vocabulary_size(head), torch.device("meta")) if wide else (1, hidden.device)
     return Placeholder.apply((*hidden.shape[:-1], width), value, hidden.dtype, device, *results)
 

@@ -222,7 +222,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
                 source.close()
 
     def _differs(self, steps: tuple, device: torch.device) -> str | None:
-        """What is wrong where these elementwise steps after the head are not the model's own, in numbers."""
+        """Describe how these elementwise steps after the head differ from the model's own; None if they do not."""
         head = find_head(self.inner)
         x = noise((4, vocabulary_size(head)), torch.Generator().manual_seed(0))
         x = x.to(device, torch.float32 if device.type == "mps" else torch.float64)
@@ -262,7 +262,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
 
     @_disable_dynamo
     def _calibrate_on(self, inputs: Mapping[str, Any]) -> None:
-        """Within a call: with its inputs if need be, through the plain forward, below what others put around ours.
+        """Calibrate within a call, on its inputs if need be, through the plain forward, below wrappers around ours.
 
         An autocast object of accelerate's that is entered twice stays on for good.
         """
@@ -283,7 +283,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         shift_labels=None,
         **_kwargs,
     ) -> Tensor:
-        """In place of the model's loss_function(logits, labels, vocab_size): the loss is known already."""
+        """Stand in for the model's loss_function(logits, labels, vocab_size): return the loss that is known already."""
         name = type(self.inner).__name__
         if ignore_index != IGNORE_INDEX:
             raise ValueError(
@@ -322,7 +322,7 @@ def _shown(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _same_labels(ours: Tensor, theirs: Tensor | None) -> bool:
-    """Whether the labels that a model hands to its loss are those of the call; looked at where it has made new ones."""
+    """Return whether the labels that reach the model's loss equal those of the call; new tensors are compared."""
     if theirs is None or theirs is ours:
         return True
     return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
@@ -350,7 +350,7 @@ def _divisor(num_items: Tensor | float | None, labels: Tensor) -> Tensor | float
 
 
 def _all_of_libraries(inner: nn.Module) -> bool:
-    """Whether forward and loss are those of a library, which a trial shows whole: no code of the user's own."""
+    """Return whether forward and loss are a library's code, none of the user's own: a trial covers all of it."""
     models = [module for module in inner.modules() if callable(getattr(module, "get_output_embeddings", None))]
     return all(of_a_library(m.forward) and of_a_library(getattr(m, "loss_function", None)) for m in models)
 

@@ -1,4 +1,4 @@
-"""How a model's own loss reads its labels, found by giving it known logits."""
+"""The rule by which a model's own loss reads its labels, found by giving it known logits."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class LossRule:
-    """How the model's own loss reads labels, and where it can be replaced."""
+    """The rule by which a model's own loss reads labels, and where it can be replaced."""
 
     shift: bool  # logits at t are scored against labels[:, t + 1], not labels[:, t]
     replaceable: bool  # forward calls self.loss_function and adds what it returns (an auxiliary loss may come on top)
@@ -72,7 +72,7 @@ def _fit(probe: Probe, vocab: int, masked_ids: Collection[int], wide: bool) -> L
 
 
 def _reads_count(probe: Probe, labels: Tensor, mean: float) -> bool:
-    """Whether the model's own loss, ``mean`` of these labels, becomes another when it is told their number."""
+    """Return whether num_items_in_batch changes the model's own loss, which is ``mean`` without it."""
     try:
         loss, *_ = probe.run_loss(labels, noise, 0, num_items_in_batch=torch.tensor(2, device=labels.device))
     except TrialFailedError:

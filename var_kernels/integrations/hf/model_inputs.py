@@ -1,4 +1,4 @@
-"""What a model's forward takes: its arguments' names, a decoder's inputs, the ids' device. Whose code it is."""
+"""Arguments of a model's forward, inputs of a decoder, the device of the ids; the library that code belongs to."""
 
 import functools
 import inspect
@@ -24,7 +24,7 @@ def is_encoder_decoder(inner: nn.Module) -> bool:
 
 
 def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:
-    """What an encoder-decoder itself feeds its decoder when it is given labels (B, T): they moved right by one."""
+    """Make the decoder inputs that an encoder-decoder makes of labels (B, T): the labels shifted right by one."""
     config, text = inner.config, inner.config.get_text_config()
     if callable(getattr(inner, "prepare_decoder_input_ids_from_labels", None)):
         ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -56,7 +56,7 @@ def input_embeddings(inner: nn.Module) -> nn.Module | None:
 
 
 def input_device(inner: nn.Module) -> torch.device:
-    """Where the model wants its input_ids."""
+    """The device of the model's input_ids."""
     embeddings = input_embeddings(inner)
     hook = getattr(embeddings, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:  # offloaded weights rest on another device or on none
@@ -66,7 +66,7 @@ def input_device(inner: nn.Module) -> torch.device:
 
 
 def of_a_library(function: Any) -> bool:
-    """Whether all layers of a function that wrappers may have been put around are a library's code."""
+    """Return whether a function and all wrappers around it are a library's code."""
     while function is not None:
         layer, names = _layer(function)
         called = [names[n] for n in getattr(layer, "__code__", _layer.__code__).co_names if n in names]

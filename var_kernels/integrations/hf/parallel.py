@@ -19,7 +19,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def gathers_weights(model: nn.Module) -> bool:
-    """Whether FSDP1, FSDP2 or ZeRO-3 spreads the weights over ranks, which are whole only while they are used."""
+    """Return whether FSDP1, FSDP2 or ZeRO-3 shards the weights over ranks, which are whole only while they are used."""
     fsdp = any(hasattr(type(m), "reshard") or "_fsdp_wrapped_module" in m._modules for m in model.modules())
     return fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 

@@ -197,7 +197,7 @@ class Probe:
             return True, self._forward(None, 0, wide=True, **self.inputs)[1]
 
     def run_replaced_loss(self, labels: Tensor, *, wide: bool) -> float | None:
-        """What the model adds to the value of a replaced loss_function; None when it does not use loss_function."""
+        """Measure what the model adds to a replaced loss_function; None when it does not use loss_function."""
         calls = []
 
         def loss_function(*_args, **_kwargs):
@@ -314,7 +314,7 @@ class Probe:
 
 
 class _Body:
-    """What stands before the head runs in the first pass alone: later ones, of the same inputs, get its output again.
+    """The body before the head, run in the first pass alone; later passes of the same inputs reuse its output.
 
     Known values replace the head's output, so nothing else of the body reaches the loss.
     """
@@ -445,7 +445,7 @@ def _in_other_threads(thread: int, hook: Callable, *args: Any, **kwargs: Any) ->
 
 
 def _state(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """What puts back each small buffer, and each number, list or dict on a module of the user's own class."""
+    """Yield what restores each small buffer, and each number, list and dict of a module of the user's class."""
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.device.type != "meta" and buffer.numel() <= _SMALL:
             yield partial(_put_buffer, module, name, buffer, buffer.detach().clone())

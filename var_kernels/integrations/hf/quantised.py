@@ -61,7 +61,7 @@ def own_forward(head: nn.Module) -> Callable | None:
 
 @torch.no_grad()
 def computes_a_product(head: nn.Module) -> bool:
-    """Whether the head's output is W h + b with the dequantised W, to the rounding of its dtype; looked at once for
+    """Return whether the head's output is W h + b with the dequantised W, to the rounding of its dtype; tried once for
     each weight and forward, in train and eval mode."""
     key, seen = (id(head.weight), own_forward(head)), _errors.get(head)
     if seen is None or seen[0] != key:

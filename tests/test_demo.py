@@ -249,7 +249,7 @@ def test_report_stands_alone_and_tells_the_numbers(finished):
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<script|<link|(?:src|href)=\"(?!#)(?!data:)[^\"]*\"", report) == []
     assert report.count("<svg") == 3
-    signed = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")  # noqa: E731
+    signed = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") if round(value, 2) else "0.00"  # noqa: E731
     for row in results["table"].values():
         assert f"<td>{signed(row['reward'])} ± {row['reward_error']:.2f}</td>" in report
         assert f"<td>{signed(row['objective'])} ± {row['objective_error']:.2f}</td>" in report

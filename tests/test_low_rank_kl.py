@@ -7,6 +7,7 @@ from tests.kl_cases import BF16, FP64, KLCase, inputs, run_case
 from tests.mutation import leave_a_tile_out
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
+from var_kernels.kernels import rows_torch
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops import engines, kl_engine, linear_token_kl
 from var_kernels.ops.ava_literal import linear_prob_lse
@@ -23,7 +24,7 @@ CASES = [
     KLCase("both models", ref_bias=True, factors=FP32, ref_factors=FP32),
     KLCase("the reference alone", ref_factors=FP32),
     KLCase("ragged chunks, softcap", Case("", tight=True, options={"softcap": 5.0}), factors=FP32, ref_factors=FP32),
-    KLCase("rows split too", Case("", bias=True), workspace_mb=0.02, factors=FP32, ref_factors=FP32),
+    KLCase("rows split too", Case("", bias=True), workspace_mb=0.035, factors=FP32, ref_factors=FP32),
     KLCase("fp64, ragged", Case("", dtype=FP64, tight=True, bias=True), factors=FP64, ref_factors=FP64),
     KLCase("bf16", Case("", dtype=BF16, frozen=("weight",)), factors=BF16, ref_factors=BF16),
     KLCase("bf16, ragged, factors of fp32", Case("", dtype=BF16, tight=True), factors=FP32, ref_factors=FP32),
@@ -117,7 +118,8 @@ N, D, V, R, WORKSPACE_MB = 256, 32, 12_000, 8, 4
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
-def test_no_merged_weight_and_no_logits(engine, dtype):
+def test_no_merged_weight_and_no_logits(engine, dtype, monkeypatch):
+    monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 1 << 14)  # the temporaries of its usual blocks take 3 MiB
     torch.manual_seed(0)
     sizes = ((N, D), (V, D), (N, D), (V, D))
     hidden, weight, ref_hidden, ref_weight = (torch.randn(*size).to(dtype) for size in sizes)

@@ -101,12 +101,11 @@ def test_a_mistake_is_called_wrong(monkeypatch, changes, where):
     key = ("bart", "BartForConditionalGeneration")
     model, inputs, notes = runnable(*key, PAIRS[key])
     calibration.calibrate_loss(model, encoder_decoder=True)
-    for cache in (calibration._transforms, calibration._loss_rules):
-        fingerprint, found = cache[model]
-        known = {field.name for field in dataclasses.fields(found)}
-        mine = {name: value for name, value in changes.items() if name in known}
-        assert isinstance(found, (Transform, LossRule))
-        cache[model] = (fingerprint, dataclasses.replace(found, **mine))
+    _, findings = calibration._findings[model]
+    for name, kind in (("transform", Transform), ("loss", LossRule)):
+        known = {field.name for field in dataclasses.fields(kind)}
+        mine = {field: value for field, value in changes.items() if field in known}
+        findings[name] = dataclasses.replace(findings[name], **mine)
     record = compare(model, inputs, notes)
     assert record["verdict"] == WRONG
     assert where in record["detail"]

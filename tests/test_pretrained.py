@@ -137,7 +137,7 @@ def write_gguf(file) -> dict[str, torch.Tensor]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3, 1, 1, 1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])  # transformers 5.17 reads a single one as a text
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(2)

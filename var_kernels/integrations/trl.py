@@ -132,7 +132,8 @@ class _NoAdapter:
 
 def _refuse_what_needs_logits(trainer: Any) -> None:
     name = type(trainer).__name__
-    asked = ["compute_loss_func"] if getattr(trainer, "compute_loss_func", None) is not None else []
+    # TRL puts a text there, before transformers 5.19, where its own loss is scaled already.
+    asked = ["compute_loss_func"] if callable(getattr(trainer, "compute_loss_func", None)) else []
     # The other trainers have losses of their own and never look at it.
     if getattr(trainer, "label_smoother", None) is not None and getattr(trainer.args, "loss_type", None) == "nll":
         asked.append("label_smoothing_factor")

@@ -9,7 +9,7 @@ import torch
 
 from tests.mutation import mutant_of
 from tests.tolerance import assert_gradient, assert_result
-from var_kernels.kernels import pairs_torch, rows_native
+from var_kernels.kernels import pairs, pairs_torch, rows_native
 from var_kernels.kernels.pairs import KINDS, PairOptions, divergence_of, empty_state
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend, pair_kernels
@@ -273,13 +273,10 @@ def test_the_jsd_goes_over_into_both_divergences():
 
 
 # Text of the kernels in plain torch, what replaces it, the divergence and the case that must notice.
-_M, _SUMS = "(drop_a_n - drop_b_n) * sum_a_n", "state_6[1] * drop_z_n.exp()"
 _MIX = "pair.beta * q_nv + (1 - pair.beta) * p_nv"
 _EXP = "z_nv.exp(), w_nv.exp()"
 MUTANTS = {
-    "terms above the wrong maximum": (f"(state_6[4] + {_M})", "state_6[4]", "reverse", "slices"),
-    "a slice without decay": (_SUMS, "state_6[1]", "reverse", "slices"),
-    "roles changed": ("w_nv.sub_(z_nv) if forward", "z_nv.sub_(w_nv) if forward", "forward", "plain"),
+    "roles changed": ("(exp_w_nv, w_nv, z_nv)", "(exp_w_nv, z_nv, w_nv)", "forward", "plain"),
     "no mean": (".sub_(mean_n.unsqueeze(1))", "", "reverse", "plain"),
     "mixture's weights changed": (_MIX, "pair.beta * p_nv + (1 - pair.beta) * q_nv", "jsd", "plain"),
     "mixture without its mean": (".sub_(state_6[4].to(math).unsqueeze(1))", "", "jsd", "plain"),
@@ -296,6 +293,19 @@ def test_mutant_is_refused(name, tmp_path, small_tiles):
     check(pairs_torch, _BY_ID[case], kind)
     with pytest.raises(AssertionError):
         check(mutant_of(pairs_torch, before, after, tmp_path), _BY_ID[case], kind)
+
+
+MOVES = {
+    "terms above the wrong maximum": (" + (drop_a_N - drop_b_N) * sum_a_N", ""),
+    "a slice without decay": ("state_6N[1] *= drop_z_N.exp()", "pass"),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_wrong_move_is_refused(name, tmp_path, monkeypatch, small_tiles):
+    monkeypatch.setattr(pairs_torch, "raise_maxima_", mutant_of(pairs, *MOVES[name], tmp_path).raise_maxima_)
+    with pytest.raises(AssertionError):
+        check(pairs_torch, _BY_ID["slices"], "reverse")
 
 
 _MOVED = "moved = shifted + ((max_a - new_a) - (max_b - new_b)) * sum_a"

@@ -1,21 +1,25 @@
 """A vocabulary spread over two and three ranks, in slices of different size: forward and backward equal one process."""
 
+import contextlib
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
+from tests.kl_cases import KLCase
 from tests.op_cases import Case
 from tests.ranks import run_ranks
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob, linear_token_kl
-from var_kernels.kernels import rows_native
-from var_kernels.ops import vocab_parallel_logprob
+from var_kernels.kernels import rows_native, rows_torch
+from var_kernels.ops import plan, vocab_parallel_logprob, vocab_parallel_token_kl
 from var_kernels.ops.backend import use_backend
-from var_kernels.reference import linear_logprob_ref
+from var_kernels.ops.signatures import DIRECTIONS
+from var_kernels.reference import linear_logprob_ref, linear_token_kl_ref
 
 ASKED = {"return_lse": True, "return_entropy": True, "return_argmax": True}
 CASES = {
@@ -64,6 +68,50 @@ def run(op, case, hidden, weight, labels, bias, left, right):
     return [t.detach() for t in outputs], {name: t.grad for name, t in leaves.items() if t is not None}
 
 
+KL_CASES = [
+    KLCase("plain"),
+    KLCase("every option", Case("", bias=True, options={"softcap": 5.0, "temperature": 1.3}), ref_bias=True,
+           ref_options={"softcap": 3.0}, ref_factors=torch.float32, factors=torch.float32),
+    KLCase("below zero", Case("", bias=True, offset=-1e4), ref_bias=True),
+    KLCase("confident", Case("", logits=30.0)),
+    KLCase("ragged tiles", Case("", bias=True), workspace_mb=0.15),
+    KLCase("bf16", Case("", dtype=torch.bfloat16)),
+    KLCase("frozen weight", Case("", frozen=("weight",))),
+    KLCase("all ignored", Case("", ignored=1.0)),
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def small_tiles():
+    with mock.patch.multiple(plan, _MIN_COLUMNS=50, _MIN_ROWS=4), mock.patch.object(rows_torch, "BLOCK_ELEMENTS", 700):
+        yield
+
+
+def run_kl(op, case, direction, rows=slice(None), dtype=None, **options):
+    """Values and gradients; ``rows`` of the vocabulary of everything that has one."""
+    hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias = case.inputs("cpu")
+    left, right, ref_left, ref_right = case.low_rank("cpu")
+
+    def leaf(t, learns=False, spread=True):
+        if t is None:
+            return None
+        t = t.detach()[rows].clone() if spread else t.detach()
+        return t.to(dtype or t.dtype).requires_grad_(learns)
+
+    leaves = {"dhidden": leaf(hidden, True, False), "dweight": leaf(weight, weight.requires_grad)}
+    leaves |= {"dbias": leaf(bias, True), "dleft": leaf(left, True, False), "dright": leaf(right, True)}
+    given = (leaves["dhidden"], leaves["dweight"], leaf(ref_hidden, spread=False), leaf(ref_weight), labels)
+    if left is not None:
+        options |= {"low_rank": (leaves["dleft"], leaves["dright"])}
+        options |= {"ref_low_rank": (leaf(ref_left, spread=False), leaf(ref_right))}
+    options |= {**case.policy.options, **{f"ref_{name}": value for name, value in case.ref_options.items()}}
+    if dtype is None and case.workspace_mb is not None:
+        options["workspace_mb"] = case.workspace_mb
+    value = op(*given, leaves["dbias"], leaf(ref_bias), direction=direction, beta=0.3, **options)
+    (value * torch.linspace(-1, 2, labels.numel(), dtype=value.dtype)).sum().backward()
+    return value.detach(), {name: t.grad for name, t in leaves.items() if t is not None}
+
+
 def run_rank(rank, world, folder):
     sizes, results = SPLITS[world], {}
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -74,7 +122,15 @@ def run_rank(rank, world, folder):
                 case,
                 *tensors_of(name, rows=rows),
             )
+        for kl_case, direction in itertools.product(KL_CASES if name == "plain" else (), DIRECTIONS):
+            op = functools.partial(vocab_parallel_token_kl, process_group=dist.group.WORLD)
+            with use_backend(backend), small_tiles():
+                results[kl_case.id, direction, backend] = run_kl(op, kl_case, direction, rows)
     results["bytes"] = bytes_sent(rows)
+    for direction in DIRECTIONS:
+        op = functools.partial(vocab_parallel_token_kl, process_group=dist.group.WORLD)
+        with counted() as results["bytes", direction]:
+            results["forbidden", direction] = forbidden(op, direction, rows)
     hidden, weight, labels, _ = Case("").inputs()
     labels[3] = 507
     try:
@@ -102,23 +158,36 @@ def refused_dtensors(world):
     return {name: message(call) for name, call in calls.items()}
 
 
-def bytes_sent(rows):
-    """Of the all-reduces of a forward, and of its backward, without ignored rows."""
+@contextlib.contextmanager
+def counted():
+    """Bytes of the all-reduces in the block."""
     sent, all_reduce = [], dist.all_reduce
 
     def counting(tensor, *args, **kwargs):
         sent.append(tensor.nbytes)
         return all_reduce(tensor, *args, **kwargs)
 
+    with mock.patch.object(dist, "all_reduce", counting):
+        yield sent
+
+
+def bytes_sent(rows):
+    """Of the all-reduces of a forward, and of its backward, without ignored rows."""
     hidden, weight, labels, _ = Case("", ignored=0.0).inputs()
-    dist.all_reduce = counting
-    try:
+    with counted() as sent:
         logp = vocab_parallel_logprob(hidden, weight[rows], labels, process_group=dist.group.WORLD)
         forward = len(sent)
         logp.sum().backward()
-    finally:
-        dist.all_reduce = all_reduce
     return sent[:forward], sent[forward:]
+
+
+def forbidden(op, direction, rows=slice(None)):
+    """Both models forbid what is the last rank's slice."""
+    hidden, weight, labels, _, ref_hidden, ref_weight, _ = KLCase("", Case("", ignored=0.0)).inputs("cpu")
+    bias = torch.zeros(507).index_fill(0, torch.arange(500, 507), -torch.inf)[rows]
+    given = (hidden, weight[rows], ref_hidden, ref_weight[rows], labels, bias, bias)
+    value = op(*given, direction=direction)
+    return value.detach(), torch.autograd.grad(value.sum(), hidden)[0]
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +220,42 @@ def test_equals_one_process(ranks, name, backend, world):
 
 
 @pytest.mark.parametrize("world", SPLITS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", KL_CASES, ids=lambda case: case.id)
+def test_kl_equals_one_process(ranks, case, direction, backend, world):
+    truth, expected = run_kl(linear_token_kl_ref, case, direction, dtype=torch.float64)
+    _, own = run_kl(linear_token_kl, case, direction)
+    results = [found[case.id, direction, backend] for found in ranks[world]]
+    for value, _ in results:
+        assert_result(value, truth, "KL", case.policy.largest_logit)
+        assert torch.equal(value, results[0][0])
+    for which, grad in expected.items():
+        if grad is None:
+            continue
+        parts = [gradients[which] for _, gradients in results]
+        for got in parts if which in ("dhidden", "dleft") else [torch.cat(parts)]:
+            dtype = got.dtype if which in ("dleft", "dright") else case.policy.dtype
+            assert_gradient(got.to(dtype), grad, own[which], which)
+
+
+@pytest.mark.parametrize("world", SPLITS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_kl_where_a_rank_has_forbidden_tokens_alone(ranks, direction, world):
+    expected = forbidden(linear_token_kl, direction)
+    for found in ranks[world]:
+        torch.testing.assert_close(found["forbidden", direction], expected)
+
+
+@pytest.mark.parametrize("world", SPLITS)
 def test_what_is_sent_is_what_the_docs_say(ranks, world):
     hidden, _, _labels, _ = Case("").inputs()
     n, d = hidden.shape
     for found in ranks[world]:
         assert found["bytes"] == ([4 * n, 4 * n * 3], [4 * n * d])
+        for direction in DIRECTIONS:  # statistics are fp64 on a CPU
+            mixture = [8 * n * 2] if direction == "jsd" else []
+            assert found["bytes", direction] == [8 * n * 2, 8 * n * 3, *mixture, 4 * n * d]
 
 
 @pytest.mark.parametrize("world", SPLITS)

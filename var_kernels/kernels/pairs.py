@@ -53,6 +53,25 @@ def empty_state(n: int, math: torch.dtype, device: torch.device) -> Tensor:
     return state_6N
 
 
+def raise_maxima_(state_6N: Tensor, max_z_N: Tensor, max_w_N: Tensor, kind: str) -> None:
+    """Statistics over new maxima of z and w, no smaller than their own."""
+    # 0 for a row of -inf alone; exp() of the lowest is 0 and 0 times it is 0, which -inf does not give
+    pivots = (new_N.masked_fill(new_N == -torch.inf, 0.0) for new_N in (max_z_N, max_w_N))
+    drop_z_N, drop_w_N = ((state_6N[at] - pivot_N).clamp(min=-1e30) for at, pivot_N in zip((0, 2), pivots, strict=True))
+    if kind != "jsd":
+        # a weighs the terms: the policy's, or the reference's
+        forward = kind == "forward"
+        sum_a_N, drop_a_N, drop_b_N = (
+            (state_6N[3], drop_w_N, drop_z_N) if forward else (state_6N[1], drop_z_N, drop_w_N)
+        )
+        moved_N = (state_6N[4] + (drop_a_N - drop_b_N) * sum_a_N) * drop_a_N.exp()
+        # inf times 0, of a probability that is 0 over the new maximum
+        state_6N[4] = moved_N.where((drop_a_N.exp() > 0) | state_6N[4].isnan(), 0.0)
+    state_6N[1] *= drop_z_N.exp()
+    state_6N[3] *= drop_w_N.exp()
+    state_6N[0], state_6N[2] = max_z_N, max_w_N
+
+
 def divergence_of(state_6N: Tensor, pair: PairOptions) -> Tensor:
     """(N,) nats from complete statistics; never below 0, which only rounding could make it."""
     _, sum_z_N, _, sum_w_N, first_N, second_N = state_6N

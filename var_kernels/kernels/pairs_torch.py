@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .pairs import NEGLIGIBLE, PairOptions
+from .pairs import NEGLIGIBLE, PairOptions, raise_maxima_
 from .rows_torch import _blocks, _math_dtype, _transformed
 
 # A gradient in another dtype than the tile's is a copy.
 COPIES_GRADIENT = True
-# exp() of it is 0 and 0 times it is 0, which -inf does not give.
-_LOWEST = -1e30
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
@@ -54,13 +52,6 @@ def pair_rows(
     return z_nv.to(out_dtype or z_nv.dtype) if out_nv is None else out_nv
 
 
-def _advance(max_n: Tensor, tile_nv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The new maximum, by how much the old one lies below it, and the new one with 0 for a row of -inf alone."""
-    new_max_n = torch.maximum(max_n, tile_nv.amax(1))
-    pivot_n = _pivot(new_max_n)
-    return new_max_n, (max_n - pivot_n).clamp_(min=_LOWEST), pivot_n
-
-
 def _pivot(max_n: Tensor) -> Tensor:
     return max_n.masked_fill(max_n == -torch.inf, 0.0)
 
@@ -71,24 +62,16 @@ def _above(tile_nv: Tensor, max_n: Tensor) -> Tensor:
 
 
 def _merge(z_nv: Tensor, w_nv: Tensor, state_6: Tensor, kind: str) -> None:
-    new_z_n, drop_z_n, _ = _advance(state_6[0], z_nv)
-    new_w_n, drop_w_n, _ = _advance(state_6[2], w_nv)
-    z_nv, w_nv = _above(z_nv, new_z_n), _above(w_nv, new_w_n)
+    maxima = (torch.maximum(state_6[row], tile_nv.amax(1)) for row, tile_nv in ((0, z_nv), (2, w_nv)))
+    raise_maxima_(state_6, *maxima, kind)
+    z_nv, w_nv = _above(z_nv, state_6[0]), _above(w_nv, state_6[2])
     exp_z_nv, exp_w_nv = z_nv.exp(), w_nv.exp()
     if kind != "jsd":
-        # a weighs the terms: the policy's, or the reference's
-        forward = kind == "forward"
-        exp_a_nv, sum_a_n, drop_a_n = (exp_w_nv, state_6[3], drop_w_n) if forward else (exp_z_nv, state_6[1], drop_z_n)
-        difference_nv = w_nv.sub_(z_nv) if forward else z_nv.sub_(w_nv)
-        drop_b_n = drop_z_n if forward else drop_w_n
+        exp_a_nv, a_nv, b_nv = (exp_w_nv, w_nv, z_nv) if kind == "forward" else (exp_z_nv, z_nv, w_nv)
         # where a forbids a token the difference may be NaN, and its probability is 0
-        terms_nv = difference_nv.mul_(exp_a_nv).masked_fill_(exp_a_nv == 0, 0.0)
-        moved_n = (state_6[4] + (drop_a_n - drop_b_n) * sum_a_n) * drop_a_n.exp()
-        # inf times 0, of a probability that is 0 over the new maximum
-        state_6[4] = moved_n.where((drop_a_n.exp() > 0) | state_6[4].isnan(), 0.0) + terms_nv.sum(1)
-    state_6[1] = state_6[1] * drop_z_n.exp() + exp_z_nv.sum(1)
-    state_6[3] = state_6[3] * drop_w_n.exp() + exp_w_nv.sum(1)
-    state_6[0], state_6[2] = new_z_n, new_w_n
+        state_6[4] += a_nv.sub_(b_nv).mul_(exp_a_nv).masked_fill_(exp_a_nv == 0, 0.0).sum(1)
+    state_6[1] += exp_z_nv.sum(1)
+    state_6[3] += exp_w_nv.sum(1)
 
 
 def _probabilities(z_nv: Tensor, max_n: Tensor, sum_n: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from var_kernels.ops.kl import linear_token_kl
 from var_kernels.ops.logprob import linear_logprob
 from var_kernels.ops.token_loss import linear_token_loss
-from var_kernels.ops.vocab_parallel import vocab_parallel_logprob
+from var_kernels.ops.vocab_parallel import vocab_parallel_logprob, vocab_parallel_token_kl
 from var_kernels.ops.weighted_nll import linear_weighted_nll
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "linear_token_loss",
     "linear_weighted_nll",
     "vocab_parallel_logprob",
+    "vocab_parallel_token_kl",
 ]

@@ -145,8 +145,9 @@ def _shapes(arguments: ProbLseArguments) -> Forward:
 
 
 def _backward(arguments: ProbLseArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
-    max_N, sumexp_N, total_N, mean_N = saved
-    return _Tiles(arguments.head, arguments.alpha, max_N, sumexp_N).gradients(total_N, mean_N, *upstream).tensors
+    head, (max_N, sumexp_N, total_N, mean_N) = arguments.head, saved
+    gradients = _Tiles(head, arguments.alpha, max_N, sumexp_N).gradients(total_N, mean_N, *upstream)
+    return gradients.like(head.tensors).tensors
 
 
 _prob_lse = define_op("prob_lse", ProbLseArguments, _forward, _backward, _shapes, outputs=1)

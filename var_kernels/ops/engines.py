@@ -108,7 +108,7 @@ def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, 
     if head.needs.hidden:
         gradients.dhidden_ND.zero_()
     add_slices(head, gradients, [(*span, plan.rows) for span in spans(0, head.v, plan.columns)], tile_gradient)
-    return gradients.like(head.tensors)
+    return gradients
 
 
 def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:

@@ -108,32 +108,24 @@ def linear_token_kl(
     Raises:
         TypeError, ValueError: argument, what was expected, what came, the remedy.
     """
-    checks.check_choice("direction", direction, DIRECTIONS)
     checks.check_choice("reduction", reduction, ("none", "sum"))
-    _check_beta(beta)
     checks.check_choice("engine", engine, ENGINES)
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
     options = with_defaults("linear_token_kl", options, RowKeywords)
+    of_ref = dict(zip(_OF_A_MODEL, (ref_logit_scale, ref_softcap, ref_temperature, ref_low_rank), strict=True))
     if ref_grad and torch.is_grad_enabled():
-        others = dict(zip(_OF_A_MODEL, (ref_logit_scale, ref_softcap, ref_temperature, ref_low_rank), strict=True))
         policy = (hidden, lm_head_weight, bias, {name: options[name] for name in _OF_A_MODEL})
-        reference = (ref_hidden, ref_lm_head_weight, ref_bias, others)
+        reference = (ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
         shared = {name: options[name] for name in ("ignore_index", "num_active", "workspace_mb", "precision")}
         shared |= {"labels": labels, "reduction": reduction, "engine": engine}
         kl = _one_sided(policy, reference, direction=direction, beta=beta, token_weight=token_weight, **shared)
         weight = None if token_weight is None else token_weight.detach()
         exchanged = {"direction": _EXCHANGED[direction], "beta": 1 - beta, "token_weight": weight}
         return _GradientsOfBoth.apply(kl, _one_sided(reference, policy, **exchanged, **shared))
-    labels, options["ignore_index"] = _row_labels(hidden, labels, options["ignore_index"])
-    ref_options = {**options, "logit_scale": ref_logit_scale, "softcap": ref_softcap, "temperature": ref_temperature}
-    ref_options["low_rank"] = ref_low_rank
-    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, ref_options)
-    call = prepare(hidden, lm_head_weight, labels, bias, options, token_weight=token_weight)
-    head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
-    ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, ref_options)
-    pair = HeadPair(head, ref, direction, float(beta))
-    active_N = call.active_NK.squeeze(1)
+    tensors = (hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, labels, bias, ref_bias)
+    call, pair, active_N = prepare_pair(*tensors, options, of_ref, direction, beta, token_weight=token_weight)
+    head, ref = pair.policy, pair.ref
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
@@ -172,6 +164,34 @@ class _GradientsOfBoth(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return upstream, upstream
+
+
+def prepare_pair(
+    hidden,
+    lm_head_weight,
+    ref_hidden,
+    ref_lm_head_weight,
+    labels,
+    bias,
+    ref_bias,
+    options,
+    of_ref,
+    direction,
+    beta,
+    **checked,
+) -> tuple[HeadCall, HeadPair, Tensor]:
+    """The call over the active rows, both models' heads, and which of these rows count (N,). options: of the policy;
+    of_ref: of the reference alone; checked: ``token_weight`` and ``vocabulary`` of ``prepare``.
+    """  # fmt: skip
+    checks.check_choice("direction", direction, DIRECTIONS)
+    _check_beta(beta)
+    labels, options["ignore_index"] = _row_labels(hidden, labels, options["ignore_index"])
+    of_ref = {**options, **of_ref}
+    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
+    call = prepare(hidden, lm_head_weight, labels, bias, options, **checked)
+    head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
+    ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
+    return call, HeadPair(head, ref, direction, float(beta)), call.active_NK.squeeze(1)
 
 
 def _one_pass_serves(pair: HeadPair) -> bool:
@@ -314,7 +334,7 @@ def _backward(arguments: TokenKLArguments | None, saved: Tensors, upstream: Tens
     if arguments is None or arguments.way == "frozen":
         return (dkl_N.unsqueeze(1) * saved).to(saved.dtype), *(None,) * 4
     gradients = stored_gradients if arguments.way == "stored" else recomputed_gradients
-    return gradients(arguments.pair, saved, dkl_N).tensors
+    return gradients(arguments.pair, saved, dkl_N).like(arguments.head.tensors).tensors
 
 
 @dataclass

@@ -8,6 +8,7 @@ stored_gradients         2 GEMMs   ... its backward: products of it
 recomputed_gradients     4 GEMMs   backward for any upstream gradient: both heads' logits again, slice by slice
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -148,22 +149,28 @@ def head_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_s
     return head.options.transform.apply_(raw_nv.to(math), head.bias_slice(v_start, v_stop))
 
 
-def divergence_pass(pair: HeadPair) -> Tensor:
-    """The state (6, N) of every row. Peak extra memory: the budget."""
+def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None = None) -> Tensor:
+    """The state (6, N) of every row. Peak extra memory: the budget. merge(state_6N, stage): brings in what other ranks
+    have of each stage; "jsd" computes its logits for each of its two then.
+    """
     state_6N, whole = pair.empty_state(), pair.options.needs_whole_rows
-    if whole:
+    stages = ("stats", "mixture") if whole else ("stats",)
+    if whole and merge is None:
         plan = plan_token_chunks(pair.n, pair.v, pair.budget, pair.chunk_cost(pair.budget, gradient=False), 0)
-        step = pair.weight_slice(pair.budget)
+        step, passes = pair.weight_slice(pair.budget), (stages,)
     else:
         cost = pair.cost(gradient=False)
         plan = plan_forward(pair.n, pair.v, pair.tile_budget(min(pair.n, MAX_FORWARD_ROWS), cost), cost)
-        step = plan.columns
+        step, passes = plan.columns, tuple((stage,) for stage in stages)
     storages = pair.storages(plan.rows, plan.columns)
-    for start, stop in spans(0, pair.n, plan.rows):
-        rows = slice(start, stop)
-        for v_start, v_stop in spans(0, pair.v, plan.columns):
-            tiles = pair.logits(storages, rows, v_start, v_stop, step)
-            pair.rows(tiles, rows, v_start, state_6N, stats=True, mixture=whole)
+    for together in passes:
+        for start, stop in spans(0, pair.n, plan.rows):
+            rows = slice(start, stop)
+            for v_start, v_stop in spans(0, pair.v, plan.columns):
+                tiles = pair.logits(storages, rows, v_start, v_stop, step)
+                pair.rows(tiles, rows, v_start, state_6N, **dict.fromkeys(together, True))
+        if merge is not None:
+            merge(state_6N, *together)
     return state_6N
 
 
@@ -262,7 +269,7 @@ def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> G
         sums_V2 = torch.zeros(pair.v, 2, dtype=wide, device=pair.device)
         add_product(sums_V2, grad_NV.t(), parts_N2, backend)
         dbias_V.copy_(sums_V2.sum(1))
-    return gradients.like(head.tensors)
+    return gradients
 
 
 def recomputed_gradients(pair: HeadPair, state_6N: Tensor, upstream_N: Tensor) -> Gradients:

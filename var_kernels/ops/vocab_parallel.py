@@ -1,4 +1,4 @@
-"""``vocab_parallel_logprob``: log-probs of an lm_head whose vocabulary is sharded over ranks (tensor parallelism)."""
+"""``vocab_parallel_logprob`` and ``vocab_parallel_token_kl``: of an lm_head whose vocabulary is sharded over ranks."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -8,19 +8,24 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
+from var_kernels.kernels.pairs import raise_maxima_
 from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.call import prepare
 from var_kernels.ops.define import Forward, Tensors, define_op, outside_of_graphs
 from var_kernels.ops.engines import forward_pass, vocabulary_pass
-from var_kernels.ops.head import Head
+from var_kernels.ops.head import Gradients, Head
+from var_kernels.ops.kl import prepare_pair
+from var_kernels.ops.kl_engine import HeadPair, divergence_pass, recomputed_gradients
 from var_kernels.ops.logprob import coefficients_of
-from var_kernels.ops.signatures import RowKeywords, names_options, with_defaults
+from var_kernels.ops.signatures import Direction, RowKeywords, names_options, with_defaults
 
-
-@outside_of_graphs(
-    "vocab_parallel_logprob exchanges statistics between ranks and is no registered op: compile without "
-    "fullgraph=True, or only what comes before and after it"
+_NO_GRAPH = (
+    "{} exchanges statistics between ranks and is no registered op: compile without fullgraph=True, or only what comes "
+    "before and after it"
 )
+
+
+@outside_of_graphs(_NO_GRAPH.format("vocab_parallel_logprob"))
 @names_options
 def vocab_parallel_logprob(
     hidden: Tensor,
@@ -95,9 +100,13 @@ def _forward(arguments: VocabParallelArguments) -> Forward:
 def _backward(arguments: VocabParallelArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
     head, (norms_2N, entropy_N) = arguments.head, saved
     gradients = vocabulary_pass(head, norms_2N, coefficients_of(head, upstream, norms_2N, entropy_N))
+    return _of_all_ranks(gradients, head, arguments.shard.group)
+
+
+def _of_all_ranks(gradients: Gradients, head: Head, group: dist.ProcessGroup) -> Tensors:
     for partial in (gradients.dhidden_ND, gradients.dleft_NR):
         if partial is not None:
-            dist.all_reduce(partial, group=arguments.shard.group)  # before it is rounded
+            dist.all_reduce(partial, group=group)  # before it is rounded
     return gradients.like(head.tensors).tensors
 
 
@@ -146,3 +155,88 @@ def _sizes(lm_head_weight: Tensor, group: dist.ProcessGroup) -> list[int]:
     if not all(sizes):
         raise ValueError(f"lm_head_weight must hold rows on every rank of process_group, got {sizes}")
     return sizes
+
+
+@outside_of_graphs(_NO_GRAPH.format("vocab_parallel_token_kl"))
+@names_options
+def vocab_parallel_token_kl(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ref_hidden: Tensor,
+    ref_lm_head_weight: Tensor,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    process_group: dist.ProcessGroup,
+    direction: Direction = "reverse",
+    beta: float = 0.5,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_temperature: float = 1.0,
+    ref_low_rank: tuple[Tensor, Tensor] | None = None,
+    **options: Unpack[RowKeywords],
+) -> Tensor:
+    """``linear_token_kl`` where each rank holds the same rows of both models' lm_heads, in rank order.
+
+    The ranks merge 5 statistics a row (maxima, sums of exponentials, terms of the divergence) in two all-reduces, for
+    "jsd" two sums more in a third; the backward all-reduces dhidden and dleft. Two passes, 6 GEMMs of V / ranks each;
+    "jsd" 8.
+
+    Args:
+        lm_head_weight, bias, ref_lm_head_weight, ref_bias: this rank's slice of the vocabulary; slices may differ in
+            size. hidden, ref_hidden, labels, left of low_rank: the same on every rank.
+        process_group: the ranks of the vocabulary. Every rank makes the call, forward and backward.
+        the other options: see ``linear_token_kl``.
+
+    Returns:
+        The shape of labels, nats per token, the same on every rank; gradients as ``vocab_parallel_logprob``'s.
+
+    Raises:
+        TypeError, ValueError: as ``linear_token_kl``; a rank without rows.
+    """
+    sizes = _sizes(lm_head_weight, process_group)
+    options = with_defaults("vocab_parallel_token_kl", options, RowKeywords)
+    of_ref = {"logit_scale": ref_logit_scale, "softcap": ref_softcap, "temperature": ref_temperature}
+    of_ref["low_rank"] = ref_low_rank
+    tensors = (hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, labels, bias, ref_bias)
+    call, pair, active_N = prepare_pair(*tensors, options, of_ref, direction, beta, vocabulary=sum(sizes))
+    (kl_N,) = _vocab_parallel_kl(VocabParallelKLArguments(pair.policy, pair.ref, direction, pair.beta, process_group))
+    return call.restore(kl_N.where(active_N, 0.0))
+
+
+@dataclass
+class VocabParallelKLArguments:
+    """head, ref: this rank's slices."""
+
+    head: Head
+    ref: Head
+    kind: str
+    beta: float
+    group: dist.ProcessGroup
+
+
+def _forward_kl(arguments: VocabParallelKLArguments) -> Forward:
+    def merge(state_6N: Tensor, stage: str) -> None:
+        sums = [4, 5]
+        if stage == "stats":
+            maxima_2N, sums = state_6N[[0, 2]], [1, 3, 4]
+            dist.all_reduce(maxima_2N, dist.ReduceOp.MAX, group=arguments.group)
+            raise_maxima_(state_6N, *maxima_2N, arguments.kind)
+        partial = state_6N[sums]
+        dist.all_reduce(partial, group=arguments.group)
+        state_6N[sums] = partial
+
+    pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
+    state_6N = divergence_pass(pair, merge)
+    return Forward((pair.divergence(state_6N),), (state_6N,), arguments)
+
+
+def _backward_kl(arguments: VocabParallelKLArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
+    pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
+    return _of_all_ranks(recomputed_gradients(pair, *saved, *upstream), pair.policy, arguments.group)
+
+
+_vocab_parallel_kl = define_op(
+    "vocab_parallel_token_kl", VocabParallelKLArguments, _forward_kl, _backward_kl, None, outputs=1
+)

@@ -1,105 +1,113 @@
-"""``linear_token_kl`` against its bare GEMMs and against full logits on a CPU: processor time and peak memory.
+"""``linear_token_kl`` against its bare GEMMs and against others on a CPU: processor time, peak memory, errors.
 
     OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.cpu_divergence [--shape N,D,V] [--dtype bfloat16] [--runs 3]
+    TRITON_INTERPRET=1 python -m benchmarks.cpu_divergence --errors
 
-Medians of interleaved runs in one process, forward and backward, the reference as wide as the policy. Bare GEMMs:
-torch.mm alone, both models' logits, dH and dW: 4, or 6 where logits are computed twice. TRL: its GKD loss on the logits
-of F.linear, where TRL is installed; Liger: its fused linear JSD.
+Medians of interleaved runs in one process, forward and backward, the reference as wide as the policy, a CSV a shape and
+dtype. Bare GEMMs: torch.mm alone, both models' logits, dH and dW: 4, or 6 where logits are computed twice. --errors:
+each side's value and gradients against fp64, 63 x 72 x 507; with the interpreter also those in Triton.
 """
 
 import argparse
+import csv
+import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.cpu_losses import DTYPES, MIB, SHAPES
-from var_kernels import linear_token_kl
+from benchmarks.cpu_losses import DTYPES, SHAPES
+from benchmarks.cpu_machine import header, results_folder
+from benchmarks.divergences import MIB, SIDES, errors, obstacle, two_heads
 from var_kernels.measure import peak_extra_bytes
 
-
-def full_logits(hidden, weight, ref_hidden, ref_weight):
-    logp, logq = (F.linear(*pair).float().log_softmax(-1) for pair in ((hidden, weight), (ref_hidden, ref_weight)))
-    return F.kl_div(logp, logq, log_target=True, reduction="sum")
+COLUMNS = ("n", "d", "v", "dtype", "side", "gemms", "ms", "of_gemms", "peak_mib", "runs")
+ERROR_COLUMNS = ("dtype", "spread", "side", "value_error", "dhidden_error", "dweight_error")
 
 
-def cases(shape, dtype) -> dict:
-    n, d, v = shape
-    heads = [(torch.randn(n, d).to(dtype), (torch.randn(v, d) * (3 * d**-0.5)).to(dtype)) for _ in range(2)]
-    (hidden, weight), (ref_hidden, ref_weight) = heads
-    logits, ref_logits = (torch.empty(n, v, dtype=dtype) for _ in range(2))
+def cases(shape, dtype, only: list[str]) -> dict:
+    """Name -> (GEMMs, call)."""
+    hidden, weight, ref_hidden, ref_weight = two_heads(*shape, dtype)
+    bare = [t.detach() for t in (hidden, weight)]
+    logits, ref_logits = (torch.empty(shape[0], shape[2], dtype=dtype) for _ in range(2))
 
     def gemms(times: int):
         for _ in range(times):
-            torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(bare[0], bare[1].t(), out=logits)
             torch.mm(ref_hidden, ref_weight.t(), out=ref_logits)
-        torch.mm(logits, weight)
-        torch.mm(logits.t(), hidden)
+        torch.mm(logits, bare[1])
+        torch.mm(logits.t(), bare[0])
 
-    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    found = {"4 bare GEMMs": (4, lambda: gemms(1)), "6 bare GEMMs": (6, lambda: gemms(2))}
+    for name, side in SIDES.items():
+        if (not only or any(word in name for word in only)) and obstacle(name, on_cpu=True) is None:
 
-    def gradients(loss):
-        return lambda: torch.autograd.grad(loss(*leaves, ref_hidden, ref_weight).sum(), leaves)
+            def call(loss=side.loss):
+                torch.autograd.grad(loss(hidden, weight, ref_hidden, ref_weight), (hidden, weight))
 
-    stored = n * v * dtype.itemsize / MIB + 64 * v * 8 / MIB + 64
-    found = {"4 bare GEMMs": lambda: gemms(1), "6 bare GEMMs": lambda: gemms(2)}
-    for direction in ("forward", "reverse", "jsd"):
-        for name, options in {
-            "a value each": {},
-            "a value each, stored": {"workspace_mb": stored},
-            "sum": {"reduction": "sum"},
-        }.items():
-            options = {"direction": direction, **options}
-            found[f"var_kernels, {direction}, {name}"] = gradients(
-                lambda *t, options=options: linear_token_kl(*t, **options)
-            )
-    found["full logits, forward"] = gradients(full_logits)
-    try:
-        from trl.experimental.gkd import GKDTrainer
-
-        found["TRL, jsd"] = gradients(
-            lambda h, w, rh, rw: GKDTrainer.generalized_jsd_loss(F.linear(h, w)[None], F.linear(rh, rw)[None])
-        )
-    except ImportError:
-        pass
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        labels = torch.zeros(n, dtype=torch.int64)
-        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
-        found["Liger, jsd"] = gradients(lambda *t: liger(*t, labels))
-    except ImportError:
-        pass
+            found[name] = side.gemms, call
     return found
+
+
+def measure(shape, dtype: str, runs: int, only: list[str]) -> list[dict]:
+    calls = cases(shape, getattr(torch, dtype), only)
+    seconds = {name: [] for name in calls}
+    peaks = {name: peak_extra_bytes(call) / MIB for name, (_, call) in calls.items()}
+    for _ in range(runs):
+        for name, (_, call) in calls.items():
+            start = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - start)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    about = {**dict(zip("ndv", shape, strict=True)), "dtype": dtype, "runs": runs}
+    return [
+        {**about, "side": name, "gemms": gemms, "ms": 1e3 * middle[name], "peak_mib": peaks[name]}
+        | {"of_gemms": middle[name] / middle[f"{gemms} bare GEMMs"]}
+        for name, (gemms, _) in calls.items()
+    ]
+
+
+def measure_errors() -> list[dict]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests import triton_interpreter
+
+        triton_interpreter.mend()
+    return [
+        {"dtype": dtype, "spread": spread, "side": name}
+        | errors(name, two_heads(63, 72, 507, getattr(torch, dtype), spread=spread))
+        for dtype in DTYPES
+        for spread in (1.0, 6.0)
+        for name in SIDES
+        if obstacle(name, on_cpu=True) is None
+    ]
+
+
+def write(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = [[f"{row[c]:.4g}" if isinstance(row[c], float) else row[c] for c in columns] for row in rows]
+    with path.open("w", newline="") as file:
+        print(header(), file=file)
+        csv.writer(file).writerows([columns, *told])
+    print(*(",".join(map(str, row)) for row in told), sep="\n", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results_folder(), help="default: %(default)s")
     parser.add_argument("--shape", help="N,D,V; all of benchmarks.cpu_losses if not given")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", default="", help="sides by parts of their names, separated by semicolons")
+    parser.add_argument("--errors", action="store_true")
     args = parser.parse_args()
+    if args.errors:
+        write(args.out / "divergence-errors.csv", ERROR_COLUMNS, measure_errors())
+        return
     for shape in [tuple(map(int, args.shape.split(",")))] if args.shape else SHAPES:
         for dtype in [args.dtype] if args.dtype else DTYPES:
-            torch.manual_seed(0)
-            calls = cases(shape, getattr(torch, dtype))
-            peaks, seconds = {}, {name: [] for name in calls}
-            for name, call in calls.items():
-                peaks[name] = peak_extra_bytes(call) / MIB
-            for _ in range(args.runs):
-                for name, call in calls.items():
-                    start = time.process_time()
-                    call()
-                    seconds[name].append(time.process_time() - start)
-            bare = statistics.median(seconds["4 bare GEMMs"])
-            print(f"\n{' x '.join(map(str, shape))}, {dtype}")
-            for name, values in seconds.items():
-                middle = statistics.median(values)
-                print(
-                    f"  {name:<40}{1e3 * middle:>9,.0f} ms{middle / bare:>8.2f} of 4{peaks[name]:>9,.0f} MiB",
-                    flush=True,
-                )
+            rows = measure(shape, dtype, args.runs, [word for word in args.only.split(";") if word])
+            write(args.out / f"divergence-{'x'.join(map(str, shape))}-{dtype}.csv", COLUMNS, rows)
 
 
 if __name__ == "__main__":

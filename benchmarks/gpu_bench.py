@@ -49,6 +49,7 @@ ORDER = (
     "masked",
     "step",
     "batch",
+    "divergence",
     "hard",
     "curve",
 )

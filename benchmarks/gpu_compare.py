@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import divergences
 from benchmarks.gpu_providers import FEW, IGNORED, LATER, OURS, PEERS, PROVIDERS, obstacle
 from benchmarks.gpu_timing import MIB, Item, bare_gemms, products_run
 
@@ -347,4 +348,56 @@ def masked(dry_run: bool) -> list[Item]:
     ]
 
 
-SECTIONS = {"compare": compare, "masked": masked, "hard": hard, "curve": curve}
+def _divergence(bench, shape, name: str) -> list[dict]:
+    """Forward and backward of a divergence of two heads, beside its bare GEMMs; errors on a sample of rows."""
+    side, about = divergences.SIDES[name], {"shape": "x".join(map(str, shape)), "provider": name}
+    why = divergences.obstacle(name, bench.dry_run)
+    if why:
+        return [{**about, "note": f"not here: {why}"}]
+    hidden, weight, ref_hidden, ref_weight = divergences.two_heads(*shape, torch.bfloat16, bench.device)
+    sample = (hidden[:SAMPLE].detach().requires_grad_(), weight, ref_hidden[:SAMPLE], ref_weight)
+    errors = divergences.errors(name, sample)
+
+    def step():
+        torch.autograd.grad(side.loss(hidden, weight, ref_hidden, ref_weight), (hidden, weight))
+
+    peak, bare = bench.peak_mib(step), bare_gemms(side.gemms, hidden.detach(), weight.detach())
+    timings = bench.total({"ours": step, "gemms": bare})
+    ms, gemms = timings["ours"], timings["gemms"]
+    returned = (hidden.nbytes + weight.nbytes) / MIB
+    ratios = _against_gemms(ms, gemms, side.gemms, side.gemms)
+    return [
+        {
+            **about,
+            "pass": "both",
+            **ms,
+            **ratios,
+            "peak_mib": peak,
+            "peak_less_gradients_mib": peak - returned,
+            **errors,
+        }
+    ]
+
+
+def divergence(dry_run: bool) -> list[Item]:
+    """The reference as wide as the policy, so that the bare GEMMs are as many of one size."""
+
+    def seconds(shape, side) -> float:
+        n, d, v = shape
+        return 0.0 if dry_run else 4 + 16 * 3 * side.gemms * 2 * n * d * v / 550e12
+
+    return [
+        Item(
+            "divergence",
+            f"{'x'.join(map(str, shape))} {name}",
+            functools.partial(_divergence, shape=shape, name=name),
+            seconds(shape, side),
+            side.module is not None,
+            3,
+        )
+        for shape in ([TINY] if dry_run else SHAPES[:2])
+        for name, side in divergences.SIDES.items()
+    ]
+
+
+SECTIONS = {"compare": compare, "masked": masked, "divergence": divergence, "hard": hard, "curve": curve}

@@ -280,7 +280,8 @@ def summary(folder: Path) -> str:
     for shape in dict.fromkeys(row["shape"] for row in compared):
         parts += [f"## {shape}", comparison_table(compared, shape)]
     parts += ["## Defaults", defaults_table(folder)]
-    for section in ("roofs", "primitives", "masked", "batch", "step", "forward", "crossover", "rowkernels"):
+    others = ("roofs", "primitives", "masked", "batch", "step", "divergence", "forward", "crossover", "rowkernels")
+    for section in others:
         rows = read(folder, section)
         if rows:
             parts += [f"## {section}", plain_table(rows)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_compare, gpu_providers, gpu_report, gpu_training
+from benchmarks import divergences, gpu_bench, gpu_compare, gpu_providers, gpu_report, gpu_training
 from benchmarks.gpu_timing import Bench, products_run
 from tests.ranks import HANG
 from var_kernels.ops.backend import use_backend
@@ -62,8 +62,11 @@ def test_dry_run_of_every_section_and_resume(tmp_path):
     assert {row["unit"] for row in found["roofs"]} == {"GB/s", "TFLOP/s"}
     assert all(row["queued_ms"] for row in found["compare"] if row["pass"] in ("both", "score") and row["ms"])
     begun = [line.split(" left: ")[1].split()[0] for line in first.stdout.splitlines() if " left: " in line]
-    order = "roofs compare masked rowkernels forward primitives crossover compare masked step batch compare hard curve"
-    assert [name for name, _ in itertools.groupby(begun)] == order.split()
+    order = "roofs compare masked rowkernels forward primitives crossover compare masked step batch compare"
+    assert [name for name, _ in itertools.groupby(begun)] == [*order.split(), "divergence", "hard", "curve"]
+    assert {row["provider"] for row in found["divergence"]} == set(divergences.SIDES)
+    own = [row for row in found["divergence"] if row["provider"].startswith(("ours", "plain"))]
+    assert all(float(row["of_gemms"]) and float(row["dweight_error"]) < 2**-6 for row in own)
     assert {row["layout"] for row in found["batch"] if row["ms"]} == {"padded", "packed"}
     assert {(row["loss_kind"], row["what"]) for row in found["step"]} == {
         (loss, what) for loss in ("plain", "fused") for what in ("step", "largest batch")

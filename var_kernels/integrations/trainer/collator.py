@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows
 
 
@@ -42,7 +43,7 @@ class RowCollator:
         batch = {
             "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
-            "labels": _pad([row["labels"] for row in rows], -100),
+            "labels": _pad([row["labels"] for row in rows], IGNORE_INDEX),
         }
         for key in rows[0]:
             if key not in batch:
@@ -64,7 +65,7 @@ def first_items(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         for key in ("ref_logp", "ref_token_logp"):
             if key in batch:
                 batch[key] = torch.zeros_like(batch[key])
-        batch |= {"labels": torch.full_like(batch["labels"], -100), "stand_in": kept[kept]}
+        batch |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX), "stand_in": kept[kept]}
     return batch
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.distill import HeadInputs, divergence_in_head
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX
 from var_kernels.integrations.trainer import items, shares
 from var_kernels.integrations.trainer.reward_effect import z_over_batch
 from var_kernels.integrations.trainer.shares import Prepared, Rows

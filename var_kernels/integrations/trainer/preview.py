@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, end_tokens
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.model import inner_model
@@ -127,7 +128,7 @@ def _row_lines(items: Items, tokenizer, shown: int) -> list[str]:
     lines = [f"the first rows, token by token ({min(shown, len(table))} of {len(table):,})"]
     for row in range(min(shown, len(table))):
         known = table.row(row)
-        ids, kept = known["input_ids"].tolist(), (known["labels"] != -100).tolist()
+        ids, kept = known["input_ids"].tolist(), (known["labels"] != IGNORE_INDEX).tolist()
         reward = f", reward {table.reward[row].item():g}" if table.reward is not None else ""
         group = table.groups[int(table.group[row])]
         place = f", completion {group.index(row) + 1} of {len(group)}" if len(group) > 1 else ""
@@ -267,7 +268,7 @@ def _sample_size_lines(model, items: Items, config) -> list[str]:
 def _share(table: EncodedRows, step: list[int], ref_logp: Tensor | None, config, lam: float) -> float:
     rows = [table.row(row) for row in step]
     known = {"reward": table.reward[step], "group": torch.stack([row["group"] for row in rows])}
-    known["length"] = torch.stack([row["labels"][1:].ne(-100).sum() for row in rows])
+    known["length"] = torch.stack([row["labels"][1:].ne(IGNORE_INDEX).sum() for row in rows])
     if ref_logp is not None:
         known["ref_logp"] = ref_logp[step]
     other = copy.copy(config)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.trainer.collator import first_items
 
 SHOWN_ROWS = 10
@@ -44,7 +45,7 @@ class GlobalBatch:
 
     def _prepare_step(self, batches: list[dict[str, Tensor]], group, mode: str) -> None:
         for batch in batches:
-            batch["length"] = batch["labels"][:, 1:].ne(-100).sum(-1)
+            batch["length"] = batch["labels"][:, 1:].ne(IGNORE_INDEX).sum(-1)
             if self.method.reference and "ref_logp" not in batch:
                 self._attach_reference(batch)
             elif self.method.reference and batch["ref_logp"].isnan().any():

@@ -11,12 +11,11 @@ pytest.importorskip("transformers")
 from tests.tiny_online import PROMPTS, Recording, buffered, online_trainer, reward, trained
 from tests.tiny_training import ROWS, losses, tiny_model, tiny_trainer, tokenizer
 from var_kernels.integrations.data import load_examples
+from var_kernels.integrations.trainer.config import _why_not
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import GenerateSampler
 from var_kernels.integrations.trainer.online.buffer import Drawn
-from var_kernels.integrations.trainer.online.measures import measures
-from var_kernels.integrations.trainer.online.settings import _why_not
-from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
+from var_kernels.integrations.trainer.online.draws import FixedLengthItems, encode_drawn, label_pairs, measures
 
 SAMPLER = GenerateSampler(pad_token_id=2, end_token_ids=(1,))
 FITTING = sorted(name for name, method in METHODS.items() if not _why_not(name, method))

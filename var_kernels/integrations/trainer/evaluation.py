@@ -4,10 +4,9 @@ import os
 
 import torch
 
-from var_kernels.integrations.trainer.argument_checks import parsed_examples, read_items
-from var_kernels.integrations.trainer.collator import Items, first_items, tables_of
+from var_kernels.integrations.trainer.checks import check_positions
+from var_kernels.integrations.trainer.collator import Items, first_items, parsed_examples, read_items, tables_of
 from var_kernels.integrations.trainer.metrics import StepMetrics
-from var_kernels.integrations.trainer.model_checks import check_positions
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.reward_model import judge_pairs
 

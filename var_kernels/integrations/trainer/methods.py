@@ -17,10 +17,10 @@ from torch import Tensor
 
 from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.distill import HeadInputs, divergence_in_head
-from var_kernels.integrations.trainer import items, shares
+from var_kernels.integrations.trainer import collator, row_weights
 from var_kernels.integrations.trainer.reward_effect import z_over_batch
-from var_kernels.integrations.trainer.shares import Prepared, Rows
-from var_kernels.integrations.trainer.values import prompt_end
+from var_kernels.integrations.trainer.row_weights import Prepared, Rows
+from var_kernels.integrations.trainer.value_head import prompt_end
 from var_kernels.losses import (
     LOSSES,
     Loss,
@@ -252,8 +252,8 @@ _VAR = {
     "normalizer": (str, DEFAULT_NORMALIZER, "VAR's Z: self_normalised, group, batch or batch_mean"),
     "reference": (str, DEFAULT_REFERENCE, "reference term in VAR's weights: none, mean or sum"),
 }
-_ALOL = {"head": "fitted", "prepare": shares.alol, "compares": "data"}
-_SFT = {"items": items.sft_items, "need_rewards": "optional", "prepare": shares.tokens}
+_ALOL = {"head": "fitted", "prepare": row_weights.alol, "compares": "data"}
+_SFT = {"items": collator.sft_items, "need_rewards": "optional", "prepare": row_weights.tokens}
 
 
 def _policy_gradient(advantages: str = "group", length_normalization: str = "sequence", **more) -> dict:
@@ -263,7 +263,7 @@ def _policy_gradient(advantages: str = "group", length_normalization: str = "seq
     if length_normalization:
         of = "sequence (GRPO), token (DAPO), constant (Dr. GRPO) or sum (REINFORCE)"
         settings["length_normalization"] = (str, length_normalization, of)
-    shared = {"items": items.advantage_items, "need_rewards": "required", "prepare": shares.policy_gradient}
+    shared = {"items": collator.advantage_items, "need_rewards": "required", "prepare": row_weights.policy_gradient}
     return {**shared, "settings": settings, "compares": "prompt", "reads_draws": True, **more}
 
 
@@ -271,18 +271,18 @@ def _of_loss(loss: Loss) -> dict:
     """What follows from a loss's signature: a Method's items, need_rewards and prepare."""
     rated = "required" if {"reward", "advantage"} & set(loss.inputs) else "optional"
     return {
-        "sequence": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.rows},
-        "token": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.tokens},
+        "sequence": {"items": collator.single_rows, "need_rewards": rated, "prepare": row_weights.rows},
+        "token": {"items": collator.single_rows, "need_rewards": rated, "prepare": row_weights.tokens},
         "group": {
-            "items": items.whole_prompts,
+            "items": collator.whole_prompts,
             "need_rewards": "required",
-            "prepare": shares.groups,
+            "prepare": row_weights.groups,
             "compares": "prompt",
         },
         "pair": {
-            "items": items.pairs,
+            "items": collator.pairs,
             "need_rewards": "required" if rated == "required" else "unless_pair",
-            "prepare": shares.pairs,
+            "prepare": row_weights.pairs,
         },
     }[loss.item]
 
@@ -361,9 +361,9 @@ def _method(name: str, entry: dict) -> Method:
 # What does not follow from the loss's signature.
 _ENTRIES = {
     "var": {
-        "items": items.var_items,
+        "items": collator.var_items,
         "need_rewards": "required",
-        "prepare": shares.var,
+        "prepare": row_weights.var,
         "settings": _VAR,
         "columns": z_over_batch,
         "compares": "step",
@@ -378,7 +378,7 @@ _ENTRIES = {
     "eaft": {**_SFT, "settings": _SFT_ON},
     "chord_phi": {**_SFT, "settings": _SFT_ON},
     "raft": {},
-    "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}, "compares": "step"},
+    "awr": {"prepare": row_weights.awr, "defaults": {"beta": 1.0}, "compares": "step"},
     "weighted_bc": {"reads_draws": True},
     "dpo": {"defaults": {"beta": 0.1}},
     "robust_dpo": {"defaults": {"beta": 0.1, "label_smoothing": 0.1}},
@@ -394,7 +394,7 @@ _ENTRIES = {
     "exo": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
     "lire": {"defaults": {"temperature": 2.0}},
     "kto": {
-        "items": items.judged_rows,
+        "items": collator.judged_rows,
         "need_rewards": "unless_pair",
         "columns": _desirable,
         "defaults": {"beta": 0.1},
@@ -427,8 +427,8 @@ _ENTRIES = {
     "alol_ref_free": _ALOL,
     "alol_kl": {**_ALOL, "defaults": {"beta": 0.1}},
     "rlol": {"reads_draws": True},
-    "rgold": {"prepare": shares.rgold, "reads_draws": True},
-    "ava_d": {**_SFT, "prepare": shares.rows, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
+    "rgold": {"prepare": row_weights.rgold, "reads_draws": True},
+    "ava_d": {**_SFT, "prepare": row_weights.rows, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
     "ava_p": {"head": "reward", "settings": _HEAD_RATE},
     "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
     "distill": {**_SFT, "loss": DISTILLATION, "settings": _SFT_ON, "teacher": "given", "reads_draws": True},

@@ -14,11 +14,9 @@ from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, end_tokens
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples, read_items
-from var_kernels.integrations.trainer.collator import Items, RowCollator
-from var_kernels.integrations.trainer.items import equal_pair
+from var_kernels.integrations.trainer.checks import check_arguments, check_online, check_positions, check_vocabulary
+from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_pair, parsed_examples, read_items
 from var_kernels.integrations.trainer.methods import METHODS
-from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank

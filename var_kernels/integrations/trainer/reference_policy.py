@@ -19,7 +19,7 @@ from var_kernels.integrations.trainer.reference import (
     score_batch,
 )
 from var_kernels.integrations.trainer.sharding import place_reference, without_adapter
-from var_kernels.integrations.trainer.values import fit_value_head, new_head, prompt_states, values_of
+from var_kernels.integrations.trainer.value_head import fit_value_head, new_head, prompt_states, values_of
 
 
 class ReferencePolicy:

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from var_kernels.integrations.trainer.items import advantage_items, whole_prompts
+from var_kernels.integrations.trainer.collator import advantage_items, whole_prompts
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weight_checks import MIN_REWARD_SPREAD

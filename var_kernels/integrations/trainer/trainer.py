@@ -20,29 +20,25 @@ from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import attach_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.trainer.argument_checks import (
-    check_arguments,
-    check_online,
-    check_teacher,
-    parsed_examples,
-    read_items,
-)
 from var_kernels.integrations.trainer.callbacks import MetricsFile, StepLines, SyncReference
 from var_kernels.integrations.trainer.checkpoints import Checkpoints
-from var_kernels.integrations.trainer.collator import RowCollator, tables_of
-from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
-from var_kernels.integrations.trainer.evaluation import Evaluation
-from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
-from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
-from var_kernels.integrations.trainer.metrics import StepMetrics
-from var_kernels.integrations.trainer.model_checks import (
+from var_kernels.integrations.trainer.checks import (
+    check_arguments,
     check_learns,
+    check_online,
     check_positions,
+    check_teacher,
     check_trainable,
     check_vocabulary,
     disable_dropout,
     freeze_head,
 )
+from var_kernels.integrations.trainer.collator import RowCollator, parsed_examples, read_items, tables_of
+from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
+from var_kernels.integrations.trainer.evaluation import Evaluation
+from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
+from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
+from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import model_fingerprint
 from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
@@ -54,7 +50,7 @@ from var_kernels.integrations.trainer.sharding import (
     of_first_rank,
 )
 from var_kernels.integrations.trainer.step import GlobalBatch
-from var_kernels.integrations.trainer.values import new_head
+from var_kernels.integrations.trainer.value_head import new_head
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,19 @@ from transformers import TrainerCallback
 
 from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, end_tokens
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.trainer.model_checks import check_positions
+from var_kernels.integrations.trainer.checks import check_positions
+from var_kernels.integrations.trainer.config import draws_pairs, say_temperatures
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
-from var_kernels.integrations.trainer.online.importance import mean_gap, sampler_logps, truncated_weights
-from var_kernels.integrations.trainer.online.measures import measures
-from var_kernels.integrations.trainer.online.prompts import Prompt, prompts_of
+from var_kernels.integrations.trainer.online.draws import (
+    FixedLengthItems,
+    Prompt,
+    encode_drawn,
+    label_pairs,
+    measures,
+    prompts_of,
+    sampler_logps,
+    truncated_weights,
+)
 from var_kernels.integrations.trainer.online.sampler import (
     GenerateSampler,
     Sampler,
@@ -27,8 +35,6 @@ from var_kernels.integrations.trainer.online.sampler import (
     check_completions,
     without_padding,
 )
-from var_kernels.integrations.trainer.online.settings import draws_pairs, say_temperatures
-from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.reference import score_rows
 from var_kernels.integrations.trainer.reward_effect import check_rewards
@@ -299,7 +305,7 @@ class OnlineLoop(TrainerCallback):
         if "old_token_logp" in drawn_by:
             stored.token_columns["old_token_logp"] = now
         if now is not None and (drawn := sampler_logps(stored.drawn, rows)) is not None:
-            stored.metrics["sampler_logp_gap"] = mean_gap(now, drawn)
+            stored.metrics["sampler_logp_gap"] = (now - drawn).abs().nanmean().item()
             if cap is not None:
                 stored.token_columns["sampler_weight"] = truncated_weights(now, drawn, cap)
         elif cap is not None:

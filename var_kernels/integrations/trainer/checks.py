@@ -1,19 +1,15 @@
-"""What a trainer is given: arguments that do not go together, and rows of the wrong form, refused before anything is
-written.
-"""
+"""Arguments that do not go together and models that cannot be trained, refused before anything is written."""
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import replace
 
-from var_kernels.integrations.data import DataError, Example, Problem, encode_examples, merge_prompts, parse_row
-from var_kernels.integrations.data.encode import rewards_of
-from var_kernels.integrations.trainer.collator import Items
-from var_kernels.integrations.trainer.config import AlignConfig
+from torch import nn
+
+from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.hf.model import inner_model
+from var_kernels.integrations.trainer.config import AlignConfig, draws_pairs
 from var_kernels.integrations.trainer.methods import METHODS
-from var_kernels.integrations.trainer.online.settings import draws_pairs
-from var_kernels.integrations.trainer.rewards import apply_reward_function
+from var_kernels.integrations.trainer.sharding import rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,41 +83,66 @@ def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
         )
 
 
-def parsed_examples(rows, name: str, need_rewards: str) -> list[Example]:
-    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
-        parsed = list(rows)
-        if need_rewards not in ("optional", "prompt"):
-            lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
-            parsed += [
-                Problem(
-                    ex.where[0],
-                    "rewards missing: this method needs rewards, in the data or from a reward function"
-                    + ("; pairs without rewards are for method 'dpo' and its kin" if ex.is_pair else ""),
-                )
-                for ex in lacking
-            ]
-    else:
-        parsed = [parse_row(row, f"{name} row {i + 1}", need_rewards) for i, row in enumerate(rows)]
-    problems = [item for item in parsed if isinstance(item, Problem)]
-    if problems:
-        raise DataError(problems, remedy="mend or leave out these rows")
-    if not parsed:
-        raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
-    return parsed
+def check_vocabulary(model, tokenizer, role: str = "model") -> None:
+    size = rows_of(model.get_input_embeddings().weight)
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the {role} embeds {size}: use the model's own "
+            "tokenizer, or resize_token_embeddings"
+        )
 
 
-def read_items(rows, name: str, args, method, tokenizer, reward_function, end_token_ids: Sequence[int]) -> Items:
-    """Rows of data, or what ``load_examples`` returned, as the method's items: checked, scored by the reward function
-    if there is one, and tokenised.
+def check_trainable(model: nn.Module) -> None:
+    """Refuse weights read from a GGUF file, which are dequantised but marked as quantised."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if str(getattr(getattr(method, "quant_method", None), "value", "")).lower() == "gguf":
+        raise ValueError(
+            "model: must be free of a quantiser, got weights from a GGUF file, which transformers trains neither whole "
+            "nor by an adapter; save them dequantised by var_kernels.integrations.pretrained.convert(file, folder) and "
+            "load that folder"
+        )
 
-    Raises:
-        DataError, ValueError: rows that the method, the tokenizer or the reward function cannot use.
-    """
-    examples = parsed_examples(rows, name, "optional" if reward_function is not None else method.need_rewards)
-    if reward_function is not None:
-        examples = [replace(example, rewards=None) for example in examples]
-    examples = merge_prompts(examples)
-    table = encode_examples(examples, tokenizer, args.max_length, end_token_ids)
-    if reward_function is not None:
-        table.reward = rewards_of(apply_reward_function(reward_function, examples, args, table.completion_ids))
-    return Items(table, method.items(table, args))
+
+def check_learns(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"model: expected parameters that require a gradient, got a {type(model).__name__} with all of them "
+            "frozen. An adapter that was loaded is: load it with is_trainable=True, merge it (merge_and_unload()), or "
+            "pass its path in place of the model"
+        )
+
+
+def check_positions(model: nn.Module, rows: EncodedRows) -> None:
+    """A table of learned positions ends; rows beyond it would stop the run with an index error in its middle."""
+    inner = inner_model(model)
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(rows.offset.diff().max())
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    words = inner.get_input_embeddings()
+    sizes = {m.num_embeddings for m in inner.modules() if isinstance(m, nn.Embedding) and m is not words}
+    if any(limit <= size <= limit + 2 for size in sizes):  # OPT and others keep two rows in front
+        raise ValueError(
+            f"max_length: the longest row has {longest} tokens but the model has {limit} learned positions; set "
+            f"max_length={limit} or less"
+        )
+    logger.warning("the longest row has %d tokens; the model was made for %d (max_position_embeddings)", longest, limit)
+
+
+def freeze_head(model: nn.Module) -> None:
+    """An lm_head that no loss reads gets no gradient, which DistributedDataParallel waits for; tied, it is the
+    embedding and does."""
+    inner = inner_model(model)
+    head, words = inner.get_output_embeddings(), inner.get_input_embeddings()
+    if head.weight is not words.weight:
+        head.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Modules and the float attributes from which many models call F.dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)

@@ -19,6 +19,7 @@ from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
+from var_kernels.integrations.trainer.scoring import evaluating
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank
 from var_kernels.ops.plan import budget_bytes
 
@@ -300,15 +301,13 @@ def _score(model, table: EncodedRows, rows: list[int], config) -> Tensor:
     """(all rows,) log-probs of these rows' completions under the model, 0 elsewhere."""
     result = torch.zeros(len(table))
     items, collate = Items(table, [[row] for row in range(len(table))]), RowCollator(0)
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    size = config.per_device_eval_batch_size
-    for at in range(0, len(rows), size):
-        members = rows[at : at + size]
-        batch = collate([items[row] for row in members])
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
-        result[members] = token_logprobs(model, inputs, workspace_mb=config.workspace_mb).float().sum(1).cpu()
-    model.train(training)
+    device, size = next(model.parameters()).device, config.per_device_eval_batch_size
+    with evaluating(model):
+        for at in range(0, len(rows), size):
+            members = rows[at : at + size]
+            batch = collate([items[row] for row in members])
+            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+            result[members] = token_logprobs(model, inputs, workspace_mb=config.workspace_mb).float().sum(1).cpu()
     return result
 
 

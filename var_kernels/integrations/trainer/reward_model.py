@@ -16,8 +16,7 @@ from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.loading import load_causal_lm
-from var_kernels.integrations.trainer.online.sampler import evaluating
-from var_kernels.integrations.trainer.reference import over_rows
+from var_kernels.integrations.trainer.scoring import evaluating, over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, ValueHead
 from var_kernels.integrations.hf.model import find_head, head_sizes, inner_model
-from var_kernels.integrations.trainer.reference import over_rows
+from var_kernels.integrations.trainer.scoring import over_rows
 
 logger = logging.getLogger(__name__)
 _RIDGES = tuple(10.0**power for power in range(-4, 5))  # of the mean squared singular value

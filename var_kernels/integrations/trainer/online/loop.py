@@ -36,9 +36,9 @@ from var_kernels.integrations.trainer.online.sampler import (
     without_padding,
 )
 from var_kernels.integrations.trainer.progress import progress_bar
-from var_kernels.integrations.trainer.reference import score_rows
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.integrations.trainer.scoring import score_rows
 
 logger = logging.getLogger(__name__)
 BUFFER = "buffer"
@@ -300,7 +300,7 @@ class OnlineLoop(TrainerCallback):
             now = self._log_probs(trainer.accelerator.unwrap_model(trainer.model), rows, "policy")
         if self.reads_initial_model:
             model = trainer.model if trainer.ref_model is None else trainer.ref_model
-            with trainer._as_reference(model):
+            with trainer.reference_policy.applied(model):
                 initial = self._log_probs(model, rows, "initial model")
         if "old_token_logp" in drawn_by:
             stored.token_columns["old_token_logp"] = now

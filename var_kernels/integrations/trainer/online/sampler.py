@@ -12,6 +12,7 @@ from torch import nn
 from var_kernels.integrations.data import end_tokens
 from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.hf.swap import swapped
+from var_kernels.integrations.trainer.scoring import evaluating
 
 
 class Samples(NamedTuple):
@@ -103,18 +104,6 @@ class GenerateSampler:
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = [place for place, token in enumerate(ids) if token in self.end_token_ids]
         return ids[: ends[0] + 1] if ends else ids
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

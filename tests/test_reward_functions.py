@@ -187,6 +187,28 @@ def test_rows_that_a_function_with_columns_fails_on_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("error", "sizes", "message"),
+    [
+        (KeyError, [5, 1, 1, 1], "place 2: the reward function raised KeyError: 'no answer'"),
+        (TimeoutError, [5], "place 0: the reward function raised TimeoutError on 5 rows from here on: no answer"),
+    ],
+)
+def test_a_function_that_fails_is_called_again_up_to_the_first_row_and_a_service_is_not(error, sizes, message):
+    calls = []
+
+    def function(prompts, completions):
+        calls.append(len(prompts))
+        if {"2", "4"} & set(prompts):
+            raise error("no answer")
+        return [0.0] * len(prompts)
+
+    examples = [Example(str(n), ["c"], None, [f"place {n}"]) for n in range(5)]
+    with pytest.raises(DataError, match=message):
+        apply_reward_function(function, examples)
+    assert calls == sizes
+
+
+@pytest.mark.parametrize(
     "value", [np.float32(0.5), np.int64(1), torch.tensor(0.5), Decimal("0.5"), np.bool_(True), "0.5"]
 )
 def test_numbers_of_any_type_are_rewards(value):

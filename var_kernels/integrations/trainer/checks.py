@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 from torch import nn
 
@@ -138,11 +139,15 @@ def freeze_head(model: nn.Module) -> None:
         head.requires_grad_(False)
 
 
+# The numbers from which many models call F.dropout, and none that only speaks of it (dropout_scale).
+_DROPOUT = re.compile(r"(\w+_)?(dropout|pdrop)(_(p|prob|rate|ratio))?")
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Modules and the float attributes from which many models call F.dropout."""
+    """Set every dropout to 0: of modules, and of float attributes by their names."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            if isinstance(value, float) and _DROPOUT.fullmatch(name):
                 setattr(module, name, 0.0)

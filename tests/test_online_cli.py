@@ -149,7 +149,7 @@ def test_a_reward_that_fails_in_the_middle_stops_with_its_row_and_resumes_when_m
     monkeypatch.setattr(judge, "lengths", fails_later)
     assert main(words(**settings)) == 2
     printed = capsys.readouterr().err
-    assert "the reward function fails on these completions, which are kept; mend it and resume" in printed
+    assert "the reward function fails on these completions; mend it and resume, which draws the same again" in printed
     assert "iteration 1, prompts.jsonl:" in printed
     assert "sample 1: the reward function must return finite numbers, got nan" in printed
     assert main(words(**settings)) == 2

@@ -128,7 +128,7 @@ def _load(path: Path, num_tokens: int) -> Tensor | None:
         return None
     try:
         logp = load_file(path)["ref_token_logp"]
-    except Exception as error:
+    except (OSError, SafetensorError, KeyError) as error:
         logger.warning("%s cannot be read (%s): computed anew", path, error)
         return None
     return logp if logp.shape == (num_tokens,) and logp.isfinite().all() else None

@@ -48,7 +48,7 @@ class OnlineLoop(TrainerCallback):
     """Fills the training set at the start of every iteration, from the buffer on disk where it is there already.
 
     What is drawn depends on the seed, the iteration, the batch of prompts and the policy alone, so a run that was
-    killed draws the same again; what a killed iteration had drawn is taken over.
+    killed draws the same again.
 
     Args:
         args: the settings of the run. method: its ``Method``.
@@ -164,9 +164,8 @@ class OnlineLoop(TrainerCallback):
     def _make(self, iteration: int) -> Iteration:
         settings, policy = self._settings(iteration), self._policy()
         prompts = self._prompts_of(iteration)
-        key = _digest(settings, policy)
         began = time.monotonic()
-        mine = self._together(lambda: self._draw(iteration, prompts, key))
+        mine = self._together(lambda: self._draw(iteration, prompts))
         sampling_seconds = time.monotonic() - began
         began = time.monotonic()
         mine = self._together(lambda: self._score(mine, prompts, f"iteration {iteration}, "))
@@ -181,16 +180,12 @@ class OnlineLoop(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         return stored
 
-    def _draw(self, iteration: int, prompts: list[Prompt], key: str) -> list[tuple[int, Drawn]]:
+    def _draw(self, iteration: int, prompts: list[Prompt]) -> list[tuple[int, Drawn]]:
         """This rank's share: every so many batches, of prompts of like length."""
-        args, accelerator = self.args, self.trainer.accelerator
-        part = self.buffer.part(iteration, accelerator.process_index, key)
-        result = []
-        for number, members in self._batches(prompts, args.generations_per_prompt, f"iteration {iteration}: sampling"):
-            if number not in part.batches:
-                ids = [prompts[member].ids for member in members]
-                part.add(number, *self._sample(ids, args.generations_per_prompt, ("sample", iteration, number)))
-            result += self._drawn(prompts, members, Samples(part.batches[number], part.logps[number]))
+        count, result = self.args.generations_per_prompt, []
+        for number, members in self._batches(prompts, count, f"iteration {iteration}: sampling"):
+            samples = self._sample([prompts[member].ids for member in members], count, ("sample", iteration, number))
+            result += self._drawn(prompts, members, samples)
         return result
 
     def _drawn(self, prompts: list[Prompt], members: list[int], samples: Samples) -> list[tuple[int, Drawn]]:
@@ -253,7 +248,7 @@ class OnlineLoop(TrainerCallback):
         try:
             scored = apply_reward_function(self.reward_function, examples, self.args, completion_ids.__getitem__)
         except DataError as error:
-            remedy = "the reward function fails on these completions, which are kept; mend it and resume"
+            remedy = "the reward function fails on these completions; mend it and resume, which draws the same again"
             raise DataError(error.problems, remedy=remedy) from error
         return [
             (place, replace(drawn, rewards=example.rewards))

@@ -38,7 +38,7 @@ from var_kernels.losses.policy_gradient import (
     topr_loss,
     vespo_loss,
 )
-from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
+from var_kernels.losses.registry import LOSSES, MODEL_LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
 from var_kernels.losses.regression import (
     astar_po_loss,
     dro_loss,
@@ -77,6 +77,7 @@ from var_kernels.losses.weights import (
 __all__ = [
     "ADVANTAGES",
     "LOSSES",
+    "MODEL_LOSSES",
     "PASS_CLASSES",
     "VARIANTS",
     "CollapsedWeightsWarning",

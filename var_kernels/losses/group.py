@@ -24,6 +24,7 @@ from var_kernels.losses.segments import Groups, group_rows
     formula="KL(softmax(beta (s - sr)) || softmax(r / reward_temperature)) over a prompt's completions",
     source="arXiv 2402.00856",
     evidence="code",
+    defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def exo_loss(
     policy_logp: Tensor,
@@ -77,6 +78,7 @@ def exo_loss(
     formula="-softmax_k(s / temperature) softmax_k(r), summed over a prompt's completions",
     source="arXiv 2405.13516",
     evidence="code",
+    defaults={"temperature": 2.0},
 )
 def lire_loss(
     policy_logp: Tensor,

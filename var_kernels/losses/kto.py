@@ -14,6 +14,7 @@ from var_kernels.losses.registry import register
     formula="w (1 - sigmoid(+-beta (s - sr - z0))), + and w = desirable_weight where desirable",
     source="arXiv 2402.01306",
     evidence="third-party code",
+    defaults={"beta": 0.1},
 )
 def kto_loss(
     policy_logp: Tensor,

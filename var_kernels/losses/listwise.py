@@ -21,6 +21,7 @@ _NEGATE = "negate the rewards to minimise them"
     formula="-softmax_k(r / reward_temperature) log softmax_k(beta (s - sr)), summed over a prompt's completions",
     source="InfoNCA, arXiv 2402.05369",
     evidence="third-party code",
+    defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def info_nca_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
@@ -60,6 +61,7 @@ def info_nca_loss(
     "over a prompt's completions",
     source="NCA, arXiv 2402.05369",
     evidence="third-party code",
+    defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def nca_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
@@ -92,6 +94,8 @@ def nca_loss(
     formula="(beta (rho - mean rho) - (r - mean r))^2 / (2 (K - 1)), rho = s - sr, summed over a prompt's completions",
     source="GVPO, arXiv 2504.19599",
     evidence="third-party code",
+    defaults={"beta": 0.1},
+    reads_draws=True,
 )
 def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float) -> Tensor:
     """GVPO: half the variance, over a prompt's completions, of what the log-ratios miss of the rewards.
@@ -128,6 +132,7 @@ def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: 
     formula="-softmax_k(s_old + A / eta) log softmax_k(s), A = (r - mean r) / std r, over a prompt's completions",
     source="Target policy optimisation, arXiv 2604.06159",
     evidence="paper",
+    reads_draws=True,
 )
 def target_po_loss(
     policy_logp: Tensor, old_logp: Tensor, reward: Tensor, group_ids: Tensor, *, eta: float = 1.0

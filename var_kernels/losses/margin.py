@@ -15,6 +15,7 @@ from var_kernels.losses.registry import register
     formula="max(0, delta - s_w + s_l) - target_weight s_target",
     source="arXiv 2305.10425",
     evidence="third-party code",
+    defaults={"delta": 1.0, "target_weight": 0.1},
 )
 def slic_loss(
     policy_chosen_logp: Tensor,
@@ -61,6 +62,7 @@ def slic_loss(
     formula="-log sigmoid(beta (s_w / len_w - s_l / len_l) - gamma)",
     source="arXiv 2405.14734",
     evidence="third-party code",
+    defaults={"beta": 2.0, "gamma": 1.0},
 )
 def simpo_loss(
     policy_chosen_logp: Tensor,
@@ -102,6 +104,7 @@ def simpo_loss(
     formula="-lp_w - odds_weight log sigmoid(logit(exp lp_w) - logit(exp lp_l)), lp = s / len",
     source="arXiv 2403.07691",
     evidence="third-party code",
+    defaults={"odds_weight": 0.1},
 )
 def orpo_loss(
     policy_chosen_logp: Tensor,

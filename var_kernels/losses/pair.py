@@ -18,6 +18,7 @@ _SWAP = "swap chosen and rejected to reverse the preference"
     formula="-(1-e) log sigmoid(beta D) - e log sigmoid(-beta D)",
     source="arXiv 2305.18290 eq. 7; e: the authors' code (cDPO)",
     evidence="code",
+    defaults={"beta": 0.1},
 )
 def dpo_loss(
     policy_chosen_logp: Tensor,
@@ -63,6 +64,7 @@ def dpo_loss(
     formula="[-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e)",
     source="arXiv 2403.00409",
     evidence="third-party code",
+    defaults={"beta": 0.1, "label_smoothing": 0.1},
 )
 def robust_dpo_loss(
     policy_chosen_logp: Tensor,
@@ -108,6 +110,7 @@ def robust_dpo_loss(
     formula="(D - 1/(2 tau))^2, D of per-token means (default) or of sums",
     source="arXiv 2310.12036",
     evidence="code",
+    defaults={"tau": 0.1},
 )
 def ipo_loss(
     policy_chosen_logp: Tensor,
@@ -160,6 +163,7 @@ def ipo_loss(
     formula="relu(1 - beta D)",
     source="arXiv 2309.06657",
     evidence="third-party code",
+    defaults={"beta": 0.1},
 )
 def hinge_loss(
     policy_chosen_logp: Tensor,

@@ -19,6 +19,8 @@ from var_kernels.losses.token import clipped_surrogate, importance_ratio
     formula="-sg(clip(ratio, ratio_min, ratio_max)) A lp, ratio = exp(lp - lp_old)",
     source="CISPO, arXiv 2506.13585",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def cispo_loss(
     token_logp: Tensor,
@@ -65,6 +67,8 @@ def cispo_loss(
     formula="-A (4 / t) sigmoid(t (ratio - 1)), ratio = exp(lp - lp_old), t by the sign of A",
     source="SAPO, arXiv 2511.20347",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def sapo_loss(
     token_logp: Tensor,
@@ -108,6 +112,8 @@ def sapo_loss(
     formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp((s - s_old) / len)",
     source="GSPO, arXiv 2507.18071",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def gspo_loss(
     policy_logp: Tensor,
@@ -152,6 +158,8 @@ def gspo_loss(
     formula="-A s, A of any sign",
     source="Williams (1992); RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     """Signed REINFORCE: log-likelihood times a given weight, which may be negative. One pass of the head.
@@ -186,6 +194,8 @@ def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     formula="-sg(phi) A s, phi = w^k exp(lam (1 - w)), w = exp(s - s_old); k, lam by the sign of A",
     source="VESPO, arXiv 2602.10693",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def vespo_loss(
     policy_logp: Tensor,
@@ -232,6 +242,8 @@ def vespo_loss(
     formula="-sg(c) A s, c = 1 where A >= 0, else min(exp(s - s_old), 1)",
     source="TOPR, arXiv 2503.14286",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
     """TOPR: SFT on good sequences; bad ones are pushed down only as far as the policy still draws them.

@@ -19,6 +19,7 @@ from var_kernels.losses.segments import group_rows
     formula="(D - eta (r_w - r_l))^2",
     source="arXiv 2404.16767",
     evidence="code",
+    defaults={"eta": 1.0},
 )
 def rebel_loss(
     policy_chosen_logp: Tensor,
@@ -69,6 +70,9 @@ def rebel_loss(
     formula="(T(q) - beta log Z - beta (s - sr))^2",
     source="arXiv 2507.08068",
     evidence="code",
+    defaults={"beta": 0.1},
+    compares="prompt",
+    reads_draws=True,
 )
 def qrpo_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, *, beta: float, log_z: float | None = None
@@ -144,6 +148,9 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
     formula="(r - V - beta (s - sr))^2, V = T log mean exp(r / T) over the prompt's completions, T = value_temperature",
     source="A*-PO, arXiv 2505.20686; OAPL, arXiv 2602.19362",
     evidence="paper",
+    defaults={"beta": 0.1},
+    compares="prompt",
+    reads_draws=True,
 )
 def astar_po_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, beta: float) -> Tensor:
     """A*-PO: the log-ratio regressed onto the optimal advantage, its value estimated from draws of the reference.
@@ -208,6 +215,8 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
     formula="(r - V - tau (s - sr))^2 / (2 tau), V constant",
     source="arXiv 2405.19107",
     evidence="paper",
+    defaults={"tau": 1.0},
+    compares="data",
 )
 def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, tau: float) -> Tensor:
     """Direct reward optimisation with a learned value (DRO-V): the policy's part.

@@ -18,6 +18,8 @@ BASELINES = ("none", "leave_one_out")
     formula="-F - squared_coef/2 F^2, F = log sigmoid(beta D)",
     source="arXiv 2406.15567",
     evidence="code",
+    defaults={"beta": 0.1},
+    policy_labels=True,
 )
 def sail_dp_loss(
     policy_chosen_logp: Tensor,
@@ -72,6 +74,9 @@ def sail_dp_loss(
     formula="-F - squared_coef/2 F^2 - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
+    defaults={"beta": 0.1},
+    reads_draws=True,
+    policy_labels=True,
 )
 def sail_pp_loss(
     policy_chosen_logp: Tensor,
@@ -122,6 +127,8 @@ def sail_pp_loss(
     formula="-F - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
+    defaults={"beta": 0.1},
+    reads_draws=True,
 )
 def sail_pr_loss(
     policy_chosen_logp: Tensor,

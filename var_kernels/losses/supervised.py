@@ -46,6 +46,8 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
     formula="-min(exp(A / beta), max_weight) s",
     source="arXiv 1910.00177",
     evidence="code",
+    defaults={"beta": 1.0},
+    compares="step",
 )
 def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight: float = 20.0) -> Tensor:
     """Advantage-weighted regression: SFT weighted by exp(A / beta), clipped.
@@ -84,6 +86,8 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     formula="-w s, w = var_weights(rewards, ref_logp), a constant",
     source="arXiv 2502.11026",
     evidence="summary",
+    compares="step",
+    reads_draws=True,
 )
 def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
     """Reward-weighted likelihood, VAR's loss once its weights are known: -w s.

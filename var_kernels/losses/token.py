@@ -55,6 +55,8 @@ def dft_loss(token_logp: Tensor) -> Tensor:
     formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(lp - lp_old); if A < 0 at most -dual_clip A",
     source="PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def ppo_loss(
     token_logp: Tensor,
@@ -128,6 +130,9 @@ def ppo_clipped(
     formula="ppo + beta k3,  k3 = exp(lp_ref - lp) - 1 - (lp_ref - lp)",
     source="GRPO, arXiv 2402.03300",
     evidence="third-party code",
+    defaults={"beta": 0.04},
+    compares="prompt",
+    reads_draws=True,
 )
 def grpo_loss(
     token_logp: Tensor,

@@ -76,7 +76,7 @@ def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
             "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
             "refresh_reference=False with a reference of your own"
         )
-    if reward_func is None and not (METHODS[args.method].policy_labels or METHODS[args.method].teacher == "given"):
+    if reward_func is None and not (METHODS[args.method].loss.policy_labels or METHODS[args.method].teacher == "given"):
         raise ValueError(
             f"reward_func: online, method {args.method!r} needs the reward of completions that are in no data set: "
             "pass a reward function (--reward module:function) or a reward model (--reward-model PATH); only sail_pp "

@@ -289,7 +289,7 @@ def resolve(config, method) -> None:
         config.generations_per_prompt = 2 if pairs else 8
     if config.sampling_temperature is None:
         config.sampling_temperature = 0.9 if pairs else 1.0
-    if config.logp_temperature is None and method.reads_draws:
+    if config.logp_temperature is None and method.loss.reads_draws:
         config.logp_temperature = config.sampling_temperature
     if config.refresh_reference is None:
         config.refresh_reference = name not in _FROZEN_REFERENCE

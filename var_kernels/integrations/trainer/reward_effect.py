@@ -33,7 +33,7 @@ def compared_with(method, config) -> str:
         return "prompt"
     if advantages := getattr(config, "advantages", ""):
         return "prompt" if advantages in WITHIN_PROMPT else "step" if advantages == "batch" else ""
-    return "prompt" if getattr(config, "sft_on", "") == "best" else method.compares
+    return "prompt" if getattr(config, "sft_on", "") == "best" else method.loss.compares
 
 
 def check_rewards(rows, config, method, name: str, *, refuse: bool = True) -> None:
@@ -79,7 +79,7 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
             float(reward.max()), ", or pass squash=False for rewards in [0, 1]" if hasattr(config, "squash") else "",
         )  # fmt: skip
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    if "step" in (scope, method.compares) and per_step == 1:
+    if "step" in (scope, method.loss.compares) and per_step == 1:
         return (
             f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
             "gradient_accumulation_steps"

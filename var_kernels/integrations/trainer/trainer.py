@@ -303,7 +303,7 @@ class VARTrainer(Trainer):
             self._prepare_step([inputs], None, mode)
         rows = _method_rows(inputs, self.method)
         group = dist.group.WORLD if self.args.world_size > 1 and mode == "train" else None
-        generator = self._label_generator(inputs) if self.method.policy_labels and mode == "train" else None
+        generator = self._label_generator(inputs) if self.method.loss.policy_labels and mode == "train" else None
 
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         teacher = self.reference_policy.teacher_inputs(given)

@@ -122,7 +122,7 @@ class OnlineLoop(TrainerCallback):
     def _rows(self, iteration: int, stored: Iteration) -> EncodedRows:
         rows = encode_drawn(stored.drawn, pairs=draws_pairs(self.args.method))
         rows.columns, rows.token_columns = dict(stored.columns), dict(stored.token_columns)
-        if draws_pairs(self.args.method) and not self.method.policy_labels:
+        if draws_pairs(self.args.method) and not self.method.loss.policy_labels:
             label_pairs(rows, self.args.label_by, self._generator("label", iteration))
         if self.method.columns is not None:
             rows.columns |= self.method.columns(rows, self.args, rows)

@@ -19,7 +19,7 @@ from var_kernels.cli.demo import experiment
 from var_kernels.integrations.trainer import VARConfig, method_config
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.losses import var_loss
-from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
+from var_kernels.losses.weights import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
 from var_kernels.reference import var_weights_ref
 
 

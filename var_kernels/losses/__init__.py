@@ -65,13 +65,14 @@ from var_kernels.losses.token import (
 )
 from var_kernels.losses.var import VARLoss, VARStats, var_loss, weighted_sequence_nll
 from var_kernels.losses.variants import VARIANTS, Variant
-from var_kernels.losses.weight_checks import IgnoredRewardsWarning, warn_if_rewards_ignored
 from var_kernels.losses.weights import (
     CollapsedWeightsWarning,
+    IgnoredRewardsWarning,
     VARWeights,
     effective_sample_size,
     var_weights,
     warn_if_collapsed,
+    warn_if_rewards_ignored,
 )
 
 __all__ = [

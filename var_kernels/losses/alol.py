@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, times, wide
+from var_kernels.losses.checks import check_constants, check_range, check_rows, check_tokens, times, wide
 from var_kernels.losses.registry import register
 
 _SOURCE = "A-LoL, arXiv 2305.14718, and its authors' code"
@@ -175,7 +175,7 @@ def alol_kl_loss(
 
     Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
-    check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
+    check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
     slope_B = beta - alol_advantage(reward, value, squash=squash)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_number, check_rows, times, wide
+from var_kernels.losses.checks import check_choice, check_range, check_rows, times, wide
 from var_kernels.losses.registry import register
 
 REGULARISED = ("both", "chosen", "rejected")
@@ -173,7 +173,7 @@ def literal_q(token_logp: Tensor, prob_lse: Tensor, *, alpha: float) -> Tensor:
 
     Source: arXiv 2411.09341, read literally.
     """
-    check_number("alpha", alpha, remedy="it scales the probabilities")
+    check_range("alpha", alpha, remedy="it scales the probabilities")
     _check("", token_logp=token_logp, prob_lse=prob_lse)
     return alpha * wide(token_logp).exp() - wide(prob_lse)
 
@@ -234,7 +234,7 @@ def _masked(mask: Tensor, *values: Tensor) -> list[Tensor]:
 
 def _check_options(*, gamma: float, **weights: float) -> None:
     for name, value in weights.items():
-        check_number(name, value, closed=True, remedy="it weighs a term of the objective")
+        check_range(name, value, closed=True, remedy="it weighs a term of the objective")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}; it discounts the next position's Q")
 

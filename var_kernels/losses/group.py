@@ -8,7 +8,7 @@ from var_kernels.losses.checks import (
     TokenReduction,
     check_constants,
     check_integers,
-    check_number,
+    check_range,
     check_rows,
     per_token,
     wide,
@@ -59,8 +59,8 @@ def exo_loss(
 
     Source: arXiv 2402.00856; the authors' code.
     """
-    check_number("beta", beta, remedy="negate the rewards to minimise them")
-    check_number("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
+    check_range("beta", beta, remedy="negate the rewards to minimise them")
+    check_range("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     check_constants(ref_logp=ref_logp, reward=reward)
@@ -114,7 +114,7 @@ def lire_loss(
 
     Source: arXiv 2405.13516; the authors' code.
     """
-    check_number("temperature", temperature, remedy="negate the rewards to minimise them")
+    check_range("temperature", temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     check_constants(reward=reward)

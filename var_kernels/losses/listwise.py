@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from var_kernels.losses.advantages import group_advantage
-from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, times, wide
+from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, times, wide
 from var_kernels.losses.group import group_log_softmax
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
@@ -159,7 +159,7 @@ def target_po_loss(
 
     Source: arXiv 2604.06159.
     """
-    check_number("eta", eta, remedy=_NEGATE)
+    check_range("eta", eta, remedy=_NEGATE)
     check_rows(policy_logp=policy_logp, old_logp=old_logp)
     groups = _check_groups(policy_logp, reward, group_ids)
     check_constants(old_logp=old_logp)
@@ -171,7 +171,7 @@ def _scaled_log_ratio(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, beta: float
 ) -> tuple[Groups, Tensor]:
     """The groups and beta (s - sr), (B,), checked; no gradient to the reference."""
-    check_number("beta", beta, remedy=_NEGATE)
+    check_range("beta", beta, remedy=_NEGATE)
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
     groups = _check_groups(policy_logp, reward, group_ids)
     check_constants(ref_logp=ref_logp)
@@ -186,5 +186,5 @@ def _check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Gro
 
 
 def _reward_softmax(reward: Tensor, reward_temperature: float, groups: Groups) -> Tensor:
-    check_number("reward_temperature", reward_temperature, remedy=_NEGATE)
+    check_range("reward_temperature", reward_temperature, remedy=_NEGATE)
     return group_log_softmax(wide(reward.detach()) / reward_temperature, groups).exp()

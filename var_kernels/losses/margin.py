@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import check_range, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 
@@ -43,8 +43,8 @@ def slic_loss(
 
     Source: arXiv 2305.10425 (SLiC-HF); the formula as in third-party code. Values of delta and lambda: open.
     """
-    check_number("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
-    check_number("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
+    check_range("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
+    check_range("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
     tensors = {"policy_chosen_logp": policy_chosen_logp, "policy_rejected_logp": policy_rejected_logp}
     if policy_target_logp is None:
         policy_target_logp = policy_chosen_logp
@@ -91,8 +91,8 @@ def simpo_loss(
 
     Source: arXiv 2405.14734; the formula as in third-party code.
     """
-    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
-    check_number("gamma", gamma, closed=True, remedy="0 is no margin")
+    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_range("gamma", gamma, closed=True, remedy="0 is no margin")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
     return -logsigmoid(beta * (chosen_P - rejected_P) - gamma)
 
@@ -136,7 +136,7 @@ def orpo_loss(
 
     Source: arXiv 2403.07691; the formula as in third-party code.
     """
-    check_number("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
+    check_range("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
     return -chosen_P - times(odds_weight, logsigmoid(log_odds(chosen_P) - log_odds(rejected_P)))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_integers, check_number, times, wide
+from var_kernels.losses.checks import check_choice, check_integers, check_range, times, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 
@@ -200,10 +200,10 @@ def _sail(
     baseline: str = "none",
     revkl_coef: float = 0.0,
 ) -> Tensor:
-    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
-    check_number("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_number("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_number("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
+    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_range("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_range("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_range("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
     check_choice("baseline", baseline, BASELINES)
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     log_win_P = logsigmoid(beta * (chosen_P - rejected_P))

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_constants, check_range, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 
@@ -71,8 +71,8 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
 
     Source: arXiv 1910.00177; weight, clip and standardisation as in the authors' code.
     """
-    check_number("beta", beta, remedy="negate the advantage to minimise the reward")
-    check_number("max_weight", max_weight, remedy="1e9 hardly clips")
+    check_range("beta", beta, remedy="negate the advantage to minimise the reward")
+    check_range("max_weight", max_weight, remedy="1e9 hardly clips")
     check_rows(policy_logp=policy_logp, advantage=advantage)
     check_constants(advantage=advantage)
     log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow

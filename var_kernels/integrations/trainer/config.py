@@ -18,7 +18,7 @@ from var_kernels.integrations.trainer.methods import METHODS, Method, find_metho
 from var_kernels.integrations.trainer.reward_effect import compared_with
 from var_kernels.losses import VARIANTS
 from var_kernels.losses.checks import check_choice
-from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE, NORMALIZERS, check_options
+from var_kernels.losses.weights import DEFAULT_NORMALIZER, DEFAULT_REFERENCE, NORMALIZERS, check_weight_options
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class VARConfig(AlignConfig):
         if self.normalizer != "cross":
             choices = tuple(name for name in NORMALIZERS if name != "cross")  # those that the message may propose
             check_choice("normalizer", self.normalizer, choices)
-        self.reference = check_options(self.lam, self.normalizer, self.reference)
+        self.reference = check_weight_options(self.lam, self.normalizer, self.reference)
         if self.normalizer == "cross":
             raise ValueError(
                 "normalizer: 'cross' needs the reference's score of every completion under every prompt of the batch, "

@@ -35,10 +35,10 @@ from var_kernels.losses import (
 )
 from var_kernels.losses.advantages import ADVANTAGES
 from var_kernels.losses.ava import last_value
-from var_kernels.losses.checks import check_choice, check_number
+from var_kernels.losses.checks import check_choice, check_range
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
-from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
+from var_kernels.losses.weights import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
 from var_kernels.ops.signatures import DIRECTIONS
 
 
@@ -314,7 +314,7 @@ def _asft(token_logp: Tensor, *, kl_coef: float = 0.1) -> Tensor:
     """DFT's loss of a token; the trainer adds kl_coef times KL(reference || policy) of the whole distributions, as
     ``linear_asft_loss`` does. The reference is the model before training, or ``ref_model``.
     """
-    check_number("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
+    check_range("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
     return dft_loss(token_logp)
 
 

@@ -7,7 +7,7 @@ import torch
 from var_kernels.integrations.trainer.collator import advantage_items, whole_prompts
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
-from var_kernels.losses.weight_checks import MIN_REWARD_SPREAD
+from var_kernels.losses.weights import MIN_REWARD_SPREAD
 
 logger = logging.getLogger(__name__)
 _NAMED = 3

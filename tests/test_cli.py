@@ -195,14 +195,14 @@ def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
 
 TIED = """
 import sys
-from var_kernels.integrations import scratch
-make = scratch.make_model
+from var_kernels.integrations import from_scratch
+make = from_scratch.make_model
 def tied(*args, **options):
     model = make(*args, **options)
     model.config.tie_word_embeddings = True
     model.tie_weights()
     return model
-scratch.make_model = tied
+from_scratch.make_model = tied
 from var_kernels.cli import main
 main(sys.argv[1:])
 """

@@ -29,7 +29,7 @@ from var_kernels.cli.demo.progress import Phases
 from var_kernels.cli.demo.replies import Drawn, Sampling
 from var_kernels.cli.demo.report import write_report
 from var_kernels.cli.demo.table import print_results
-from var_kernels.integrations.scratch import ScratchSpec
+from var_kernels.integrations.from_scratch import ScratchSpec
 from var_kernels.integrations.trainer import row_weights
 
 torch.set_num_threads(1)

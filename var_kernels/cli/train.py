@@ -450,13 +450,13 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
     from var_kernels.integrations.trainer.loading import load_causal_lm
 
     if settings["from_scratch"]:
-        from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
+        from var_kernels.integrations.from_scratch import ScratchSpec, make_model, train_tokenizer
 
         spec = ScratchSpec(**key_values("from-scratch", settings["from_scratch"], vars(ScratchSpec())))
         if not all(isinstance(example.prompt, str) for example in examples):
             raise ValueError("from-scratch: a new tokenizer has no chat template; the data must be plain text")
         texts = (text for example in examples for text in (example.prompt, *example.completions))
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else make_tokenizer(spec, texts)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else train_tokenizer(texts, spec.vocab)
         return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
     name = settings["model"]
     if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):

@@ -301,7 +301,7 @@ def _check_optimisation(config) -> None:
 
 
 def _check_writable(output_dir: Path) -> None:
-    """That the folder, or the nearest above it that is there, takes files: known before the work and not after it."""
+    """Refuse a folder that cannot be written to, or whose nearest parent cannot: before the work and not after it."""
     folder = output_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -26,8 +26,8 @@ _NAMED = 3
 
 
 class Items(torch.utils.data.Dataset):
-    """What a batch is made of: each item is one or more rows that must stay in one micro-batch (a completion, a
-    prompt's completions, or a pair)."""
+    """The items of batches: each is one or more rows that stay in one micro-batch (a completion, a pair, or a prompt's
+    completions)."""
 
     def __init__(self, rows: EncodedRows, items: list[list[int]]):
         self.rows = rows
@@ -135,7 +135,7 @@ def read_items(rows, name: str, args, method, tokenizer, reward_function, end_to
 
 
 def _places(rows, groups: list[list[int]]) -> str:
-    """Where the first of these prompts were read from."""
+    """The places in the data of the first of these prompts."""
     places = [rows.where[group[0]] for group in groups[:_NAMED]]
     return ", ".join(places) + (", ..." if len(groups) > _NAMED else "")
 
@@ -232,8 +232,8 @@ def judged_rows(rows, config) -> list[list[int]]:
 
 
 def equal_pair(rows, pair: list[int], config) -> bool:
-    """Whether both halves hold the same tokens, so that a comparison says nothing. Draws of the policy are kept: that
-    both are equal is part of their distribution."""
+    """True where both halves hold the same tokens, so that a comparison says nothing. Draws of the policy are kept:
+    equal ones are part of their distribution."""
     if config.online:
         return False
     ids = [rows.token_ids[rows.offset[row] : rows.offset[row + 1]] for row in pair]

@@ -68,7 +68,7 @@ class OnlineSettings:
 
 @dataclass
 class AlignConfig(OnlineSettings, TrainingArguments):
-    """What all methods share. Take a method's own class: ``VARConfig``, or ``method_config("ipo")``.
+    """Settings that all methods share. Take a method's own class: ``VARConfig``, or ``method_config("ipo")``.
 
     Args:
         max_length: tokens of prompt and completion together; longer rows are cut (see ``encode_examples``).
@@ -271,7 +271,7 @@ _FROZEN_REFERENCE = (*_ON_POLICY_PAIRS, "grpo")
 
 
 def draws_pairs(method_name: str) -> bool:
-    """Whether a pair is two draws as they come, and not the best and the worst of several."""
+    """True where a pair is two draws as they come, and not the best and the worst of several."""
     return method_name in _ON_POLICY_PAIRS
 
 

@@ -44,7 +44,7 @@ from var_kernels.ops.signatures import DIRECTIONS
 
 @dataclass(frozen=True)
 class Method:
-    """How a loss of the registry is trained.
+    """A loss of the registry with what training it takes.
 
     items: (rows, config) -> the row numbers of each item. prepare: (step, config, group) -> what to add to the step's
     rows, "weight" (B,) among it, and metrics. columns: (rows, config, training rows) -> what to add to the data's rows
@@ -65,7 +65,7 @@ class Method:
 
     @property
     def reference(self) -> str:
-        """What of the reference is read: "" (nothing), "sequence" sums or "token" log-probs."""
+        """The reference's part: "" (none), "sequence" sums or "token" log-probs."""
         reads = set(self.loss.inputs)
         if reads & {"ref_token_logp", "old_token_logp"}:
             return "token"
@@ -73,7 +73,7 @@ class Method:
 
     @property
     def reads_policy(self) -> bool:
-        """Whether the loss reads log-probs of the lm_head, and not the head beside it alone."""
+        """True where the loss reads log-probs of the lm_head, and not the head beside it alone."""
         return any(single_name(name)[0] in ("policy_logp", "token_logp") for name in self.loss.tensors)
 
     @property
@@ -166,8 +166,8 @@ def loss_in_head(
     process_group=None,
     label_generator=None,
 ) -> "HeadResult":
-    """What the head computes for a micro-batch. A method that does not read the policy makes no logits, and has zeros
-    for log-probs and hits."""
+    """The loss and metrics of a micro-batch, computed inside the head. A method that does not read the policy makes no
+    logits, and has zeros for log-probs and hits."""
     loss = method.loss
     inputs = {name: rows[name] for name in loss.inputs if name in rows}
     kept = labels != IGNORE_INDEX
@@ -266,7 +266,7 @@ def _policy_gradient(advantages: str = "group", length_normalization: str = "seq
 
 
 def _of_loss(loss: Loss) -> dict:
-    """What follows from a loss's signature: a Method's items, need_rewards, prepare and head."""
+    """The fields of a Method that follow from the loss's signature: items, need_rewards, prepare and head."""
     rated = "required" if {"reward", "advantage"} & set(loss.inputs) else "optional"
     items, need_rewards, prepare = {
         "sequence": (collator.single_rows, rated, row_weights.rows),

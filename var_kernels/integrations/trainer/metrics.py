@@ -29,7 +29,7 @@ class StepMetrics:
         entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
 
     def add_batch(self, method, config, rows: dict[str, Tensor], result) -> None:
-        """What a micro-batch's log-probs and scores tell: rows as its loss reads them, result of ``loss_in_head``."""
+        """Add the metrics of a micro-batch: rows as its loss reads them, result of ``loss_in_head``."""
         if method.reads_policy:
             # a row that the loss gives no weight costs nothing, and has no log-prob
             tokens = result.computed.sum()
@@ -50,7 +50,7 @@ class StepMetrics:
             self._add_pairs(method, config, rows, result)
 
     def _add_clip_share(self, config, rows: dict[str, Tensor], result) -> None:
-        """Of the tokens, or of the sequences where the ratio is theirs."""
+        """Add the share of clipped tokens, or of clipped sequences where the ratio is theirs."""
         if "old_token_logp" in rows:
             given, counted = (result.token_logp, rows["old_token_logp"]), result.computed
             advantage = rows["advantage"].unsqueeze(1).expand_as(result.hits)

@@ -51,7 +51,7 @@ def preview(
     malformed: int = 0,
     shown: int = 3,
 ) -> str:
-    """What ``VARTrainer(model, config, rows, processing_class=tokenizer, ...)`` would train on, and with what memory.
+    """A report of what ``VARTrainer(model, config, rows, processing_class=tokenizer, ...)`` would train on.
 
     The rows as tokens, what was cut and left out, prompts and completions, the spread of rewards, the effective sample
     size of VAR's weights over several lam, steps, parameters and an estimate of the peak memory. If the reference's
@@ -217,7 +217,7 @@ def _reward_lines(items: Items) -> list[str]:
 
 
 def _stop_lines(model, items: Items, config, method) -> list[str]:
-    """What training would refuse of rows that can be read."""
+    """Refusals by training of rows that can be read."""
 
     def refusal(check, *arguments) -> str:
         try:

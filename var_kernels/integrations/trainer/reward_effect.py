@@ -28,7 +28,7 @@ def z_over_batch(rows, config, train) -> dict[str, torch.Tensor]:
 
 
 def compared_with(method, config) -> str:
-    """What a reward is compared with: the completions of its "prompt", of the "step", of the "data", or "" nothing."""
+    """The scope of a reward's comparison: the completions of its "prompt", of the "step", of the "data", or "" none."""
     if method.loss.name == "var" and config.normalizer in ("group", "self_normalised"):
         return "prompt"
     if advantages := getattr(config, "advantages", ""):
@@ -149,7 +149,7 @@ def _check_scale(spread: float, where: str, rows, config, name: str) -> None:
 
 
 def _squashes(method, config) -> bool:
-    """Whether the loss reads the sigmoid of a reward."""
+    """True where the loss reads the sigmoid of a reward."""
     return getattr(config, "squash", method.loss.name == "rgold")
 
 

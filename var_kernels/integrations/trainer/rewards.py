@@ -21,7 +21,7 @@ _REMEDY = "the reward function fails on these rows"
 
 
 def load_function(spec: str, option: str = "reward") -> Callable:
-    """What "module:name" names, looked for in the current directory too; ``option`` is what an error speaks of.
+    """Import "module:name", from the current directory too; ``option`` is named in an error.
 
     Raises:
         ValueError: not of that form, no such module or function, or not callable.
@@ -84,13 +84,13 @@ class RewardSum:
 
 
 def as_reward_function(given):
-    """What the trainer is given: a function, a ``RewardSum``, or a list of functions, which is their sum."""
+    """One reward function of what the trainer is given: a function, a ``RewardSum``, or a list, which is their sum."""
     return RewardSum(given) if isinstance(given, list | tuple) else given
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a reward function is called: by its signature, as TRL calls one, or with the two lists by position where it
+    """The call of a reward function, by its signature: as TRL calls one, or with the two lists by position where it
     names them otherwise."""
 
     function: RewardFunction
@@ -149,8 +149,8 @@ class _Call:
 
 
 def columns_of(example: Example, function: RewardFunction | None) -> dict:
-    """What a reward function reads of a prompt's row besides the prompt: the columns that it names, and with **kwargs
-    those that no form knows."""
+    """The columns of a prompt's row for a reward function: those that it names, and with **kwargs those that no form
+    knows."""
     if function is None or not example.columns:
         return {}
     if isinstance(function, RewardSum):

@@ -226,7 +226,7 @@ class VARTrainer(Trainer):
         return self.reference_policy.model
 
     def _check_rewards(self, args, data: list) -> None:
-        """That rewards can have an effect; on an evaluation set, which changes no weight, a warning."""
+        """Refuse rewards without effect; of an evaluation set, which changes no weight, warn."""
         if data[0] is not None:
             check_rewards(data[0].rows, args, self.method, "train_dataset")
         for rows in tables_of(data[1:]):
@@ -290,7 +290,7 @@ class VARTrainer(Trainer):
                 )
 
     def _label_generator(self, inputs: dict[str, Tensor]) -> torch.Generator:
-        """Where the policy labels pairs: a stream for each micro-batch of each rank, the same after a resume."""
+        """The random stream of the policy's labels: one for each micro-batch of each rank, the same after a resume."""
         place = (self.args.seed, self.state.global_step, self.args.process_index, int(inputs["micro_batch"]))
         digest = hashlib.sha256(repr(place).encode()).digest()
         return torch.Generator(inputs["labels"].device).manual_seed(int.from_bytes(digest[:7], "big"))
@@ -503,7 +503,7 @@ class VARTrainer(Trainer):
 
 
 def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
-    """What the loss reads, under its own names; values of tokens beside the labels that they belong to."""
+    """The loss's inputs under its own names; values of tokens beside the labels that they belong to."""
     rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
     for name in (*method.loss.inputs, *({"sampler_weight"} & set(inputs))):
         if name not in inputs and method.head in ("value", "reward"):

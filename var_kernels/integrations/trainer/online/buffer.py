@@ -1,4 +1,4 @@
-"""What was drawn, on disk: each iteration whole. A run that was killed while it drew draws the same again.
+"""Drawn completions on disk, each iteration whole. A run that was killed while it drew draws the same again.
 
 folder/iteration-00003.jsonl          a prompt a line: rows that training reads too (docs/data.md), with their token ids
 folder/iteration-00003.safetensors    log-probs under the policy and the reference; settings and metrics as metadata

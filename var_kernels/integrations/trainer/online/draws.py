@@ -45,8 +45,8 @@ def prompts_of(examples: list[Example], tokenizer, args, reward_function: Reward
 
 
 class FixedLengthItems(Items):
-    """As many items as an iteration's steps take, whatever number was drawn: all of them in a new order, again and
-    again. Trainer counts its steps before anything is drawn."""
+    """A training set of as many items as an iteration's steps take, whatever number was drawn: all of them in a new
+    order, again and again. Trainer counts its steps before anything is drawn."""
 
     def __init__(self, length: int):
         super().__init__(None, [])

@@ -94,7 +94,7 @@ class OnlineLoop(TrainerCallback):
 
     @property
     def reads_initial_model(self) -> bool:
-        """Whether the model that training began with is needed beside the policy."""
+        """True where the model that training began with is needed beside the policy."""
         return self.args.keep_initial_model or bool(self.method.reference and not self.args.refresh_reference)
 
     # ---- an iteration ------------------------------------------------------------------------------------------------

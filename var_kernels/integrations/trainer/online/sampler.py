@@ -115,7 +115,7 @@ def random_state(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> Samples:
-    """What a sampler returned, if training can use it. Raises ValueError with what is wrong where."""
+    """Return a sampler's completions as ``Samples``. Raises ValueError with what is wrong where."""
     made, logps = made if isinstance(made, Samples) else (made, None)
     if not isinstance(made, list) or len(made) != len(prompts):
         got = f"{len(made)}" if isinstance(made, list) else type(made).__name__

@@ -407,7 +407,7 @@ def test_values_take_the_declared_type(value, kind, wanted):
     ("value", "kind"), [("fast", "float"), ("maybe", "bool"), (True, "int"), ("1.5", "int"), ([1], "str")]
 )
 def test_values_of_another_type_are_refused(value, kind):
-    with pytest.raises(ValueError, match=f"name: expected .*{kind}"):
+    with pytest.raises(ValueError, match=f"name must be of type .*{kind}"):
         coerce("name", value, kind)
 
 

@@ -366,7 +366,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
         (["--output", "{folder}/theirs"], "theirs holds data, which no demo wrote; choose another directory"),
         (["--sed", "1"], "unknown option --sed, did you mean --seed?"),
         (["--compare", "dpo,kto"], "--compare: expected some of sft, best-of-n, dpo, got 'kto'; VAR is always trained"),
-        (["--reward", "nothing"], "reward: expected module:function, got 'nothing'"),
+        (["--reward", "nothing"], "reward must be module:function, got 'nothing'"),
         (["--model", "no/such/folder"], "model: no such directory: no/such/folder"),
     ],
 )

@@ -70,11 +70,11 @@ def test_the_recipe(registries, tmp_path, monkeypatch):
 
 
 def test_what_a_registration_refuses(registries, tmp_path):
-    with pytest.raises(ValueError, match=r"loss 'dpo': expected a new name.*'dpo' is dpo_loss already"):
+    with pytest.raises(ValueError, match=r"loss 'dpo' must have a new name.*'dpo' is dpo_loss already"):
         register("dpo", pass_class="C", item="pair", formula="")
     with pytest.raises(ValueError, match="got pass_class='E', item='pair'"):
         register("mine", pass_class="E", item="pair", formula="")
-    with pytest.raises(ValueError, match=r"method: expected one of .*, got 'mine'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'mine'"):
         method_config("mine")
 
     @register("mine", pass_class="B", item="token", formula="-A lp")

@@ -77,7 +77,7 @@ def test_several_functions_with_weights(folder, monkeypatch):  # noqa: F811
     assert trainer.train_dataset.rows.reward.tolist() == [2.0, 1.0] * 4
     online = columns_of(examples[0], RewardSum(both))
     assert online["answer"] == "1"
-    with pytest.raises(ValueError, match=r"reward: expected module:function\*weight, got 'a:f\*x'"):
+    with pytest.raises(ValueError, match=r"reward must be module:function\*weight, got 'a:f\*x'"):
         load_rewards("a:f*x")
     for parts, error in (([], ValueError), ([3], TypeError), ([(len, float("nan"))], ValueError)):
         with pytest.raises(error, match="reward_func must hold"):

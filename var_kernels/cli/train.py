@@ -264,7 +264,7 @@ def _check_model_options(settings: dict) -> None:
         given = "both" if settings["model"] else "neither"
         raise ValueError(f"give one of --model and --from-scratch, got {given}")
     if settings["dtype"] not in ("float32", "bfloat16", "float16", "auto"):
-        raise ValueError(f"dtype: expected float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
     if settings["from_scratch"] and settings["dtype"] != "float32":
         raise ValueError(f"dtype: a model from scratch is in float32, got {settings['dtype']!r}; drop --dtype")
 
@@ -287,7 +287,7 @@ def _check_optimisation(config) -> None:
     from transformers import get_scheduler
 
     if config.optim_args and not all("=" in pair for pair in config.optim_args.split(",")):
-        raise ValueError(f"optim-args: expected key=value,key=value, got {config.optim_args!r}")
+        raise ValueError(f"optim-args must be key=value,key=value, got {config.optim_args!r}")
     given = config.lr_scheduler_kwargs
     optimizer = optim.SGD([nn.Parameter()], lr=config.learning_rate)
     try:
@@ -295,7 +295,7 @@ def _check_optimisation(config) -> None:
     except TypeError as error:
         kind = config.lr_scheduler_type.value
         raise ValueError(
-            f'lr-scheduler-kwargs: expected JSON of the options of {kind!r}, such as {{"num_cycles": 2}}, '
+            f'lr-scheduler-kwargs must be JSON of the options of {kind!r}, such as {{"num_cycles": 2}}, '
             f"got {given!r}: {error}"
         ) from error
 
@@ -342,7 +342,7 @@ def _columns(text: str | None) -> dict[str, str]:
     pairs = [part.partition("=") for part in filter(None, (text or "").split(","))]
     columns = {wanted.strip(): name.strip() for wanted, _, name in pairs}
     if not all(equals and wanted and name for wanted, equals, name in pairs) or len(columns) < len(pairs):
-        raise ValueError(f"columns: expected WANTED=NAME,WANTED=NAME, got {text!r}")
+        raise ValueError(f"columns must be WANTED=NAME,WANTED=NAME, got {text!r}")
     return columns
 
 

@@ -162,7 +162,7 @@ def register(
     if entered or pass_class not in PASS_CLASSES or item not in ITEMS:
         taken = f"; {name!r} is {entered.function.__qualname__} already" if entered else ""
         raise ValueError(
-            f"loss {name!r}: expected a new name, a pass_class of {', '.join(PASS_CLASSES)} and an item of "
+            f"loss {name!r} must have a new name, a pass_class of {', '.join(PASS_CLASSES)} and an item of "
             f"{', '.join(ITEMS)}, got pass_class={pass_class!r}, item={item!r}{taken}"
         )
 

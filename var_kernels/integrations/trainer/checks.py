@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -> None:
     if not isinstance(args, AlignConfig):
-        raise TypeError(f"args: expected a VARConfig or a method_config(...), got {type(args).__name__}")
+        raise TypeError(f"args must be a VARConfig or a method_config(...), got {type(args).__name__}")
     if isinstance(train_dataset, str | os.PathLike):
         raise TypeError(
-            f"train_dataset: expected rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"
+            f"train_dataset must be rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"
         )
     if args.sync_ref_model and peft_config is not None:
         raise ValueError(
@@ -107,7 +107,7 @@ def check_trainable(model: nn.Module) -> None:
 def check_learns(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"model: expected parameters that require a gradient, got a {type(model).__name__} with all of them "
+            f"model must have parameters that require a gradient, got a {type(model).__name__} with all of them "
             "frozen. An adapter that was loaded is: load it with is_trainable=True, merge it (merge_and_unload()), or "
             "pass its path in place of the model"
         )

@@ -140,18 +140,18 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             _check_range("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps >= 1, ">= 1")
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; the losses here are those of "
+                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}; the losses here are those of "
                 "the labels as they are (dpo's smoothing is its option label_smoothing)"
             )
         sampling = getattr(self, "train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):
             raise ValueError(
-                f"train_sampling_strategy: expected 'random' or 'sequential', got {sampling!r}; batches made by "
+                f"train_sampling_strategy must be 'random' or 'sequential', got {sampling!r}; batches made by "
                 "length change what Z is estimated from"
             )
         if self.remove_unused_columns:
             raise ValueError(
-                "remove_unused_columns: expected False, rewards and reference log-probs travel with the rows"
+                "remove_unused_columns must be False, got True; rewards and reference log-probs travel with the rows"
             )
         if self.online:
             resolve(self, METHODS[self.method])
@@ -186,12 +186,12 @@ def _read_numbers(config: AlignConfig) -> None:
             try:
                 setattr(config, name, wanted(value))
             except ValueError:
-                raise ValueError(f"{name}: expected {wanted.__name__}, got {value!r}") from None
+                raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}") from None
 
 
 def _check_range(name: str, value: object, good: bool, wanted: str) -> None:
     if not good:
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 @dataclass
@@ -296,9 +296,9 @@ def resolve(config, method) -> None:
     for setting in ("iterations", "prompts_per_iteration", "generations_per_prompt", "max_new_tokens",
                   "sampling_batch_size"):  # fmt: skip
         if getattr(config, setting) < 1:
-            raise ValueError(f"{setting}: expected >= 1, got {getattr(config, setting)}")
+            raise ValueError(f"{setting} must be >= 1, got {getattr(config, setting)}")
     if config.steps_per_iteration is not None and config.steps_per_iteration < 1:
-        raise ValueError(f"steps_per_iteration: expected >= 1, or None, got {config.steps_per_iteration}")
+        raise ValueError(f"steps_per_iteration must be >= 1, or None, got {config.steps_per_iteration}")
     count, temperature = config.generations_per_prompt, config.sampling_temperature
     if pairs and count != 2:
         raise ValueError(
@@ -311,13 +311,13 @@ def resolve(config, method) -> None:
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
-            f"sampling_temperature: expected finite and > 0, got {temperature}; 1.0 draws from the policy itself"
+            f"sampling_temperature must be finite and > 0, got {temperature}; 1.0 draws from the policy itself"
         )
     if config.importance_cap is not None:
         _check_importance(config, method)
     if config.max_new_tokens >= config.max_length:
         raise ValueError(
-            f"max_new_tokens: expected < max_length = {config.max_length}, which holds prompt and completion, got "
+            f"max_new_tokens must be < max_length = {config.max_length}, which holds prompt and completion, got "
             f"{config.max_new_tokens}"
         )
     if config.sync_ref_model:

@@ -93,6 +93,6 @@ def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTraine
     name = given or model.config._name_or_path
     if not name:
         raise ValueError(
-            "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere; pass one"
+            "processing_class must be a tokenizer, got none, and the model was loaded from nowhere; pass one"
         )
     return AutoTokenizer.from_pretrained(name)

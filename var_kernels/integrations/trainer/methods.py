@@ -385,7 +385,7 @@ def find_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     if name not in LOSSES:
-        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {name!r}")
+        raise ValueError(f"method must be one of {', '.join(sorted(METHODS))}, got {name!r}")
     if missing := sorted(set(LOSSES[name].inputs) - _IN_THE_DATA):
         raise ValueError(
             f"method: {name!r} reads {', '.join(missing)}, and the trainer has {', '.join(sorted(_IN_THE_DATA))}; make "

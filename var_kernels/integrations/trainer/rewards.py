@@ -28,7 +28,7 @@ def load_function(spec: str, option: str = "reward") -> Callable:
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and module_name and name):
-        raise ValueError(f"{option}: expected module:function, got {spec!r}")
+        raise ValueError(f"{option} must be module:function, got {spec!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # where the command is run, as for `python -m`
     try:
@@ -53,7 +53,7 @@ def load_rewards(spec: str) -> "RewardFunction | RewardSum":
     for part in spec.split(","):
         name, star, weight = part.strip().partition("*")
         if star and as_number(weight) is None:
-            raise ValueError(f"reward: expected module:function*weight, got {part!r}")
+            raise ValueError(f"reward must be module:function*weight, got {part!r}")
         parts.append((load_function(name.strip()), as_number(weight) if star else 1.0))
     return RewardSum(parts) if len(parts) > 1 or parts[0][1] != 1.0 else parts[0][0]
 

@@ -407,13 +407,13 @@ class VARTrainer(Trainer):
             if not isinstance(self.eval_dataset, dict) or dataset not in self.eval_dataset:
                 names = ", ".join(self.eval_dataset) if isinstance(self.eval_dataset, dict) else "none has a name"
                 raise ValueError(
-                    f"eval_dataset: expected the name of a set that the trainer was given ({names}), or rows, got "
+                    f"eval_dataset must be the name of a set that the trainer was given ({names}), or rows, got "
                     f"{dataset!r}; load_examples(path) reads a file"
                 )
             return dataset
         if isinstance(dataset, bytes | os.PathLike) or not hasattr(dataset, "__iter__"):
             raise TypeError(
-                "eval_dataset: expected None, a name, or rows in a form of docs/data.md, got "
+                "eval_dataset must be None, a name, or rows in a form of docs/data.md, got "
                 f"{type(dataset).__name__}; load_examples(path) reads a file"
             )
         items = read_items(dataset, "eval_dataset", *self._reading)

@@ -272,7 +272,7 @@ class OnlineLoop(TrainerCallback):
         made_of = (self.tokenizer, self.args, self.reward_function)
         eval_prompts = prompts_of(examples, *made_of) if given else self.eval_prompts
         if not eval_prompts:
-            raise ValueError("eval_dataset: expected prompts to evaluate on, got none; pass an evaluation set")
+            raise ValueError("eval_dataset must hold prompts to evaluate on, got none; pass an evaluation set")
 
         def work():
             result = []

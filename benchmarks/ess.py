@@ -1,6 +1,6 @@
 """Effective sample size of VAR's weights on real rewards: each reference term, estimator and lam.
 
-    python benchmarks/ess.py REWARDS.jsonl.gz [--csv benchmarks/results/ess.csv] [--plot docs/ess.svg]
+    python benchmarks/ess.py REWARDS.jsonl.gz [--csv benchmarks/results/ess.csv] [--plot docs/ess.png]
 
 REWARDS: one JSON object a line with "prompt", "completions" and "rewards". No pretrained model is needed: a byte-level
 BPE tokenizer and a small Llama are trained from scratch on most of the prompts, and are the reference for the others.
@@ -240,7 +240,6 @@ def plot(table, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ess"  # the same file from the same numbers
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
@@ -264,7 +263,7 @@ def plot(table, path: Path) -> None:
         )
     axes[0].set_ylabel("effective sample size (sequences)")
     axes[0].legend(frameon=False, fontsize=9, loc="center right")
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

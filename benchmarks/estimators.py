@@ -1,6 +1,6 @@
 """Bias and spread of VAR's in-batch estimates of log Z against the true Z, and the policy that their weights reach.
 
-    python benchmarks/estimators.py [--csv benchmarks/results/estimators.csv] [--plot docs/estimators.svg]
+    python benchmarks/estimators.py [--csv benchmarks/results/estimators.csv] [--plot docs/estimators.png]
 
 A world whose responses can all be written down: 8 prompts, 64 responses each, pi_ref = softmax of normal logits,
 rewards normal within a prompt and between prompts, lam = 1, fp64. For each estimator and number of samples B, about a
@@ -132,7 +132,6 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "estimators"
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.9))
@@ -156,7 +155,7 @@ def plot(rows: list[dict], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=2, frameon=False, fontsize=8, loc="lower center")
     figure.tight_layout(rect=(0, 0.2, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from benchmarks.study.plan import FULL, METHODS, QUICK, REAL, RealPlan
 from benchmarks.study.tables import number, spread
 from tests.tiny_training import ROWS, tiny_config, tiny_model, tokenizer
 from var_kernels.cli.demo.replies import Drawn
-from var_kernels.integrations.trainer import VARTrainer, method_config, row_weights
+from var_kernels.integrations.trainer import VARTrainer, method_config, shares
 
 torch.set_num_threads(1)
 
@@ -74,8 +74,8 @@ def test_every_section_is_there(finished):
         assert f"\n| {name} | " in page
     for name in METHODS:  # in the table of settings
         assert f"| {name} | `{METHODS[name].method}` |" in page
-    pictures = set(re.findall(r"\]\((study-.*\.svg)\)", page))
-    assert pictures == {path.name for path in (finished / "work" / "docs").glob("*.svg")}
+    pictures = set(re.findall(r"\]\((study-.*\.png)\)", page))
+    assert pictures == {path.name for path in (finished / "work" / "docs").glob("*.png")}
     assert len(pictures) == 5
     answered = re.findall(r"^### (.*): (.*)$", page, re.MULTILINE)
     assert len(answered) >= 5
@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_repeated(finished, capsys):
     world_part = [page.split("## A file of rated completions")[0] for page in pages]
     assert world_part[0] == world_part[1]
     assert "No file was given, so this part is left out" in pages[1]
-    assert not (finished / "other" / "study-real.svg").exists()
+    assert not (finished / "other" / "study-real.png").exists()
 
 
 def test_a_failed_run_is_named_and_the_rest_still_runs(finished, tmp_path, monkeypatch, capsys):
@@ -313,7 +313,7 @@ def test_estimators_that_are_one_in_the_trainer(tmp_path):
 
     def share(normalizer, reference):
         config = tiny_config(tmp_path, normalizer=normalizer, reference=reference)
-        return row_weights.var(dict(step), config, None)[0]["weight"]
+        return shares.var(dict(step), config, None)[0]["weight"]
 
     torch.testing.assert_close(share("batch", "sum"), share("batch_mean", "sum"))
     torch.testing.assert_close(share("group", "none"), share("self_normalised", "none"))

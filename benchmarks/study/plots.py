@@ -32,7 +32,7 @@ def color_of(name: str) -> str:
 def draw_all(results: dict, plan: Plan, folder: Path) -> list[str]:
     """The names of the files made: a picture without data is left out."""
     made = []
-    with plt.rc_context({**STYLE, "svg.fonttype": "path"}):
+    with plt.rc_context(STYLE):
         for name, figure in (
             ("study-methods", _methods(results)),
             ("study-curves", _curves(results)),
@@ -40,11 +40,11 @@ def draw_all(results: dict, plan: Plan, folder: Path) -> list[str]:
             ("study-heads", _heads(results)),
             ("study-real", _real(results)),
         ):
-            path = folder / f"{name}.svg"
+            path = folder / f"{name}.png"
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
-            figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
+            figure.savefig(path, dpi=110, facecolor="white", pil_kwargs={"optimize": True})
             plt.close(figure)
             made.append(path.name)
     return made

@@ -98,7 +98,7 @@ _PICTURES = {
 
 
 def _picture(name: str, text: str, pictures: list[str]) -> str:
-    return f"![{text}]({name}.svg)" if f"{name}.svg" in pictures else ""
+    return f"![{text}]({name}.png)" if f"{name}.png" in pictures else ""
 
 
 def _of(references: list[dict], figure: str, digits: int = 2, scale: float = 1.0) -> str:

@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | study | wheel | sanitize: each sets up .venv on the first call and never again until
+# make demo | test | bench | docs | lint | study | wheel | sanitize: each sets up .venv on the first call and never again until
 # the dependencies change. ARGS goes to the command: make demo ARGS=--quick, make test ARGS="-k memory".
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SHELL  := /bin/bash
 
-.PHONY: demo test bench lint study wheel sanitize setup clean
+.PHONY: demo test bench docs lint study wheel sanitize setup clean
 
 demo: $(STAMP)
 	$(BIN)/var-kernels demo $(ARGS)
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+# The documentation with its search into site/, from docs/ and the docstrings; a link that leads nowhere is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 # Every method on a small world with a verifiable reward, three seeds, into docs/study.md; ARGS="--rewards FILE" adds real data.
 study: $(STAMP)
@@ -79,4 +83,4 @@ $(STAMP): pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs var_kernels/kernels/_native.*
+	rm -rf $(VENV) build dist site *.egg-info runs var_kernels/kernels/_native.*

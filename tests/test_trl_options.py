@@ -1,4 +1,4 @@
-"""Every option of TRL's trainers that reaches the head or the loss: TRL's own numbers, as docs/trainers.md says."""
+"""Every option of TRL's trainers that reaches the head or the loss: TRL's own numbers, as docs/migration.md says."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from tests.tiny_training import tokenizer
 from tests.trl_runs import LORA, SFT, assert_same_curves, build, fused, logs, needs_fused_trl, own
 
 pytestmark = [needs_fused_trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
-PAGE = Path(__file__).parents[1] / "docs" / "trainers.md"
+PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
 STEPS = 4
 
 CHAT = copy.deepcopy(tokenizer())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from var_kernels.integrations.liger import OptionsModule
+from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_logprob, linear_weighted_nll
 
 _FILTERS = ("auto", "high")
@@ -45,7 +45,10 @@ def linear_cross_entropy(
     with return_lse ``linear_logprob``.
 
     Args:
-        e (..., D), c (V, D), targets (...) int64, bias (V,).
+        e: (..., D).
+        c: (V, D).
+        targets: (...) int64.
+        bias: (V,).
         shift: s: row t is scored by targets[t + s], the last s rows by nothing; True is 1.
         reduction: "mean" (over the rows that are not ignored), "sum", "none".
         return_lse: also return log sum_v exp of each row's logits, nats, 0 where ignored, differentiable.

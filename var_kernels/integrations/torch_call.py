@@ -29,7 +29,10 @@ def linear_cross_entropy(
     """Cross-entropy of input linear_weight^T + linear_bias and class ids. Memory: ``linear_weighted_nll``.
 
     Args:
-        input (D,) or (N, D), linear_weight (V, D), target () or (N,) int64, linear_bias (V,).
+        input: (D,) or (N, D).
+        linear_weight: (V, D).
+        target: () or (N,) int64.
+        linear_bias: (V,).
         weight: (V,) weight of each class; "mean" divides by the sum of the targets' weights.
         ignore_index: None is -100.
     Returns:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from var_kernels.losses.checks import check_choice, check_constants, check_integers, check_rows, wide
 from var_kernels.losses.segments import group_rows
-from var_kernels.losses.weights import warn_if_advantages_vanish
+from var_kernels.losses.weight_checks import warn_if_advantages_vanish
 
 Advantages = Literal["group", "group_mean", "leave_one_out", "batch", "group_mean_batch_std", "given"]
 ADVANTAGES: tuple[str, ...] = get_args(Advantages)
+"""Names of ``advantages_by_name``."""
 WITHIN_PROMPT = ("group", "group_mean", "leave_one_out", "group_mean_batch_std")  # compare a prompt's completions
 _GROUP_EPS = 1e-4  # as other trainers have it
 _BATCH_EPS = 1e-5  # AWR's authors' code

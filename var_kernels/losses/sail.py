@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_integers, check_range, times, wide
+from var_kernels.losses.checks import check_choice, check_integers, check_number, times, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 
@@ -18,8 +18,6 @@ BASELINES = ("none", "leave_one_out")
     formula="-F - squared_coef/2 F^2, F = log sigmoid(beta D)",
     source="arXiv 2406.15567",
     evidence="code",
-    defaults={"beta": 0.1},
-    policy_labels=True,
 )
 def sail_dp_loss(
     policy_chosen_logp: Tensor,
@@ -74,9 +72,6 @@ def sail_dp_loss(
     formula="-F - squared_coef/2 F^2 - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
-    defaults={"beta": 0.1},
-    reads_draws=True,
-    policy_labels=True,
 )
 def sail_pp_loss(
     policy_chosen_logp: Tensor,
@@ -105,7 +100,7 @@ def sail_pp_loss(
     about log 1/2, so nearly all of the score term's variance goes with it.
 
     Args:
-        as ``sail_dp_loss``, and
+        policy_*, ref_*, *_lengths, beta, squared_coef, revkl_coef: see ``sail_dp_loss``.
         score_coef: >= 0, k. 1 is exact. Released: one coefficient of 0.2 for both terms, on a share of 0.3. That code
             divides the score by the sequence's log-prob, which flips its sign, and takes it 8 times (pairs a
             device times accumulation) as large as a loss a pair has it; its prompts and responses are mispaired
@@ -127,8 +122,6 @@ def sail_pp_loss(
     formula="-F - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
-    defaults={"beta": 0.1},
-    reads_draws=True,
 )
 def sail_pr_loss(
     policy_chosen_logp: Tensor,
@@ -152,7 +145,7 @@ def sail_pr_loss(
     score_coef = 1 gives the exact gradient. Released: share 0.3, score_coef 0.3.
 
     Args:
-        as ``sail_pp_loss``, without squared_coef.
+        policy_*, ref_*, *_lengths, beta, score_coef, baseline, revkl_coef: see ``sail_pp_loss``.
 
     Returns, Raises, Source: as ``sail_dp_loss``.
     """
@@ -200,10 +193,10 @@ def _sail(
     baseline: str = "none",
     revkl_coef: float = 0.0,
 ) -> Tensor:
-    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
-    check_range("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_range("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_range("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
+    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_number("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_number("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_number("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
     check_choice("baseline", baseline, BASELINES)
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     log_win_P = logsigmoid(beta * (chosen_P - rejected_P))

@@ -8,7 +8,6 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data.chat import ChatTemplate, Parts, template_errors
 from var_kernels.integrations.data.forms import DataError, Example, Problem
 
@@ -48,9 +47,9 @@ class EncodedRows:
         span = slice(self.offset[row], self.offset[row + 1])
         ids = self.token_ids[span].long()
         labels = ids.clone()
-        labels[: self.prompt_length[row]] = IGNORE_INDEX
+        labels[: self.prompt_length[row]] = -100
         if self.others is not None:
-            labels[self.others[span]] = IGNORE_INDEX
+            labels[self.others[span]] = -100
         known = {"input_ids": ids, "labels": labels, "group": self.group[row]}
         if self.reward is not None:
             known["reward"] = self.reward[row]

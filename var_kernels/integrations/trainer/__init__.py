@@ -1,9 +1,11 @@
 """VARTrainer and the settings of each method, on transformers.Trainer, the loss computed inside the lm_head.
 
-from var_kernels.integrations.trainer import VARConfig, VARTrainer
+Without the command line:
 
-rows = [{"prompt": "2 + 2 =", "completions": [" 4", " 5"], "rewards": [1.0, 0.0]}, ...]
-VARTrainer("my/model", VARConfig(output_dir="runs/var", lam=0.5), train_dataset=rows).train()
+    from var_kernels.integrations.trainer import VARConfig, VARTrainer
+
+    rows = [{"prompt": "2 + 2 =", "completions": [" 4", " 5"], "rewards": [1.0, 0.0]}, ...]
+    VARTrainer("my/model", VARConfig(output_dir="runs/var", lam=0.5), train_dataset=rows).train()
 """
 
 from importlib import import_module
@@ -13,15 +15,15 @@ from var_kernels.integrations import missing_package
 
 if TYPE_CHECKING:
     from var_kernels.integrations.trainer.config import AlignConfig, VARConfig, method_config
-    from var_kernels.integrations.trainer.non_finite import NonFiniteLossError
     from var_kernels.integrations.trainer.reward_model import RewardModel
     from var_kernels.integrations.trainer.rewards import RewardSum
+    from var_kernels.integrations.trainer.step import NonFiniteLossError
     from var_kernels.integrations.trainer.trainer import VARTrainer
 
 # The table of methods is also read where transformers is not installed.
 _HOME = {
     "AlignConfig": "config",
-    "NonFiniteLossError": "non_finite",
+    "NonFiniteLossError": "step",
     "RewardModel": "reward_model",
     "RewardSum": "rewards",
     "VARConfig": "config",

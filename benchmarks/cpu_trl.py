@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.cpu_machine import header, results_folder
-from var_kernels.integrations.tokenizer import train_tokenizer
+from var_kernels.integrations.from_scratch import train_tokenizer
 from var_kernels.integrations.trl import FusedHeadMixin
 from var_kernels.measure import peak_extra_bytes
 

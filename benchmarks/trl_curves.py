@@ -26,7 +26,7 @@ from rich.progress import track
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.cpu_machine import RESULTS, header
-from var_kernels.integrations.tokenizer import train_tokenizer
+from var_kernels.integrations.from_scratch import train_tokenizer
 from var_kernels.integrations.trl import FusedHeadMixin
 
 CHAT = (

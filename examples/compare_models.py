@@ -16,7 +16,7 @@ from var_kernels.integrations.hf import sequence_logprobs
 from var_kernels.integrations.trainer import RewardModel
 from var_kernels.integrations.trainer.loading import load_causal_lm
 from var_kernels.integrations.trainer.online import GenerateSampler
-from var_kernels.integrations.trainer.online.loop import prompts_of
+from var_kernels.integrations.trainer.online.draws import prompts_of
 from var_kernels.integrations.trainer.rewards import apply_reward_function, load_rewards
 
 parser = argparse.ArgumentParser(description="Mean reward, win rate and KL of models against a reference.")

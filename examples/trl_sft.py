@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from var_kernels.integrations.tokenizer import train_tokenizer
+from var_kernels.integrations.from_scratch import train_tokenizer
 from var_kernels.integrations.trl import FusedHeadMixin
 
 

@@ -258,7 +258,7 @@ REFUSED = {
     "labels": (TypeError, "mask must be a bool tensor.*labels != ignore_index", lambda: ava_d_loss(Z, Z, Z, M.long())),
     "rejected": (TypeError, "rejected_mu must be a floating-point tensor", lambda: ava_p_loss(Z, Z, Z, Z.long(), Z, Z, M, M)),
     "pairs": (ValueError, "rejected_token_logp must hold 2 rows", lambda: ava_p_loss(Z, Z[:1], Z, Z[:1], Z, Z[:1], M, M[:1])),
-    "rewards": (ValueError, r"rejected_reward must be \(3,\)", lambda: bradley_terry_loss(Z[0], Z[0, :2])),
+    "rewards": (ValueError, r"rejected_mu must be \(3,\)", lambda: bradley_terry_loss(Z[0], Z[0, :2])),
 }  # fmt: skip
 
 

@@ -55,20 +55,20 @@ COMMAND_LINES = {
     "no output": ({"output-dir": None}, {}, "--output-dir is missing: where checkpoints"),
     "no model": ({"from-scratch": None}, {}, "give one of --model and --from-scratch, got neither"),
     "two models": ({"model": "gpt2"}, {}, "give one of --model and --from-scratch, got both"),
-    "no number": ({"learning-rate": "fast"}, {}, "train: --learning-rate: expected float, got 'fast'"),
-    "no whole number": ({"seed": "1.5"}, {}, "train: --seed: expected int, got '1.5'"),
-    "no value": ({"lam": True}, {}, "lam: expected float, got True (a flag without a value)"),
+    "no number": ({"learning-rate": "fast"}, {}, "train: --learning-rate must be of type float, got 'fast'"),
+    "no whole number": ({"seed": "1.5"}, {}, "train: --seed must be of type int, got '1.5'"),
+    "no value": ({"lam": True}, {}, "lam must be of type float, got True (a flag without a value)"),
     "unknown option": ({"lerning-rate": "1"}, {}, "unknown option --lerning-rate, did you mean --learning-rate?"),
     "an option like no other": ({"packing": True}, {}, "unknown option --packing\n"),
     "a tracker that is not installed": ({"report-to": "azure_ml"}, {}, "report-to: AzureMLCallback requires"),
     "unknown key in YAML": ({"config": "c.yaml"}, {"c.yaml": "lamb: 3"}, "unknown option --lamb, did you mean --lam?"),
     "YAML that is none": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "c.yaml is not YAML"),
     "YAML of a list": ({"config": "c.yaml"}, {"c.yaml": "- 1"}, "c.yaml must hold 'name: value' lines, got a list"),
-    "wrong type in YAML": ({"config": "c.yaml"}, {"c.yaml": "lam: much"}, "lam: expected float, got 'much'"),
+    "wrong type in YAML": ({"config": "c.yaml"}, {"c.yaml": "lam: much"}, "lam must be of type float, got 'much'"),
     "YAML of another encoding": ({"config": "c.yaml"}, {"c.yaml": latin_1}, "config: c.yaml is not UTF-8: "),
     "no such YAML": ({"config": "none.yaml"}, {}, "config: no such file: none.yaml"),
     "stray word": ({"bf16": "false stray"}, {}, "'stray' belongs to no option"),
-    "bad field value": ({"weight-decay": "heavy"}, {}, "weight_decay: expected float, got 'heavy'"),
+    "bad field value": ({"weight-decay": "heavy"}, {}, "weight_decay must be of type float, got 'heavy'"),
     "unknown method": (
         {"method": "sail"},
         {},
@@ -81,30 +81,30 @@ COMMAND_LINES = {
     "beta of 0": ({"method": "dpo", "beta": "0"}, {}, "beta must be finite and > 0, got 0.0"),
     "another method's option": ({"beta": "1"}, {}, "--beta is no option of method 'var'; it belongs to"),
     "unknown reduction": ({"method": "ipo", "token-reduction": "all"}, {}, "one of 'sum', 'mean', got 'all'"),
-    "no room": ({"max-length": "1"}, {}, "max_length: expected >= 2 tokens, got 1"),
-    "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate: expected >= 0, got -1.0"),
-    "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size: expected >= 1, got 0"),
-    "no step": ({"max-steps": "0"}, {}, "max_steps: expected >= 1, or -1 for num_train_epochs, got 0"),
-    "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps: expected >= 1"),
+    "no room": ({"max-length": "1"}, {}, "max_length must be >= 2 tokens, got 1"),
+    "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate must be >= 0, got -1.0"),
+    "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size must be >= 1, got 0"),
+    "no step": ({"max-steps": "0"}, {}, "max_steps must be >= 1, or -1 for num_train_epochs, got 0"),
+    "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps must be >= 1"),
     "no option of the schedule": (
         {"lr-scheduler-kwargs": '{"bad":1}'},
         {},
-        "lr-scheduler-kwargs: expected JSON of the options of 'linear', such as {\"num_cycles\": 2}, got {'bad': 1}",
+        "lr-scheduler-kwargs must be JSON of the options of 'linear', such as {\"num_cycles\": 2}, got {'bad': 1}",
     ),
     "a hub that is not there": ({"push-to-hub": True}, {}, "push-to-hub: the hub gave no repository ("),
-    "optimiser's options": ({"optim-args": "bad"}, {}, "optim-args: expected key=value,key=value, got 'bad'"),
-    "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor: expected 0, got 0.1"),
+    "optimiser's options": ({"optim-args": "bad"}, {}, "optim-args must be key=value,key=value, got 'bad'"),
+    "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor must be 0, got 0.1"),
     "sampling by length": (
         {"train-sampling-strategy": "group_by_length"},
         {},
-        "train_sampling_strategy: expected 'random' or 'sequential', got 'group_by_length'",
+        "train_sampling_strategy must be 'random' or 'sequential', got 'group_by_length'",
     ),
     "a model that is nowhere": (
         {"from-scratch": None, "model": "nobody/nothing"},
         {},
         "model: nobody/nothing is no local directory with a model in it, and could not be had from the hub",
     ),
-    "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb: expected > 0, or None, got -3.0"),
+    "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb must be > 0, or None, got -3.0"),
     "unknown SFT set": ({"method": "sft", "sft-on": "worst"}, {}, "sft_on must be one of 'best', 'all', got 'worst'"),
     "moving precomputed reference": ({"sync-ref-model": True}, {}, "pass precompute_ref_log_probs=False"),
     "no such file": ({"dataset": "none.jsonl"}, {}, "dataset: no such file: none.jsonl"),
@@ -140,7 +140,7 @@ COMMAND_LINES = {
         {"m.jsonl": GOOD_LINE + '\n{"prompt": \n'},
         "train: m.jsonl:2: not JSON: Expecting value at column 11; mend what is malformed",
     ),
-    "unknown dtype": ({"from-scratch": None, "model": ".", "dtype": "fp8"}, {}, "dtype: expected float32, bfloat16,"),
+    "unknown dtype": ({"from-scratch": None, "model": ".", "dtype": "fp8"}, {}, "dtype must be float32, bfloat16,"),
     "a dtype from scratch": ({"dtype": "bfloat16"}, {}, "dtype: a model from scratch is in float32, got 'bfloat16'"),
     "a folder without a model": (
         {"from-scratch": None, "model": "."},
@@ -174,8 +174,8 @@ COMMAND_LINES = {
         {"m.jsonl": '{"question": "p", "completion": "a", "reward": 1}'},
         "m.jsonl:1: columns: there is no 'query' among its keys ['completion', 'question', 'reward']",
     ),
-    "columns that are no pairs": ({"columns": "prompt"}, {}, "columns: expected WANTED=NAME,WANTED=NAME, got 'prompt'"),
-    "a column twice": ({"columns": "prompt=a,prompt=b"}, {}, "columns: expected WANTED=NAME,WANTED=NAME"),
+    "columns that are no pairs": ({"columns": "prompt"}, {}, "columns must be WANTED=NAME,WANTED=NAME, got 'prompt'"),
+    "a column twice": ({"columns": "prompt=a,prompt=b"}, {}, "columns must be WANTED=NAME,WANTED=NAME"),
     "a normalizer that is nearly one": (
         {"normalizer": "groups"},
         {},
@@ -205,13 +205,13 @@ COMMAND_LINES = {
     "no such model": ({"from-scratch": None, "model": "./none"}, {}, "model: no such directory: ./none"),
     "unknown size": ({"from-scratch": "hiden=8"}, {}, "from-scratch: unknown key 'hiden', did you mean hidden?"),
     "size of another type": ({"from-scratch": "hidden=big"}, {}, "from-scratch: hidden must be int, got 'big'"),
-    "size without value": ({"from-scratch": "hidden"}, {}, "from-scratch: expected key=value,key=value, got 'hidden'"),
+    "size without value": ({"from-scratch": "hidden"}, {}, "from-scratch must be key=value,key=value, got 'hidden'"),
     "odd heads": ({"from-scratch": "hidden=16,heads=3"}, {}, "from-scratch: hidden must be a multiple of 2 x heads"),
     "no layers": ({"from-scratch": "layers=0"}, {}, "from-scratch: layers must be at least 1, got 0"),
     "small vocabulary": ({"from-scratch": "vocab=100"}, {}, "vocab_size must be at least 259"),
     "unknown LoRA key": ({"lora": "rank=8"}, {}, "lora: unknown key 'rank'"),
     "LoRA of rank 0": ({"lora": "r=0"}, {}, "lora: r must be at least 1, got 0"),
-    "reward without colon": ({"reward": "json"}, {}, "reward: expected module:function, got 'json'"),
+    "reward without colon": ({"reward": "json"}, {}, "reward must be module:function, got 'json'"),
     "reward of no module": ({"reward": "no_such_module:f"}, {}, "reward: module 'no_such_module' cannot be imported"),
     "reward of no function": ({"reward": "json:f"}, {}, "reward: module 'json' has no function 'f'"),
     "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir: rows.jsonl is a file; choose another"),
@@ -255,7 +255,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["doctor", "--length", "0"]) == 2
     assert "--length must be at least 1, got 0" in capsys.readouterr().err
     assert main(["doctor", "--length", "long"]) == 2
-    assert capsys.readouterr().err == "var-kernels doctor: --length: expected int, got 'long'\n"
+    assert capsys.readouterr().err == "var-kernels doctor: --length must be of type int, got 'long'\n"
     assert main(["doctor", "--model", "nobody/nothing"]) == 2
     assert capsys.readouterr().err.startswith("var-kernels doctor: model: nobody/nothing is no local directory")
 
@@ -306,12 +306,12 @@ TRAINERS = {
     "not a VARConfig": (
         lambda f: VARTrainer(tiny_model(), {"lam": 1}, ROWS),
         TypeError,
-        "args: expected a VARConfig or a method_config",
+        "args must be a VARConfig or a method_config",
     ),
     "a name for rows": (
         lambda f: VARTrainer(tiny_model(), tiny_config(f), "rows.jsonl", processing_class=tokenizer()),
         TypeError,
-        "train_dataset: expected rows, got the name 'rows.jsonl'",
+        "train_dataset must be rows, got the name 'rows.jsonl'",
     ),
     "no rows": (lambda f: tiny_trainer(f, []), DataError, "train_dataset: holds no rows"),
     "a malformed row": (
@@ -337,7 +337,7 @@ TRAINERS = {
     "a model from nowhere without a tokenizer": (
         lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS),
         ValueError,
-        "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere",
+        "processing_class must be a tokenizer, got none, and the model was loaded from nowhere",
     ),
     "no end of sequence": (
         lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS, processing_class=without_eos()),
@@ -352,12 +352,12 @@ TRAINERS = {
     "unused columns removed": (
         lambda f: VARConfig(str(f / "run"), remove_unused_columns=True),
         ValueError,
-        "remove_unused_columns: expected False",
+        "remove_unused_columns must be False",
     ),
     "a frozen model": (
         lambda f: tiny_trainer(f, model=tiny_model().requires_grad_(False)),
         ValueError,
-        "model: expected parameters that require a gradient, got a LlamaForCausalLM with all of them frozen",
+        "model must have parameters that require a gradient, got a LlamaForCausalLM with all of them frozen",
     ),
     "a moving reference of an adapter": (
         lambda f: tiny_trainer(

@@ -195,14 +195,14 @@ def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
 
 TIED = """
 import sys
-from var_kernels.integrations import scratch
-make = scratch.make_model
+from var_kernels.integrations import from_scratch
+make = from_scratch.make_model
 def tied(*args, **options):
     model = make(*args, **options)
     model.config.tie_word_embeddings = True
     model.tie_weights()
     return model
-scratch.make_model = tied
+from_scratch.make_model = tied
 from var_kernels.cli import main
 main(sys.argv[1:])
 """
@@ -407,7 +407,7 @@ def test_values_take_the_declared_type(value, kind, wanted):
     ("value", "kind"), [("fast", "float"), ("maybe", "bool"), (True, "int"), ("1.5", "int"), ([1], "str")]
 )
 def test_values_of_another_type_are_refused(value, kind):
-    with pytest.raises(ValueError, match=f"name: expected .*{kind}"):
+    with pytest.raises(ValueError, match=f"name must be of type .*{kind}"):
         coerce("name", value, kind)
 
 

@@ -19,7 +19,7 @@ from var_kernels.cli.demo import experiment
 from var_kernels.integrations.trainer import VARConfig, method_config
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.losses import var_loss
-from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
+from var_kernels.losses.weights import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
 from var_kernels.reference import var_weights_ref
 
 
@@ -62,9 +62,9 @@ def test_settings_with_numbers_that_yaml_reads_as_text(instantiate, tmp_path):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("var", {"lam": "much"}, "lam: expected float, got 'much'"),
-        ("dpo", {"beta": "a lot"}, "beta: expected float, got 'a lot'"),
-        ("var", {"max_length": "8.5"}, "max_length: expected int, got '8.5'"),
+        ("var", {"lam": "much"}, "lam must be of type float, got 'much'"),
+        ("dpo", {"beta": "a lot"}, "beta must be of type float, got 'a lot'"),
+        ("var", {"max_length": "8.5"}, "max_length must be of type int, got '8.5'"),
         ("var", {"normalizer": "rows"}, "normalizer"),
     ],
 )

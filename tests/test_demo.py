@@ -29,8 +29,8 @@ from var_kernels.cli.demo.progress import Phases
 from var_kernels.cli.demo.replies import Drawn, Sampling
 from var_kernels.cli.demo.report import write_report
 from var_kernels.cli.demo.table import print_results
-from var_kernels.integrations.scratch import ScratchSpec
-from var_kernels.integrations.trainer import shares
+from var_kernels.integrations.from_scratch import ScratchSpec
+from var_kernels.integrations.trainer import row_weights
 
 torch.set_num_threads(1)
 
@@ -188,7 +188,7 @@ MUTANTS = {
 def test_broken_weights_miss_the_margin(finished, tmp_path, monkeypatch, mutant):
     results, folder, at, _ = finished
     rows = [json.loads(line) for line in (folder / "data" / "completions.jsonl").read_text().splitlines()]
-    monkeypatch.setattr(shares, "var_weights", MUTANTS[mutant](shares.var_weights))
+    monkeypatch.setattr(row_weights, "var_weights", MUTANTS[mutant](row_weights.var_weights))
     policy, _ = experiment.align("VAR", at, rows, Run(QUICK, 0, tmp_path, CPU), lambda: None)
     drawn = replies.draw(policy, at.tokenizer, at.held_out, QUICK.eval_samples, QUICK.sampling, at.reward, 3)
     row = replies.summarise(drawn, of_reference(results, at), torch.zeros(len(at.held_out), QUICK.eval_samples))
@@ -366,7 +366,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
         (["--output", "{folder}/theirs"], "theirs holds data, which no demo wrote; choose another directory"),
         (["--sed", "1"], "unknown option --sed, did you mean --seed?"),
         (["--compare", "dpo,kto"], "--compare: expected some of sft, best-of-n, dpo, got 'kto'; VAR is always trained"),
-        (["--reward", "nothing"], "reward: expected module:function, got 'nothing'"),
+        (["--reward", "nothing"], "reward must be module:function, got 'nothing'"),
         (["--model", "no/such/folder"], "model: no such directory: no/such/folder"),
     ],
 )

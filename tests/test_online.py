@@ -11,12 +11,11 @@ pytest.importorskip("transformers")
 from tests.tiny_online import PROMPTS, Recording, buffered, online_trainer, reward, trained
 from tests.tiny_training import ROWS, losses, tiny_model, tiny_trainer, tokenizer
 from var_kernels.integrations.data import load_examples
+from var_kernels.integrations.trainer.config import _why_not
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import GenerateSampler
 from var_kernels.integrations.trainer.online.buffer import Drawn
-from var_kernels.integrations.trainer.online.measures import measures
-from var_kernels.integrations.trainer.online.settings import _why_not
-from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
+from var_kernels.integrations.trainer.online.draws import FixedLengthItems, encode_drawn, label_pairs, measures
 
 SAMPLER = GenerateSampler(pad_token_id=2, end_token_ids=(1,))
 FITTING = sorted(name for name, method in METHODS.items() if not _why_not(name, method))
@@ -112,10 +111,10 @@ def test_what_pads_a_completion_is_no_part_of_it(drawn, kept, tmp_path):
     [
         (lambda p: None, "a list with an entry for each of 2 prompts, got NoneType"),
         (lambda p: [[[1]] * 3], "for each of 2 prompts, got 1"),
-        (lambda p: [[[1]] * 3, [[1]]], "expected 3 completions of prompt 1, got 1"),
-        (lambda p: [[[1], [1], []]] * 2, "expected completions of 1 to 5 tokens, got 0"),
-        (lambda p: [[[1] * 6] * 3] * 2, "expected completions of 1 to 5 tokens, got 6"),
-        (lambda p: [[[999]] * 3] * 2, "expected token ids from 0 to 269, got 999"),
+        (lambda p: [[[1]] * 3, [[1]]], "must return 3 completions of prompt 1, got 1"),
+        (lambda p: [[[1], [1], []]] * 2, "must return completions of 1 to 5 tokens, got 0"),
+        (lambda p: [[[1] * 6] * 3] * 2, "must return completions of 1 to 5 tokens, got 6"),
+        (lambda p: [[[999]] * 3] * 2, "must return token ids from 0 to 269, got 999"),
     ],
 )
 def test_what_a_sampler_does_wrong_is_said(made, message, tmp_path):
@@ -305,7 +304,7 @@ def test_temperatures_are_said_in_a_line(tmp_path, caplog):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_temperature_out_of_range_is_refused(value, tmp_path):
-    with pytest.raises(ValueError, match="logp_temperature: expected finite and > 0"):
+    with pytest.raises(ValueError, match="logp_temperature must be finite and > 0"):
         online_trainer(tmp_path, method="grpo", logp_temperature=value)
 
 

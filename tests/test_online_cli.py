@@ -73,12 +73,12 @@ REFUSED = {
         {},
         "refresh_reference: online VAR's weights are those of completions drawn from the reference",
     ),
-    "a cold policy": ({"sampling_temperature": 0}, {}, "sampling_temperature: expected finite and > 0, got 0.0"),
-    "no room for prompts": ({"max_new_tokens": 32}, {}, "max_new_tokens: expected < max_length = 32"),
-    "no iterations": ({"iterations": 0}, {}, "iterations: expected >= 1, got 0"),
-    "no prompts in an iteration": ({"prompts_per_iteration": 0}, {}, "prompts_per_iteration: expected >= 1, got 0"),
-    "no steps": ({"steps_per_iteration": 0}, {}, "steps_per_iteration: expected >= 1, or None, got 0"),
-    "no completions at once": ({"sampling_batch_size": 0}, {}, "sampling_batch_size: expected >= 1, got 0"),
+    "a cold policy": ({"sampling_temperature": 0}, {}, "sampling_temperature must be finite and > 0, got 0.0"),
+    "no room for prompts": ({"max_new_tokens": 32}, {}, "max_new_tokens must be < max_length = 32"),
+    "no iterations": ({"iterations": 0}, {}, "iterations must be >= 1, got 0"),
+    "no prompts in an iteration": ({"prompts_per_iteration": 0}, {}, "prompts_per_iteration must be >= 1, got 0"),
+    "no steps": ({"steps_per_iteration": 0}, {}, "steps_per_iteration must be >= 1, or None, got 0"),
+    "no completions at once": ({"sampling_batch_size": 0}, {}, "sampling_batch_size must be >= 1, got 0"),
     "two moving references": (
         {"sync_ref_model": "true", "precompute_ref_log_probs": "false"},
         {},
@@ -99,7 +99,7 @@ REFUSED = {
         {},
         "--label-by is no option of method 'dpo'; it belongs to sail_pr",
     ),
-    "a word for a switch": ({"online": "perhaps"}, {}, "online: expected bool, got 'perhaps'"),
+    "a word for a switch": ({"online": "perhaps"}, {}, "online must be of type bool, got 'perhaps'"),
     "a row without a prompt": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"prompt": "1 + 1 = "}\n{"text": "2"}\n'},
@@ -149,7 +149,7 @@ def test_a_reward_that_fails_in_the_middle_stops_with_its_row_and_resumes_when_m
     monkeypatch.setattr(judge, "lengths", fails_later)
     assert main(words(**settings)) == 2
     printed = capsys.readouterr().err
-    assert "the reward function fails on these completions, which are kept; mend it and resume" in printed
+    assert "the reward function fails on these completions; mend it and resume, which draws the same again" in printed
     assert "iteration 1, prompts.jsonl:" in printed
     assert "sample 1: the reward function must return finite numbers, got nan" in printed
     assert main(words(**settings)) == 2

@@ -61,12 +61,12 @@ def test_the_recipe(registries, tmp_path, monkeypatch):
     assert {"pair_margin", "logp_chosen"} <= set(given["trainer"].state.log_history[0])
 
 
-def test_what_a_registration_refuses(registries):
-    with pytest.raises(ValueError, match=r"loss 'dpo': expected a new name.*'dpo' is dpo_loss already"):
+def test_what_a_registration_refuses(registries, tmp_path):
+    with pytest.raises(ValueError, match=r"loss 'dpo' must have a new name.*'dpo' is dpo_loss already"):
         register("dpo", pass_class="C", item="pair", formula="")
     with pytest.raises(ValueError, match="got pass_class='E', item='pair'"):
         register("mine", pass_class="E", item="pair", formula="")
-    with pytest.raises(ValueError, match=r"method: expected one of .*, got 'mine'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'mine'"):
         method_config("mine")
 
     @register("mine", pass_class="B", item="token", formula="-A lp")
@@ -80,6 +80,14 @@ def test_what_a_registration_refuses(registries):
     def tilted_loss(policy_chosen_logp, policy_rejected_logp, *, tilt, drop=0.5):
         return drop * policy_rejected_logp - tilt * policy_chosen_logp
 
+    facts = {"pass_class": "C", "item": "pair", "formula": ""}
+    with pytest.raises(ValueError, match="defaults must name options of the loss 'mine as well', got tilted"):
+        register("mine as well", defaults={"tilted": 2.0}, **facts)(LOSSES["mine too"].function)
+    register("mine as well", defaults={"tilt": 2.0}, **facts)(LOSSES["mine too"].function)
+    assert method_config("mine as well")(tmp_path, use_cpu=True, report_to="none").tilt == 2.0
+    assert methods.METHODS["mine as well"].loss.compares == ""
+    register("of prompts", **{**facts, "item": "group"})(lambda policy_logp, reward, group_ids: None)
+    assert LOSSES["of prompts"].compares == "prompt"
     with pytest.raises(ValueError, match="'mine too' needs a default for tilt"):
         method_config("mine too")
     assert LOSSES["mine too"].option_types == {"tilt": float, "drop": float}

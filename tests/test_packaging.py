@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_SOURCE = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.pyc")
+NOT_SOURCE = (".*", "runs", "build", "dist", "site", "*.egg-info", "__pycache__", "*.so", "*.pyc")
 PAGES = sorted(
     page
     for page in (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
-    if not {".venv", "runs", "build"} & set(page.parts)
+    if not {".venv", "runs", "build", "site"} & set(page.parts)
 )
 
 

@@ -77,7 +77,7 @@ def test_several_functions_with_weights(folder, monkeypatch):  # noqa: F811
     assert trainer.train_dataset.rows.reward.tolist() == [2.0, 1.0] * 4
     online = columns_of(examples[0], RewardSum(both))
     assert online["answer"] == "1"
-    with pytest.raises(ValueError, match=r"reward: expected module:function\*weight, got 'a:f\*x'"):
+    with pytest.raises(ValueError, match=r"reward must be module:function\*weight, got 'a:f\*x'"):
         load_rewards("a:f*x")
     for parts, error in (([], ValueError), ([3], TypeError), ([(len, float("nan"))], ValueError)):
         with pytest.raises(error, match="reward_func must hold"):
@@ -184,6 +184,28 @@ def test_rows_that_a_function_with_columns_fails_on_are_named(tmp_path):
 
     with pytest.raises(DataError, match="train_dataset row 3: the reward function raised ZeroDivisionError"):
         tiny_trainer(tmp_path, ANSWERS, trainer_options={"reward_func": function})
+
+
+@pytest.mark.parametrize(
+    ("error", "sizes", "message"),
+    [
+        (KeyError, [5, 1, 1, 1], "place 2: the reward function raised KeyError: 'no answer'"),
+        (TimeoutError, [5], "place 0: the reward function raised TimeoutError on 5 rows from here on: no answer"),
+    ],
+)
+def test_a_function_that_fails_is_called_again_up_to_the_first_row_and_a_service_is_not(error, sizes, message):
+    calls = []
+
+    def function(prompts, completions):
+        calls.append(len(prompts))
+        if {"2", "4"} & set(prompts):
+            raise error("no answer")
+        return [0.0] * len(prompts)
+
+    examples = [Example(str(n), ["c"], None, [f"place {n}"]) for n in range(5)]
+    with pytest.raises(DataError, match=message):
+        apply_reward_function(function, examples)
+    assert calls == sizes
 
 
 @pytest.mark.parametrize(

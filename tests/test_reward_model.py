@@ -207,7 +207,7 @@ REFUSED = {
     "a causal LM": (lambda f: saved(f, tiny_model(dtype=torch.float32)), ValueError,
                     "is no trained classifier: score.weight would be random"),
     "two labels": (lambda f: saved(f, classifier(2)), ValueError, "a classifier with one label, got 2 labels"),
-    "a value head": (value_model, ValueError, "holds a ValueHead; expected a RewardHead"),
+    "a value head": (value_model, ValueError, "must hold a RewardHead, got a ValueHead"),
 }  # fmt: skip
 
 

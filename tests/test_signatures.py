@@ -10,7 +10,7 @@ import torch
 import typing_extensions
 
 import var_kernels
-from var_kernels.losses import var, weight_checks, weighted_sequence_nll
+from var_kernels.losses import var, weighted_sequence_nll, weights
 from var_kernels.losses.checks import TOKEN_REDUCTIONS
 from var_kernels.ops import (
     linear_logprob,
@@ -68,11 +68,11 @@ def test_overloads_are_the_signature(function):
         ("engine", signatures.ENGINES, lambda x: var_kernels.linear_weighted_nll(H, W, Y, None, engine=x)),
         ("reduction", signatures.REDUCTIONS, lambda x: var_kernels.linear_weighted_nll(H, W, Y, None, reduction=x)),
         ("direction", signatures.DIRECTIONS, lambda x: var_kernels.linear_token_kl(H, W, H, W, direction=x)),
-        ("normalizer", weight_checks.NORMALIZERS, lambda x: var_kernels.VARLoss(lam=1.0, normalizer=x)),
+        ("normalizer", weights.NORMALIZERS, lambda x: var_kernels.VARLoss(lam=1.0, normalizer=x)),
         ("token_reduction", TOKEN_REDUCTIONS, lambda x: var_kernels.VARLoss(lam=1.0, token_reduction=x)),
         (
             "reference",
-            weight_checks.REFERENCES,
+            weights.REFERENCES,
             lambda x: var_kernels.VARLoss(lam=1.0, normalizer="batch", reference=x),
         ),
     ],

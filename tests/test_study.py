@@ -25,7 +25,7 @@ from benchmarks.study.plan import FULL, METHODS, QUICK, REAL, RealPlan
 from benchmarks.study.tables import number, spread
 from tests.tiny_training import ROWS, tiny_config, tiny_model, tokenizer
 from var_kernels.cli.demo.replies import Drawn
-from var_kernels.integrations.trainer import VARTrainer, method_config, shares
+from var_kernels.integrations.trainer import VARTrainer, method_config, row_weights
 
 torch.set_num_threads(1)
 
@@ -313,7 +313,7 @@ def test_estimators_that_are_one_in_the_trainer(tmp_path):
 
     def share(normalizer, reference):
         config = tiny_config(tmp_path, normalizer=normalizer, reference=reference)
-        return shares.var(dict(step), config, None)[0]["weight"]
+        return row_weights.var(dict(step), config, None)[0]["weight"]
 
     torch.testing.assert_close(share("batch", "sum"), share("batch_mean", "sum"))
     torch.testing.assert_close(share("group", "none"), share("self_normalised", "none"))

@@ -166,7 +166,7 @@ WRONG = {"a path": ("rows.jsonl", ValueError, "got 'rows.jsonl'; load_examples")
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_no_rows_is_refused(case, tmp_path):
     given, error, message = WRONG[case]
-    with pytest.raises(error, match=f"eval_dataset: expected .*{message}"):
+    with pytest.raises(error, match=f"eval_dataset must be .*{message}"):
         tiny_trainer(tmp_path, trainer_options={"eval_dataset": {"short": ROWS[:2]}}).evaluate(given)
 
 

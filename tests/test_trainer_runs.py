@@ -95,7 +95,10 @@ def test_a_reference_that_cannot_follow_is_refused_before_training(options, mess
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path):
-    trainer = tiny_trainer(tmp_path, model=tiny_model(attention_dropout=0.5), max_steps=1)
+    model = tiny_model(attention_dropout=0.5)
+    model.dropout_scale = 0.25  # a number of another meaning
+    trainer = tiny_trainer(tmp_path, model=model, max_steps=1)
+    assert model.dropout_scale == 0.25
     trainer.train()
     assert trainer.state.log_history[0]["kl_to_ref"] == pytest.approx(0, abs=1e-5)
     noisy = tiny_trainer(tmp_path, model=tiny_model(attention_dropout=0.5), max_steps=1, disable_dropout=False)

@@ -231,7 +231,7 @@ def test_lists_in_place_of_tensors_are_refused_by_name():
     batch = Batch(torch.float32)
     with pytest.raises(TypeError, match=r"cu_seqlens must be a tensor \(B \+ 1,\), got list"):
         sequence_sum(torch.zeros(6), cu_seqlens=[0, 2, 6])
-    with pytest.raises(TypeError, match=r"ref_logp must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"ref_logp must be a floating-point tensor .*, got list"):
         var_loss(batch.hidden, batch.lm_head_weight, batch.labels, batch.rewards, batch.ref_logp.tolist(), **SETTINGS)
 
 

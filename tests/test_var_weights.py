@@ -13,7 +13,7 @@ from var_kernels.losses import (
     effective_sample_size,
     warn_if_collapsed,
 )
-from var_kernels.losses.weight_checks import NORMALIZERS, REFERENCES
+from var_kernels.losses.weights import NORMALIZERS, REFERENCES
 from var_kernels.reference import var_weights_ref
 
 pytestmark = pytest.mark.filterwarnings("ignore::var_kernels.losses.CollapsedWeightsWarning")
@@ -407,7 +407,7 @@ REFUSED = {  # id: (error, words of the message, rewards, ref_logp, options)
     "NaN ref_logp": (ValueError, "ref_logp must be finite", [1.0, 2.0], [NAN, -1.0], {"reference": "sum"}),
     "overflow": (ValueError, "overflows at lam", [1e300, 2e300], None, {"lam": 1e-20}),
     "empty batch": (ValueError, "at least one sequence", [], None, {}),
-    "rewards a list": (TypeError, "rewards must be a torch.Tensor", "list", None, {}),
+    "rewards a list": (TypeError, "rewards must be a floating-point tensor", "list", None, {}),
     "rewards integers": (TypeError, r"rewards.float\(\)", torch.tensor([1, 0]), None, {}),
     "rewards (P, K)": (ValueError, "group_ids", [[1.0, 2.0], [3.0, 4.0]], None, {}),
     "ref_logp too long": (ValueError, "ref_logp must be", [1.0, 2.0], [-1.0] * 3, {"reference": "sum"}),

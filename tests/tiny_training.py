@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from var_kernels.integrations.data import encode_examples, parse_row
-from var_kernels.integrations.tokenizer import train_tokenizer
+from var_kernels.integrations.from_scratch import train_tokenizer
 from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
 from var_kernels.integrations.trainer.methods import find_method
 

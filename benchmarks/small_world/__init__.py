@@ -13,7 +13,7 @@ import torch
 from benchmarks.small_world import world
 from var_kernels.cli.demo.experiment import METHODS, Advance, Plan, Run, Subject, train
 from var_kernels.cli.demo.replies import Drawn, Sampling, mean_and_error, rewards_of
-from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
+from var_kernels.integrations.from_scratch import ScratchSpec, make_model, train_tokenizer
 
 MAX_LENGTH = 96  # tokens; the longest row of the corpus has about 45
 MAX_NEW_TOKENS = 48
@@ -59,7 +59,7 @@ def make_reference(run: Run, advance: Advance):
     """(model, tokenizer, corpus rows): a Llama-shaped model trained on one pass over the mixed-quality corpus."""
     plan = run.plan
     rows = list(itertools.islice(world.corpus(run.seed), plan.pretrain_steps * plan.pretrain_batch))
-    tokenizer = make_tokenizer(plan.model, (row["prompt"] + row["completion"] for row in rows[:10_000]))
+    tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in rows[:10_000]), plan.model.vocab)
     model = make_model(plan.model, len(tokenizer), MAX_LENGTH, run.seed)
     config = run.config("sft", plan.pretrain_steps, plan.pretrain_batch, plan.pretrain_rate, sft_on="all")
     train(model, tokenizer, rows, config, advance)

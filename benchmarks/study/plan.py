@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from benchmarks.small_world import MAX_NEW_TOKENS
-from var_kernels.integrations.scratch import ScratchSpec
+from var_kernels.integrations.from_scratch import ScratchSpec
 
 
 @dataclass(frozen=True)

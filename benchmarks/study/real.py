@@ -18,7 +18,7 @@ from benchmarks.study.world_runs import Context, batch_size
 from var_kernels.cli.demo import experiment
 from var_kernels.cli.demo.experiment import Run
 from var_kernels.integrations.data import load_examples
-from var_kernels.integrations.scratch import make_model, make_tokenizer
+from var_kernels.integrations.from_scratch import make_model, train_tokenizer
 
 _HELD_OUT = "held_out_logp.pt"
 _CHARACTERS = 12  # a token has about four: what is dropped would have been cut after it was tokenised
@@ -60,7 +60,9 @@ def real_reference(context: Context) -> dict:
     folder = context.folder / "reference" / "real"
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = split(read_file(context.rewards_file, plan.max_length), plan.held_out)
-    tokenizer = make_tokenizer(plan.model, (text for row in train for text in (row["prompt"], *row["completions"])))
+    tokenizer = train_tokenizer(
+        (text for row in train for text in (row["prompt"], *row["completions"])), plan.model.vocab
+    )
     model = make_model(plan.model, len(tokenizer), plan.max_length, 0)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

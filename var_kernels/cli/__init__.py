@@ -67,7 +67,9 @@ class _Parser(argparse.ArgumentParser):
     """Raises in one line what argparse would print below twenty lines of usage."""
 
     def error(self, message: str):
-        message = re.sub(r"invalid (\w+) value: (.*)", r"expected \1, got \2", message.removeprefix("argument "))
+        message = re.sub(
+            r": invalid (\w+) value: (.*)", r" must be of type \1, got \2", message.removeprefix("argument ")
+        )
         raise ValueError(message)
 
 

@@ -105,7 +105,7 @@ def cores() -> int:
 
 
 def memory_line() -> str:
-    """What is there, what is free, and a container's limit where it is lower."""
+    """Memory that is there and that is free, and a container's limit where it is lower."""
     kib = {words[0]: int(words[1]) for line in _lines("/proc/meminfo") if len(words := line.split()) > 1}
     if "MemTotal:" in kib:
         total = 1024 * kib["MemTotal:"]
@@ -165,7 +165,7 @@ def memory_limit(**where) -> int | None:
 
 
 def load_lines(threads: int) -> list[str]:
-    """How busy the machine is, and what to do where this process's threads get fewer CPUs than they are."""
+    """The machine's load, and what to do where this process's threads get fewer CPUs than they are."""
     lines = []
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]

@@ -65,7 +65,7 @@ def coerce(name: str, value: Any, kind: str) -> Any:
             return str(value).lower() in ("true", "yes", "1")
     elif isinstance(value, bool) and wanted and "str" not in wanted:
         hint = " (a flag without a value)" if value else ""
-        raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value}{hint}")
+        raise ValueError(f"{name} must be of type {' or '.join(wanted)}, got {value}{hint}")
     for word, cast in (("int", int), ("float", float)):
         if word in wanted:
             try:
@@ -82,7 +82,7 @@ def coerce(name: str, value: Any, kind: str) -> Any:
         return value
     if not wanted or type(value).__name__ in wanted:
         return value
-    raise ValueError(f"{name}: expected {' or '.join(wanted)}, got {value!r}")
+    raise ValueError(f"{name} must be of type {' or '.join(wanted)}, got {value!r}")
 
 
 def no_such_model(option: str, name: str, error: Exception) -> OSError:
@@ -103,7 +103,7 @@ def key_values(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, A
     for part in filter(None, text.split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise ValueError(f"{name}: expected key=value,key=value, got {part!r}")
+            raise ValueError(f"{name} must be key=value,key=value, got {part!r}")
         if key not in defaults:
             raise ValueError(f"{name}: unknown key {key!r}{nearest(key, defaults)}; keys: {', '.join(defaults)}")
         try:

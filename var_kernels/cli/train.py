@@ -264,7 +264,7 @@ def _check_model_options(settings: dict) -> None:
         given = "both" if settings["model"] else "neither"
         raise ValueError(f"give one of --model and --from-scratch, got {given}")
     if settings["dtype"] not in ("float32", "bfloat16", "float16", "auto"):
-        raise ValueError(f"dtype: expected float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {settings['dtype']!r}")
     if settings["from_scratch"] and settings["dtype"] != "float32":
         raise ValueError(f"dtype: a model from scratch is in float32, got {settings['dtype']!r}; drop --dtype")
 
@@ -287,7 +287,7 @@ def _check_optimisation(config) -> None:
     from transformers import get_scheduler
 
     if config.optim_args and not all("=" in pair for pair in config.optim_args.split(",")):
-        raise ValueError(f"optim-args: expected key=value,key=value, got {config.optim_args!r}")
+        raise ValueError(f"optim-args must be key=value,key=value, got {config.optim_args!r}")
     given = config.lr_scheduler_kwargs
     optimizer = optim.SGD([nn.Parameter()], lr=config.learning_rate)
     try:
@@ -295,13 +295,13 @@ def _check_optimisation(config) -> None:
     except TypeError as error:
         kind = config.lr_scheduler_type.value
         raise ValueError(
-            f'lr-scheduler-kwargs: expected JSON of the options of {kind!r}, such as {{"num_cycles": 2}}, '
+            f'lr-scheduler-kwargs must be JSON of the options of {kind!r}, such as {{"num_cycles": 2}}, '
             f"got {given!r}: {error}"
         ) from error
 
 
 def _check_writable(output_dir: Path) -> None:
-    """That the folder, or the nearest above it that is there, takes files: known before the work and not after it."""
+    """Refuse a folder that cannot be written to, or whose nearest parent cannot: before the work and not after it."""
     folder = output_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -342,7 +342,7 @@ def _columns(text: str | None) -> dict[str, str]:
     pairs = [part.partition("=") for part in filter(None, (text or "").split(","))]
     columns = {wanted.strip(): name.strip() for wanted, _, name in pairs}
     if not all(equals and wanted and name for wanted, equals, name in pairs) or len(columns) < len(pairs):
-        raise ValueError(f"columns: expected WANTED=NAME,WANTED=NAME, got {text!r}")
+        raise ValueError(f"columns must be WANTED=NAME,WANTED=NAME, got {text!r}")
     return columns
 
 
@@ -450,13 +450,13 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
     from var_kernels.integrations.trainer.loading import load_causal_lm
 
     if settings["from_scratch"]:
-        from var_kernels.integrations.scratch import ScratchSpec, make_model, make_tokenizer
+        from var_kernels.integrations.from_scratch import ScratchSpec, make_model, train_tokenizer
 
         spec = ScratchSpec(**key_values("from-scratch", settings["from_scratch"], vars(ScratchSpec())))
         if not all(isinstance(example.prompt, str) for example in examples):
             raise ValueError("from-scratch: a new tokenizer has no chat template; the data must be plain text")
         texts = (text for example in examples for text in (example.prompt, *example.completions))
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else make_tokenizer(spec, texts)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else train_tokenizer(texts, spec.vocab)
         return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
     name = settings["model"]
     if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):

@@ -5,6 +5,8 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+# The label of a token without loss, in every library here.
+IGNORE_INDEX = -100
 # Module -> the extra of this project that brings it.
 EXTRAS = {
     **dict.fromkeys(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from var_kernels.integrations.options_module import OptionsModule
+from var_kernels.integrations.liger import OptionsModule
 from var_kernels.ops import linear_logprob, linear_weighted_nll
 
 _FILTERS = ("auto", "high")

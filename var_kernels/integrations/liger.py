@@ -11,14 +11,22 @@ accuracy of a batch without a label is 0, not NaN.
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from var_kernels.integrations.options_module import OptionsModule
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 from var_kernels.ops.define import first_order
 from var_kernels.ops.head import spans
 
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+class OptionsModule(nn.Module):
+    """A module that only has options: the fields under ``@dataclass(eq=False, repr=False)`` are its arguments."""
+
+    def __new__(cls, *_args, **_kwargs):
+        module = super().__new__(cls)
+        nn.Module.__init__(module)  # before the first attribute is set
+        return module
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.integrations.options_module import OptionsModule
+from var_kernels.integrations.liger import OptionsModule
 from var_kernels.losses.checks import times
 from var_kernels.losses.margin import log_odds
 from var_kernels.losses.sequences import sequence_lengths, sequence_sum

@@ -38,7 +38,7 @@ from var_kernels.losses.policy_gradient import (
     topr_loss,
     vespo_loss,
 )
-from var_kernels.losses.registry import LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
+from var_kernels.losses.registry import LOSSES, MODEL_LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
 from var_kernels.losses.regression import (
     astar_po_loss,
     dro_loss,
@@ -65,18 +65,20 @@ from var_kernels.losses.token import (
 )
 from var_kernels.losses.var import VARLoss, VARStats, var_loss, weighted_sequence_nll
 from var_kernels.losses.variants import VARIANTS, Variant
-from var_kernels.losses.weight_checks import IgnoredRewardsWarning, warn_if_rewards_ignored
 from var_kernels.losses.weights import (
     CollapsedWeightsWarning,
+    IgnoredRewardsWarning,
     VARWeights,
     effective_sample_size,
     var_weights,
     warn_if_collapsed,
+    warn_if_rewards_ignored,
 )
 
 __all__ = [
     "ADVANTAGES",
     "LOSSES",
+    "MODEL_LOSSES",
     "PASS_CLASSES",
     "VARIANTS",
     "CollapsedWeightsWarning",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from var_kernels.losses.checks import check_choice, check_constants, check_integers, check_rows, wide
 from var_kernels.losses.segments import group_rows
-from var_kernels.losses.weight_checks import warn_if_advantages_vanish
+from var_kernels.losses.weights import warn_if_advantages_vanish
 
 Advantages = Literal["group", "group_mean", "leave_one_out", "batch", "group_mean_batch_std", "given"]
 ADVANTAGES: tuple[str, ...] = get_args(Advantages)

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, times, wide
+from var_kernels.losses.checks import check_constants, check_range, check_rows, check_tokens, times, wide
 from var_kernels.losses.registry import register
 
 _SOURCE = "A-LoL, arXiv 2305.14718, and its authors' code"
@@ -39,6 +39,7 @@ def alol_advantage(reward: Tensor, value: Tensor, *, squash: bool = True) -> Ten
     formula="-A+ sg(clip(exp(s - sr), 1 - e, 1 + e)) s",
     source=_SOURCE,
     evidence="code",
+    compares="data",
 )
 def alol_loss(
     policy_logp: Tensor,
@@ -83,6 +84,7 @@ def alol_loss(
     formula="-A+ sg(clip(exp(lp - lpr), 1 - e, 1 + e)) lp",
     source=_SOURCE,
     evidence="code",
+    compares="data",
 )
 def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor, *, clip_range: float = 0.9) -> Tensor:
     """A-LoL (seq.): an importance ratio for each token, despite the name; element by element.
@@ -110,7 +112,15 @@ def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor,
     return times(-wide(advantage.detach()) * ratio, wide(token_logp))
 
 
-@register("alol_ref_free", pass_class="A", item="sequence", formula="-A+ s", source=_SOURCE, evidence="code")
+@register(
+    "alol_ref_free",
+    pass_class="A",
+    item="sequence",
+    formula="-A+ s",
+    source=_SOURCE,
+    evidence="code",
+    compares="data",
+)
 def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, squash: bool = True) -> Tensor:
     """A-LoL without a reference policy: the ratio is 1, loss = -A+ s.
 
@@ -133,7 +143,16 @@ def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, sq
     return times(-alol_advantage(reward, value, squash=squash), wide(policy_logp))
 
 
-@register("alol_kl", pass_class="A", item="sequence", formula="-A+ s + beta (s - sr)", source=_SOURCE, evidence="code")
+@register(
+    "alol_kl",
+    pass_class="A",
+    item="sequence",
+    formula="-A+ s + beta (s - sr)",
+    source=_SOURCE,
+    evidence="code",
+    defaults={"beta": 0.1},
+    compares="data",
+)
 def alol_kl_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, beta: float, squash: bool = True
 ) -> Tensor:
@@ -156,7 +175,7 @@ def alol_kl_loss(
 
     Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
-    check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
+    check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
     slope_B = beta - alol_advantage(reward, value, squash=squash)
@@ -170,6 +189,7 @@ def alol_kl_loss(
     formula="-R sg(clip(exp(s - sr), 1 - e, 1 + e)) s",
     source=_SOURCE,
     evidence="code",
+    reads_draws=True,
 )
 def rlol_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, *, clip_range: float = 0.9, squash: bool = True
@@ -198,7 +218,15 @@ def rlol_loss(
     return times(-_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range), wide(policy_logp))
 
 
-@register("rgold", pass_class="B", item="token", formula="-R sg(max(p, 0.1)) lp", source=_SOURCE, evidence="code")
+@register(
+    "rgold",
+    pass_class="B",
+    item="token",
+    formula="-R sg(max(p, 0.1)) lp",
+    source=_SOURCE,
+    evidence="code",
+    reads_draws=True,
+)
 def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) -> Tensor:
     """Reward GOLD: the policy's own probability, bounded from below, stands for the importance ratio of each token.
 
@@ -227,7 +255,15 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
     return times(-wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob), logp)
 
 
-@register("weighted_bc", pass_class="A", item="sequence", formula="-R s", source=_SOURCE, evidence="code")
+@register(
+    "weighted_bc",
+    pass_class="A",
+    item="sequence",
+    formula="-R s",
+    source=_SOURCE,
+    evidence="code",
+    reads_draws=True,
+)
 def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True) -> Tensor:
     """Behaviour cloning weighted by the reward R = sigmoid(reward): loss = -R s.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_number, check_rows, times, wide
+from var_kernels.losses.checks import check_choice, check_range, check_rows, times, wide
 from var_kernels.losses.registry import register
 
 REGULARISED = ("both", "chosen", "rejected")
@@ -173,18 +173,30 @@ def literal_q(token_logp: Tensor, prob_lse: Tensor, *, alpha: float) -> Tensor:
 
     Source: arXiv 2411.09341, read literally.
     """
-    check_number("alpha", alpha, remedy="it scales the probabilities")
+    check_range("alpha", alpha, remedy="it scales the probabilities")
     _check("", token_logp=token_logp, prob_lse=prob_lse)
     return alpha * wide(token_logp).exp() - wide(prob_lse)
 
 
-def bradley_terry_loss(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
-    """The loss of a reward model on pairs: -log sigmoid(r_w - r_l). (P,), (P,) -> (P,) nats; both differentiated.
+@register(
+    "bradley_terry",
+    pass_class="C",
+    item="pair",
+    formula="-log sigmoid(r_w - r_l), r = mu of the reward head at the last token",
+    source="Bradley and Terry (1952)",
+    evidence="derived",
+    of_log_probs=False,
+)
+def bradley_terry_loss(chosen_mu: Tensor, rejected_mu: Tensor) -> Tensor:
+    """The loss of a reward model on pairs: -log sigmoid(mu_w - mu_l). (P,), (P,) -> (P,) nats; both differentiated.
+
+    mu: the score of a completion, of any reward model; for ``VARTrainer`` that of the reward head at the last token.
+    The lm_head is not computed there, and its weight, if it is not the embedding's too, is left as it is.
 
     Raises TypeError, ValueError for integer tensors and shapes that differ. Source: Bradley and Terry (1952).
     """
-    check_rows("pair", chosen_reward=chosen_reward, rejected_reward=rejected_reward)
-    return -logsigmoid(wide(chosen_reward) - wide(rejected_reward))
+    check_rows("pair", chosen_mu=chosen_mu, rejected_mu=rejected_mu)
+    return -logsigmoid(wide(chosen_mu) - wide(rejected_mu))
 
 
 def pair_accuracy(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
@@ -222,7 +234,7 @@ def _masked(mask: Tensor, *values: Tensor) -> list[Tensor]:
 
 def _check_options(*, gamma: float, **weights: float) -> None:
     for name, value in weights.items():
-        check_number(name, value, closed=True, remedy="it weighs a term of the objective")
+        check_range(name, value, closed=True, remedy="it weighs a term of the objective")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}; it discounts the next position's Q")
 

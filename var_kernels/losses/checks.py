@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from var_kernels.ops.checks import values_readable
+from var_kernels.ops.checks import check_choice, values_readable
 
 TokenReduction = Literal["sum", "mean"]
 TOKEN_REDUCTIONS: tuple[str, ...] = get_args(TokenReduction)
@@ -28,7 +28,7 @@ def times(weight: float | Tensor, values: Tensor) -> Tensor:
 def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
     """Floating-point vectors of one shape and device, one entry per ``item``: named after the arguments."""
     size = "P" if item == "pair" else "B"
-    _check_floating(tensors, f"({size},)", f"pass one value per {item}")
+    check_floating(tensors, f"({size},)", f"pass one value per {item}")
     first, *others = tensors
     shape = tensors[first].shape
     if len(shape) != 1:
@@ -41,7 +41,7 @@ def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
 
 def check_tokens(**tensors: Tensor) -> None:
     """Floating-point tensors of one shape, any, and one device, one value a token."""
-    _check_floating(tensors, "(...)", "pass one value a token")
+    check_floating(tensors, "(...)", "pass one value a token")
     first, *others = tensors
     for name in others:
         remedy = "give one value a token (expand_to_tokens repeats a sequence's over its tokens)"
@@ -86,7 +86,7 @@ def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str, *, n
     return values / lengths.clamp(min=1)
 
 
-def check_number(
+def check_range(
     name: str,
     value: float,
     low: float = 0.0,
@@ -107,11 +107,6 @@ def check_number(
     raise ValueError(f"{name} must be {wanted}, got {value}; {remedy}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def check_like(name: str, values: Tensor, like: str, first: Tensor, remedy: str = "one entry for each row") -> None:
     """The shape and device of ``first``, the argument named ``like``."""
     if values.shape != first.shape:
@@ -120,7 +115,7 @@ def check_like(name: str, values: Tensor, like: str, first: Tensor, remedy: str 
         raise ValueError(f"{name} must be on {first.device} like {like}, got {values.device}; move it there")
 
 
-def _check_floating(tensors: dict[str, Tensor], shape: str, remedy: str) -> None:
+def check_floating(tensors: dict[str, Tensor], shape: str, remedy: str) -> None:
     for name, values in tensors.items():
         if not isinstance(values, Tensor) or not values.is_floating_point():
             got = values.dtype if isinstance(values, Tensor) else type(values).__name__

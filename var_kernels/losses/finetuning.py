@@ -4,7 +4,7 @@ SFT, entropy-adaptive fine-tuning and CHORD's phi. Weights are constants; DFT, t
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, per_token, times, wide
+from var_kernels.losses.checks import check_constants, check_range, check_rows, check_tokens, per_token, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.token import importance_ratio
 
@@ -42,8 +42,8 @@ def iw_sft_loss(
 
     Source: arXiv 2507.12856; weight and clip as in the authors' code, which runs temperature 1.
     """
-    check_number("temperature", temperature, closed=True, remedy="0 is SFT")
-    check_number("max_weight", max_weight, remedy="1e9 hardly clips")
+    check_range("temperature", temperature, closed=True, remedy="0 is SFT")
+    check_range("max_weight", max_weight, remedy="1e9 hardly clips")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
     check_constants(ref_logp=ref_logp)
     change_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
@@ -80,8 +80,8 @@ def iw_sft_token_loss(
 
     Source: arXiv 2507.12856; the other form in the authors' code.
     """
-    check_number("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
-    check_number("ratio_max", ratio_max, ratio_min, closed=True, remedy="1e9 hardly clips")
+    check_range("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
+    check_range("ratio_max", ratio_max, ratio_min, closed=True, remedy="1e9 hardly clips")
     check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp)
     ratio = importance_ratio(token_logp.detach(), ref_token_logp).clamp(ratio_min, ratio_max)
     return times(-ratio, wide(token_logp))
@@ -116,7 +116,7 @@ def psft_loss(token_logp: Tensor, old_token_logp: Tensor, *, clip_high: float = 
 
     Source: arXiv 2508.17784, from its summaries; the clip range is PPO's.
     """
-    check_number("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
+    check_range("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp)
     return -importance_ratio(token_logp, old_token_logp).clamp(max=1 + clip_high)
 
@@ -152,8 +152,8 @@ def eaft_loss(token_logp: Tensor, entropy: Tensor, *, alpha: float = 1.0, max_en
 
     Source: arXiv 2601.02151; as LLaMA-Factory and axolotl implement it, but for the entropy's 20 tokens.
     """
-    check_number("alpha", alpha, closed=True, remedy="0 is SFT")
-    check_number("max_entropy", max_entropy, remedy="3 is about the log of the authors' 20 tokens")
+    check_range("alpha", alpha, closed=True, remedy="0 is SFT")
+    check_range("max_entropy", max_entropy, remedy="3 is about the log of the authors' 20 tokens")
     check_tokens(token_logp=token_logp, entropy=entropy)
     gate = (wide(entropy.detach()).clamp(min=0.0) / max_entropy).pow(alpha)
     return times(-gate, wide(token_logp))

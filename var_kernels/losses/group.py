@@ -8,7 +8,7 @@ from var_kernels.losses.checks import (
     TokenReduction,
     check_constants,
     check_integers,
-    check_number,
+    check_range,
     check_rows,
     per_token,
     wide,
@@ -24,6 +24,7 @@ from var_kernels.losses.segments import Groups, group_rows
     formula="KL(softmax(beta (s - sr)) || softmax(r / reward_temperature)) over a prompt's completions",
     source="arXiv 2402.00856",
     evidence="code",
+    defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def exo_loss(
     policy_logp: Tensor,
@@ -58,8 +59,8 @@ def exo_loss(
 
     Source: arXiv 2402.00856; the authors' code.
     """
-    check_number("beta", beta, remedy="negate the rewards to minimise them")
-    check_number("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
+    check_range("beta", beta, remedy="negate the rewards to minimise them")
+    check_range("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     check_constants(ref_logp=ref_logp, reward=reward)
@@ -77,6 +78,7 @@ def exo_loss(
     formula="-softmax_k(s / temperature) softmax_k(r), summed over a prompt's completions",
     source="arXiv 2405.13516",
     evidence="code",
+    defaults={"temperature": 2.0},
 )
 def lire_loss(
     policy_logp: Tensor,
@@ -112,7 +114,7 @@ def lire_loss(
 
     Source: arXiv 2405.13516; the authors' code.
     """
-    check_number("temperature", temperature, remedy="negate the rewards to minimise them")
+    check_range("temperature", temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     check_constants(reward=reward)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_like, check_number, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_like, check_range, check_rows, wide
 from var_kernels.losses.registry import register
 
 
@@ -14,6 +14,7 @@ from var_kernels.losses.registry import register
     formula="w (1 - sigmoid(+-beta (s - sr - z0))), + and w = desirable_weight where desirable",
     source="arXiv 2402.01306",
     evidence="third-party code",
+    defaults={"beta": 0.1},
 )
 def kto_loss(
     policy_logp: Tensor,
@@ -55,9 +56,9 @@ def kto_loss(
 
     Source: arXiv 2402.01306; the formula as in third-party code.
     """
-    check_number("beta", beta, remedy="negate `desirable` to reverse the preference")
-    check_number("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")
-    check_number("undesirable_weight", undesirable_weight, closed=True, remedy="negate `desirable` instead")
+    check_range("beta", beta, remedy="negate `desirable` to reverse the preference")
+    check_range("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")
+    check_range("undesirable_weight", undesirable_weight, closed=True, remedy="negate `desirable` instead")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
     check_constants(ref_logp=ref_logp)
     _check_desirable(desirable, policy_logp)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from var_kernels.losses.advantages import group_advantage
-from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, times, wide
+from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, times, wide
 from var_kernels.losses.group import group_log_softmax
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
@@ -21,6 +21,7 @@ _NEGATE = "negate the rewards to minimise them"
     formula="-softmax_k(r / reward_temperature) log softmax_k(beta (s - sr)), summed over a prompt's completions",
     source="InfoNCA, arXiv 2402.05369",
     evidence="third-party code",
+    defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def info_nca_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
@@ -60,6 +61,7 @@ def info_nca_loss(
     "over a prompt's completions",
     source="NCA, arXiv 2402.05369",
     evidence="third-party code",
+    defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def nca_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
@@ -92,6 +94,8 @@ def nca_loss(
     formula="(beta (rho - mean rho) - (r - mean r))^2 / (2 (K - 1)), rho = s - sr, summed over a prompt's completions",
     source="GVPO, arXiv 2504.19599",
     evidence="third-party code",
+    defaults={"beta": 0.1},
+    reads_draws=True,
 )
 def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float) -> Tensor:
     """GVPO: half the variance, over a prompt's completions, of what the log-ratios miss of the rewards.
@@ -128,6 +132,7 @@ def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: 
     formula="-softmax_k(s_old + A / eta) log softmax_k(s), A = (r - mean r) / std r, over a prompt's completions",
     source="Target policy optimisation, arXiv 2604.06159",
     evidence="paper",
+    reads_draws=True,
 )
 def target_po_loss(
     policy_logp: Tensor, old_logp: Tensor, reward: Tensor, group_ids: Tensor, *, eta: float = 1.0
@@ -154,7 +159,7 @@ def target_po_loss(
 
     Source: arXiv 2604.06159.
     """
-    check_number("eta", eta, remedy=_NEGATE)
+    check_range("eta", eta, remedy=_NEGATE)
     check_rows(policy_logp=policy_logp, old_logp=old_logp)
     groups = _check_groups(policy_logp, reward, group_ids)
     check_constants(old_logp=old_logp)
@@ -166,7 +171,7 @@ def _scaled_log_ratio(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, beta: float
 ) -> tuple[Groups, Tensor]:
     """The groups and beta (s - sr), (B,), checked; no gradient to the reference."""
-    check_number("beta", beta, remedy=_NEGATE)
+    check_range("beta", beta, remedy=_NEGATE)
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
     groups = _check_groups(policy_logp, reward, group_ids)
     check_constants(ref_logp=ref_logp)
@@ -181,5 +186,5 @@ def _check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Gro
 
 
 def _reward_softmax(reward: Tensor, reward_temperature: float, groups: Groups) -> Tensor:
-    check_number("reward_temperature", reward_temperature, remedy=_NEGATE)
+    check_range("reward_temperature", reward_temperature, remedy=_NEGATE)
     return group_log_softmax(wide(reward.detach()) / reward_temperature, groups).exp()

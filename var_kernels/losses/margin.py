@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import check_range, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 
@@ -15,6 +15,7 @@ from var_kernels.losses.registry import register
     formula="max(0, delta - s_w + s_l) - target_weight s_target",
     source="arXiv 2305.10425",
     evidence="third-party code",
+    defaults={"delta": 1.0, "target_weight": 0.1},
 )
 def slic_loss(
     policy_chosen_logp: Tensor,
@@ -42,8 +43,8 @@ def slic_loss(
 
     Source: arXiv 2305.10425 (SLiC-HF); the formula as in third-party code. Values of delta and lambda: open.
     """
-    check_number("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
-    check_number("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
+    check_range("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
+    check_range("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
     tensors = {"policy_chosen_logp": policy_chosen_logp, "policy_rejected_logp": policy_rejected_logp}
     if policy_target_logp is None:
         policy_target_logp = policy_chosen_logp
@@ -61,6 +62,7 @@ def slic_loss(
     formula="-log sigmoid(beta (s_w / len_w - s_l / len_l) - gamma)",
     source="arXiv 2405.14734",
     evidence="third-party code",
+    defaults={"beta": 2.0, "gamma": 1.0},
 )
 def simpo_loss(
     policy_chosen_logp: Tensor,
@@ -89,8 +91,8 @@ def simpo_loss(
 
     Source: arXiv 2405.14734; the formula as in third-party code.
     """
-    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
-    check_number("gamma", gamma, closed=True, remedy="0 is no margin")
+    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_range("gamma", gamma, closed=True, remedy="0 is no margin")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
     return -logsigmoid(beta * (chosen_P - rejected_P) - gamma)
 
@@ -102,6 +104,7 @@ def simpo_loss(
     formula="-lp_w - odds_weight log sigmoid(logit(exp lp_w) - logit(exp lp_l)), lp = s / len",
     source="arXiv 2403.07691",
     evidence="third-party code",
+    defaults={"odds_weight": 0.1},
 )
 def orpo_loss(
     policy_chosen_logp: Tensor,
@@ -133,7 +136,7 @@ def orpo_loss(
 
     Source: arXiv 2403.07691; the formula as in third-party code.
     """
-    check_number("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
+    check_range("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
     return -chosen_P - times(odds_weight, logsigmoid(log_odds(chosen_P) - log_odds(rejected_P)))
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_constants, check_range, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 _SWAP = "swap chosen and rejected to reverse the preference"
@@ -18,6 +18,7 @@ _SWAP = "swap chosen and rejected to reverse the preference"
     formula="-(1-e) log sigmoid(beta D) - e log sigmoid(-beta D)",
     source="arXiv 2305.18290 eq. 7; e: the authors' code (cDPO)",
     evidence="code",
+    defaults={"beta": 0.1},
 )
 def dpo_loss(
     policy_chosen_logp: Tensor,
@@ -63,6 +64,7 @@ def dpo_loss(
     formula="[-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e)",
     source="arXiv 2403.00409",
     evidence="third-party code",
+    defaults={"beta": 0.1, "label_smoothing": 0.1},
 )
 def robust_dpo_loss(
     policy_chosen_logp: Tensor,
@@ -108,6 +110,7 @@ def robust_dpo_loss(
     formula="(D - 1/(2 tau))^2, D of per-token means (default) or of sums",
     source="arXiv 2310.12036",
     evidence="code",
+    defaults={"tau": 0.1},
 )
 def ipo_loss(
     policy_chosen_logp: Tensor,
@@ -144,7 +147,7 @@ def ipo_loss(
 
     Source: arXiv 2310.12036; reductions as in the DPO authors' code (sum) and in third-party code (mean).
     """
-    check_number("tau", tau, remedy=_SWAP)
+    check_range("tau", tau, remedy=_SWAP)
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     chosen_P = per_token(chosen_P, chosen_lengths, token_reduction, name="chosen_lengths", like="policy_chosen_logp")
     rejected_P = per_token(
@@ -160,6 +163,7 @@ def ipo_loss(
     formula="relu(1 - beta D)",
     source="arXiv 2309.06657",
     evidence="third-party code",
+    defaults={"beta": 0.1},
 )
 def hinge_loss(
     policy_chosen_logp: Tensor,
@@ -201,7 +205,7 @@ def implicit_reward(policy_logp: Tensor, ref_logp: Tensor, *, beta: float) -> Te
 
     Source: arXiv 2305.18290 eq. 5.
     """
-    check_number("beta", beta, remedy=_SWAP)
+    check_range("beta", beta, remedy=_SWAP)
     check_rows("pair", policy_logp=policy_logp, ref_logp=ref_logp)
     return beta * (wide(policy_logp.detach()) - wide(ref_logp.detach()))
 
@@ -224,10 +228,10 @@ def log_ratios(
 
 
 def _scaled_margin(beta: float, *logps: Tensor) -> Tensor:
-    check_number("beta", beta, remedy=_SWAP)
+    check_range("beta", beta, remedy=_SWAP)
     chosen_P, rejected_P = log_ratios(*logps)
     return beta * (chosen_P - rejected_P)
 
 
 def _check_smoothing(label_smoothing: float) -> None:
-    check_number("label_smoothing", label_smoothing, 0.0, 0.5, closed=True, remedy="above 0.5 swap chosen and rejected")
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5, closed=True, remedy="above 0.5 swap chosen and rejected")

@@ -7,7 +7,7 @@ PPO and GRPO, and the ratio and the clip that all share, are in ``token``.
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_number, check_rows, check_tokens, per_token, times, wide
+from var_kernels.losses.checks import check_constants, check_range, check_rows, check_tokens, per_token, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.token import clipped_surrogate, importance_ratio
 
@@ -19,6 +19,8 @@ from var_kernels.losses.token import clipped_surrogate, importance_ratio
     formula="-sg(clip(ratio, ratio_min, ratio_max)) A lp, ratio = exp(lp - lp_old)",
     source="CISPO, arXiv 2506.13585",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def cispo_loss(
     token_logp: Tensor,
@@ -51,8 +53,8 @@ def cispo_loss(
 
     Source: arXiv 2506.13585 eq. 4; as other trainers implement it.
     """
-    check_number("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
-    check_number("ratio_max", ratio_max, ratio_min, closed=True, remedy="ratio_min is the lower of the two")
+    check_range("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
+    check_range("ratio_max", ratio_max, ratio_min, closed=True, remedy="ratio_min is the lower of the two")
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
     ratio = importance_ratio(token_logp.detach(), old_token_logp).clamp(ratio_min, ratio_max)
     return times(-ratio * wide(advantage.detach()), wide(token_logp))
@@ -65,6 +67,8 @@ def cispo_loss(
     formula="-A (4 / t) sigmoid(t (ratio - 1)), ratio = exp(lp - lp_old), t by the sign of A",
     source="SAPO, arXiv 2511.20347",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def sapo_loss(
     token_logp: Tensor,
@@ -93,7 +97,7 @@ def sapo_loss(
     Source: arXiv 2511.20347; as TRL implements it.
     """
     for name, value in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
-        check_number(name, value, remedy="1 is the paper's for positive advantages, 1.05 for negative ones")
+        check_range(name, value, remedy="1 is the paper's for positive advantages, 1.05 for negative ones")
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
     advantage = wide(advantage.detach())
     temperature = torch.where(advantage > 0, temperature_pos, temperature_neg).to(advantage.dtype)
@@ -108,6 +112,8 @@ def sapo_loss(
     formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp((s - s_old) / len)",
     source="GSPO, arXiv 2507.18071",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def gspo_loss(
     policy_logp: Tensor,
@@ -152,6 +158,8 @@ def gspo_loss(
     formula="-A s, A of any sign",
     source="Williams (1992); RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     """Signed REINFORCE: log-likelihood times a given weight, which may be negative. One pass of the head.
@@ -186,6 +194,8 @@ def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     formula="-sg(phi) A s, phi = w^k exp(lam (1 - w)), w = exp(s - s_old); k, lam by the sign of A",
     source="VESPO, arXiv 2602.10693",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def vespo_loss(
     policy_logp: Tensor,
@@ -216,7 +226,7 @@ def vespo_loss(
     Source: arXiv 2602.10693; as TRL implements it, but for its floor of w at 1e-8, where phi is below 1e-14.
     """
     for name, value in (("k_pos", k_pos), ("lam_pos", lam_pos), ("k_neg", k_neg), ("lam_neg", lam_neg)):
-        check_number(name, value, remedy="the defaults are the authors'")
+        check_range(name, value, remedy="the defaults are the authors'")
     _check_sequences(policy_logp, old_logp, advantage)
     advantage_B = wide(advantage.detach())
     k_B, lam_B = (torch.where(advantage_B >= 0, *pair) for pair in ((k_pos, k_neg), (lam_pos, lam_neg)))
@@ -232,6 +242,8 @@ def vespo_loss(
     formula="-sg(c) A s, c = 1 where A >= 0, else min(exp(s - s_old), 1)",
     source="TOPR, arXiv 2503.14286",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
     """TOPR: SFT on good sequences; bad ones are pushed down only as far as the policy still draws them.

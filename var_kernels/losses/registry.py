@@ -20,11 +20,13 @@ PASS_CLASSES = {
 ITEMS = ("sequence", "pair", "group", "token")
 LOSSES: dict[str, "Loss"] = {}
 """Name -> ``Loss``, of every loss that ``register`` has seen."""
+MODEL_LOSSES: dict[str, "Loss"] = {}
+"""Losses of a reward head, or of two models\' heads: methods of the trainer, which ``linear_loss`` cannot compute."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what is to be known about it.
+    """A loss and what is to be known about it: see ``register``.
 
     The function's signature is the declaration: positional parameters are tensors by their canonical names, the
     policy's log-probs first; keyword-only parameters are the method's options. It returns one loss an item.
@@ -49,6 +51,10 @@ class Loss:
     formula: str
     source: str
     evidence: str
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    compares: str = ""
+    reads_draws: bool = False
+    policy_labels: bool = False
     tensors: tuple[str, ...] = field(init=False, repr=False, compare=False)
     single_names: dict[str, tuple[str, int | None]] = field(init=False, repr=False, compare=False)
     optional_tensors: frozenset[str] = field(init=False, repr=False, compare=False)
@@ -120,7 +126,18 @@ def find_loss(name: str) -> Loss:
 
 
 def register(
-    name: str, *, pass_class: str, item: str, formula: str, source: str = "", evidence: str = "unverified"
+    name: str,
+    *,
+    pass_class: str,
+    item: str,
+    formula: str,
+    source: str = "",
+    evidence: str = "unverified",
+    defaults: Mapping[str, object] | None = None,
+    compares: str | None = None,
+    reads_draws: bool = False,
+    policy_labels: bool = False,
+    of_log_probs: bool = True,
 ) -> Callable[[Function], Function]:
     """Decorator: enter the function into ``LOSSES`` under ``name``, for ``linear_loss`` and, by ``method_config``, for
     ``VARTrainer``; the function itself is returned as it is. Its signature is the declaration, see ``Loss``.
@@ -131,19 +148,33 @@ def register(
         item: "sequence", "pair", "group" or "token".
         formula, source: for the table. evidence: where the formula was read: "paper", "summary" (of the paper), "code"
             (the authors'), "third-party code", "derived" or "unverified".
+        defaults: what the trainer sets for options that have no default in the signature.
+        compares: what a reward is compared with, the completions of its "prompt", of the "step", of the "data", or ""
+            nothing: the trainer refuses rewards that are equal there. None: "prompt" for a group, else "".
+        reads_draws: completions count as draws of the policy, or of the reference: online, log-probs are read at the
+            temperature of the draws.
+        policy_labels: chosen and rejected change places as the policy itself would label them.
+        of_log_probs: False enters it into ``MODEL_LOSSES``.
 
     Raises:
-        ValueError: a name that is taken, a class or an item that does not exist.
+        ValueError: a name that is taken, a class or an item that does not exist, defaults of no option.
     """
-    if name in LOSSES or pass_class not in PASS_CLASSES or item not in ITEMS:
-        taken = f"; {name!r} is {LOSSES[name].function.__qualname__} already" if name in LOSSES else ""
+    table = LOSSES if of_log_probs else MODEL_LOSSES
+    entered = LOSSES.get(name) or MODEL_LOSSES.get(name)
+    if entered or pass_class not in PASS_CLASSES or item not in ITEMS:
+        taken = f"; {name!r} is {entered.function.__qualname__} already" if entered else ""
         raise ValueError(
-            f"loss {name!r}: expected a new name, a pass_class of {', '.join(PASS_CLASSES)} and an item of "
+            f"loss {name!r} must have a new name, a pass_class of {', '.join(PASS_CLASSES)} and an item of "
             f"{', '.join(ITEMS)}, got pass_class={pass_class!r}, item={item!r}{taken}"
         )
 
     def enter(function: Function) -> Function:
-        LOSSES[name] = Loss(name, function, pass_class, item, formula, source, evidence)
+        compared = compares if compares is not None else "prompt" if item == "group" else ""
+        facts = (dict(defaults or {}), compared, reads_draws, policy_labels)
+        loss = Loss(name, function, pass_class, item, formula, source, evidence, *facts)
+        if unknown := sorted(set(loss.defaults) - set(loss.options)):
+            raise ValueError(f"defaults must name options of the loss {name!r}, got {', '.join(unknown)}")
+        table[name] = loss
         return function
 
     return enter

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_integers, check_number, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import group_rows
@@ -19,6 +19,7 @@ from var_kernels.losses.segments import group_rows
     formula="(D - eta (r_w - r_l))^2",
     source="arXiv 2404.16767",
     evidence="code",
+    defaults={"eta": 1.0},
 )
 def rebel_loss(
     policy_chosen_logp: Tensor,
@@ -52,7 +53,7 @@ def rebel_loss(
 
     Source: arXiv 2404.16767; the scaling of the authors' code.
     """
-    check_number("eta", eta, remedy="negate the rewards to minimise them")
+    check_range("eta", eta, remedy="negate the rewards to minimise them")
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     check_rows(
         "pair", policy_chosen_logp=policy_chosen_logp, chosen_reward=chosen_reward, rejected_reward=rejected_reward
@@ -69,6 +70,9 @@ def rebel_loss(
     formula="(T(q) - beta log Z - beta (s - sr))^2",
     source="arXiv 2507.08068",
     evidence="code",
+    defaults={"beta": 0.1},
+    compares="prompt",
+    reads_draws=True,
 )
 def qrpo_loss(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, *, beta: float, log_z: float | None = None
@@ -102,12 +106,12 @@ def qrpo_loss(
 
     Source: arXiv 2507.08068; the loss as in the authors' code.
     """
-    check_number("beta", beta, remedy="negate the rewards to minimise them")
+    check_range("beta", beta, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_constants(ref_logp=ref_logp, reward=reward)
     if log_z is None:
         log_z = math.log(beta) + 1 / beta + math.log(-math.expm1(-1 / beta))  # exp(1 / beta) overflows below 0.0015
-    check_number("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
+    check_range("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
     ratio_B = wide(policy_logp) - wide(ref_logp.detach())
     return (wide(reward.detach()) - beta * log_z - beta * ratio_B).square()
 
@@ -144,6 +148,9 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
     formula="(r - V - beta (s - sr))^2, V = T log mean exp(r / T) over the prompt's completions, T = value_temperature",
     source="A*-PO, arXiv 2505.20686; OAPL, arXiv 2602.19362",
     evidence="paper",
+    defaults={"beta": 0.1},
+    compares="prompt",
+    reads_draws=True,
 )
 def astar_po_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, beta: float) -> Tensor:
     """A*-PO: the log-ratio regressed onto the optimal advantage, its value estimated from draws of the reference.
@@ -191,7 +198,7 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
 
     Source: arXiv 2505.20686.
     """
-    check_number("temperature", temperature, remedy="negate the rewards to minimise them")
+    check_range("temperature", temperature, remedy="negate the rewards to minimise them")
     check_rows(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
     check_constants(reward=reward)
@@ -208,6 +215,8 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
     formula="(r - V - tau (s - sr))^2 / (2 tau), V constant",
     source="arXiv 2405.19107",
     evidence="paper",
+    defaults={"tau": 1.0},
+    compares="data",
 )
 def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, tau: float) -> Tensor:
     """Direct reward optimisation with a learned value (DRO-V): the policy's part.
@@ -262,7 +271,7 @@ def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward:
 def _check_dro(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, name: str, temperature: float
 ) -> None:
-    check_number(name, temperature, remedy="negate the rewards to minimise them")
+    check_range(name, temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_integers, check_number, times, wide
+from var_kernels.losses.checks import check_choice, check_integers, check_range, times, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 
@@ -18,6 +18,8 @@ BASELINES = ("none", "leave_one_out")
     formula="-F - squared_coef/2 F^2, F = log sigmoid(beta D)",
     source="arXiv 2406.15567",
     evidence="code",
+    defaults={"beta": 0.1},
+    policy_labels=True,
 )
 def sail_dp_loss(
     policy_chosen_logp: Tensor,
@@ -72,6 +74,9 @@ def sail_dp_loss(
     formula="-F - squared_coef/2 F^2 - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
+    defaults={"beta": 0.1},
+    reads_draws=True,
+    policy_labels=True,
 )
 def sail_pp_loss(
     policy_chosen_logp: Tensor,
@@ -122,6 +127,8 @@ def sail_pp_loss(
     formula="-F - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
+    defaults={"beta": 0.1},
+    reads_draws=True,
 )
 def sail_pr_loss(
     policy_chosen_logp: Tensor,
@@ -193,10 +200,10 @@ def _sail(
     baseline: str = "none",
     revkl_coef: float = 0.0,
 ) -> Tensor:
-    check_number("beta", beta, remedy="swap chosen and rejected to reverse the preference")
-    check_number("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_number("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_number("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
+    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_range("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_range("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_range("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
     check_choice("baseline", baseline, BASELINES)
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     log_win_P = logsigmoid(beta * (chosen_P - rejected_P))

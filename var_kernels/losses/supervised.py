@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import TokenReduction, check_constants, check_number, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_constants, check_range, check_rows, per_token, times, wide
 from var_kernels.losses.registry import register
 
 
@@ -46,6 +46,8 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
     formula="-min(exp(A / beta), max_weight) s",
     source="arXiv 1910.00177",
     evidence="code",
+    defaults={"beta": 1.0},
+    compares="step",
 )
 def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight: float = 20.0) -> Tensor:
     """Advantage-weighted regression: SFT weighted by exp(A / beta), clipped.
@@ -69,8 +71,8 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
 
     Source: arXiv 1910.00177; weight, clip and standardisation as in the authors' code.
     """
-    check_number("beta", beta, remedy="negate the advantage to minimise the reward")
-    check_number("max_weight", max_weight, remedy="1e9 hardly clips")
+    check_range("beta", beta, remedy="negate the advantage to minimise the reward")
+    check_range("max_weight", max_weight, remedy="1e9 hardly clips")
     check_rows(policy_logp=policy_logp, advantage=advantage)
     check_constants(advantage=advantage)
     log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
@@ -84,6 +86,8 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     formula="-w s, w = var_weights(rewards, ref_logp), a constant",
     source="arXiv 2502.11026",
     evidence="summary",
+    compares="step",
+    reads_draws=True,
 )
 def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
     """Reward-weighted likelihood, VAR's loss once its weights are known: -w s.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_number, check_tokens, times, wide
+from var_kernels.losses.checks import check_choice, check_range, check_tokens, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
 from var_kernels.ops.checks import values_readable
@@ -55,6 +55,8 @@ def dft_loss(token_logp: Tensor) -> Tensor:
     formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(lp - lp_old); if A < 0 at most -dual_clip A",
     source="PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729",
     evidence="third-party code",
+    compares="prompt",
+    reads_draws=True,
 )
 def ppo_loss(
     token_logp: Tensor,
@@ -128,6 +130,9 @@ def ppo_clipped(
     formula="ppo + beta k3,  k3 = exp(lp_ref - lp) - 1 - (lp_ref - lp)",
     source="GRPO, arXiv 2402.03300",
     evidence="third-party code",
+    defaults={"beta": 0.04},
+    compares="prompt",
+    reads_draws=True,
 )
 def grpo_loss(
     token_logp: Tensor,
@@ -160,7 +165,7 @@ def grpo_loss(
 
     Source: arXiv 2402.03300, as other trainers implement it.
     """
-    check_number("beta", beta, closed=True, remedy="it weighs the distance from the reference")
+    check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     surrogate = ppo_loss(token_logp, old_token_logp, advantage, **clips)
     return surrogate + beta * kl_k3(token_logp, ref_token_logp)
@@ -250,7 +255,7 @@ def length_weights(
     if num_items == 0 and values_readable(kept) and not kept.any():
         return kept  # a batch without a token in a step without one
     if num_items is not None:
-        check_number("num_items", num_items, remedy="count the items of the global batch")
+        check_range("num_items", num_items, remedy="count the items of the global batch")
     if normalization in ("sequence", "sum") and num_items is None:
         num_items = (lengths_B > 0).sum().clamp(min=1)
     if normalization == "sequence":
@@ -301,7 +306,7 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    check_number("clip_low", clip_low, high=1.0, closed=True, remedy="the ratio is kept above 1 - clip_low")
-    check_number("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
+    check_range("clip_low", clip_low, high=1.0, closed=True, remedy="the ratio is kept above 1 - clip_low")
+    check_range("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
     if dual_clip is not None:
-        check_number("dual_clip", dual_clip, 1.0, remedy="pass None for no second clip")
+        check_range("dual_clip", dual_clip, 1.0, remedy="pass None for no second clip")

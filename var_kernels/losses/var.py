@@ -8,14 +8,16 @@ from typing_extensions import Required, Unpack
 
 from var_kernels.losses.checks import TOKEN_REDUCTIONS, TokenReduction, check_choice
 from var_kernels.losses.sequences import check_cu_seqlens, expand_to_tokens, sequence_lengths, sequence_sum
-from var_kernels.losses.weight_checks import (
+from var_kernels.losses.weights import (
     DEFAULT_NORMALIZER,
     DEFAULT_REFERENCE,
     Normalizer,
     Reference,
-    check_options,
+    VARWeights,
+    check_weight_options,
+    token_weights,
+    var_weights,
 )
-from var_kernels.losses.weights import VARWeights, token_weights, var_weights
 from var_kernels.ops import linear_weighted_nll
 from var_kernels.ops.signatures import VARHeadKeywords
 
@@ -318,7 +320,7 @@ class VARLoss(nn.Module, Generic[Result]):
         _check_loss_options(token_reduction, head_options)
         self.lam = lam
         self.normalizer = normalizer
-        check_options(lam, normalizer, reference)
+        check_weight_options(lam, normalizer, reference)
         self.reference = reference
         self.token_reduction = token_reduction
         self.process_group = process_group

@@ -8,6 +8,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data.chat import ChatTemplate, Parts, template_errors
 from var_kernels.integrations.data.forms import DataError, Example, Problem
 
@@ -47,9 +48,9 @@ class EncodedRows:
         span = slice(self.offset[row], self.offset[row + 1])
         ids = self.token_ids[span].long()
         labels = ids.clone()
-        labels[: self.prompt_length[row]] = -100
+        labels[: self.prompt_length[row]] = IGNORE_INDEX
         if self.others is not None:
-            labels[self.others[span]] = -100
+            labels[self.others[span]] = IGNORE_INDEX
         known = {"input_ids": ids, "labels": labels, "group": self.group[row]}
         if self.reward is not None:
             known["reward"] = self.reward[row]

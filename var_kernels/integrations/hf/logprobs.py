@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.head import HeadParams
@@ -15,8 +16,6 @@ from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_
 from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
 from var_kernels.losses import sequence_sum
 from var_kernels.ops import linear_logprob, vocab_parallel_logprob
-
-IGNORE_INDEX = -100
 
 
 def token_logprobs(

@@ -1,17 +1,33 @@
-"""Items of the training set and their padding into batches."""
+"""Rows of data as items of each kind of loss, and items padded into batches."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations import IGNORE_INDEX
+from var_kernels.integrations.data import (
+    DataError,
+    EncodedRows,
+    Example,
+    Problem,
+    encode_examples,
+    merge_prompts,
+    parse_row,
+)
+from var_kernels.integrations.data.encode import rewards_of
+from var_kernels.integrations.trainer.rewards import apply_reward_function
+from var_kernels.losses.advantages import WITHIN_PROMPT
+
+logger = logging.getLogger(__name__)
+_NAMED = 3
 
 
 class Items(torch.utils.data.Dataset):
-    """What a batch is made of: each item is one or more rows that must stay in one micro-batch (a completion, a
-    prompt's completions, or a pair)."""
+    """The items of batches: each is one or more rows that stay in one micro-batch (a completion, a pair, or a prompt's
+    completions)."""
 
     def __init__(self, rows: EncodedRows, items: list[list[int]]):
         self.rows = rows
@@ -42,7 +58,7 @@ class RowCollator:
         batch = {
             "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
-            "labels": _pad([row["labels"] for row in rows], -100),
+            "labels": _pad([row["labels"] for row in rows], IGNORE_INDEX),
         }
         for key in rows[0]:
             if key not in batch:
@@ -64,9 +80,169 @@ def first_items(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         for key in ("ref_logp", "ref_token_logp"):
             if key in batch:
                 batch[key] = torch.zeros_like(batch[key])
-        batch |= {"labels": torch.full_like(batch["labels"], -100), "stand_in": kept[kept]}
+        batch |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX), "stand_in": kept[kept]}
     return batch
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)  # B x (T_i,) -> (B, T)
+
+
+# ---- from data to items ----------------------------------------------------------------------------------------------
+
+
+def parsed_examples(rows, name: str, need_rewards: str) -> list[Example]:
+    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
+        parsed = list(rows)
+        if need_rewards not in ("optional", "prompt"):
+            lacking = [ex for ex in parsed if ex.rewards is None and not (need_rewards == "unless_pair" and ex.is_pair)]
+            parsed += [
+                Problem(
+                    ex.where[0],
+                    "rewards missing: this method needs rewards, in the data or from a reward function"
+                    + ("; pairs without rewards are for method 'dpo' and its kin" if ex.is_pair else ""),
+                )
+                for ex in lacking
+            ]
+    else:
+        parsed = [parse_row(row, f"{name} row {i + 1}", need_rewards) for i, row in enumerate(rows)]
+    problems = [item for item in parsed if isinstance(item, Problem)]
+    if problems:
+        raise DataError(problems, remedy="mend or leave out these rows")
+    if not parsed:
+        raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
+    return parsed
+
+
+def read_items(rows, name: str, args, method, tokenizer, reward_function, end_token_ids: Sequence[int]) -> Items:
+    """Rows of data, or what ``load_examples`` returned, as the method's items: checked, scored by the reward function
+    if there is one, and tokenised.
+
+    Raises:
+        DataError, ValueError: rows that the method, the tokenizer or the reward function cannot use.
+    """
+    examples = parsed_examples(rows, name, "optional" if reward_function is not None else method.need_rewards)
+    if reward_function is not None:
+        examples = [replace(example, rewards=None) for example in examples]
+    examples = merge_prompts(examples)
+    table = encode_examples(examples, tokenizer, args.max_length, end_token_ids)
+    if reward_function is not None:
+        table.reward = rewards_of(apply_reward_function(reward_function, examples, args, table.completion_ids))
+    return Items(table, method.items(table, args))
+
+
+# ---- items: lists of row numbers that stay in one micro-batch -------------------------------------------------------
+
+
+def _places(rows, groups: list[list[int]]) -> str:
+    """The places in the data of the first of these prompts."""
+    places = [rows.where[group[0]] for group in groups[:_NAMED]]
+    return ", ".join(places) + (", ..." if len(groups) > _NAMED else "")
+
+
+def single_rows(rows, config) -> list[list[int]]:
+    return [[row] for row in range(len(rows))]
+
+
+def whole_prompts(rows, config) -> list[list[int]]:
+    """A prompt with all its completions. Prompts of one completion have nothing to be compared with."""
+    items = [group for group in rows.groups if len(group) > 1]
+    lonely = [group for group in rows.groups if len(group) == 1]
+    if not items:
+        raise ValueError(
+            f"method {config.method!r} compares the completions of a prompt: no prompt has two ({_places(rows, lonely)}"
+            "); the data need rows of prompt + completions + rewards"
+            + (", or take advantages='batch' or 'given'" if hasattr(config, "advantages") else "")
+        )
+    if lonely:
+        logger.warning(
+            "%d of %d prompts have a single completion, which cannot be compared, and are left out: %s",
+            len(lonely), len(rows.groups), _places(rows, lonely),
+        )  # fmt: skip
+    return items
+
+
+def advantage_items(rows, config) -> list[list[int]]:
+    """Whole prompts where an advantage compares the completions of one, else single rows."""
+    return whole_prompts(rows, config) if config.advantages in WITHIN_PROMPT else single_rows(rows, config)
+
+
+def var_items(rows, config) -> list[list[int]]:
+    per_prompt = config.normalizer in ("group", "self_normalised")
+    return rows.groups if per_prompt else single_rows(rows, config)
+
+
+def sft_items(rows, config) -> list[list[int]]:
+    if config.sft_on == "all":
+        return single_rows(rows, config)
+    items = []
+    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
+        if is_pair:
+            items.append(group[:1])
+        elif rows.reward is None or rows.reward[group].isnan().any():
+            items += [[row] for row in group]
+        else:
+            items.append([group[int(rows.reward[group].argmax())]])
+    return items
+
+
+def pairs(rows, config) -> list[list[int]]:
+    """[chosen, rejected]: those of a pair, otherwise the best and the worst of a prompt, if their rewards differ."""
+    items, ties, equal = [], [], []
+    for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
+        if is_pair:
+            (equal if equal_pair(rows, group, config) else items).append(group)
+            continue
+        reward = rows.reward[group]
+        best, worst = group[int(reward.argmax())], group[int(reward.argmin())]
+        if rows.reward[best] > rows.reward[worst]:
+            (equal if equal_pair(rows, [best, worst], config) else items).append([best, worst])
+        else:
+            ties.append(group)
+    if not items:
+        raise ValueError(
+            f"method {config.method!r} needs pairs: no prompt has two completions with different rewards "
+            f"({_places(rows, ties + equal)}); the data need rows of prompt + chosen + rejected, or of prompt + "
+            "completions + rewards, that still differ within max_length"
+        )
+    _warn_of_equal(rows, equal, config)
+    if ties:
+        logger.warning(
+            "%d of %d prompts have no two completions with different rewards, make no pair and are left out: %s",
+            len(ties), len(rows.groups), _places(rows, ties),
+        )  # fmt: skip
+    return items
+
+
+def judged_rows(rows, config) -> list[list[int]]:
+    """Single rows for KTO; each must be known to be desirable or not."""
+    if rows.reward is None and not all(rows.is_pair):
+        raise ValueError(f"method {config.method!r} needs rewards or pairs: which completions are desirable?")
+    entries = zip(rows.groups, rows.is_pair, strict=True)
+    equal = [group for group, is_pair in entries if is_pair and equal_pair(rows, group, config)]
+    _warn_of_equal(rows, equal, config)
+    left_out = {row for group in equal for row in group}
+    items = [item for item in single_rows(rows, config) if item[0] not in left_out]
+    if not items:
+        raise ValueError(
+            f"method {config.method!r} needs pairs whose halves differ within max_length = {config.max_length}, got "
+            f"none ({_places(rows, equal)}); raise max_length"
+        )
+    return items
+
+
+def equal_pair(rows, pair: list[int], config) -> bool:
+    """True where both halves hold the same tokens, so that a comparison says nothing. Draws of the policy are kept:
+    equal ones are part of their distribution."""
+    if config.online:
+        return False
+    ids = [rows.token_ids[rows.offset[row] : rows.offset[row + 1]] for row in pair]
+    return torch.equal(*ids)
+
+
+def _warn_of_equal(rows, equal: list[list[int]], config) -> None:
+    if equal:
+        logger.warning(
+            "%d of %d pairs hold the same tokens twice, at most max_length = %d of them, and are left out: %s",
+            len(equal), len(rows.groups), config.max_length, _places(rows, equal),
+        )  # fmt: skip

@@ -7,7 +7,7 @@ from transformers.utils import find_adapter_config_file
 
 
 def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
-    """As ``AutoModelForCausalLM.from_pretrained``; where ``name`` holds an adapter, its base with the adapter merged.
+    """Load a causal LM; where ``name`` holds an adapter, its base with the adapter merged.
 
     transformers would hand out the base with the adapter hung into it and everything frozen: nothing of it learns, and
     the reference without an adapter is not the model that was asked for. An adapter of the lm_head or of the embedding
@@ -87,12 +87,12 @@ def _untie(model: nn.Module) -> None:
 
 
 def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """What was given, what has that name, or what lies where the model came from."""
+    """The tokenizer that was given, the one of that name, or the one that lies where the model came from."""
     if given is not None and not isinstance(given, str):
         return given
     name = given or model.config._name_or_path
     if not name:
         raise ValueError(
-            "processing_class: expected a tokenizer, got none, and the model was loaded from nowhere; pass one"
+            "processing_class must be a tokenizer, got none, and the model was loaded from nowhere; pass one"
         )
     return AutoTokenizer.from_pretrained(name)

@@ -15,64 +15,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.distill import HeadInputs, divergence_in_head
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX
-from var_kernels.integrations.trainer import items, shares
+from var_kernels.integrations.trainer import collator, row_weights
 from var_kernels.integrations.trainer.reward_effect import z_over_batch
-from var_kernels.integrations.trainer.shares import Prepared, Rows
-from var_kernels.integrations.trainer.values import prompt_end
+from var_kernels.integrations.trainer.row_weights import Prepared, Rows
+from var_kernels.integrations.trainer.value_head import prompt_end
 from var_kernels.losses import (
     LOSSES,
+    MODEL_LOSSES,
     Loss,
-    bradley_terry_loss,
     dft_loss,
     dro_value_loss,
     linear_loss,
     quantile_reward,
+    register,
     single_name,
     soft_value,
 )
 from var_kernels.losses.advantages import ADVANTAGES
 from var_kernels.losses.ava import last_value
-from var_kernels.losses.checks import check_choice, check_number
+from var_kernels.losses.checks import check_choice, check_range
 from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
-from var_kernels.losses.weight_checks import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
+from var_kernels.losses.weights import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
 from var_kernels.ops.signatures import DIRECTIONS
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a loss of the registry is trained.
+    """A loss of the registry with what training it takes.
 
     items: (rows, config) -> the row numbers of each item. prepare: (step, config, group) -> what to add to the step's
     rows, "weight" (B,) among it, and metrics. columns: (rows, config, training rows) -> what to add to the data's rows
-    once. defaults: of the loss's options that have none. settings: options of the method beside the loss's, name ->
-    (type, default, meaning). head: what is had beside the lm_head: "" (nothing), "fitted" (a value, on the reference
-    before training), "value" or "reward" (heads that learn with the policy). policy_labels: chosen and rejected change
-    places as the policy itself would label them. compares: what a reward is compared with, the completions of its
-    "prompt", of the "step", of the "data", or "" nothing: it counts by itself. reads_draws: online, the loss takes the
-    completions for draws of the policy, or of the reference, so that log-probs are read at the draws' temperature.
-    teacher: whose distributions over the whole vocabulary the loss reads: "given" (those of ``ref_model``, a teacher),
-    "reference" (the reference's, which stays in memory) or "" nobody's.
+    once. settings: options of the method beside the loss's, name -> (type, default, meaning). head: what is had beside
+    the lm_head: "" (nothing), "fitted" (a value, on the reference before training), "value" or "reward" (heads that
+    learn with the policy). teacher: whose distributions over the whole vocabulary the loss reads: "given" (those of
+    ``ref_model``, a teacher), "reference" (the reference's, which stays in memory) or "" nobody's.
     """
 
     loss: Loss
     items: Callable[[Any, Any], list[list[int]]]
     need_rewards: str
     prepare: Callable[[Rows, Any, dist.ProcessGroup | None], Prepared]
-    defaults: dict[str, object] = field(default_factory=dict)
     settings: dict[str, tuple[type, object, str]] = field(default_factory=dict)
     columns: Callable[[Any, Any, Any], Rows] | None = None
     head: str = ""
-    policy_labels: bool = False
-    compares: str = ""
-    reads_draws: bool = False
     teacher: str = ""
 
     @property
     def reference(self) -> str:
-        """What of the reference is read: "" (nothing), "sequence" sums or "token" log-probs."""
+        """The reference's part: "" (none), "sequence" sums or "token" log-probs."""
         reads = set(self.loss.inputs)
         if reads & {"ref_token_logp", "old_token_logp"}:
             return "token"
@@ -80,7 +73,7 @@ class Method:
 
     @property
     def reads_policy(self) -> bool:
-        """Whether the loss reads log-probs of the lm_head, and not the head beside it alone."""
+        """True where the loss reads log-probs of the lm_head, and not the head beside it alone."""
         return any(single_name(name)[0] in ("policy_logp", "token_logp") for name in self.loss.tensors)
 
     @property
@@ -90,7 +83,7 @@ class Method:
         meaning = f"option of the loss {self.loss.name!r}"
         types = self.loss.option_types
         options = {
-            name: (types[name], self.defaults.get(name, default), meaning)
+            name: (types[name], self.loss.defaults.get(name, default), meaning)
             for name, default in self.loss.options.items()
         }
         return options | self.settings
@@ -173,8 +166,8 @@ def loss_in_head(
     process_group=None,
     label_generator=None,
 ) -> "HeadResult":
-    """What the head computes for a micro-batch. A method that does not read the policy makes no logits, and has zeros
-    for log-probs and hits."""
+    """The loss and metrics of a micro-batch, computed inside the head. A method that does not read the policy makes no
+    logits, and has zeros for log-probs and hits."""
     loss = method.loss
     inputs = {name: rows[name] for name in loss.inputs if name in rows}
     kept = labels != IGNORE_INDEX
@@ -236,7 +229,6 @@ def _item_weight(loss: Loss, rows: Rows) -> Tensor:
     return rows["weight"]
 
 
-_SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}
 _CHOICES = {
     "sft_on": ("best", "all"),
     "label_by": ("draw", "higher"),
@@ -252,62 +244,51 @@ _VAR = {
     "normalizer": (str, DEFAULT_NORMALIZER, "VAR's Z: self_normalised, group, batch or batch_mean"),
     "reference": (str, DEFAULT_REFERENCE, "reference term in VAR's weights: none, mean or sum"),
 }
-_ALOL = {"head": "fitted", "prepare": shares.alol, "compares": "data"}
-_SFT = {"items": items.sft_items, "need_rewards": "optional", "prepare": shares.tokens}
+_SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}
+_SFT = {
+    "items": collator.sft_items,
+    "need_rewards": "optional",
+    "prepare": row_weights.tokens,
+    "settings": _SFT_ON,
+}
+_ALOL = {"head": "fitted", "prepare": row_weights.alol}
 
 
-def _policy_gradient(advantages: str = "group", length_normalization: str = "sequence", **more) -> dict:
+def _policy_gradient(advantages: str = "group", length_normalization: str = "sequence") -> dict:
     """A policy gradient: advantages by name, and how tokens are weighed where the loss is no mean itself ("")."""
     named = f"from rewards: {', '.join(ADVANTAGES)}"
     settings = {"advantages": (str, advantages, named)}
     if length_normalization:
         of = "sequence (GRPO), token (DAPO), constant (Dr. GRPO) or sum (REINFORCE)"
         settings["length_normalization"] = (str, length_normalization, of)
-    shared = {"items": items.advantage_items, "need_rewards": "required", "prepare": shares.policy_gradient}
-    return {**shared, "settings": settings, "compares": "prompt", "reads_draws": True, **more}
+    shared = {"items": collator.advantage_items, "need_rewards": "required", "prepare": row_weights.policy_gradient}
+    return {**shared, "settings": settings}
 
 
 def _of_loss(loss: Loss) -> dict:
-    """What follows from a loss's signature: a Method's items, need_rewards and prepare."""
+    """The fields of a Method that follow from the loss's signature: items, need_rewards, prepare and head."""
     rated = "required" if {"reward", "advantage"} & set(loss.inputs) else "optional"
-    return {
-        "sequence": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.rows},
-        "token": {"items": items.single_rows, "need_rewards": rated, "prepare": shares.tokens},
-        "group": {
-            "items": items.whole_prompts,
-            "need_rewards": "required",
-            "prepare": shares.groups,
-            "compares": "prompt",
-        },
-        "pair": {
-            "items": items.pairs,
-            "need_rewards": "required" if rated == "required" else "unless_pair",
-            "prepare": shares.pairs,
-        },
+    items, need_rewards, prepare = {
+        "sequence": (collator.single_rows, rated, row_weights.rows),
+        "token": (collator.single_rows, rated, row_weights.tokens),
+        "group": (collator.whole_prompts, "required", row_weights.groups),
+        "pair": (collator.pairs, "required" if rated == "required" else "unless_pair", row_weights.pairs),
     }[loss.item]
+    found = {"items": items, "need_rewards": need_rewards, "prepare": prepare}
+    return found | ({"head": "reward", "settings": _HEAD_RATE} if "mu" in loss.inputs else {})
 
 
-def _bradley_terry(chosen_mu: Tensor, rejected_mu: Tensor) -> Tensor:
-    """A reward model on pairs, ``bradley_terry_loss`` of the reward head's mu at the last token: (P,), (P,) -> (P,).
-
-    The hidden states go to that head alone; the lm_head is not computed, and its weight, if it is not the embedding's
-    too, is left as it is.
-    """
-    return bradley_terry_loss(chosen_mu, rejected_mu)
-
-
-# No loss of the registry: it reads no log-prob.
-BRADLEY_TERRY = Loss(
-    name="bradley_terry",
-    function=_bradley_terry,
-    pass_class="C",
-    item="pair",
-    formula="-log sigmoid(r_w - r_l), r = mu of the reward head at the last token",
-    source="Bradley and Terry (1952)",
+@register(
+    "distill",
+    pass_class="B",
+    item="token",
+    formula="KL(pi_T || pi), KL(pi || pi_T) or beta KL(pi_T || mix) + (1 - beta) KL(pi || mix), "
+    "mix = beta pi_T + (1 - beta) pi",
+    source="GKD, arXiv 2306.13649",
     evidence="derived",
+    reads_draws=True,
+    of_log_probs=False,
 )
-
-
 def _distillation(
     token_logp: Tensor, *, direction: str = "forward", beta: float = 0.5, teacher_temperature: float = 1.0
 ) -> Tensor:
@@ -320,128 +301,77 @@ def _distillation(
     return token_logp
 
 
-# No loss of the registry: it reads a second model, and no log-prob of a label.
-DISTILLATION = Loss(
-    name="distill",
-    function=_distillation,
-    pass_class="B",
-    item="token",
-    formula="KL(pi_T || pi), KL(pi || pi_T) or beta KL(pi_T || mix) + (1 - beta) KL(pi || mix), "
-    "mix = beta pi_T + (1 - beta) pi",
-    source="GKD, arXiv 2306.13649",
-    evidence="derived",
-)
-
-
-def _asft(token_logp: Tensor, *, kl_coef: float = 0.1) -> Tensor:
-    """DFT's loss of a token; the trainer adds kl_coef times KL(reference || policy) of the whole distributions, as
-    ``linear_asft_loss`` does. The reference is the model before training, or ``ref_model``.
-    """
-    check_number("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
-    return dft_loss(token_logp)
-
-
-# No loss of the registry: it reads a second model.
-ASFT = Loss(
-    name="asft",
-    function=_asft,
+@register(
+    "asft",
     pass_class="B",
     item="token",
     formula="dft + kl_coef KL(pi_ref || pi)",
     source="ASFT, arXiv 2509.23753",
     evidence="code",
+    of_log_probs=False,
 )
+def _asft(token_logp: Tensor, *, kl_coef: float = 0.1) -> Tensor:
+    """DFT's loss of a token; the trainer adds kl_coef times KL(reference || policy) of the whole distributions, as
+    ``linear_asft_loss`` does. The reference is the model before training, or ``ref_model``.
+    """
+    check_range("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
+    return dft_loss(token_logp)
 
 
-def _method(name: str, entry: dict) -> Method:
-    loss = entry.get("loss") or LOSSES[name]
-    return Method(**{"loss": loss, **_of_loss(loss), **entry})
-
-
-# What does not follow from the loss's signature.
+# What does not follow from the loss: how its rows are chosen and weighed, settings of the method, heads, teachers.
 _ENTRIES = {
     "var": {
-        "items": items.var_items,
+        "items": collator.var_items,
         "need_rewards": "required",
-        "prepare": shares.var,
+        "prepare": row_weights.var,
         "settings": _VAR,
         "columns": z_over_batch,
-        "compares": "step",
-        "reads_draws": True,
     },
-    "sft": {**_SFT, "settings": _SFT_ON},
-    "dft": {**_SFT, "settings": _SFT_ON},
-    "asft": {**_SFT, "loss": ASFT, "settings": _SFT_ON, "teacher": "reference"},
-    "iw_sft": {**_SFT, "settings": _SFT_ON},
-    "iw_sft_token": {**_SFT, "settings": _SFT_ON},
-    "psft": {**_SFT, "settings": _SFT_ON},
-    "eaft": {**_SFT, "settings": _SFT_ON},
-    "chord_phi": {**_SFT, "settings": _SFT_ON},
-    "raft": {},
-    "awr": {"prepare": shares.awr, "defaults": {"beta": 1.0}, "compares": "step"},
-    "weighted_bc": {"reads_draws": True},
-    "dpo": {"defaults": {"beta": 0.1}},
-    "robust_dpo": {"defaults": {"beta": 0.1, "label_smoothing": 0.1}},
-    "ipo": {"defaults": {"tau": 0.1}},
-    "hinge": {"defaults": {"beta": 0.1}},
-    "slic": {"defaults": {"delta": 1.0, "target_weight": 0.1}},
-    "simpo": {"defaults": {"beta": 2.0, "gamma": 1.0}},
-    "orpo": {"defaults": {"odds_weight": 0.1}},
-    "rebel": {"defaults": {"eta": 1.0}},
-    "sail_dp": {"defaults": {"beta": 0.1}, "policy_labels": True},
-    "sail_pp": {"defaults": {"beta": 0.1}, "policy_labels": True, "reads_draws": True},
-    "sail_pr": {"defaults": {"beta": 0.1}, "settings": _LABEL_BY, "reads_draws": True},
-    "exo": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
-    "lire": {"defaults": {"temperature": 2.0}},
+    **dict.fromkeys(("sft", "dft", "iw_sft", "iw_sft_token", "psft", "eaft", "chord_phi"), _SFT),
+    "asft": {**_SFT, "teacher": "reference"},
+    "distill": {**_SFT, "teacher": "given"},
+    "ava_d": {**_SFT, "prepare": row_weights.rows, "settings": {**_SFT_ON, **_HEAD_RATE}},
+    "awr": {"prepare": row_weights.awr},
+    "sail_pr": {"settings": _LABEL_BY},
     "kto": {
-        "items": items.judged_rows,
+        "items": collator.judged_rows,
         "need_rewards": "unless_pair",
         "columns": _desirable,
-        "defaults": {"beta": 0.1},
         "settings": {"desirable_above": (float, 0.0, "completions with a reward above this are desirable")},
     },
-    "qrpo": {"columns": _quantiles, "defaults": {"beta": 0.1}, "compares": "prompt", "reads_draws": True},
-    "info_nca": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
-    "nca": {"defaults": {"beta": 0.1, "reward_temperature": 1.0}},
-    "gvpo": {"defaults": {"beta": 0.1}, "reads_draws": True},
-    "target_po": {"reads_draws": True},
+    "qrpo": {"columns": _quantiles},
     "astar_po": {
         "columns": _soft_values,
-        "defaults": {"beta": 0.1},
         "settings": {"value_temperature": (float | None, None, "of V, in reward units; None: beta")},
-        "compares": "prompt",
-        "reads_draws": True,
     },
     "dro": {
         "columns": _standardised,
-        "compares": "data",
         "head": "value",
-        "defaults": {"tau": 1.0},
         "settings": {
             "standardise_rewards": (bool, True, "rewards of mean 0 and standard deviation 1 over the training set"),
             **_HEAD_RATE,
         },
     },
-    "alol": _ALOL,
-    "alol_seq": _ALOL,
-    "alol_ref_free": _ALOL,
-    "alol_kl": {**_ALOL, "defaults": {"beta": 0.1}},
-    "rlol": {"reads_draws": True},
-    "rgold": {"prepare": shares.rgold, "reads_draws": True},
-    "ava_d": {**_SFT, "prepare": shares.rows, "head": "reward", "settings": {**_SFT_ON, **_HEAD_RATE}},
-    "ava_p": {"head": "reward", "settings": _HEAD_RATE},
-    "bradley_terry": {"loss": BRADLEY_TERRY, "head": "reward", "settings": _HEAD_RATE},
-    "distill": {**_SFT, "loss": DISTILLATION, "settings": _SFT_ON, "teacher": "given", "reads_draws": True},
-    "ppo": _policy_gradient(),
-    "grpo": _policy_gradient(defaults={"beta": 0.04}),
-    "cispo": _policy_gradient(length_normalization="token"),
-    "sapo": _policy_gradient(),
+    **dict.fromkeys(("alol", "alol_seq", "alol_ref_free", "alol_kl"), _ALOL),
+    "rgold": {"prepare": row_weights.rgold},
+    **dict.fromkeys(("ppo", "grpo", "sapo"), _policy_gradient()),
+    **dict.fromkeys(("cispo", "vespo"), _policy_gradient(length_normalization="token")),
     "gspo": _policy_gradient(length_normalization=""),
     "reinforce": _policy_gradient("leave_one_out", "sum"),
-    "vespo": _policy_gradient(length_normalization="token"),
     "topr": _policy_gradient("given", "sum"),
 }
-METHODS = {name: _method(name, entry) for name, entry in _ENTRIES.items()}
+
+
+def _method(loss: Loss) -> Method:
+    return Method(**{"loss": loss, **_of_loss(loss), **_ENTRIES.get(loss.name, {})})
+
+
+# This library's own losses; one of the user's becomes a method by find_method.
+METHODS = {
+    name: _method(loss)
+    for name, loss in sorted({**LOSSES, **MODEL_LOSSES}.items())
+    if loss.function.__module__.startswith("var_kernels.")
+}
 # what a row of data has without a method's help
 _IN_THE_DATA = frozenset(["reward", "ref_logp", "old_logp", "ref_token_logp", "old_token_logp", "group_ids"])
 
@@ -455,15 +385,17 @@ def find_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     if name not in LOSSES:
-        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {name!r}")
+        raise ValueError(f"method must be one of {', '.join(sorted(METHODS))}, got {name!r}")
     if missing := sorted(set(LOSSES[name].inputs) - _IN_THE_DATA):
         raise ValueError(
             f"method: {name!r} reads {', '.join(missing)}, and the trainer has {', '.join(sorted(_IN_THE_DATA))}; make "
             "it of these, or call linear_loss in a loop of your own"
         )
-    if open_ones := [option for option, default in LOSSES[name].options.items() if default is inspect.Parameter.empty]:
+    loss, empty = LOSSES[name], inspect.Parameter.empty
+    if open_ones := [option for option, default in (loss.options | loss.defaults).items() if default is empty]:
         raise ValueError(
-            f"method: {name!r} needs a default for {', '.join(open_ones)}; give it in the loss's signature"
+            f"method: {name!r} needs a default for {', '.join(open_ones)}; give it in the loss's signature, or as "
+            "defaults of register"
         )
-    METHODS[name] = _method(name, {})
+    METHODS[name] = _method(loss)
     return METHODS[name]

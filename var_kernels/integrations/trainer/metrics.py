@@ -1,12 +1,13 @@
-"""Means of what is logged, over ranks and steps."""
+"""Means of what is logged, over ranks and steps, and the peak memory."""
 
+import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from var_kernels.integrations.trainer.memory import peak_memory_mb
 from var_kernels.losses import kl_k3, ppo_clipped
 from var_kernels.losses.weights import warn_if_collapsed
 
@@ -28,7 +29,7 @@ class StepMetrics:
         entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
 
     def add_batch(self, method, config, rows: dict[str, Tensor], result) -> None:
-        """What a micro-batch's log-probs and scores tell: rows as its loss reads them, result of ``loss_in_head``."""
+        """Add the metrics of a micro-batch: rows as its loss reads them, result of ``loss_in_head``."""
         if method.reads_policy:
             # a row that the loss gives no weight costs nothing, and has no log-prob
             tokens = result.computed.sum()
@@ -49,7 +50,7 @@ class StepMetrics:
             self._add_pairs(method, config, rows, result)
 
     def _add_clip_share(self, config, rows: dict[str, Tensor], result) -> None:
-        """Of the tokens, or of the sequences where the ratio is theirs."""
+        """Add the share of clipped tokens, or of clipped sequences where the ratio is theirs."""
         if "old_token_logp" in rows:
             given, counted = (result.token_logp, rows["old_token_logp"]), result.computed
             advantage = rows["advantage"].unsqueeze(1).expand_as(result.hits)
@@ -112,3 +113,23 @@ class StepMetrics:
         grouped = args.normalizer in ("group", "self_normalised")
         size = round(metrics["ess"] / metrics["ess_share"])
         warn_if_collapsed(metrics["ess"], size, prompts if grouped else 1, lam=args.lam, reference=args.reference)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """MiB: the CUDA allocator's peak since training began, or on the CPU the highest resident size of the whole
+    process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        high = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if high is not None:
+            return int(high.split()[1]) / 2**10
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # accelerate needs it, too
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -10,16 +10,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, end_tokens
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.trainer.argument_checks import check_arguments, check_online, parsed_examples, read_items
-from var_kernels.integrations.trainer.collator import Items, RowCollator
-from var_kernels.integrations.trainer.items import equal_pair
+from var_kernels.integrations.trainer.checks import check_arguments, check_online, check_positions, check_vocabulary
+from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_pair, parsed_examples, read_items
 from var_kernels.integrations.trainer.methods import METHODS
-from var_kernels.integrations.trainer.model_checks import check_positions, check_vocabulary
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
+from var_kernels.integrations.trainer.scoring import evaluating
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank
 from var_kernels.ops.plan import budget_bytes
 
@@ -51,7 +51,7 @@ def preview(
     malformed: int = 0,
     shown: int = 3,
 ) -> str:
-    """What ``VARTrainer(model, config, rows, processing_class=tokenizer, ...)`` would train on, and with what memory.
+    """A report of what ``VARTrainer(model, config, rows, processing_class=tokenizer, ...)`` would train on.
 
     The rows as tokens, what was cut and left out, prompts and completions, the spread of rewards, the effective sample
     size of VAR's weights over several lam, steps, parameters and an estimate of the peak memory. If the reference's
@@ -127,7 +127,7 @@ def _row_lines(items: Items, tokenizer, shown: int) -> list[str]:
     lines = [f"the first rows, token by token ({min(shown, len(table))} of {len(table):,})"]
     for row in range(min(shown, len(table))):
         known = table.row(row)
-        ids, kept = known["input_ids"].tolist(), (known["labels"] != -100).tolist()
+        ids, kept = known["input_ids"].tolist(), (known["labels"] != IGNORE_INDEX).tolist()
         reward = f", reward {table.reward[row].item():g}" if table.reward is not None else ""
         group = table.groups[int(table.group[row])]
         place = f", completion {group.index(row) + 1} of {len(group)}" if len(group) > 1 else ""
@@ -217,7 +217,7 @@ def _reward_lines(items: Items) -> list[str]:
 
 
 def _stop_lines(model, items: Items, config, method) -> list[str]:
-    """What training would refuse of rows that can be read."""
+    """Refusals by training of rows that can be read."""
 
     def refusal(check, *arguments) -> str:
         try:
@@ -267,7 +267,7 @@ def _sample_size_lines(model, items: Items, config) -> list[str]:
 def _share(table: EncodedRows, step: list[int], ref_logp: Tensor | None, config, lam: float) -> float:
     rows = [table.row(row) for row in step]
     known = {"reward": table.reward[step], "group": torch.stack([row["group"] for row in rows])}
-    known["length"] = torch.stack([row["labels"][1:].ne(-100).sum() for row in rows])
+    known["length"] = torch.stack([row["labels"][1:].ne(IGNORE_INDEX).sum() for row in rows])
     if ref_logp is not None:
         known["ref_logp"] = ref_logp[step]
     other = copy.copy(config)
@@ -301,15 +301,13 @@ def _score(model, table: EncodedRows, rows: list[int], config) -> Tensor:
     """(all rows,) log-probs of these rows' completions under the model, 0 elsewhere."""
     result = torch.zeros(len(table))
     items, collate = Items(table, [[row] for row in range(len(table))]), RowCollator(0)
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    size = config.per_device_eval_batch_size
-    for at in range(0, len(rows), size):
-        members = rows[at : at + size]
-        batch = collate([items[row] for row in members])
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
-        result[members] = token_logprobs(model, inputs, workspace_mb=config.workspace_mb).float().sum(1).cpu()
-    model.train(training)
+    device, size = next(model.parameters()).device, config.per_device_eval_batch_size
+    with evaluating(model):
+        for at in range(0, len(rows), size):
+            members = rows[at : at + size]
+            batch = collate([items[row] for row in members])
+            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+            result[members] = token_logprobs(model, inputs, workspace_mb=config.workspace_mb).float().sum(1).cpu()
     return result
 
 

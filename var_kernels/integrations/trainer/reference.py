@@ -1,12 +1,14 @@
-"""The reference policy's log-probs of every token: computed once, kept on disk under the content they depend on."""
+"""The reference policy, and its log-probs of every token: computed once, kept on disk under the content that they
+depend on.
+"""
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.files import atomic_write, cache_folder
-from var_kernels.integrations.hf import token_logprobs
-from var_kernels.integrations.trainer.collator import Items, RowCollator
-from var_kernels.integrations.trainer.progress import progress_bar
-from var_kernels.integrations.trainer.sharding import whole_tensors
+from var_kernels.integrations.hf.distill import HeadInputs, head_inputs
+from var_kernels.integrations.trainer.scoring import evaluating, score_batch, score_rows
+from var_kernels.integrations.trainer.sharding import place_reference, whole_tensors, without_adapter
+from var_kernels.integrations.trainer.value_head import fit_value_head, new_head, prompt_states, values_of
 
 logger = logging.getLogger(__name__)
 _SMALL_PART = 8  # below this share of the data only the rows that a run reads are scored
@@ -126,63 +128,145 @@ def _load(path: Path, num_tokens: int) -> Tensor | None:
         return None
     try:
         logp = load_file(path)["ref_token_logp"]
-    except Exception as error:
+    except (OSError, SafetensorError, KeyError) as error:
         logger.warning("%s cannot be read (%s): computed anew", path, error)
         return None
     return logp if logp.shape == (num_tokens,) and logp.isfinite().all() else None
 
 
-@torch.no_grad()
-def score_rows(trainer, model: nn.Module, rows: EncodedRows, wanted: Sequence[int] | None = None) -> Tensor:
-    """(tokens,) fp32 log-probs of the completions' tokens under ``model``, 0 in the prompts; NaN in rows that are not
-    ``wanted`` (None: all are)."""
-    start = 0.0 if wanted is None else math.nan
-    logp = torch.full((len(rows.token_ids),), start, device=trainer.accelerator.device)
+class ReferencePolicy:
+    """The reference of a run: a model of its own, the policy without its adapter, or the policy before training.
 
-    def score(batch: dict[str, Tensor], members: list[int]) -> None:
-        scored = score_batch(trainer, model, batch).float()[: len(members)]
-        for row, values in zip(members, scored, strict=True):
-            logp[rows.offset[row] : rows.offset[row + 1]] = values[: rows.length(row)]
-
-    over_rows(trainer, model, rows, score, "reference log-probs", wanted)
-    return trainer.accelerator.reduce(logp, "sum").cpu()
-
-
-def over_rows(
-    trainer, model: nn.Module, rows: EncodedRows, visit, title: str, wanted: Sequence[int] | None = None
-) -> None:
-    """``visit(batch, its row numbers)`` for this rank's share of the rows, or of the ``wanted`` ones, in batches of
-    rows of like length, with the model in eval mode.
-
-    Every rank makes as many visits, the last perhaps of a row that is none of its own (no row numbers): a forward pass
-    of sharded weights is a collective.
+    Args:
+        trainer: the ``VARTrainer``, whose model, method, settings and accelerator are read.
+        model: the model that was given, if any.
+        fingerprint: of the weights that score the data, part of the cache's keys; "" where nothing is scored.
     """
-    args, accelerator = trainer.args, trainer.accelerator
-    members = range(len(rows)) if wanted is None else wanted
-    order = sorted(members, key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
-    size = args.per_device_eval_batch_size
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)
-    was_training = model.training
-    model.eval()
-    try:
-        ranks = accelerator.num_processes
-        own = batches[accelerator.process_index :: ranks]
-        own += [[]] * (-(-len(batches) // ranks) - len(own))
-        tokens = [sum(rows.length(row) for row in batch) for batch in own]
-        with progress_bar(args, title, sum(tokens), "token") as advance:
-            for batch, count in zip(own, tokens, strict=True):
-                visit(collate([items[row] for row in batch or order[-1:]]), batch)
-                advance(count)
-    finally:
-        model.train(was_training)
+
+    def __init__(self, trainer, model: nn.Module | None, fingerprint: str):
+        self.trainer, self.model, self._fingerprint = trainer, model, fingerprint
+        self._was_given = model is not None
+        self._waiting: list[EncodedRows] = []  # tables that the policy scores once its weights are sharded
+
+    def prepare(self, tables: list[EncodedRows]) -> None:
+        """Place the reference and score the data with it, or keep it where batches are scored as they come."""
+        trainer, args, method = self.trainer, self.trainer.args, self.trainer.method
+        if not self._was_given and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            self._waiting = tables
+        if method.head == "fitted" and not self._waiting:  # before the reference is let go
+            self._fit_values(self.model.to(trainer.accelerator.device) if self._was_given else trainer.model, tables)
+        initial = trainer.online.reads_initial_model if args.online else method.reference
+        if not (method.teacher or initial):
+            self.model = None
+            return
+        precompute = args.precompute_ref_log_probs and not (args.online or method.teacher)
+        if self.model is None and not precompute and not _is_peft(trainer.model):
+            self.model = copy.deepcopy(trainer.model)
+        if self.model is not None:
+            self.model = place_reference(trainer, self.model)
+            if not precompute:
+                self.model.requires_grad_(False).eval()
+        if precompute and not self._waiting:
+            self._score(trainer.model if self.model is None else self.model, tables)
+
+    def score_waiting(self, prepared: Sequence[nn.Module]) -> None:
+        """Score the data by the policy that accelerate has ``prepared``, before a checkpoint is loaded into it."""
+        if not (self._waiting and prepared):
+            return
+        tables, self._waiting = self._waiting, []
+        if self.trainer.method.reference and self.trainer.args.precompute_ref_log_probs:
+            self._score(prepared[-1], tables)
+        if self.trainer.method.head == "fitted":
+            self._fit_values(prepared[-1], tables)
+
+    def score_new_rows(self, rows: EncodedRows) -> None:
+        """Score rows that come once the trainer is made, by what there still is of the reference: a live model, the
+        policy without its adapter, a policy that has not moved yet, or scores in the cache.
+
+        Raises:
+            ValueError: there is none of these.
+        """
+        trainer, method = self.trainer, self.trainer.method
+        if not method.reference:
+            return
+        live, model = not trainer.args.precompute_ref_log_probs, self._at_hand()
+        cached = not live and cache_path(trainer.args, self._cache_key(rows)).exists()
+        if model is None and (method.head == "fitted" or not (live or cached)):
+            raise ValueError(
+                "eval_dataset: new rows need the reference, which scored the data before training and was let go; pass "
+                "precompute_ref_log_probs=False, which keeps it, or give these rows to the trainer when it is made: "
+                "VARTrainer(..., eval_dataset={name: rows}) takes several sets"
+            )
+        if method.head == "fitted":
+            with self.applied(model):
+                rows.columns["value"] = values_of(trainer.extra_head, prompt_states(trainer, model, rows))
+        if not live:  # else batch by batch
+            self._score(model or trainer.model, [rows])
+
+    def score_step(self, batch: dict[str, Tensor]) -> None:
+        """Add a batch's log-probs under the reference as it is."""
+        with self._live() as model:
+            logp = score_batch(self.trainer, model, batch)
+        if self.trainer.method.reference == "token":
+            batch["ref_token_logp"] = logp
+        batch["ref_logp"] = logp.sum(-1)
+
+    def teacher_inputs(self, batch: dict[str, Tensor]) -> HeadInputs | None:
+        """The lm_head of the method's teacher and what is fed to it; None for a method without one."""
+        if not self.trainer.method.teacher:
+            return None
+        with self._live() as model:
+            return head_inputs(model, batch)
+
+    def applied(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """A block in which ``model`` is the reference: the policy's own without its adapter, where it has one."""
+        own = self.model is None and _is_peft(model)
+        return without_adapter(model) if own else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _live(self) -> Iterator[nn.Module]:
+        model = self.trainer.model if self.model is None else self.model
+        with evaluating(model), self.applied(model):
+            yield model
+
+    def _at_hand(self) -> nn.Module | None:
+        policy = self.trainer.model
+        if self.model is not None:
+            return self.model
+        if self._was_given or _is_peft(policy):
+            return None if self._was_given else policy
+        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+            return None
+        return policy if model_fingerprint(policy) == self._fingerprint else None
+
+    def _score(self, model: nn.Module, tables: list[EncodedRows]) -> None:
+        train = self.trainer.train_dataset
+        for rows in tables:
+            of_run = rows_of_run(self.trainer) if train is not None and rows is train.rows else None
+            with self.applied(model):
+                logp = cached_ref_logp(self.trainer, model, rows, self._cache_key(rows), of_run)
+            if self.trainer.method.reference == "token":
+                rows.token_columns["ref_token_logp"] = logp
+            rows.columns["ref_logp"] = rows.row_sums(logp)
+        self.model = None  # its memory is not needed any more
+
+    def _cache_key(self, rows: EncodedRows) -> str:
+        content = f"{self._fingerprint} {rows_fingerprint(rows)} {self.trainer.accelerator.mixed_precision}"
+        if self.trainer.args.logp_temperature != 1:
+            content += f" temperature {self.trainer.args.logp_temperature}"
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def _fit_values(self, model: nn.Module, tables: list[EncodedRows]) -> None:
+        """V(x) of A-LoL, fitted on the rewards of the training set, the first of the tables."""
+        trainer, train = self.trainer, tables[0]
+        squashed = train.reward.sigmoid() if getattr(trainer.args, "squash", True) else train.reward
+        with self.applied(model):
+            states = [prompt_states(trainer, model, rows) for rows in tables]
+        trainer.extra_head = new_head(model, "value")
+        fit_value_head(trainer.extra_head, states[0], train, squashed)
+        for rows, states_of_rows in zip(tables, states, strict=True):
+            rows.columns["value"] = values_of(trainer.extra_head, states_of_rows)
 
 
-def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) fp32 log-probs of a collated batch's labels, computed as the training step computes them (same
-    autocast)."""
-    device = trainer.accelerator.device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
-    with torch.no_grad(), trainer.accelerator.autocast():
-        options = {"temperature": trainer.args.logp_temperature, "workspace_mb": trainer.args.workspace_mb}
-        return token_logprobs(model, inputs, **options)
+def _is_peft(model: nn.Module) -> bool:
+    return callable(getattr(model, "disable_adapter", None))

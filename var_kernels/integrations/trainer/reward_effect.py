@@ -4,10 +4,10 @@ import logging
 
 import torch
 
-from var_kernels.integrations.trainer.items import advantage_items, whole_prompts
+from var_kernels.integrations.trainer.collator import advantage_items, whole_prompts
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
-from var_kernels.losses.weight_checks import MIN_REWARD_SPREAD
+from var_kernels.losses.weights import MIN_REWARD_SPREAD
 
 logger = logging.getLogger(__name__)
 _NAMED = 3
@@ -28,12 +28,12 @@ def z_over_batch(rows, config, train) -> dict[str, torch.Tensor]:
 
 
 def compared_with(method, config) -> str:
-    """What a reward is compared with: the completions of its "prompt", of the "step", of the "data", or "" nothing."""
+    """The scope of a reward's comparison: the completions of its "prompt", of the "step", of the "data", or "" none."""
     if method.loss.name == "var" and config.normalizer in ("group", "self_normalised"):
         return "prompt"
     if advantages := getattr(config, "advantages", ""):
         return "prompt" if advantages in WITHIN_PROMPT else "step" if advantages == "batch" else ""
-    return "prompt" if getattr(config, "sft_on", "") == "best" else method.compares
+    return "prompt" if getattr(config, "sft_on", "") == "best" else method.loss.compares
 
 
 def check_rewards(rows, config, method, name: str, *, refuse: bool = True) -> None:
@@ -79,7 +79,7 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
             float(reward.max()), ", or pass squash=False for rewards in [0, 1]" if hasattr(config, "squash") else "",
         )  # fmt: skip
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    if "step" in (scope, method.compares) and per_step == 1:
+    if "step" in (scope, method.loss.compares) and per_step == 1:
         return (
             f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
             "gradient_accumulation_steps"
@@ -149,7 +149,7 @@ def _check_scale(spread: float, where: str, rows, config, name: str) -> None:
 
 
 def _squashes(method, config) -> bool:
-    """Whether the loss reads the sigmoid of a reward."""
+    """True where the loss reads the sigmoid of a reward."""
     return getattr(config, "squash", method.loss.name == "rgold")
 
 

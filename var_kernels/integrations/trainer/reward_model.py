@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, Example, encode_examples, end_tokens
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, load_head
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
+from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.loading import load_causal_lm
-from var_kernels.integrations.trainer.online.sampler import evaluating
-from var_kernels.integrations.trainer.reference import over_rows
+from var_kernels.integrations.trainer.scoring import evaluating, over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,9 @@ class RewardModel:
     ):
         labels = getattr(model.config, "num_labels", 1)
         if head is None and labels != 1:
-            raise ValueError(f"reward model: expected a classifier with one label, got {labels} labels")
+            raise ValueError(
+                f"reward model must be a classifier with one label, got {labels} labels; give one of num_labels=1"
+            )
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < (1 if name == "batch_size" else 2):
                 raise ValueError(f"reward model: {name} must be positive (max_length at least 2), got {value}")
@@ -94,7 +96,9 @@ class RewardModel:
             head = load_head(path)
             if not isinstance(head, RewardHead):
                 kind = json.loads((Path(path) / _HEAD_FILE).read_text(encoding="utf-8"))["class"]
-                raise ValueError(f"reward model: {path} holds a {kind}; expected a RewardHead (ava_p, bradley_terry)")
+                raise ValueError(
+                    f"reward model: {path} must hold a RewardHead, got a {kind}; ava_p and bradley_terry train one"
+                )
         else:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=dtype, output_loading_info=True

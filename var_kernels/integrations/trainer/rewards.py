@@ -17,17 +17,18 @@ from var_kernels.integrations.trainer.progress import progress_bar
 RewardFunction = Callable[..., Sequence[float]]
 _CHUNK = 64
 _MAIN = ("prompts", "completions")
+_REMEDY = "the reward function fails on these rows"
 
 
 def load_function(spec: str, option: str = "reward") -> Callable:
-    """What "module:name" names, looked for in the current directory too; ``option`` is what an error speaks of.
+    """Import "module:name", from the current directory too; ``option`` is named in an error.
 
     Raises:
         ValueError: not of that form, no such module or function, or not callable.
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and module_name and name):
-        raise ValueError(f"{option}: expected module:function, got {spec!r}")
+        raise ValueError(f"{option} must be module:function, got {spec!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # where the command is run, as for `python -m`
     try:
@@ -52,7 +53,7 @@ def load_rewards(spec: str) -> "RewardFunction | RewardSum":
     for part in spec.split(","):
         name, star, weight = part.strip().partition("*")
         if star and as_number(weight) is None:
-            raise ValueError(f"reward: expected module:function*weight, got {part!r}")
+            raise ValueError(f"reward must be module:function*weight, got {part!r}")
         parts.append((load_function(name.strip()), as_number(weight) if star else 1.0))
     return RewardSum(parts) if len(parts) > 1 or parts[0][1] != 1.0 else parts[0][0]
 
@@ -83,13 +84,13 @@ class RewardSum:
 
 
 def as_reward_function(given):
-    """What the trainer is given: a function, a ``RewardSum``, or a list of functions, which is their sum."""
+    """One reward function of what the trainer is given: a function, a ``RewardSum``, or a list, which is their sum."""
     return RewardSum(given) if isinstance(given, list | tuple) else given
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a reward function is called: by its signature, as TRL calls one, or with the two lists by position where it
+    """The call of a reward function, by its signature: as TRL calls one, or with the two lists by position where it
     names them otherwise."""
 
     function: RewardFunction
@@ -148,8 +149,8 @@ class _Call:
 
 
 def columns_of(example: Example, function: RewardFunction | None) -> dict:
-    """What a reward function reads of a prompt's row besides the prompt: the columns that it names, and with **kwargs
-    those that no form knows."""
+    """The columns of a prompt's row for a reward function: those that it names, and with **kwargs those that no form
+    knows."""
     if function is None or not example.columns:
         return {}
     if isinstance(function, RewardSum):
@@ -209,16 +210,14 @@ def apply_reward_function(
             chunk = rows[start:stop]
             columns = [{name: value(row, name) for name in names} for row in chunk]
             for row, made in zip(chunk, _values(call, chunk, columns), strict=True):
-                if isinstance(made, Exception):
-                    problems.append(Problem(row.where, f"the reward function raised {type(made).__name__}: {made}"))
-                elif (number := _number(made)) is None:
+                if (number := _number(made)) is None:
                     reason = f"the reward function must return finite numbers, got {made!r:.60}"
                     problems.append(Problem(row.where, reason))
                 else:
                     rewards.append(number)
             advance(len(chunk))
     if problems:
-        raise DataError(problems, remedy="the reward function fails on these rows")
+        raise DataError(problems, remedy=_REMEDY)
     values = iter(rewards)
     return [replace(example, rewards=[next(values) for _ in example.completions]) for example in examples]
 
@@ -248,16 +247,21 @@ def _chunks(sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _values(call: _Call, chunk: list[_Row], columns: list[dict]) -> list:
-    """One value, or the exception, for each row of the chunk."""
-    given = {name: [own[name] for own in columns] for name in columns[0]}
+    """One value for each row of the chunk.
+
+    Raises:
+        DataError: the function raises, or returns something else.
+    """
+
+    def called(size: int, first: int = 0):
+        rows, own = chunk[first : first + size], columns[first : first + size]
+        given = {name: [row[name] for row in own] for name in columns[0]}
+        return call([row.prompt for row in rows], [row.completion for row in rows], given)
+
     try:
-        values = call([row.prompt for row in chunk], [row.completion for row in chunk], given)
+        values = called(len(chunk))
     except Exception as error:
-        # Which row was it? One by one; where every row alone succeeds, the chunk itself is at fault.
-        if len(chunk) == 1:
-            return [error]
-        alone = [_values(call, [row], [own])[0] for row, own in zip(chunk, columns, strict=True)]
-        return alone if any(isinstance(value, Exception) for value in alone) else [error] * len(chunk)
+        raise DataError([_failure(called, chunk, error)], remedy=_REMEDY) from error
     if isinstance(values, str | bytes) or not hasattr(values, "__len__") or len(values) != len(chunk):
         came = f"{len(values)} of them" if hasattr(values, "__len__") else type(values).__name__
         raise DataError(
@@ -265,6 +269,21 @@ def _values(call: _Call, chunk: list[_Row], columns: list[dict]) -> list:
             remedy="the reward function must return a list with one float per completion",
         )
     return list(values)
+
+
+def _failure(called: Callable, chunk: list[_Row], error: Exception) -> Problem:
+    """The first row on which the function raises alone, else the whole chunk; a service that did not answer (OSError)
+    is not called again."""
+    number, many = 0, ""
+    if len(chunk) > 1:
+        many = f" on {len(chunk)} rows from here on"
+        try:
+            for number in [] if isinstance(error, OSError) else range(len(chunk)):
+                called(1, number)
+            number = 0
+        except Exception as alone:
+            error, many = alone, ""
+    return Problem(chunk[number].where, f"the reward function raised {type(error).__name__}{many}: {error}")
 
 
 def _number(value: object) -> float | None:

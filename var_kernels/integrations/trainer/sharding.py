@@ -19,7 +19,7 @@ from var_kernels.integrations.hf.parallel import is_dtensor
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the weights in parts already: they are empty tensors here."""
+    """True where ZeRO-3 holds the weights in parts already: they are empty tensors here."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -145,7 +145,7 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
 
 
 def weight_sharding(trainer) -> str | None:
-    """What spreads the weights: "FSDP1", "FSDP2", "ZeRO-3", or None."""
+    """The sharding of the weights: "FSDP1", "FSDP2", "ZeRO-3", or None."""
     if trainer.is_fsdp_enabled:
         return f"FSDP{getattr(trainer.accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:

@@ -1,65 +1,71 @@
 """VARTrainer: transformers.Trainer with the loss computed inside the lm_head and normalised over the global batch."""
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import (
-    EncodedRows,
     Example,
     end_tokens,
 )
 from var_kernels.integrations.hf.capture import capture
-from var_kernels.integrations.hf.heads import attach_head
+from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.trainer.argument_checks import (
-    check_arguments,
-    check_online,
-    check_teacher,
-    parsed_examples,
-    read_items,
-)
 from var_kernels.integrations.trainer.callbacks import MetricsFile, StepLines, SyncReference
-from var_kernels.integrations.trainer.checkpoints import Checkpoints
-from var_kernels.integrations.trainer.collator import RowCollator, tables_of
-from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
-from var_kernels.integrations.trainer.evaluation import Evaluation
-from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
-from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
-from var_kernels.integrations.trainer.metrics import StepMetrics
-from var_kernels.integrations.trainer.model_checks import (
+from var_kernels.integrations.trainer.checks import (
+    check_arguments,
     check_learns,
+    check_online,
     check_positions,
+    check_teacher,
     check_trainable,
     check_vocabulary,
     disable_dropout,
     freeze_head,
 )
+from var_kernels.integrations.trainer.collator import (
+    Items,
+    RowCollator,
+    first_items,
+    parsed_examples,
+    read_items,
+    tables_of,
+)
+from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
+from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
+from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
+from var_kernels.integrations.trainer.metrics import StepMetrics
+from var_kernels.integrations.trainer.model_card import write_model_card
+from var_kernels.integrations.trainer.non_finite import stop_unless_finite
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
-from var_kernels.integrations.trainer.reference import model_fingerprint
-from var_kernels.integrations.trainer.reference_policy import ReferencePolicy
+from var_kernels.integrations.trainer.reference import ReferencePolicy, model_fingerprint
 from var_kernels.integrations.trainer.reward_effect import check_rewards
+from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, RewardSum, as_reward_function
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
     check_layout,
     of_first_rank,
+    whole_when_saved,
 )
-from var_kernels.integrations.trainer.step import GlobalBatch
-from var_kernels.integrations.trainer.values import new_head
+from var_kernels.integrations.trainer.value_head import new_head
 
 logger = logging.getLogger(__name__)
+_REF_MODEL_DIR = "ref_model"
 
 
-class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer):
+class VARTrainer(Trainer):
     """Aligns a causal LM by VAR, or by any other method of the registry, on rows with rewards or pairs.
 
     The loss of an optimiser step is that of its global batch, over all ranks and gradient-accumulation steps:
@@ -94,6 +100,15 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
     """
 
     loss_is_scaled_for_ga = True
+
+    method: Method
+    pad_token_id: int
+    online: OnlineLoop | None  # where completions are drawn and not read
+    extra_head: nn.Module | None  # beside the lm_head: a value, or AVA's reward
+    step_metrics: dict[str, StepMetrics]  # of "train" and "eval", since the last log
+    reference_policy: ReferencePolicy
+    _reading: tuple  # what turns further rows into items
+    _evaluating = False
 
     def __init__(
         self,
@@ -157,9 +172,9 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self._check_rewards(args, data)
         if args.disable_dropout:
             disable_dropout(model)
-        self._ref_key = ""
+        fingerprint = ""
         if self.method.reference and args.precompute_ref_log_probs and not args.online:
-            self._ref_key = of_first_rank(model_fingerprint(model if ref_model is None else ref_model), args.device)
+            fingerprint = of_first_rank(model_fingerprint(model if ref_model is None else ref_model), args.device)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -187,17 +202,11 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         # With get_batch_samples' item count this keeps every release of Trainer from dividing the loss by the
         # accumulation steps.
         self.model_accepts_loss_kwargs = True
-        self.ref_model = ref_model
+        self.reference_policy = ReferencePolicy(self, ref_model, fingerprint)
         self.step_metrics = {mode: StepMetrics(self, mode) for mode in ("train", "eval")}
-        self._unscored: list[EncodedRows] = []
         try:
             check_layout(self, ref_model)
-            tables = [] if args.online else tables_of(data)
-            if ref_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                self._unscored = tables  # see create_scheduler
-            if self.method.head == "fitted" and not self._unscored:  # before the reference is let go
-                self._fit_values(self.model if ref_model is None else ref_model.to(self.accelerator.device), tables)
-            self._prepare_reference(tables)
+            self.reference_policy.prepare([] if args.online else tables_of(data))
         except BaseException:
             # Only an empty folder goes, and every rank tries.
             if not existed:
@@ -211,16 +220,80 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self.online.bind(self)
             self.add_callback(self.online)
 
-    # ---- data --------------------------------------------------------------------------------------------------------
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, while it is a model of its own in memory."""
+        return self.reference_policy.model
 
     def _check_rewards(self, args, data: list) -> None:
-        """That rewards can have an effect; on an evaluation set, which changes no weight, a warning."""
+        """Refuse rewards without effect; of an evaluation set, which changes no weight, warn."""
         if data[0] is not None:
             check_rewards(data[0].rows, args, self.method, "train_dataset")
         for rows in tables_of(data[1:]):
             check_rewards(rows, args, self.method, "eval_dataset", refuse=False)
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimiser step, each row with its share of the loss of the global batch."""
+        if self.state.global_step >= self.state.max_steps > 0:  # a finished run that is resumed: Trainer looks too late
+            self.control.should_training_stop = True
+            return [], torch.tensor(0)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        group = dist.group.WORLD if self.args.world_size > 1 else None
+        last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if batches and group is not None and last:
+            batches[-1] = self._without_fillers(batches[-1])
+        if batches:
+            self._prepare_step(batches, group, "train")
+        return batches, num_items if num_items is not None else torch.tensor(0)
+
+    def _without_fillers(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """accelerate fills the last batches of an epoch, rank by rank, with items that were in it before."""
+        size = int(batch["item"][-1]) + 1
+        remainder = len(self.train_dataset) % (size * self.args.world_size)
+        own = remainder - self.args.process_index * size
+        return first_items(batch, own) if remainder > 0 and own < size else batch
+
+    def _prepare_step(self, batches: list[dict[str, Tensor]], group, mode: str) -> None:
+        for batch in batches:
+            batch["length"] = batch["labels"][:, 1:].ne(IGNORE_INDEX).sum(-1)
+            if self.method.reference and "ref_logp" not in batch:
+                self.reference_policy.score_step(batch)
+            elif self.method.reference and batch["ref_logp"].isnan().any():
+                raise RuntimeError(
+                    "max_steps: the reference scored the rows of that many steps alone, and this batch holds others: "
+                    "max_steps, the batch size or torch's seed changed since the trainer was made; make it anew, or "
+                    "pass precompute_ref_log_probs=False"
+                )
+        keys = [key for key in ("length", "group", "reward", "ref_logp", "value") if key in batches[0]]
+        sizes = [0 if "stand_in" in batch else len(batch["length"]) for batch in batches]
+        device = self.accelerator.device
+        step = {
+            key: torch.cat([batch[key][:size] for batch, size in zip(batches, sizes, strict=True)]).to(device)
+            for key in keys
+        }
+        added, metrics = self.method.prepare(step, self.args, group)
+        for key, values in added.items():
+            for batch, part in zip(batches, values.split(sizes), strict=True):
+                missing = len(batch["length"]) - len(part)
+                batch[key] = F.pad(part, (0, missing)) if missing else part
+        for number, batch in enumerate(batches):
+            batch["micro_batches"], batch["micro_batch"] = torch.tensor(len(batches)), torch.tensor(number)
+        for key, value in metrics.items():
+            self.step_metrics[mode].add(key, value.sum(), value.numel())
+        if "reward" in step:
+            self.step_metrics[mode].add("reward_mean", step["reward"].nansum(), (~step["reward"].isnan()).sum())
+            if self.args.method == "var":
+                self.step_metrics[mode].add(
+                    "weighted_reward", (step["reward"] * added["weight"]).sum(), added["weight"].sum()
+                )
+
+    def _label_generator(self, inputs: dict[str, Tensor]) -> torch.Generator:
+        """The random stream of the policy's labels: one for each micro-batch of each rank, the same after a resume."""
+        place = (self.args.seed, self.state.global_step, self.args.process_index, int(inputs["micro_batch"]))
+        digest = hashlib.sha256(repr(place).encode()).digest()
+        return torch.Generator(inputs["labels"].device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss, times the number of ranks (whose mean the gradients and logs
@@ -230,10 +303,10 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             self._prepare_step([inputs], None, mode)
         rows = _method_rows(inputs, self.method)
         group = dist.group.WORLD if self.args.world_size > 1 and mode == "train" else None
-        generator = self._label_generator(inputs) if self.method.policy_labels and mode == "train" else None
+        generator = self._label_generator(inputs) if self.method.loss.policy_labels and mode == "train" else None
 
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        teacher = self._teacher_inputs(given)
+        teacher = self.reference_policy.teacher_inputs(given)
 
         def in_head(hidden: Tensor, head):
             labels = next_labels(inputs["labels"], hidden)
@@ -252,7 +325,7 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
         shares = inputs["micro_batches"].to(result.loss.device)
         loss = result.loss * world_size + self._auxiliary_loss(outputs) / shares
         if mode == "train":
-            self._stop_unless_finite(loss, inputs, result)
+            stop_unless_finite(self, loss, inputs, result)
         return (loss, outputs) if return_outputs else loss
 
     def _auxiliary_loss(self, outputs) -> Tensor | float:
@@ -281,7 +354,11 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             )
         return optimizer
 
-    # ---- metrics -----------------------------------------------------------------------------------------------------
+    def create_scheduler(self, *args, **kwargs):
+        """Trainer comes by here when accelerate has sharded the weights and before it loads a checkpoint into them: the
+        moment for a policy that is its own reference to score the data."""
+        self.reference_policy.score_waiting(self.accelerator._models)
+        return super().create_scheduler(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs if self._evaluating else {**logs, **self.step_metrics["train"].take()}, start_time)
@@ -293,9 +370,140 @@ class VARTrainer(Checkpoints, ReferencePolicy, GlobalBatch, Evaluation, Trainer)
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         return super().train(*args, **kwargs)
 
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """See ``transformers.Trainer.evaluate``; eval_dataset: None, the name of a set that the trainer was given, or
+        rows as it takes them, which are scored by the reference now. Online: measures of fresh completions of the
+        evaluation prompts, or of these."""
+        before, self._evaluating = self._evaluating, True  # the training's metrics wait for its own next log
+        try:
+            if self.online is None or isinstance(eval_dataset, dict):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            examples = None
+            if eval_dataset is not None:
+                examples = parsed_examples(eval_dataset, "eval_dataset", "prompt")
+            found = self.online.evaluate(examples)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            self.log(metrics)
+        finally:
+            self._evaluating = before
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """See ``transformers.Trainer``; eval_dataset: as ``evaluate``'s."""
+        return super().get_eval_dataloader(self._items_of(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        """See ``transformers.Trainer``; test_dataset: as ``evaluate``'s."""
+        return super().get_test_dataloader(self._items_of(test_dataset))
+
+    def _items_of(self, dataset):
+        """An evaluation set as the trainer holds it; new rows are read and scored."""
+        if dataset is None or isinstance(dataset, Items):
+            return dataset
+        if isinstance(dataset, str):
+            if not isinstance(self.eval_dataset, dict) or dataset not in self.eval_dataset:
+                names = ", ".join(self.eval_dataset) if isinstance(self.eval_dataset, dict) else "none has a name"
+                raise ValueError(
+                    f"eval_dataset must be the name of a set that the trainer was given ({names}), or rows, got "
+                    f"{dataset!r}; load_examples(path) reads a file"
+                )
+            return dataset
+        if isinstance(dataset, bytes | os.PathLike) or not hasattr(dataset, "__iter__"):
+            raise TypeError(
+                "eval_dataset must be None, a name, or rows in a form of docs/data.md, got "
+                f"{type(dataset).__name__}; load_examples(path) reads a file"
+            )
+        items = read_items(dataset, "eval_dataset", *self._reading)
+        rows, tables = items.rows, tables_of([self.train_dataset, self.eval_dataset])
+        if self.method.columns is not None:
+            rows.columns |= self.method.columns(rows, self.args, tables[0] if tables else rows)
+        check_positions(self.model, rows)
+        check_rewards(rows, self.args, self.method, "eval_dataset", refuse=False)
+        self.reference_policy.score_new_rows(rows)
+        return items
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """See ``transformers.Trainer``. Its metrics hold those of the rows too, so that ``metric_for_best_model`` may
+        name one; the loss is the mean over items of the batches' losses."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.method.head == "reward" and self.method.loss.item != "pair":
+            correct, pairs = judge_pairs(self, dataloader.dataset.rows)
+            self.step_metrics["eval"].add("pair_accuracy", correct, pairs)
+        output.metrics.update(self.step_metrics["eval"].take(f"{metric_key_prefix}_"))
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Counts the loss of a batch by itself. Trainer gets None: it would gather a copy of the loss for each row, and
+        ranks have different numbers of these."""
+        inputs = self._prepare_inputs(inputs)
+        own, counted = self._own_items(inputs), self.step_metrics["eval"]
+        self.step_metrics["eval"] = StepMetrics(self, "eval")
+        with torch.no_grad():
+            loss = self.compute_loss(model, first_items(inputs, own) if own else inputs).detach()
+        made, self.step_metrics["eval"] = self.step_metrics["eval"], counted
+        made.add("loss", loss * own, own)
+        counted.merge(made, 1.0 if own else 0.0)  # a forward pass of sharded weights is a collective
+        return None, None, None
+
+    def _own_items(self, batch) -> int:
+        """Items of this rank's batch, without those that accelerate has filled the last one up with."""
+        size, state = int(batch["item"][-1]) + 1, self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return size
+        return min(size, max(0, state.remainder - self.args.process_index * size))
+
+    # ---- checkpoints and the model's card ----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        # before the rest: a checkpoint is complete once Trainer has written its state
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.sync_ref_model and self.args.should_save:
+            self.ref_model.save_pretrained(folder / _REF_MODEL_DIR)
+        if self.is_fsdp_enabled and self.args.should_save:  # with weights in parts Trainer leaves the tokenizer out
+            self.processing_class.save_pretrained(folder)
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See ``transformers.Trainer.save_model``; under FSDP it saves the whole model, also where checkpoints are in
+        parts."""
+        whole = self.is_fsdp_enabled and not _internal_call
+        with whole_when_saved(self) if whole else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.extra_head is not None:
+            self.extra_head.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # under FSDP it is among the model's own weights
+        if self.method.head in ("value", "reward") and not self.is_fsdp_enabled:
+            self.extra_head.load_state_dict(load_head(resume_from_checkpoint).state_dict())
+        if self.args.sync_ref_model:
+            moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
+            self.ref_model.load_state_dict(moved.state_dict())
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Without the second names of tied weights among the missing: a checkpoint holds them once."""
+        tensors = self.model.state_dict(keep_vars=True)
+        found = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(tensors.get(name)) not in found]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """README.md in output_dir: what was trained on what, the settings, the last metrics."""
+        if self.is_world_process_zero():
+            write_model_card(self)
+
 
 def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
-    """What the loss reads, under its own names; values of tokens beside the labels that they belong to."""
+    """The loss's inputs under its own names; values of tokens beside the labels that they belong to."""
     rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
     for name in (*method.loss.inputs, *({"sampler_weight"} & set(inputs))):
         if name not in inputs and method.head in ("value", "reward"):

@@ -1,8 +1,7 @@
-"""What was drawn, on disk: completions as they come, then each iteration whole, so that a kill loses at most a batch.
+"""Drawn completions on disk, each iteration whole. A run that was killed while it drew draws the same again.
 
 folder/iteration-00003.jsonl          a prompt a line: rows that training reads too (docs/data.md), with their token ids
 folder/iteration-00003.safetensors    log-probs under the policy and the reference; settings and metrics as metadata
-folder/iteration-00003.rank-0.part    batches of an iteration that is being drawn; gone once it is whole
 """
 
 import hashlib
@@ -43,7 +42,7 @@ class Iteration:
 
 
 class Buffer:
-    """The iterations of a run in a folder. Every file appears whole or not at all, but for the last line of a part."""
+    """The iterations of a run in a folder. Every file appears whole or not at all."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -77,12 +76,10 @@ class Buffer:
             save_file(tensors, temporary, metadata)
         with atomic_write(path) as temporary:
             temporary.write_bytes(data)
-        for part in self.folder.glob(f"{path.stem}.rank-*.part"):
-            part.unlink(missing_ok=True)
 
     def read(self, iteration: int) -> Iteration | None:
         """None where it is not there, or not whole."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self.path(iteration)
         try:
@@ -101,44 +98,5 @@ class Buffer:
                 token_columns={n.removeprefix("token."): v for n, v in tensors.items() if n.startswith("token.")},
                 metrics=json.loads(metadata["metrics"]),
             )
-        except Exception:  # missing, or damaged in whatever way: drawn anew
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):  # missing or damaged: drawn anew
             return None
-
-    def part(self, iteration: int, rank: int, key: str) -> "Part":
-        """The batches of this rank so far. What was drawn under another key is dropped."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return Part(self.folder / f"{self.path(iteration).stem}.rank-{rank}.part", key)
-
-
-class Part:
-    """Batches of completions by number, one line each, on disk before the next is drawn."""
-
-    def __init__(self, path: Path, key: str):
-        self.path, self.batches, self.logps = path, {}, {}
-        try:
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines[1:] if _is_json(line)] if json.loads(lines[0])["key"] == key else []
-        except (OSError, ValueError, IndexError, KeyError):
-            kept = []
-        for line in kept:
-            entry = json.loads(line)
-            self.batches[entry["batch"]], self.logps[entry["batch"]] = entry["completion_ids"], entry.get("logps")
-        header = json.dumps({"key": key})
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in (header, *kept)))
-
-    def add(self, number: int, completion_ids: list[list[list[int]]], logps: list | None = None) -> None:
-        self.batches[number], self.logps[number] = completion_ids, logps
-        entry = {"batch": number, "completion_ids": completion_ids}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry if logps is None else {**entry, "logps": logps}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

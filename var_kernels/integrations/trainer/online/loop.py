@@ -15,11 +15,19 @@ from transformers import TrainerCallback
 
 from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, end_tokens
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.trainer.model_checks import check_positions
+from var_kernels.integrations.trainer.checks import check_positions
+from var_kernels.integrations.trainer.config import draws_pairs, say_temperatures
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
-from var_kernels.integrations.trainer.online.importance import mean_gap, sampler_logps, truncated_weights
-from var_kernels.integrations.trainer.online.measures import measures
-from var_kernels.integrations.trainer.online.prompts import Prompt, prompts_of
+from var_kernels.integrations.trainer.online.draws import (
+    FixedLengthItems,
+    Prompt,
+    encode_drawn,
+    label_pairs,
+    measures,
+    prompts_of,
+    sampler_logps,
+    truncated_weights,
+)
 from var_kernels.integrations.trainer.online.sampler import (
     GenerateSampler,
     Sampler,
@@ -27,12 +35,10 @@ from var_kernels.integrations.trainer.online.sampler import (
     check_completions,
     without_padding,
 )
-from var_kernels.integrations.trainer.online.settings import draws_pairs, say_temperatures
-from var_kernels.integrations.trainer.online.table import FixedLengthItems, encode_drawn, label_pairs
 from var_kernels.integrations.trainer.progress import progress_bar
-from var_kernels.integrations.trainer.reference import score_rows
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
+from var_kernels.integrations.trainer.scoring import score_rows
 
 logger = logging.getLogger(__name__)
 BUFFER = "buffer"
@@ -42,7 +48,7 @@ class OnlineLoop(TrainerCallback):
     """Fills the training set at the start of every iteration, from the buffer on disk where it is there already.
 
     What is drawn depends on the seed, the iteration, the batch of prompts and the policy alone, so a run that was
-    killed draws the same again; what a killed iteration had drawn is taken over.
+    killed draws the same again.
 
     Args:
         args: the settings of the run. method: its ``Method``.
@@ -88,7 +94,7 @@ class OnlineLoop(TrainerCallback):
 
     @property
     def reads_initial_model(self) -> bool:
-        """Whether the model that training began with is needed beside the policy."""
+        """True where the model that training began with is needed beside the policy."""
         return self.args.keep_initial_model or bool(self.method.reference and not self.args.refresh_reference)
 
     # ---- an iteration ------------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ class OnlineLoop(TrainerCallback):
     def _rows(self, iteration: int, stored: Iteration) -> EncodedRows:
         rows = encode_drawn(stored.drawn, pairs=draws_pairs(self.args.method))
         rows.columns, rows.token_columns = dict(stored.columns), dict(stored.token_columns)
-        if draws_pairs(self.args.method) and not self.method.policy_labels:
+        if draws_pairs(self.args.method) and not self.method.loss.policy_labels:
             label_pairs(rows, self.args.label_by, self._generator("label", iteration))
         if self.method.columns is not None:
             rows.columns |= self.method.columns(rows, self.args, rows)
@@ -158,9 +164,8 @@ class OnlineLoop(TrainerCallback):
     def _make(self, iteration: int) -> Iteration:
         settings, policy = self._settings(iteration), self._policy()
         prompts = self._prompts_of(iteration)
-        key = _digest(settings, policy)
         began = time.monotonic()
-        mine = self._together(lambda: self._draw(iteration, prompts, key))
+        mine = self._together(lambda: self._draw(iteration, prompts))
         sampling_seconds = time.monotonic() - began
         began = time.monotonic()
         mine = self._together(lambda: self._score(mine, prompts, f"iteration {iteration}, "))
@@ -175,16 +180,12 @@ class OnlineLoop(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         return stored
 
-    def _draw(self, iteration: int, prompts: list[Prompt], key: str) -> list[tuple[int, Drawn]]:
+    def _draw(self, iteration: int, prompts: list[Prompt]) -> list[tuple[int, Drawn]]:
         """This rank's share: every so many batches, of prompts of like length."""
-        args, accelerator = self.args, self.trainer.accelerator
-        part = self.buffer.part(iteration, accelerator.process_index, key)
-        result = []
-        for number, members in self._batches(prompts, args.generations_per_prompt, f"iteration {iteration}: sampling"):
-            if number not in part.batches:
-                ids = [prompts[member].ids for member in members]
-                part.add(number, *self._sample(ids, args.generations_per_prompt, ("sample", iteration, number)))
-            result += self._drawn(prompts, members, Samples(part.batches[number], part.logps[number]))
+        count, result = self.args.generations_per_prompt, []
+        for number, members in self._batches(prompts, count, f"iteration {iteration}: sampling"):
+            samples = self._sample([prompts[member].ids for member in members], count, ("sample", iteration, number))
+            result += self._drawn(prompts, members, samples)
         return result
 
     def _drawn(self, prompts: list[Prompt], members: list[int], samples: Samples) -> list[tuple[int, Drawn]]:
@@ -247,7 +248,7 @@ class OnlineLoop(TrainerCallback):
         try:
             scored = apply_reward_function(self.reward_function, examples, self.args, completion_ids.__getitem__)
         except DataError as error:
-            remedy = "the reward function fails on these completions, which are kept; mend it and resume"
+            remedy = "the reward function fails on these completions; mend it and resume, which draws the same again"
             raise DataError(error.problems, remedy=remedy) from error
         return [
             (place, replace(drawn, rewards=example.rewards))
@@ -271,7 +272,7 @@ class OnlineLoop(TrainerCallback):
         made_of = (self.tokenizer, self.args, self.reward_function)
         eval_prompts = prompts_of(examples, *made_of) if given else self.eval_prompts
         if not eval_prompts:
-            raise ValueError("eval_dataset: expected prompts to evaluate on, got none; pass an evaluation set")
+            raise ValueError("eval_dataset must hold prompts to evaluate on, got none; pass an evaluation set")
 
         def work():
             result = []
@@ -294,12 +295,12 @@ class OnlineLoop(TrainerCallback):
             now = self._log_probs(trainer.accelerator.unwrap_model(trainer.model), rows, "policy")
         if self.reads_initial_model:
             model = trainer.model if trainer.ref_model is None else trainer.ref_model
-            with trainer._as_reference(model):
+            with trainer.reference_policy.applied(model):
                 initial = self._log_probs(model, rows, "initial model")
         if "old_token_logp" in drawn_by:
             stored.token_columns["old_token_logp"] = now
         if now is not None and (drawn := sampler_logps(stored.drawn, rows)) is not None:
-            stored.metrics["sampler_logp_gap"] = mean_gap(now, drawn)
+            stored.metrics["sampler_logp_gap"] = (now - drawn).abs().nanmean().item()
             if cap is not None:
                 stored.token_columns["sampler_weight"] = truncated_weights(now, drawn, cap)
         elif cap is not None:

@@ -12,6 +12,7 @@ from torch import nn
 from var_kernels.integrations.data import end_tokens
 from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.hf.swap import swapped
+from var_kernels.integrations.trainer.scoring import evaluating
 
 
 class Samples(NamedTuple):
@@ -106,18 +107,6 @@ class GenerateSampler:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def random_state(device: torch.device, seed: int) -> Iterator[None]:
     """torch's generators (CPU and this device) seeded inside; afterwards as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -126,24 +115,24 @@ def random_state(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> Samples:
-    """What a sampler returned, if training can use it. Raises ValueError with what is wrong where."""
+    """Return a sampler's completions as ``Samples``. Raises ValueError with what is wrong where."""
     made, logps = made if isinstance(made, Samples) else (made, None)
     if not isinstance(made, list) or len(made) != len(prompts):
         got = f"{len(made)}" if isinstance(made, list) else type(made).__name__
-        raise ValueError(f"sampler: expected a list with an entry for each of {len(prompts)} prompts, got {got}")
+        raise ValueError(f"sampler must return a list with an entry for each of {len(prompts)} prompts, got {got}")
     for number, completions in enumerate(made):
         if len(completions) != n:
-            raise ValueError(f"sampler: expected {n} completions of prompt {number}, got {len(completions)}")
+            raise ValueError(f"sampler must return {n} completions of prompt {number}, got {len(completions)}")
         for ids in completions:
             if not 1 <= len(ids) <= max_new_tokens:
                 raise ValueError(
-                    f"sampler: prompt {number}: expected completions of 1 to {max_new_tokens} tokens, got {len(ids)}; "
-                    "an empty answer is its end token alone"
+                    f"sampler must return completions of 1 to {max_new_tokens} tokens, got {len(ids)} for prompt "
+                    f"{number}; an empty answer is its end token alone"
                 )
             wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocabulary)]
             if wrong:
                 raise ValueError(
-                    f"sampler: prompt {number}: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]!r}"
+                    f"sampler must return token ids from 0 to {vocabulary - 1}, got {wrong[0]!r} for prompt {number}"
                 )
     if logps is not None:
         _check_logps(logps, made)

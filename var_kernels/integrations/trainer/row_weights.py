@@ -1,5 +1,5 @@
-"""What is known of a step before its first forward pass: each row's share of the loss of the global batch ("weight"),
-advantages, and metrics of them. One function for each way of sharing: (step, config, group) -> Prepared.
+"""Each row's share of the loss of the global batch ("weight"), advantages, and metrics of them, before a step's first
+forward pass. One function for each way of sharing: (step, config, group) -> Prepared.
 """
 
 import torch

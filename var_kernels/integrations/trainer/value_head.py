@@ -5,11 +5,12 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, ValueHead
 from var_kernels.integrations.hf.model import find_head, head_sizes, inner_model
-from var_kernels.integrations.trainer.reference import over_rows
+from var_kernels.integrations.trainer.scoring import over_rows
 
 logger = logging.getLogger(__name__)
 _RIDGES = tuple(10.0**power for power in range(-4, 5))  # of the mean squared singular value
@@ -24,7 +25,7 @@ def new_head(model: nn.Module, kind: str) -> nn.Module:
 def prompt_end(labels: Tensor) -> Tensor:
     """(B, T) bool, True at the last position of each prompt; labels aligned with hidden: it predicts the first token of
     the completion."""
-    kept = labels != -100
+    kept = labels != IGNORE_INDEX
     return kept & (kept.long().cumsum(1) == 1)
 
 

@@ -1,0 +1,81 @@
+"""Forward passes over rows of data, shared by the ranks: log-probs of completions, or what else a visit reads."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.hf import token_logprobs
+from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.progress import progress_bar
+
+
+@torch.no_grad()
+def score_rows(trainer, model: nn.Module, rows: EncodedRows, wanted: Sequence[int] | None = None) -> Tensor:
+    """(tokens,) fp32 log-probs of the completions' tokens under ``model``, 0 in the prompts; NaN in rows that are not
+    ``wanted`` (None: all are)."""
+    start = 0.0 if wanted is None else math.nan
+    logp = torch.full((len(rows.token_ids),), start, device=trainer.accelerator.device)
+
+    def score(batch: dict[str, Tensor], members: list[int]) -> None:
+        scored = score_batch(trainer, model, batch).float()[: len(members)]
+        for row, values in zip(members, scored, strict=True):
+            logp[rows.offset[row] : rows.offset[row + 1]] = values[: rows.length(row)]
+
+    over_rows(trainer, model, rows, score, "reference log-probs", wanted)
+    return trainer.accelerator.reduce(logp, "sum").cpu()
+
+
+def over_rows(
+    trainer,
+    model: nn.Module,
+    rows: EncodedRows,
+    visit: Callable[[dict[str, Tensor], list[int]], None],
+    title: str,
+    wanted: Sequence[int] | None = None,
+) -> None:
+    """``visit(batch, its row numbers)`` for this rank's share of the rows, or of the ``wanted`` ones, in batches of
+    rows of like length, with the model in eval mode.
+
+    Every rank makes as many visits, the last perhaps of a row that is none of its own (no row numbers): a forward pass
+    of sharded weights is a collective.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    members = range(len(rows)) if wanted is None else wanted
+    order = sorted(members, key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
+    size = args.per_device_eval_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)
+    ranks = accelerator.num_processes
+    own = batches[accelerator.process_index :: ranks]
+    own += [[]] * (-(-len(batches) // ranks) - len(own))
+    tokens = [sum(rows.length(row) for row in batch) for batch in own]
+    with evaluating(model), progress_bar(args, title, sum(tokens), "token") as advance:
+        for batch, count in zip(own, tokens, strict=True):
+            visit(collate([items[row] for row in batch or order[-1:]]), batch)
+            advance(count)
+
+
+def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) fp32 log-probs of a collated batch's labels, computed as the training step computes them (same
+    autocast)."""
+    device = trainer.accelerator.device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad(), trainer.accelerator.autocast():
+        options = {"temperature": trainer.args.logp_temperature, "workspace_mb": trainer.args.workspace_mb}
+        return token_logprobs(model, inputs, **options)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,5 +1,7 @@
 """Distillation from a teacher model: the divergence inside two heads, the trainer's methods, TRL's GKD loss."""
 
+import json
+
 import pytest
 import torch
 
@@ -164,6 +166,28 @@ def test_four_gemms_where_the_budget_holds_no_gradient_of_all_logits(tmp_path, m
     assert sum(products) == 3 * entries
     trainer.train()
     assert sum(products) == 4 * entries
+
+
+def test_the_run_on_a_real_model_with_a_tiny_one(tmp_path, monkeypatch):
+    """``benchmarks.real distill``: the student keeps the first and the last layer."""
+    from benchmarks.real import distill
+
+    tokenizer().save_pretrained(tmp_path)
+    words = type(tokenizer()).from_pretrained(tmp_path)
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    teacher = tiny_model(1, torch.float32, num_hidden_layers=3)
+    monkeypatch.setattr(distill, "load", lambda *_: (teacher, words))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({name: row[name] for name in ("prompt", "completions")}) for row in ROWS))
+    sizes = distill.Sizes(layers=2, steps=8, batch=2, tokens=32, held_out=2, rate=1e-2)
+    rows = list(distill.runs(file, 0, sizes))
+    assert [row["method"] for row in rows] == ["distill", "sft"]
+    assert all(row.keys() == set(distill.COLUMNS) for row in rows)
+    assert rows[0]["fall"] == pytest.approx(rows[0]["kl_before"] - rows[0]["kl"])
+    kept = [layer.mlp.up_proj.weight for layer in distill.cut(teacher, 2).model.layers]
+    assert torch.equal(kept[0], teacher.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(kept[1], teacher.model.layers[2].mlp.up_proj.weight)
+    assert kept[0].requires_grad
 
 
 def losses_of(trainer):

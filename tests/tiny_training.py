@@ -37,17 +37,17 @@ def tokenizer():
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options):
     """fp64 unless told otherwise: an identity between two ways of training then holds to 1e-12, not 1e-6."""
     torch.manual_seed(seed)
+    settings = {"num_hidden_layers": 2, **options}
     config = LlamaConfig(
         vocab_size=len(tokenizer()),
         hidden_size=24,
         intermediate_size=32,
-        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        **options,
+        **settings,
     )
     return LlamaForCausalLM(config).to(dtype)
 

@@ -5,6 +5,7 @@
     python -m benchmarks.real steps    --text FILE [--model ...] [--tokens 1024 4096 16384] [--dtype float32 bfloat16]
                                        [--heads ...] [--checkpointing]
     python -m benchmarks.real study    --text FILE [--seeds 0 1 2] [--reduced]
+    python -m benchmarks.real distill  --text FILE [--seeds 0 1 2] [--reduced]
 
 FILE: rows of {"prompt", "completions", "rewards"}, one JSON object a line (.jsonl, .jsonl.gz). The study is made
 for two hours on two cores (estimated from the time of a step); --reduced, a few minutes, shows that it runs. Rows are
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("section", choices=("errors", "sparsity", "steps", "study"))
+    parser.add_argument("section", choices=("errors", "sparsity", "steps", "study", "distill"))
     parser.add_argument("--text", type=Path, required=True, help="file of rated completions")
     parser.add_argument("--model", default="smollm2", choices=("smollm2", "gemma"))
     parser.add_argument("--tokens", type=int, nargs="+")
@@ -31,12 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", nargs="+")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--reduced", action="store_true", help="a study of few steps: its figures mean little")
+    parser.add_argument("--reduced", action="store_true", help="few steps: the figures mean little")
     parser.add_argument("--out", type=Path, default=results_folder(), help="folder of the CSV (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.text.is_file():
         parser.error(f"--text: expected a file, {args.text} is none")
-    {"errors": _errors, "sparsity": _sparsity, "steps": _steps, "study": _study}[args.section](args)
+    sections = {"errors": _errors, "sparsity": _sparsity, "steps": _steps, "study": _study, "distill": _distill}
+    sections[args.section](args)
     return 0
 
 
@@ -71,6 +73,15 @@ def _study(args) -> None:
     name = "real-study-reduced.csv" if args.reduced else "real-study.csv"
     for seed in args.seeds:
         _write(args.out / name, COLUMNS, runs(args.text, seed, REDUCED if args.reduced else Sizes()), 2)
+
+
+def _distill(args) -> None:
+    from benchmarks.real.distill import COLUMNS, REDUCED, Sizes, runs
+
+    name = "real-distill-reduced.csv" if args.reduced else "real-distill.csv"
+    for seed in args.seeds:
+        for row in runs(args.text, seed, REDUCED if args.reduced else Sizes()):
+            _write(args.out / name, COLUMNS, [row], 5)
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: list[dict], keys: int) -> None:

@@ -220,7 +220,11 @@ def test_the_site_searches_and_has_every_public_name(site):
     assert "linear_logprob" in index
     anchors = set()
     for path in (site / "api").glob("*.html"):
-        anchors |= set(re.findall(r'id="(var_kernels\.[\w.]+)"', path.read_text(encoding="utf-8")))
+        page = path.read_text(encoding="utf-8")
+        anchors |= set(re.findall(r'id="(var_kernels\.[\w.]+)"', page))
+        assert not re.findall(r"(?:<p>|\n)\s*(?:Args|Returns|Raises|Warns):\s*\n.*", page), (
+            f"{path.name}: text for a section"
+        )
     for module in PUBLIC:
         for name in importlib.import_module(module).__all__:
             if module != "var_kernels":  # its names are shown where they are made

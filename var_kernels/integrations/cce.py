@@ -52,9 +52,11 @@ def linear_cross_entropy(
         shift: s: row t is scored by targets[t + s], the last s rows by nothing; True is 1.
         reduction: "mean" (over the rows that are not ignored), "sum", "none".
         return_lse: also return log sum_v exp of each row's logits, nats, 0 where ignored, differentiable.
+
     Returns:
         () or, for "none", the shape of targets, fp32, nats; with shift s columns fewer. With return_lse a tuple with
         lse in the shape of "none".
+
     Raises:
         ValueError: shift out of range, vocab_parallel_options (see ``var_kernels.ops.vocab_parallel_logprob``).
         TypeError: an option that is not of its type, as where arguments are given in another release's order.

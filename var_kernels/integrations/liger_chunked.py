@@ -167,9 +167,11 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         ref_input, ref_weight, ref_bias: the same of the reference, constants: nothing of it learns, whatever requires a
             gradient. Without use_ref_model unused.
         label_smoothing: of "robust" and "exo_pair"; discopop_tau: of "discopop".
+
     Returns:
         loss () and (chosen_logps (P,), rejected_logps (P,), mean chosen logit, mean rejected logit, NLL of the chosen,
         chosen rewards c (P,), rejected rewards r (P,)), detached; nats.
+
     Raises:
         ValueError: an unknown loss_type, label_smoothing out of range, a missing reference, shapes that are not pairs.
     """
@@ -281,9 +283,11 @@ class LigerFusedLinearKTOLoss(OptionsModule):
     Args:
         _input (B, T, D), lin_weight (V, D), target (B, T), bias (V,); preference_labels (B,) bool; kl: float or (B,).
         ref_input, ref_weight, ref_bias: as of ``LigerFusedLinearDPOLoss``, constants.
+
     Returns:
         loss () and (log-probs of the desirable, of the undesirable, their logits, their rewards), each pair summed over
         its sequences; detached.
+
     Raises:
         ValueError: preference_labels or the reference missing.
     """

@@ -35,8 +35,10 @@ def linear_cross_entropy(
         linear_bias: (V,).
         weight: (V,) weight of each class; "mean" divides by the sum of the targets' weights.
         ignore_index: None is -100.
+
     Returns:
         () or, for reduction "none", the shape of target; nats.
+
     Raises:
         ValueError: class probabilities as target, a linear_weight of more than two dimensions: what cross-entropy over
             whole logits is needed for.

@@ -31,8 +31,10 @@ def sparse_token_kl(
     Args:
         logp: (..., K) the student's, of ``linear_logprob(hidden, weight, top_ids)``; differentiable.
         teacher_logp: (..., K) the teacher's, nats, <= 0; -inf for a place that holds no token. A constant.
+
     Returns:
         (...) nats, >= 0. A tail below e^-16 counts as e^-16, on both sides.
+
     Raises:
         ValueError: shapes that differ, a tail or a direction of another name.
     """

@@ -97,6 +97,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, enco
         inputs: keyword arguments that the model runs on, taken (their first row, where rows can be told) in place of
             the eight tokens by a model that wants more than these: pictures, boxes.
         encoder_decoder: whether the caller can handle one, whose labels are not shifted.
+
     Raises:
         TrialFailedError: a ValueError; the model runs neither on tokens alone nor on ``inputs``.
         ValueError: what follows the head is not in this family (several streams, other positions ...).

@@ -31,8 +31,10 @@ def capture(
         sharded: fn knows a ``HeadParams`` with a group, whose vocabulary is sharded over ranks.
         low_rank: fn passes ``**head_params.logit_options`` on to the ops, or adds ``head_params.low_rank`` itself;
             without it a head with an active LoRA adapter is refused.
+
     Returns:
         (results, output): fn's results as a tuple, and the model's output, its ``logits`` the placeholder.
+
     Raises:
         ValueError: the model's head is not understood (see ``calibrate``).
     """

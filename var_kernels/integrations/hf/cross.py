@@ -43,9 +43,11 @@ def cross_reference_logprobs(
         completions: likewise; give the end token where it is to count. As many as prompts, or not.
         max_tokens: rows times (prompt + completion) length of one forward pass; bounds activations and cache copies.
         workspace_mb: as in ``linear_logprob``.
+
     Returns:
         (len(prompts), len(completions)) fp32, nats, sums over tokens, on the model's device. For per-token means
         divide by the completions' lengths: ``scores / torch.tensor([len(c) for c in completions])``.
+
     Raises:
         ValueError: an empty prompt or completion; the model's head is not understood, or it is an encoder-decoder.
     """

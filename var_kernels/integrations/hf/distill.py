@@ -126,8 +126,10 @@ def token_divergence(
         temperature: divides both models' logits; teacher_temperature: the teacher's own in its place.
         vocabulary: ids that both models know, len(tokenizer), where their heads are padded to two lengths.
         workspace_mb: see ``linear_token_kl``.
+
     Returns:
         (B, T) fp32, nats, >= 0: at t the divergence of the distributions that predict labels[:, t]; 0 where it is -100.
+
     Raises:
         ValueError, TypeError: a head that is not understood, labels of another shape, two vocabularies.
     Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), equation 1.

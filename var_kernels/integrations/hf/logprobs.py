@@ -50,8 +50,10 @@ def token_logprobs(
         temperature: divides the logits, > 0.
         return_entropy: also return the entropy of each of these distributions (nats, differentiable, 0 where logp is).
         workspace_mb: as in ``linear_logprob``.
+
     Returns:
         (B, T) fp32 logp in nats, <= 0; with return_entropy the pair (logp, entropy).
+
     Raises:
         ValueError: the model's head is not understood or not causal; labels and input_ids differ in shape; sequences
             share a row and the model's hidden states mix them (it is tried once on eight tokens).

@@ -48,6 +48,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
     Args:
         model: an HF causal LM, plain or wrapped.
         precision, workspace_mb: as in ``linear_weighted_nll``.
+
     Raises:
         ValueError: on applying, where the model's head is not understood; nothing is patched then. A model that needs
             more than tokens (a picture) is looked at when its first batch with labels comes. In a forward pass, where

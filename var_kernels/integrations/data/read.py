@@ -35,8 +35,9 @@ def load_examples(
         The examples in file order, and the problems of the rows left out.
 
     Raises:
-        FileNotFoundError: a local name that does not exist. ValueError: a directory, an unknown ending, a split of a
-            local file. DataError: malformed rows, an unreadable file, or no row at all.
+        FileNotFoundError: a local name that does not exist.
+        ValueError: a directory, an unknown ending, a split of a local file.
+        DataError: malformed rows, an unreadable file, or no row at all.
     """
     examples, problems = [], []
     for where, row in _rows(str(dataset), split, subset):

@@ -81,8 +81,9 @@ class RewardModel:
         """From a folder or a name on the hub; a folder with a saved reward head holds a causal LM.
 
         Raises:
-            FileNotFoundError, OSError: there is no such model. ValueError: a model without a trained reward: another
-                head, several labels, a classifier whose head is not in the file.
+            FileNotFoundError, OSError: there is no such model.
+            ValueError: a model without a trained reward: another head, several labels, a classifier whose head is not
+                in the file.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -94,9 +94,9 @@ class VARTrainer(Trainer):
         peft_config: train this PEFT adapter in place of the whole model.
 
     Raises:
-        DataError: malformed rows, with the place of each. ValueError, TypeError: settings that do not go together, a
-            model whose head is not understood. All of it before anything is written. NonFiniteLossError: from
-            ``train``, at a loss that is NaN or infinite, before it reaches the weights.
+        DataError: malformed rows, with the place of each, before anything is written.
+        ValueError, TypeError: settings that do not go together, a model whose head is not understood; as early.
+        NonFiniteLossError: from ``train``, at a loss that is NaN or infinite, before it reaches the weights.
     """
 
     loss_is_scaled_for_ga = True

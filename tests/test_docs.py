@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -48,6 +51,8 @@ def registries(monkeypatch):
     before = [dict(table) for table in tables]
     monkeypatch.setattr(head, "row_kernels", head.row_kernels)
     yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
@@ -64,8 +69,13 @@ def given_by(page: str, folder: Path) -> dict:
         texts = [row["prompt"] + row["completions"][0] for row in ROWS[:2]]
         places = {"TEACHER": str(folder / "teacher"), "STUDENT": str(folder / "student"), "texts": texts}
         return names | places | {"top_logps": torch.randn(6, 7).log_softmax(1)[:, :3]}
-    if page == "docs/scaling.md":
-        pytest.skip("runs in test_context_parallel.py, on two ranks")
+    if page == "docs/scaling.md":  # one rank that has all tokens: test_context_parallel.py has two
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        ids = torch.randint(len(tokenizer()), (2, 6))
+        batch = {"input_ids": ids, "position_ids": torch.arange(6).expand(2, 6), "shift_labels": ids.roll(-1, 1)}
+        mesh = SimpleNamespace(get_group=lambda: dist.group.WORLD)
+        names = {"batch": batch, "mesh": mesh, "context_parallel": lambda *_, **__: nullcontext()}
+        return names | {"model": tiny_model(dtype=torch.float32), "ref": torch.tensor([-30.0, -31.0])}
     return {}
 
 

@@ -21,7 +21,7 @@ ITEMS = ("sequence", "pair", "group", "token")
 LOSSES: dict[str, "Loss"] = {}
 """Name -> ``Loss``, of every loss that ``register`` has seen."""
 MODEL_LOSSES: dict[str, "Loss"] = {}
-"""Losses of a reward head, or of two models\' heads: methods of the trainer, which ``linear_loss`` cannot compute."""
+"""Losses of a reward head, or of two models' heads: methods of the trainer, which ``linear_loss`` cannot compute."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.adapters import is_adapter
 from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
@@ -23,7 +24,6 @@ from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, unseen, vector
 from var_kernels.integrations.hf.quantised import dense_weight
 
-_IGNORE_INDEX = -100
 MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
 # save_pretrained writes these, on the rank that saves: a calibration there alone would wait for the others for ever
 _BOOKKEEPING = ("architectures", "dtype", "transformers_version", "use_cache")
@@ -348,7 +348,7 @@ def _agree(one: Tensor, other: Tensor, like: Tensor) -> bool:
 def _check_decoder_inputs(probe: Probe) -> None:
     labels = torch.tensor([probe.plain[-1 - i % len(probe.plain)] for i in range(5)], device=probe.ids.device)
     labels = labels.expand(len(probe.ids), -1).contiguous()
-    labels[:, -2:] = _IGNORE_INDEX
+    labels[:, -2:] = IGNORE_INDEX
     try:
         own = probe.run_decoder(noise, labels, prepared=False)
     except TrialFailedError:

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise
-
-_IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def _fit(probe: Probe, vocab: int, masked_ids: Collection[int], wide: bool) -> L
     unmasked = [i for i in range(min(vocab, 4096)) if i not in masked_ids]
     labels = torch.arange(probe.ids.numel(), device=probe.ids.device).view_as(probe.ids) * 5 % len(unmasked)
     labels = torch.tensor(unmasked, device=labels.device)[labels]
-    labels[:, 2] = _IGNORE_INDEX
+    labels[:, 2] = IGNORE_INDEX
     own, nll = [], []
     for seed in (0, 1):
         loss, y, seen, mask = probe.run_loss(labels, noise, seed)
@@ -84,11 +83,11 @@ def _candidates(logits: Tensor, labels: Tensor, mask: Tensor | None) -> dict[tup
     """{(shift, masked): the loss by that rule}; masked only where a mask of the labels' shape hides something."""
     read = {False: labels}
     if mask is not None and mask.shape == labels.shape and not mask.all():
-        read[True] = labels.masked_fill(mask == 0, _IGNORE_INDEX)
+        read[True] = labels.masked_fill(mask == 0, IGNORE_INDEX)
     return {(shift, masked): _mean_nll(logits, read[masked], shift) for shift, masked in product((True, False), read)}
 
 
 def _mean_nll(logits: Tensor, labels: Tensor, shift: bool) -> float:
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=_IGNORE_INDEX).item()
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX).item()

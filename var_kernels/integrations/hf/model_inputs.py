@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
+
 _LIBRARIES = frozenset(("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels"))
 
 
@@ -44,7 +46,7 @@ def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:
 
 def _shifted_right(labels: Tensor, pad: int, start: int) -> Tensor:
     shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], 1)
-    return shifted.masked_fill(shifted == -100, pad)
+    return shifted.masked_fill(shifted == IGNORE_INDEX, pad)
 
 
 def input_embeddings(inner: nn.Module) -> nn.Module | None:

@@ -24,7 +24,7 @@ from var_kernels.integrations.hf.model_inputs import (
     of_a_library,
 )
 from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
-from var_kernels.integrations.hf.swap import swapped, swapped_forward, swapped_head
+from var_kernels.integrations.hf.swap import evaluating, swapped, swapped_forward, swapped_head
 
 _TOKENS = 8
 _SMALL = 2**20  # elements; of larger buffers (packed weights) no copy is made
@@ -380,19 +380,12 @@ def vector(inner: nn.Module, name: str) -> Tensor:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients and a random state of its own; everything as before at the end."""
-    training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(model):
         # not torch.manual_seed: it would seed GPUs that fork_rng does not restore
         for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
             generator.manual_seed(0)
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
 
 
 @contextmanager

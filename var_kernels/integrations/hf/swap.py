@@ -1,4 +1,4 @@
-"""Another forward in place of a module's own, for the time of a block."""
+"""Another forward, attribute or mode in place of a module's own, for the time of a block."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +23,20 @@ def swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside the block, without a call of ``eval``, which a model may have overridden;
+    afterwards each in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, end_tokens
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.model import inner_model
+from var_kernels.integrations.hf.swap import evaluating
 from var_kernels.integrations.trainer.checks import check_arguments, check_online, check_positions, check_vocabulary
 from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_pair, parsed_examples, read_items
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
-from var_kernels.integrations.trainer.scoring import evaluating
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank
 from var_kernels.ops.plan import budget_bytes
 

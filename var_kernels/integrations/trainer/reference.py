@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.files import atomic_write, cache_folder
 from var_kernels.integrations.hf.distill import HeadInputs, head_inputs
-from var_kernels.integrations.trainer.scoring import evaluating, score_batch, score_rows
+from var_kernels.integrations.hf.swap import evaluating
+from var_kernels.integrations.trainer.scoring import score_batch, score_rows
 from var_kernels.integrations.trainer.sharding import place_reference, whole_tensors, without_adapter
 from var_kernels.integrations.trainer.value_head import fit_value_head, new_head, prompt_states, values_of
 

@@ -14,9 +14,10 @@ from var_kernels.integrations.data import EncodedRows, Example, encode_examples,
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.hf.swap import evaluating
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.loading import load_causal_lm
-from var_kernels.integrations.trainer.scoring import evaluating, over_rows
+from var_kernels.integrations.trainer.scoring import over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,14 @@
 """Forward passes over rows of data, shared by the ranks: log-probs of completions, or what else a visit reads."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf import token_logprobs
+from var_kernels.integrations.hf.swap import evaluating
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.progress import progress_bar
 
@@ -67,15 +67,3 @@ def score_batch(trainer, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), trainer.accelerator.autocast():
         options = {"temperature": trainer.args.logp_temperature, "workspace_mb": trainer.args.workspace_mb}
         return token_logprobs(model, inputs, **options)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,8 +11,7 @@ from torch import nn
 
 from var_kernels.integrations.data import end_tokens
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.hf.swap import swapped
-from var_kernels.integrations.trainer.scoring import evaluating
+from var_kernels.integrations.hf.swap import evaluating, swapped
 
 
 class Samples(NamedTuple):

@@ -17,6 +17,7 @@ Normalizer = Literal["batch", "batch_mean", "cross", "group", "self_normalised"]
 Reference = Literal["sum", "mean", "none"]
 NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
 REFERENCES: tuple[str, ...] = get_args(Reference)
+PER_PROMPT = ("group", "self_normalised")  # given group_ids, Z is over a prompt's completions
 DEFAULT_NORMALIZER: Normalizer = "self_normalised"
 DEFAULT_REFERENCE: Reference = "none"  # here, in VARLoss and in VARConfig: docs/var.md
 MIN_REWARD_SPREAD = 1e-3  # of r / lam, largest less smallest: below it weights differ by a thousandth at most
@@ -110,7 +111,7 @@ def var_weights(
     if problem and process_group is None:
         raise ValueError(problem)
     dtype = _result_dtype(rewards, ref_logp)
-    grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    grouped = normalizer in PER_PROMPT and group_ids is not None
     kernels = weights_kernel(rewards, normalizer, group_ids) if process_group is None else None
     rewards = rewards.detach() if kernels else rewards.detach().double()
     if problem:  # as NaN it reaches every rank and all raise below; raising here would leave the others waiting
@@ -216,7 +217,7 @@ def weights_kernel(
     rewards: Tensor, normalizer: str, group_ids: Tensor | None, labels: Tensor | None = None
 ) -> ModuleType | None:
     """The Triton module where one launch gives the weights: Z over the batch, and a batch that one program holds."""
-    grouped = normalizer in ("group", "self_normalised") and group_ids is not None
+    grouped = normalizer in PER_PROMPT and group_ids is not None
     device, num_rows = rewards.device, rewards.shape[0]
     if grouped or normalizer == "cross" or device.type == "meta" or torch.compiler.is_compiling():
         return None

@@ -62,8 +62,7 @@ class StepLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or state.global_step >= state.max_steps:
             return
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        logger.info("%s; %d steps of %d items%s", summary(self.trainer), state.max_steps, per_step,
+        logger.info("%s; %d steps of %d items%s", summary(self.trainer), state.max_steps, args.items_per_step,
                     f", from step {state.global_step} on" if state.global_step else "")  # fmt: skip
         if args.disable_tqdm:
             self._lines = ProgressLines("training", state.max_steps, "step", state.global_step)

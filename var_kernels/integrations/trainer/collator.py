@@ -20,6 +20,7 @@ from var_kernels.integrations.data import (
 from var_kernels.integrations.data.encode import rewards_of
 from var_kernels.integrations.trainer.rewards import apply_reward_function
 from var_kernels.losses.advantages import WITHIN_PROMPT
+from var_kernels.losses.weights import PER_PROMPT
 
 logger = logging.getLogger(__name__)
 _NAMED = 3
@@ -168,8 +169,7 @@ def advantage_items(rows, config) -> list[list[int]]:
 
 
 def var_items(rows, config) -> list[list[int]]:
-    per_prompt = config.normalizer in ("group", "self_normalised")
-    return rows.groups if per_prompt else single_rows(rows, config)
+    return rows.groups if config.normalizer in PER_PROMPT else single_rows(rows, config)
 
 
 def sft_items(rows, config) -> list[list[int]]:

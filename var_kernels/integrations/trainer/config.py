@@ -171,6 +171,11 @@ class AlignConfig(OnlineSettings, TrainingArguments):
                 "to train in bf16 on the CPU pass use_cpu=True (--use-cpu)"
             ) from error
 
+    @property
+    def items_per_step(self) -> int:
+        """Items of an optimiser step, over accumulation steps and ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def _check_method(self) -> None:
         """The method's own settings, by the loss's own checks: it is called on no rows at all."""
         METHODS[self.method].check(self)

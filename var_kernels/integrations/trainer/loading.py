@@ -96,3 +96,8 @@ def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTraine
             "processing_class must be a tokenizer, got none, and the model was loaded from nowhere; pass one"
         )
     return AutoTokenizer.from_pretrained(name)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up rows: the padding token, else the end token, else 0."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.losses import kl_k3, ppo_clipped
-from var_kernels.losses.weights import warn_if_collapsed
+from var_kernels.losses.weights import PER_PROMPT, warn_if_collapsed
 
 
 class StepMetrics:
@@ -109,8 +109,7 @@ class StepMetrics:
 
     def _warn_if_collapsed(self, metrics: dict[str, float]) -> None:
         args = self.trainer.args
-        prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        grouped = args.normalizer in ("group", "self_normalised")
+        prompts, grouped = args.items_per_step, args.normalizer in PER_PROMPT
         size = round(metrics["ess"] / metrics["ess_share"])
         warn_if_collapsed(metrics["ess"], size, prompts if grouped else 1, lam=args.lam, reference=args.reference)
 

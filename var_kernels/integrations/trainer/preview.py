@@ -17,6 +17,7 @@ from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.hf.swap import evaluating
 from var_kernels.integrations.trainer.checks import check_arguments, check_online, check_positions, check_vocabulary
 from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_pair, parsed_examples, read_items
+from var_kernels.integrations.trainer.loading import pad_token
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
@@ -71,7 +72,7 @@ def preview(
     calibrate_first_rank(model, config.device, config.process_index)
     if config.online:
         check_online(config, reward_func, sampler, None)
-        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        pad = pad_token(tokenizer)
         loop = OnlineLoop(
             config, method, parsed_examples(rows, "train_dataset", "prompt"), None, tokenizer, pad, None, reward_func
         )
@@ -92,8 +93,10 @@ def preview(
         sections += [_reward_lines(items), *([stops] if stops else [])]
         if config.method == "var" and (config.reference == "none" or not stops):
             sections.append(_sample_size_lines(model, items, config))
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-        steps, batch = (math.ceil(len(items) / per_step), config.num_train_epochs), _largest_batch(items, config)
+        steps, batch = (
+            (math.ceil(len(items) / config.items_per_step), config.num_train_epochs),
+            _largest_batch(items, config),
+        )
         live_reference = bool(method.reference) and not config.precompute_ref_log_probs
         live_reference |= method.teacher == "reference"
     sections.append(_step_lines(steps, config, "iteration" if config.online else "epoch"))
@@ -238,10 +241,7 @@ def _stop_lines(model, items: Items, config, method) -> list[str]:
 
 def _sample_size_lines(model, items: Items, config) -> list[str]:
     """ESS over the size of a step, for the steps that training would begin with (in another order)."""
-    table, size = (
-        items.rows,
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
-    )
+    table, size = items.rows, config.items_per_step
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
     steps = [
         [row for place in order[at : at + size] for row in items.items[place]] for at in range(0, len(order), size)

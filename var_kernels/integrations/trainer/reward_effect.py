@@ -7,7 +7,7 @@ import torch
 from var_kernels.integrations.trainer.collator import advantage_items, whole_prompts
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
-from var_kernels.losses.weights import MIN_REWARD_SPREAD
+from var_kernels.losses.weights import MIN_REWARD_SPREAD, PER_PROMPT
 
 logger = logging.getLogger(__name__)
 _NAMED = 3
@@ -29,7 +29,7 @@ def z_over_batch(rows, config, train) -> dict[str, torch.Tensor]:
 
 def compared_with(method, config) -> str:
     """The scope of a reward's comparison: the completions of its "prompt", of the "step", of the "data", or "" none."""
-    if method.loss.name == "var" and config.normalizer in ("group", "self_normalised"):
+    if method.loss.name == "var" and config.normalizer in PER_PROMPT:
         return "prompt"
     if advantages := getattr(config, "advantages", ""):
         return "prompt" if advantages in WITHIN_PROMPT else "step" if advantages == "batch" else ""
@@ -78,8 +78,7 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
             "scale them to about -2 to 2%s", name, who, _spread(reward.sigmoid()), float(reward.min()),
             float(reward.max()), ", or pass squash=False for rewards in [0, 1]" if hasattr(config, "squash") else "",
         )  # fmt: skip
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    if "step" in (scope, method.loss.compares) and per_step == 1:
+    if "step" in (scope, method.loss.compares) and config.items_per_step == 1:
         return (
             f"every step has one completion, and {who} compares those of a step; raise per_device_train_batch_size or "
             "gradient_accumulation_steps"

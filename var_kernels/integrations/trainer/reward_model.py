@@ -16,7 +16,7 @@ from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.logprobs import next_labels
 from var_kernels.integrations.hf.swap import evaluating
 from var_kernels.integrations.trainer.collator import Items, RowCollator
-from var_kernels.integrations.trainer.loading import load_causal_lm
+from var_kernels.integrations.trainer.loading import load_causal_lm, pad_token
 from var_kernels.integrations.trainer.scoring import over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
 
@@ -67,8 +67,7 @@ class RewardModel:
                 raise ValueError(f"reward model: {name} must be positive (max_length at least 2), got {value}")
         if as_chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError("reward model: as_chat needs a tokenizer with a chat template; drop as_chat")
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_token_id = next(token for token in ids if token is not None)
+        self.pad_token_id = pad_token(tokenizer)
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:
             text_config.pad_token_id = self.pad_token_id  # by which a classifier finds the last token

@@ -9,6 +9,7 @@ from torch import Tensor
 from var_kernels.losses import advantages_by_name, alol_advantage, standardised_advantage, var_weights
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
+from var_kernels.losses.weights import PER_PROMPT
 
 Rows = dict[str, Tensor]  # of a micro-batch or a whole step: "reward", "ref_logp", "group", "length", "weight" (B,)
 Prepared = tuple[Rows, dict[str, Tensor]]  # what to add to the step's rows, metrics: () of the global batch, or (B,)
@@ -28,7 +29,7 @@ def _equal_weights(step: Rows, group, number_of_items: Tensor | None = None) -> 
 
 
 def var(step: Rows, config, group) -> Prepared:
-    grouped = config.normalizer in ("group", "self_normalised")
+    grouped = config.normalizer in PER_PROMPT
     weights = var_weights(
         step["reward"],
         step["ref_logp"] if config.reference != "none" else None,

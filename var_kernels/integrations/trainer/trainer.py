@@ -43,7 +43,7 @@ from var_kernels.integrations.trainer.collator import (
     tables_of,
 )
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
-from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
+from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer, pad_token
 from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
 from var_kernels.integrations.trainer.metrics import StepMetrics
 from var_kernels.integrations.trainer.model_card import write_model_card
@@ -136,9 +136,7 @@ class VARTrainer(Trainer):
             ref_model = load_causal_lm(ref_model)
         processing_class = load_tokenizer(processing_class, model)
         self.method = METHODS[args.method]
-        self.pad_token_id = next(
-            i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None
-        )
+        self.pad_token_id = pad_token(processing_class)
         check_trainable(model)
         check_vocabulary(model, processing_class)
         if ref_model is not None:

@@ -75,10 +75,9 @@ class OnlineLoop(TrainerCallback):
         self.prompts = prompts_of(prompts, tokenizer, args, reward_function)
         self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args, reward_function)
         self.buffer = Buffer(Path(args.output_dir) / BUFFER)
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.expected_items, self.rows_an_item = self._count_items()
-        self.steps = args.steps_per_iteration or -(-self.expected_items // per_step)
-        self.dataset = FixedLengthItems(self.steps * per_step)
+        self.steps = args.steps_per_iteration or -(-self.expected_items // args.items_per_step)
+        self.dataset = FixedLengthItems(self.steps * args.items_per_step)
         self.trainer = None
 
     def check_model(self, model) -> None:

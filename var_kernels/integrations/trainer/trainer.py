@@ -472,9 +472,7 @@ class VARTrainer(Trainer):
         whole = self.is_fsdp_enabled and not _internal_call
         with whole_when_saved(self) if whole else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        # not in _save, which the first rank alone calls before transformers 5.19: a sharded head is gathered by all
         if self.extra_head is not None:
             self.extra_head.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
 

@@ -201,7 +201,7 @@ MISTAKES = {
     "an entry of an unknown label": ("tl.where(known, entry * slope, 0.0)", "entry * slope", "scales"),
     "rows are not scaled": ("sums * tl.load(scale_ptr + row)", "sums", "combine, scale alone"),
     "no label's vector": ("out += tl.load(label_ptr + row)", "out += 0.0", "combine"),
-    "the vector of an unknown label": ("mask=mask & known", "mask=mask", "combine"),
+    "the vector of an unknown label": ("mask=there", "mask=mask", "combine"),
     "no constant": ("out += tl.load(constant_ptr + row)", "out += 0.0", "combine, bf16"),
     "a shared label's second block is lost": ("start += ROWS", "start += ROWS + 1", "rows"),
     "each of its rows adds": ("(label != before) &", "(label == label) &", "rows"),

@@ -122,7 +122,7 @@ def test_weights_of_a_gguf_file_are_refused_with_the_way_on(tmp_path):
 
 
 def write_gguf(file) -> dict[str, torch.Tensor]:
-    width, heads, inner, words = 32, 2, 64, ["<s>", "</s>", "<unk>", "a", "b", "ab"]
+    width, heads, inner, words = 32, 2, 64, ["<s>", "</s>", "<unk>", "a", "b", "ab", "ba"]
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_context_length(32)
     writer.add_embedding_length(width)
@@ -136,7 +136,7 @@ def write_gguf(file) -> dict[str, torch.Tensor]:
     writer.add_vocab_size(len(words))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
-    writer.add_token_types([3, 3, 3, 1, 1, 1])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1])
     writer.add_token_merges(["a b", "b a"])  # transformers 5.17 reads a single one as a text
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

@@ -201,7 +201,8 @@ def _combine_rows_kernel(
         label = tl.load(labels_ptr + row)
         known = (label >= 0) & (label < V)
         label = tl.where(known, label, 0)
-        vector = tl.load(matrix_ptr + label * matrix_stride_v + offs_d * matrix_stride_d, mask=mask & known, other=0.0)
+        there = offs_d < tl.where(known, D, 0)  # the interpreter of Triton 3.9 takes no block and scalar together
+        vector = tl.load(matrix_ptr + label * matrix_stride_v + offs_d * matrix_stride_d, mask=there, other=0.0)
         out += tl.load(label_ptr + row) * vector.to(tl.float32)
     if HAS_CONSTANT:
         out += tl.load(constant_ptr + row) * tl.load(total_ptr + offs_d, mask=mask, other=0.0)

@@ -250,14 +250,14 @@ def test_a_run_is_not_written_over(folder, capsys):
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["docter"]) == 2
     assert "unknown command 'docter', did you mean doctor?" in capsys.readouterr().err
-    assert main(["doctor", "--modle", "x"]) == 2
+    assert main(["memory", "--modle", "x"]) == 2
     assert "unknown option --modle, did you mean --model?" in capsys.readouterr().err
-    assert main(["doctor", "--length", "0"]) == 2
+    assert main(["memory", "--length", "0"]) == 2
     assert "--length must be at least 1, got 0" in capsys.readouterr().err
-    assert main(["doctor", "--length", "long"]) == 2
-    assert capsys.readouterr().err == "var-kernels doctor: --length must be of type int, got 'long'\n"
-    assert main(["doctor", "--model", "nobody/nothing"]) == 2
-    assert capsys.readouterr().err.startswith("var-kernels doctor: model: nobody/nothing is no local directory")
+    assert main(["memory", "--length", "long"]) == 2
+    assert capsys.readouterr().err == "var-kernels memory: --length must be at least 1, got long\n"
+    assert main(["memory", "--model", "nobody/nothing"]) == 2
+    assert capsys.readouterr().err.startswith("var-kernels memory: model: nobody/nothing is no local directory")
 
 
 def test_a_full_disk_is_named_with_the_way_on(folder, capsys, monkeypatch):

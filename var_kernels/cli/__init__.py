@@ -1,4 +1,4 @@
-"""The command line: ``var-kernels train | methods | doctor | demo | bench``.
+"""The command line: ``var-kernels train | methods | doctor | memory | demo | bench``.
 
 Each command is a module here with ``add_arguments(parser)`` and ``run(args) -> int``, and, where it takes more options
 than it declares, ``take_unknown(args, words)``. A module is imported when its command is given, torch and transformers
@@ -16,9 +16,10 @@ import sys
 COMMANDS = {
     "train": "align a causal LM by VAR, or another method, on rows with rewards or pairs",
     "methods": "list the training methods, or say all about one",
-    "doctor": "say what this machine has, which backend runs, and what a batch needs in memory",
+    "doctor": "say what this machine has and which backend runs, and check it against fp64",
+    "memory": "predict the peak memory of a batch's loss, plain and fused, from sizes alone",
     "demo": "align a pretrained model on its own scored answers, and show what came of it",
-    "bench": "run the benchmarks of a source checkout",
+    "bench": "measure the gain on this machine for a model's head, against the losses that are installed",
 }
 
 
@@ -67,10 +68,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises in one line what argparse would print below twenty lines of usage."""
 
     def error(self, message: str):
-        message = re.sub(
-            r": invalid (\w+) value: (.*)", r" must be of type \1, got \2", message.removeprefix("argument ")
-        )
-        raise ValueError(message)
+        message = message.removeprefix("argument ").replace(": must be ", " must be ")
+        raise ValueError(re.sub(r": invalid (\w+) value: (.*)", r" must be of type \1, got \2", message))
 
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:

@@ -1,5 +1,4 @@
-"""``var-kernels doctor``: what this machine has, which backend will run and why not a better one, and what a batch
-needs."""
+"""``var-kernels doctor``: this machine, the backend that will run and why not a better one, a check against fp64."""
 
 import argparse
 import importlib.metadata
@@ -8,44 +7,20 @@ import platform
 import sys
 from pathlib import Path
 
-from var_kernels.cli.options import no_such_model
-
-MIB, GIB = 2**20, 2**30
-# Peak bytes per logit of model(..., labels=...).loss.backward() in transformers 5, whose caller lets go of the output:
-# log-softmax and two gradients in fp32. A caller who keeps the output also keeps its logits.
-PLAIN_BYTES = 12
-DTYPES = ("float32", "bfloat16", "float16")
+GIB = 2**30
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "flash-attn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    head = "estimate the loss's memory for"
-    parser.add_argument("--model", help=f"{head} this causal LM, by name or path")
-    parser.add_argument("--hidden", type=int, help=f"{head} a head of this width; with --vocab, instead of --model")
-    parser.add_argument("--vocab", type=int, help="size of the vocabulary")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: its own, or float32)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per micro-batch (default 8)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens per sequence (default 2048)")
-    parser.add_argument("--workspace-mb", type=float, help="memory for the fused loss's temporaries")
+    """No options."""
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("batch-size", "length", "hidden", "vocab"):
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if (args.hidden is None) != (args.vocab is None):
-        given, missing = ("hidden", "vocab") if args.vocab is None else ("vocab", "hidden")
-        raise ValueError(f"--{given} needs --{missing} too; or give --model, which has both")
-    if args.model and args.hidden:
-        raise ValueError("--model and --hidden exclude each other; the model's configuration has its width")
     for label, line in machine_lines():
         print(f"{label:<14} {line}")
-    if args.model or args.hidden:
-        print()
-        for line in memory_lines(args):
-            print(line)
-    return 0
+    verdict = check_against_fp64()
+    print(f"{'self-check':<14} {verdict}")
+    return 1 if verdict.startswith("WRONG") else 0
 
 
 def machine_lines():
@@ -193,41 +168,30 @@ def backend_lines(torch, device) -> list[str]:
     return lines
 
 
-def memory_lines(args: argparse.Namespace) -> list[str]:
-    """The loss's memory above hidden states and weights, plain against fused, from the model's configuration alone."""
+def check_against_fp64() -> str:
+    """The verdict on log-probs and gradients of a small problem on this machine's backend."""
     import torch
 
-    from var_kernels.cli.explain import explain_engines, most_bytes
+    from var_kernels import linear_logprob
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, hidden, vocab, dtype = "", args.hidden, args.vocab, None
-    if args.model:
-        name, (hidden, vocab, dtype) = f"{args.model}: ", _head_of(args.model)
-    dtype = getattr(torch, args.dtype) if args.dtype else dtype or torch.float32
-    rows = args.batch_size * args.length
-    plain = PLAIN_BYTES * rows * vocab / MIB
-    call = (rows, hidden, vocab, dtype, device, args.workspace_mb)
-    engines, tiles = explain_engines(*call), most_bytes(*call) / MIB
-    two_passes = tiles + (4 * rows * hidden / MIB if dtype.itemsize < 4 else 0)
-    weighted = tiles if engines["VAR, SFT"].startswith("one pass") else two_passes
-    return [
-        f"{name}{rows} rows (batch {args.batch_size} x {args.length} tokens), hidden {hidden}, vocabulary {vocab}, "
-        f"{str(dtype).removeprefix('torch.')}",
-        f"{'plain loss':<14} about {plain:,.0f} MiB: model(..., labels=...).loss and its backward pass",
-        f"{'fused loss':<14} at most {weighted:,.0f} MiB (VAR, SFT), {two_passes:,.0f} MiB (DPO)",
-        f"{'':<14} above hidden states, weights and their gradients; --workspace-mb sets the fused loss's",
-        *(f"{kind:<14} {engine}" for kind, engine in engines.items()),
-    ]
+    def plain_logprob(hidden, weight, labels):
+        return (hidden @ weight.t()).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
 
+    def run(op, dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in operands]
+        logp = op(*leaves, labels)
+        return [logp.detach(), *torch.autograd.grad((logp * upstream.to(logp.dtype)).sum(), leaves)]
 
-def _head_of(model: str):
-    """(hidden, vocabulary, dtype or None) from the configuration."""
-    import torch
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except (OSError, ValueError) as error:
-        raise no_such_model("model", model, error) from error
-    dtype = getattr(config, "dtype", None)
-    return config.hidden_size, config.vocab_size, dtype if isinstance(dtype, torch.dtype) else None
+    device, draw = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.Generator().manual_seed(0)
+    labels = torch.randint(507, (63,), generator=draw).to(device)
+    upstream = torch.randn(63, generator=draw).to(device)
+    figures = []
+    for dtype, most in ((torch.float32, 2e-5), (torch.bfloat16, 2**-8)):
+        operands = [torch.randn(shape, generator=draw).to(device, dtype) for shape in ((63, 72), (507, 72))]
+        pairs = zip(run(linear_logprob, dtype), run(plain_logprob, torch.float64), strict=True)
+        errors = [((found - truth).square().sum() / truth.square().sum()).sqrt().item() for found, truth in pairs]
+        name, worst = str(dtype).removeprefix("torch."), max(errors)
+        if not worst <= most:
+            return f"WRONG: in {name} a relative error of {worst:.1e}, expected at most {most:.1e}; please report it"
+        figures.append(f"{worst:.0e} in {name}")
+    return f"right: largest relative error of log-probs and gradients against fp64 {', '.join(figures)}"

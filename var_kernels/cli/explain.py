@@ -1,4 +1,4 @@
-"""The engines of calls of given sizes, as their plans say: what ``var-kernels doctor`` prints."""
+"""The engines of calls of given sizes, as their plans say: what ``var-kernels memory`` prints."""
 
 import torch
 
@@ -12,10 +12,9 @@ from var_kernels.ops.plan import (
     cached_columns,
     dweight_bytes,
     forward_plan,
+    gathered_bytes,
     one_pass_fits,
     one_pass_plan,
-    rounding_bytes,
-    tile_cost,
 )
 
 
@@ -32,14 +31,29 @@ def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, 
     return Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options, needs)
 
 
-def most_bytes(
+def fused_bytes(
     n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, workspace_mb: float | None = None
-) -> int:
-    """Largest size of the tiles of logits and their copies: the budget, or less where everything fits in less."""
+) -> tuple[int, int]:
+    """Predicted peaks of (``linear_weighted_nll``, ``linear_logprob``), forward and backward: the plans' bytes and the
+    gradients of hidden and head.
+    """
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
-    if head.stores_exp and one_pass_fits(head):
-        return min(head.options.budget, one_pass_plan(head).predicted)
-    return min(head.options.budget, tile_cost(head, gradient=True).of_tile(n, v) + rounding_bytes(head))
+    # The plans hold a bound of the label vectors gathered at a time; a small batch gathers four numbers an entry.
+    unused = max(0, gathered_bytes(head) - 16 * n * d)
+    gradients, cached = (n + v) * d * dtype.itemsize, cached_columns(head)
+    general = forward_plan(head, cached).predicted
+    if cached == v:
+        element, sums = (dtype.itemsize, 0) if head.stores_exp else (head.tile.itemsize, gradients)
+        forward = 0 if head.ends_in_exp else general  # its tile, where the GEMM writes one
+        general = max(forward, n * v * element + gradients + sums + gathered_bytes(head) - unused)
+    else:
+        general = max(general, backward_plan(head, cached).predicted + gradients)
+    if dtype == torch.float16 or not one_pass_fits(head):
+        return general, general
+    plan = one_pass_plan(head)
+    # The sums of dW over chunks are rounded once the tiles are gone.
+    during = n * d * dtype.itemsize if plan.accumulator else gradients
+    return max(plan.predicted - unused + during, plan.accumulator + gradients), general
 
 
 def explain_engines(

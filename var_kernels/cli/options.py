@@ -1,10 +1,20 @@
 """Options from flags and YAML files, and texts of the form "key=value,key=value"."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from var_kernels.cli import nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

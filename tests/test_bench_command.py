@@ -54,8 +54,7 @@ def test_every_loss_has_figures_in_every_mode(finished):
             assert found["p20"] <= found["ms"] <= found["p80"]
             assert found["tokens_per_second"] == pytest.approx(1e3 * TOKENS / found["ms"])
             assert found["percent_of_gemms"] == pytest.approx(100 * bare["ms"] / found["ms"])
-            assert (found["error"] is not None) == (mode == "scoring")
-            assert found["error"] is None or found["error"] < 1e-5
+            assert found["error"] < 1e-5
     ours, plain = (row(results, side, "training")["peak_mib"] for side in (sides.OURS, sides.PLAIN))
     assert plain == pytest.approx(12 * TOKENS * VOCAB / 2**20, rel=0.05)
     assert ours < plain

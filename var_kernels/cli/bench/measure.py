@@ -112,6 +112,7 @@ def measure(
     logits_bytes = _PLAIN_BYTES * n * vocab
     rows: dict[tuple[str, str], Row] = {}
     calls: dict[tuple[str, str], Callable] = {}
+    errors: dict[str, float] = {}
     for mode in MODES:
         rows[BARE, mode], calls[BARE, mode] = Row(BARE, mode), operands.bare_gemms(mode)
         calls[BARE, mode]()
@@ -125,8 +126,7 @@ def measure(
             try:
                 call()
                 row.peak_mib = peak_extra_bytes(call, operands.hidden.device) / _MIB
-                if mode == "scoring":
-                    row.error = operands.error(loss)
+                errors[name] = row.error = errors[name] if name in errors else operands.error(loss)
             except torch.OutOfMemoryError:
                 row.note = "out of memory"
             except Exception as error:  # one failure must not end the run

@@ -14,9 +14,9 @@ from var_kernels.cli.bench.sides import OURS, PLAIN
 _OURS_COLOUR, _OTHERS_COLOUR, _BARE_COLOUR = "#1b6ca8", "#b8bec6", "#e3e6ea"
 _COLUMNS = ("ms", "tokens/s", "of the GEMMs' rate", "peak MiB", "error of the loss")
 _MEANS = {
-    "training": "gradients of hidden states and head",
-    "frozen head": "gradients of hidden states alone: LoRA elsewhere in the model",
-    "scoring": "no gradients: log-probs, evaluation",
+    "training": "Gradients of hidden states and head",
+    "frozen head": "Gradients of hidden states alone: LoRA elsewhere in the model",
+    "scoring": "No gradients: log-probs, evaluation",
 }
 
 
@@ -125,7 +125,7 @@ def page(results: dict[str, Any], picture: bytes) -> str:
             figures = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row))
             lines.append(f"<tr{kind}><th>{html.escape(row['side'])}</th>{figures}</tr>")
         names = "".join(f"<th>{name}</th>" for name in ("", *_COLUMNS))
-        title = f"<h2>{mode.capitalize()}</h2><p>{_MEANS[mode].capitalize()}. GEMMs: {GEMMS[mode]}.</p>"
+        title = f"<h2>{mode.capitalize()}</h2><p>{_MEANS[mode]}. GEMMs: {GEMMS[mode]}.</p>"
         tables.append(f'{title}<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>')
     missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
     about = "".join(

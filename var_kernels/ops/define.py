@@ -7,6 +7,7 @@ out: their number would have to be read from the device.
 """
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import repeat
@@ -88,7 +89,7 @@ def define_op(
             call = None if ctx.reads is None else layout.with_tensors(ctx.reads, iter(saved[: ctx.count]))
             return None, *backward(call, saved[ctx.count :], upstream, once)
 
-    OpFunction.__name__ = OpFunction.__qualname__ = f"{name}_function"
+    OpFunction = types.new_class(f"{name}_function", (OpFunction,))  # what grad_fn is called
     op = None if shapes is None else _registered(name, layout, paths, forward, backward, shapes, outputs)
 
     def run(call, traced: bool = False) -> Tensors:

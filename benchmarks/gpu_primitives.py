@@ -14,10 +14,7 @@ from benchmarks.gpu_timing import GIGA, MIB, TFLOP, Item, products_run
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.pairs import KINDS, PairOptions, empty_state
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops import labels
-from var_kernels.ops.backend import choose_backend, pair_kernels, row_kernels
-from var_kernels.ops.define import scale_
-from var_kernels.ops.gemm import add_product, logits_into, product_into
+from var_kernels.ops.backend import choose_backend, kernels_of, pair_kernels
 from var_kernels.ops.head import Head, HeadOptions, Needs
 from var_kernels.ops.plan import budget_bytes, one_pass_rows
 
@@ -61,6 +58,11 @@ def roofs(dry_run: bool) -> list[Item]:
     return items
 
 
+def _kernels(bench, tile: torch.dtype = torch.float32):
+    """Row kernels, label kernels and products of the device."""
+    return kernels_of(choose_backend(bench.device, tile)[0])
+
+
 def _sizes(bench, real, tiny=TINY):
     return tiny if bench.dry_run else real
 
@@ -68,15 +70,15 @@ def _sizes(bench, real, tiny=TINY):
 def _logit_gemms(bench) -> list[dict]:
     """fp32 against bf16 results of the logits' GEMM."""
     _, d, v = _sizes(bench, MAIN)
-    rows, backend = _sizes(bench, 2048, 32), choose_backend(bench.device, torch.float32)[0]
+    rows, gemm = _sizes(bench, 2048, 32), _kernels(bench)[2]
     hidden, weight = bench.randn(rows, d), bench.randn(v, d, scale=0.02)
     wide = torch.empty(rows, v, dtype=torch.float32, device=bench.device)
     narrow = torch.empty(rows, v, dtype=torch.bfloat16, device=bench.device)
     # Only CUDA takes 16-bit operands to fp32.
     operand = hidden.float() if bench.dry_run else hidden
     steps = {
-        "logits, fp32 out": lambda: logits_into(wide, operand, weight, backend),
-        "logits, bf16 out": lambda: logits_into(narrow, hidden, weight, backend),
+        "logits, fp32 out": lambda: gemm.logits_into(wide, operand, weight),
+        "logits, bf16 out": lambda: gemm.logits_into(narrow, hidden, weight),
     }
     return [_gemm_row(name, timing, 2 * rows * d * v) for name, timing in bench.total(steps).items()]
 
@@ -84,7 +86,7 @@ def _logit_gemms(bench) -> list[dict]:
 def _slice_gemms(bench, width: int) -> list[dict]:
     """The backward's two products of one slice of the vocabulary, and the recomputed logits of its width."""
     n, d, _ = _sizes(bench, MAIN)
-    backend = choose_backend(bench.device, torch.float32)[0]
+    gemm = _kernels(bench)[2]
     hidden, weight = bench.randn(n, d), bench.randn(width, d, scale=0.02)
     dlogits = bench.randn(n, width)
     # As the in-place gradient lies: bf16 in rows of fp32's stride.
@@ -94,11 +96,11 @@ def _slice_gemms(bench, width: int) -> list[dict]:
     logits = torch.empty(n, width, dtype=torch.float32, device=bench.device)
     operand = hidden.float() if bench.dry_run else hidden
     steps = {
-        f"logits, slice {width}": lambda: logits_into(logits, operand, weight, backend),
-        f"dH += dlogits W, slice {width}": lambda: add_product(dhidden, dlogits, weight, backend),
-        f"dH += dlogits W, slice {width}, strided": lambda: add_product(dhidden, strided, weight, backend),
-        f"dW = dlogits^T H, slice {width}": lambda: product_into(dweight, dlogits.t(), hidden, backend),
-        f"dW = dlogits^T H, slice {width}, strided": lambda: product_into(dweight, strided.t(), hidden, backend),
+        f"logits, slice {width}": lambda: gemm.logits_into(logits, operand, weight),
+        f"dH += dlogits W, slice {width}": lambda: gemm.add_product(dhidden, dlogits, weight),
+        f"dH += dlogits W, slice {width}, strided": lambda: gemm.add_product(dhidden, strided, weight),
+        f"dW = dlogits^T H, slice {width}": lambda: gemm.product_into(dweight, dlogits.t(), hidden),
+        f"dW = dlogits^T H, slice {width}, strided": lambda: gemm.product_into(dweight, strided.t(), hidden),
     }
     return [_gemm_row(name, timing, 2 * n * d * width) for name, timing in bench.total(steps).items()]
 
@@ -106,12 +108,12 @@ def _slice_gemms(bench, width: int) -> list[dict]:
 def _chunk_gemms(bench, length: int) -> list[dict]:
     """fp32 dW of one chunk of rows: written, and added to."""
     _, d, v = _sizes(bench, MAIN)
-    backend = choose_backend(bench.device, torch.float32)[0]
+    gemm = _kernels(bench)[2]
     hidden, dlogits = bench.randn(length, d), bench.randn(length, v)
     total = torch.zeros(v, d, dtype=torch.float32, device=bench.device)
     steps = {
-        f"fp32 dW = dlogits^T H, chunk {length}": lambda: product_into(total, dlogits.t(), hidden, backend),
-        f"fp32 dW += dlogits^T H, chunk {length}": lambda: add_product(total, dlogits.t(), hidden, backend),
+        f"fp32 dW = dlogits^T H, chunk {length}": lambda: gemm.product_into(total, dlogits.t(), hidden),
+        f"fp32 dW += dlogits^T H, chunk {length}": lambda: gemm.add_product(total, dlogits.t(), hidden),
     }
     return [_gemm_row(name, timing, 2 * length * d * v) for name, timing in bench.total(steps).items()]
 
@@ -120,8 +122,7 @@ def _overlap(bench) -> list[dict]:
     """The GEMM of half a tile and the statistics of the other half: one after the other, and on two streams."""
     _, d, v = _sizes(bench, MAIN)
     half = _sizes(bench, 1024, 16)
-    backend = choose_backend(bench.device, torch.float32)[0]
-    kernels = row_kernels(backend)
+    kernels, _, gemm = _kernels(bench)
     hidden, weight = bench.randn(half, d), bench.randn(v, d, scale=0.02)
     operand = hidden.float() if bench.dry_run else hidden
     tile = torch.zeros(2 * half, v, dtype=torch.float32, device=bench.device)
@@ -132,7 +133,7 @@ def _overlap(bench) -> list[dict]:
         kernels.row_stats(tile[half:], labels, stats, 0, None, LogitTransform())
 
     def serial():
-        logits_into(tile[:half], operand, weight, backend)
+        gemm.logits_into(tile[:half], operand, weight)
         statistics()
 
     steps = {"logits and row_stats, one stream": serial, "logits and row_stats, two streams": serial}
@@ -143,7 +144,7 @@ def _overlap(bench) -> list[dict]:
             other.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(other):
                 statistics()
-            logits_into(tile[:half], operand, weight, backend)
+            gemm.logits_into(tile[:half], operand, weight)
             torch.cuda.current_stream().wait_stream(other)
 
         steps["logits and row_stats, two streams"] = overlapped
@@ -174,7 +175,7 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -
     Rows begin where those of a tile do.
     """
     n, v = _sizes(bench, (2048, v), (32, 512 if v == MAIN[2] else 507))
-    kernels = row_kernels(choose_backend(bench.device, dtype)[0])
+    kernels = _kernels(bench, dtype)[0]
     tile = bench.randn(n, -(-v // 32) * 32, dtype=dtype, scale=2.0)[:, :v]
     labels = torch.randint(0, v, (n, 1), device=bench.device)
     norms = torch.full((2, n), 7.0, device=bench.device)
@@ -186,7 +187,7 @@ def _row_kernels(bench, dtype: torch.dtype, label: str = "", v: int = MAIN[2]) -
     def gradient():
         kernels.row_grad(tile, labels, norms, coefficients, 0, *head, torch.bfloat16)
 
-    exp = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
+    exp = RowStats.uninitialised(n, tile, mean=False, argmax=False)
     exp.set_pivots(torch.zeros(n, device=bench.device))
     stored = torch.empty(tile.shape[0], tile.stride(0), dtype=torch.bfloat16, device=bench.device)[:, :v]
     steps = {
@@ -228,21 +229,21 @@ def _label_kernels(bench) -> list[dict]:
     n, d, v = _sizes(bench, MAIN)
     hidden, weight = bench.randn(n, d), bench.randn(v, d, scale=0.02)
     label_ids = (v ** torch.rand(n, 1, device=bench.device)).long().clamp(max=v - 1)
-    options = HeadOptions(
-        LogitTransform(), 0.0, "fp32", budget_bytes(None, weight), choose_backend(bench.device, torch.float32)[0]
-    )
-    head = Head(hidden, weight, None, label_ids, options, Needs(hidden=True, lm_head_weight=True))
+    kernels, labels_n = _kernels(bench)[1], label_ids[:, 0]
+    gathered = kernels.gathered_bytes(budget_bytes(None, weight), d, torch.float32, hidden.device)
+    stats = RowStats.uninitialised(n, hidden, mean=False, argmax=False)
+    start = (hidden, weight, None, None, labels_n, stats, LogitTransform(), gathered)
     scale, entry, sums = torch.rand(n, device=bench.device), torch.rand(n, device=bench.device), hidden.float()
-    ordered, label = labels.segments(label_ids[:, 0]), (weight, label_ids[:, 0], entry)
+    segments, label = labels_n.sort(stable=True), (weight, labels_n, entry)
     dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
     one = torch.ones((), device=bench.device)
     steps = {
-        "labels: start": (lambda: _ignore(labels.start(head)), 4),
-        "labels: sort": (lambda: _ignore(labels.segments(label_ids[:, 0])), 0),
-        "labels: scaled hidden": (lambda: labels.combine_rows(head, dhidden, hidden, scale), 4),
-        "labels: sums to dhidden": (lambda: labels.combine_rows(head, dhidden, sums, scale, label), 8),
-        "labels: rows of dW": (lambda: labels.add_label_rows(head, dweight, ordered, entry, hidden), 6),
-        "scale of 1": (lambda: scale_(dweight, one), 0),
+        "labels: start": (lambda: kernels.start_rows(*start), 4),
+        "labels: sort": (lambda: _ignore(labels_n.sort(stable=True)), 0),
+        "labels: scaled hidden": (lambda: kernels.combine_rows(dhidden, hidden, scale, gathered=gathered), 4),
+        "labels: sums to dhidden": (lambda: kernels.combine_rows(dhidden, sums, scale, label, None, gathered), 8),
+        "labels: rows of dW": (lambda: kernels.add_label_rows(dweight, segments, entry, hidden, gathered), 6),
+        "scale of 1": (lambda: kernels.scale_(dweight, one), 0),
     }
     timings = bench.total({name: step for name, (step, _) in steps.items()})
     return [_bytes_row(name, timing, steps[name][1] * n * d) for name, timing in timings.items()]

@@ -12,8 +12,9 @@ from tests.op_cases import Case
 from tests.test_compiled import OPS, logprob, prob_lse, token_kl, weighted_kl, weighted_nll
 from tests.tolerance import assert_gradient
 from var_kernels import linear_logprob
+from var_kernels.kernels import gemm_torch
 from var_kernels.measure import peak_extra_bytes
-from var_kernels.ops import engines, plan
+from var_kernels.ops import plan
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
 
@@ -78,8 +79,8 @@ N, D, V = 200, 256, 4000
 def test_the_backward_computes_what_the_budget_did_not_hold(workspace_mb, kept, monkeypatch):
     """And again where it runs again, with the same bits: what is kept is not overwritten."""
     computed = []
-    original = engines.logits_into
-    monkeypatch.setattr(engines, "logits_into", lambda tile, *a: (computed.append(tile.numel()), original(tile, *a)))
+    original = gemm_torch.logits_into
+    monkeypatch.setattr(gemm_torch, "logits_into", lambda tile, *a: (computed.append(tile.numel()), original(tile, *a)))
     inputs = hidden, weight, labels, _ = Case("", shape=(N, D, V), ignored=0).inputs()
     truth = [t.detach().double().requires_grad_() for t in inputs[:2]]
     expected = torch.autograd.grad(linear_logprob_ref(*truth, labels).sum(), truth)

@@ -15,8 +15,9 @@ from benchmarks import gpu_probe
 from tests.kl_cases import KLCase, run_case
 from tests.op_cases import BF16, Case, check_logprob, check_weighted_nll
 from var_kernels import linear_logprob, linear_weighted_nll
+from var_kernels.kernels import gemm_torch as gemm
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients
-from var_kernels.ops import engines, gemm
+from var_kernels.ops import engines
 from var_kernels.ops.backend import choose_backend, use_backend
 
 FP16, CUDA = torch.float16, torch.device("cuda", 0)

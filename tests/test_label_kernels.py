@@ -10,7 +10,7 @@ from tests.mutation import mutant_of
 from var_kernels.kernels.rows import LogitTransform, RowStats
 
 pytest.importorskip("triton", reason="triton is not installed")
-from var_kernels.kernels import labels_triton
+from var_kernels.kernels import labels_torch, labels_triton
 
 BF16 = torch.bfloat16
 N, V, D, R = 41, 53, 72, 5
@@ -182,6 +182,11 @@ CHECKS = {
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_equals_fp64(check, target):
     check(target.device)
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_torchs_operations_equal_fp64(check):
+    check("cpu", module=labels_torch)
 
 
 # what goes wrong: text, what replaces it, the check that shows it

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.op_cases import CASES, SMALL, Case, check_logprob
+from tests.products import Products
 from tests.tolerance import assert_gradient, assert_result
-from var_kernels.ops import engines, linear_logprob, logprob
+from var_kernels.ops import linear_logprob, logprob
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
 
@@ -30,16 +31,14 @@ def test_results_do_not_depend_on_the_budget(entropy, small_tiles):
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
-def test_a_tight_budget_really_makes_chunks(small_tiles, monkeypatch):
-    widths = []
-    original = engines.logits_into
-    monkeypatch.setattr(engines, "logits_into", lambda out, *rest: (widths.append(out.shape), original(out, *rest)))
+def test_a_tight_budget_really_makes_chunks(small_tiles):
     hidden, weight, labels, _ = Case("", tight=True).inputs()
     # Its temporaries are part of the budget.
-    with use_backend("torch"):
+    with use_backend("torch"), Products() as products:
         linear_logprob(hidden, weight, labels, workspace_mb=0.03).sum().backward()
+    widths = [n for _, n, k in products.sizes if k == hidden.shape[-1]]
     assert len(widths) >= 8
-    assert len({shape[1] for shape in widths}) >= 2, "no ragged slice"
+    assert len(set(widths)) >= 2, "no ragged slice"
 
 
 def test_gradcheck_fp64(small_tiles):
@@ -92,11 +91,8 @@ def test_second_backward_repeats_the_first(frozen):
 
 
 @pytest.mark.parametrize(("workspace_mb", "kept"), [(3, 0), (4, 1280), (64, 4000)])
-def test_spare_memory_saves_the_recompute(workspace_mb, kept, monkeypatch):
+def test_spare_memory_saves_the_recompute(workspace_mb, kept):
     """The backward computes the logits that the budget did not hold, a second one too."""
-    computed = []
-    original = engines.logits_into
-    monkeypatch.setattr(engines, "logits_into", lambda tile, *a: (computed.append(tile.numel()), original(tile, *a)))
     n, d, v = 200, 256, 4000
     inputs = hidden, weight, labels, _ = Case("", shape=(n, d, v), ignored=0).inputs()
     truth = [t.detach().double().requires_grad_() for t in inputs[:2]]
@@ -106,9 +102,9 @@ def test_spare_memory_saves_the_recompute(workspace_mb, kept, monkeypatch):
     with use_backend("torch"):  # the others' tiles differ
         logp = linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
         for _ in range(2):
-            computed.clear()
-            gradients = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
-            assert sum(computed) == n * (v - kept)
+            with Products() as products:
+                gradients = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
+            assert products.logits(d) == n * (v - kept)
             for triple in zip(gradients, expected, own_gradients, strict=True):
                 assert_gradient(*triple)
 

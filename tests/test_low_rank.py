@@ -1,5 +1,6 @@
 """``low_rank``: a second product added to the logits tile by tile, as a LoRA adapter of the head is."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests.mutation import leave_a_tile_out
 from tests.op_cases import BF16, Case
+from tests.products import Products
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels.losses import dft_loss
 from var_kernels.measure import peak_extra_bytes
@@ -181,25 +183,17 @@ def test_autocast_casts_the_factors_too():
 
 
 @pytest.mark.parametrize(("engine", "big"), [("one_pass", 2), ("two_pass", 3)])
-def test_a_frozen_weight_costs_no_product_of_its_own(engine, big, small_tiles, monkeypatch):
+def test_a_frozen_weight_costs_no_product_of_its_own(engine, big, small_tiles):
     """Of 2NDV FLOP each: logits and dhidden, with two passes the logits once more; dW is never computed."""
     case = Case("", frozen=("weight",), ignored=0.0)
     n, d, v = case.shape
-    sizes = []
-    for name in ("logits_into", "product_into", "add_product"):
-        original = getattr(engines, name)
-
-        def counted(out, left, *rest, original=original):
-            sizes.append(out.numel() * left.shape[1])
-            original(out, left, *rest)
-
-        monkeypatch.setattr(engines, name, counted)
     problem = Problem(case, FP32)
     budget = {"workspace_mb": 0.02} if engine == "two_pass" else {}  # keeps no logits
-    with use_backend("torch"):
+    with use_backend("torch"), Products() as products:
         problem.gradients(problem.call(linear_weighted_nll, None, engine=engine, **budget))
     whole, small = n * d * v, n * 3 * v
-    assert sum(sizes) == big * whole + 2 * small  # dleft and dright
+    # dleft and dright, and the factors' product each time that there are logits.
+    assert sum(math.prod(size) for size in products.sizes) == big * whole + (2 + big - 1) * small
 
 
 N, D, V, R = 1024, 64, 24_000, 8

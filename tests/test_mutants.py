@@ -6,16 +6,15 @@ import torch
 from tests import triton_interpreter
 from tests.mutation import mutant_of
 from tests.op_cases import Case, check_logprob, check_weighted_nll
-from var_kernels.kernels import rows_torch
+from var_kernels.kernels import gemm_torch, rows_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops import engines
 from var_kernels.ops.backend import use_backend
 
 BF16 = torch.bfloat16
 REAL = {
-    "logits_into": engines.logits_into,
-    "add_product": engines.add_product,
-    "product_into": engines.product_into,
+    "logits_into": gemm_torch.logits_into,
+    "add_product": gemm_torch.add_product,
+    "product_into": gemm_torch.product_into,
     "row_stats": rows_torch.row_stats,
     "row_grad": rows_torch.row_grad,
     "merge": rows_torch._merge_block,
@@ -166,11 +165,11 @@ MUTANTS = [
     (dropped_column, rows_torch, "row_stats", TAIL),
     (maximum_from_zero, rows_torch, "_merge_block", Case("", bias=True, offset=-1e4, outputs=ENTROPY)),
     (forgotten_rescale, rows_torch, "_merge_block", Case("", tight=True, outputs=ENTROPY)),
-    (rounded_logits, engines, "logits_into", Case("")),
-    (rounded_logits, engines, "logits_into", Case("", dtype=BF16)),
-    (narrow_accumulator, engines, "add_product", Case("", tight=True)),
-    (narrow_accumulator, engines, "add_product", Case("", dtype=BF16, tight=True, ignored=0.0)),
-    (narrow_result, engines, "product_into", Case("", dtype=BF16, outputs=ENTROPY)),
+    (rounded_logits, gemm_torch, "logits_into", Case("")),
+    (rounded_logits, gemm_torch, "logits_into", Case("", dtype=BF16)),
+    (narrow_accumulator, gemm_torch, "add_product", Case("", tight=True)),
+    (narrow_accumulator, gemm_torch, "add_product", Case("", dtype=BF16, tight=True, ignored=0.0)),
+    (narrow_result, gemm_torch, "product_into", Case("", dtype=BF16, outputs=ENTROPY)),
     (label_off_by_one_slice, rows_torch, "row_grad", Case("", tight=True)),
     (no_softcap_slope, rows_torch, "row_grad", Case("", options={"softcap": 5.0}, outputs=ENTROPY)),
     (no_bias_in_backward, rows_torch, "row_grad", Case("", bias=True, outputs=ENTROPY)),

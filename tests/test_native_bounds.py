@@ -36,7 +36,7 @@ for level in range(rows_native.best_level() + 1):
             logits, bias = guarded(torch.randn(n, columns).to(dtype)), guarded(torch.randn(columns).to(dtype))
             labels = guarded(torch.full((n, k), columns - 1))
             stats = RowStats.empty(n, k, logits, entropy=True, mean=True, argmax=True)
-            stats.set_pivots(torch.full((n,), 1.0))
+            stats.others_N, stats.top_N = torch.zeros(n), torch.zeros(n)
             stats = RowStats(**{name: None if t is None else guarded(t) for name, t in vars(stats).items()})
             coefficients = RowCoefficients(small(), guarded(torch.ones(n, k)), small(), small())
             for bias_v in (None, bias):
@@ -53,7 +53,7 @@ for level in gemm_native.levels():
             left, right = (guarded(torch.randn(shape).bfloat16()) for shape in shapes)
             operands = (left.t(), right) if transposed else (left, right.t())
             for dtype in (torch.float32, torch.bfloat16):
-                gemm_native.product_into(guarded(torch.zeros(n, v, dtype=dtype)), *operands)
+                gemm_native.multiply(guarded(torch.zeros(n, v, dtype=dtype)), *operands)
 print("inside", len(kept))
 if BEYOND:
     rows_native.exp(guarded(torch.zeros(5)).as_strided((5000,), (1,)))

@@ -50,7 +50,7 @@ def test_products(seed, monkeypatch):
     add = dtype == torch.float32 and choose.random() < 0.5
     out = strided(choose, m, n, dtype)
     truth = left.double() @ right.double() + (out.double() if add else 0.0)
-    gemm_native.product_into(out, left, right, add=add)
+    gemm_native.multiply(out, left, right, add=add)
     # Roundings in a row walk at random.
     spacing = 2.0**-24 * max(16.0, k**0.5) if dtype == torch.float32 else 2.0**-8
     assert (out - truth).abs().max() <= spacing * truth.abs().max()

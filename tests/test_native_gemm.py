@@ -52,9 +52,9 @@ def test_products_are_summed_in_fp32(level, shape, layouts, pad):
     left, right = matrix(m, k, layouts[0], pad), matrix(k, n, layouts[1], pad)
     storage = torch.full((m + 2, n + 5), 7.0)
     out = storage[1:-1, 2 : n + 2]
-    gemm_native.product_into(out, left, right)
+    gemm_native.multiply(out, left, right)
     assert_summed_in_fp32(out, left, right)
-    gemm_native.product_into(out, left, right, add=True)
+    gemm_native.multiply(out, left, right, add=True)
     assert_summed_in_fp32(out, left, right, left.double() @ right.double())
     out.fill_(7.0)
     assert torch.equal(storage, torch.full_like(storage, 7.0)), "written beside the result"
@@ -65,8 +65,8 @@ def test_a_bf16_result_is_the_fp32_one_rounded(level, shape):
     m, k, n = shape
     left, right = matrix(m, k), matrix(k, n, "columns")
     wide, narrow = torch.empty(m, n), torch.full((m + 1, n + 3), 7.0, dtype=BF16)
-    gemm_native.product_into(wide, left, right)
-    gemm_native.product_into(narrow[:m, :n], left, right)
+    gemm_native.multiply(wide, left, right)
+    gemm_native.multiply(narrow[:m, :n], left, right)
     # Beyond a block's depth the fp32 result is added up in memory, in another order.
     spacing = 2.0**-8 if k > 2048 else 0.0
     assert ((narrow[:m, :n].float() - wide.to(BF16).float()).abs() <= spacing * wide.abs()).all()
@@ -77,13 +77,13 @@ def test_a_bf16_result_is_the_fp32_one_rounded(level, shape):
 def test_an_element_does_not_depend_on_its_block_or_the_threads(level):
     left, right = matrix(50, 2500), matrix(2500, 1300)
     whole, parts = torch.empty(50, 1300), torch.empty(50, 1300)
-    gemm_native.product_into(whole, left, right)
+    gemm_native.multiply(whole, left, right)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         for rows in (slice(0, 7), slice(7, 50)):
             for columns in (slice(0, 129), slice(129, 1300)):
-                gemm_native.product_into(parts[rows, columns], left[rows], right[:, columns])
+                gemm_native.multiply(parts[rows, columns], left[rows], right[:, columns])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(whole, parts)
@@ -99,7 +99,7 @@ def test_threads_take_turns_at_rows_and_columns(level):
             torch.set_num_threads(threads)
             for a, b in ((left, right), (right.t(), left.t())):
                 results.append(torch.empty(a.shape[0], b.shape[1]))
-                gemm_native.product_into(results[-1], a, b)
+                gemm_native.multiply(results[-1], a, b)
     finally:
         torch.set_num_threads(before)
     assert_summed_in_fp32(results[0], left, right)
@@ -112,7 +112,7 @@ def test_infinity_and_nan_pass(level):
     left, right = matrix(4, 6), matrix(6, 10)
     left[1, 3], left[2, 0] = INF, NAN
     out = torch.empty(4, 10)
-    gemm_native.product_into(out, left, right)
+    gemm_native.multiply(out, left, right)
     assert torch.equal(out[1], right[3].float().sign() * INF)
     assert out[2].isnan().all()
     assert out[[0, 3]].isfinite().all()
@@ -120,9 +120,9 @@ def test_infinity_and_nan_pass(level):
 
 def test_nothing_to_sum_and_nothing_to_write(level):
     out = torch.full((3, 5), 7.0)
-    gemm_native.product_into(out, torch.empty(3, 0, dtype=BF16), torch.empty(0, 5, dtype=BF16))
+    gemm_native.multiply(out, torch.empty(3, 0, dtype=BF16), torch.empty(0, 5, dtype=BF16))
     assert torch.equal(out, torch.zeros(3, 5))
-    gemm_native.product_into(torch.empty(0, 5), torch.empty(0, 2, dtype=BF16), torch.empty(2, 5, dtype=BF16))
+    gemm_native.multiply(torch.empty(0, 5), torch.empty(0, 2, dtype=BF16), torch.empty(2, 5, dtype=BF16))
 
 
 def test_what_it_takes(monkeypatch):
@@ -139,11 +139,11 @@ def test_what_it_takes(monkeypatch):
 
 def test_shapes_that_do_not_fit_are_refused(level):
     with pytest.raises(RuntimeError, match="right: expected 6 rows, got 5"):
-        gemm_native.product_into(torch.empty(4, 3), matrix(4, 6), matrix(5, 3))
+        gemm_native.multiply(torch.empty(4, 3), matrix(4, 6), matrix(5, 3))
     with pytest.raises(RuntimeError, match="out: expected 4 x 3"):
-        gemm_native.product_into(torch.empty(4, 2), matrix(4, 6), matrix(6, 3))
+        gemm_native.multiply(torch.empty(4, 2), matrix(4, 6), matrix(6, 3))
     with pytest.raises(RuntimeError, match="left: expected rows or columns of adjacent elements"):
-        gemm_native.product_into(torch.empty(4, 3), torch.zeros(8, 12, dtype=BF16)[::2, ::2], matrix(6, 3))
+        gemm_native.multiply(torch.empty(4, 3), torch.zeros(8, 12, dtype=BF16)[::2, ::2], matrix(6, 3))
 
 
 OUT_OF_MEMORY = """
@@ -156,11 +156,11 @@ left, right, out = torch.ones(40, 30).bfloat16(), torch.ones(30, 50).bfloat16(),
 pages, limits = int(open("/proc/self/statm").read().split()[0]), resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), limits[1]))
 try:
-    gemm_native.product_into(out, left, right)
+    gemm_native.multiply(out, left, right)
 except RuntimeError as error:
     print(str(error).splitlines()[0])
 resource.setrlimit(resource.RLIMIT_AS, limits)
-gemm_native.product_into(out, left, right)
+gemm_native.multiply(out, left, right)
 print(out.eq(30).all().item())
 """
 
@@ -178,9 +178,9 @@ def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
     hidden, weight = matrix(70, 24).requires_grad_(), matrix(507, 24).requires_grad_()
     labels = torch.arange(70) * 7
     products = []
-    original = gemm_native.product_into
+    original = gemm_native.multiply
     monkeypatch.setattr(
-        gemm_native, "product_into", lambda out, *a, **k: (products.append(out.shape), original(out, *a, **k))
+        gemm_native, "multiply", lambda out, *a, **k: (products.append(out.shape), original(out, *a, **k))
     )
     ended = gemm_native.product_exp
     monkeypatch.setattr(
@@ -207,7 +207,7 @@ def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
 
 def exponentials(hidden, weight, labels, bias, transform, pivots, *, store=True, starts=(0,)):
     """(statistics, what is stored) of ``product_exp`` over slices of the vocabulary that begin so."""
-    stats = RowStats.empty(len(hidden), 1, hidden, entropy=False, mean=False, argmax=False)
+    stats = RowStats.uninitialised(len(hidden), hidden, mean=False, argmax=False)
     stats.set_pivots(pivots)
     stored = torch.full((len(hidden), len(weight) + 3), NAN, dtype=BF16)
     for start, stop in zip(starts, (*starts[1:], len(weight)), strict=True):

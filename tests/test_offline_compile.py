@@ -169,6 +169,7 @@ for case, v, targets in (("bare", 128256, 1), ("bare, odd V", 50257, 1), ("every
         rows_triton.row_grad(tile, labels, norms, coefficients, v_start, None, LogitTransform(), torch.bfloat16)
         same(f"row_grad fp32, {case}, to bf16")
         stored = TileStorage(torch.zeros(n * _aligned(stop), dtype=torch.bfloat16)).view(n, stop)
+        stats = RowStats.uninitialised(n, tile, mean=False, argmax=False)
         stats.set_pivots(torch.zeros(n))
         earlier = stored[:, :v_start] if v_start else None
         rows_triton.row_exp(tile, labels[:, :1], stats, v_start, None, LogitTransform(), stored[:, v_start:], earlier)

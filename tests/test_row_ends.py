@@ -28,7 +28,7 @@ def results(logits, stored):
     labels = torch.tensor([[0], [V - 1], [7], [100], [300]], device=device)
     stats = RowStats.empty(N, 1, logits, entropy=True, mean=True, argmax=True)
     rows_triton.row_stats(logits, labels, stats, 0, None, transform)
-    exp = RowStats.empty(N, 1, logits, entropy=False, mean=True, argmax=True)
+    exp = RowStats.uninitialised(N, logits, mean=True, argmax=True)
     exp.set_pivots(torch.full((N,), -2.0, device=device))
     rows_triton.row_exp(logits, labels, exp, 0, None, transform, stored, None)
     coefficients = RowCoefficients(torch.ones(N, device=device), torch.ones(N, 1, device=device))

@@ -9,8 +9,10 @@ import torch
 from tests import triton_interpreter
 from tests.mutation import mutant_of
 from tests.op_cases import Case, check_logprob, check_weighted_nll
+from tests.products import Products
 from tests.tolerance import assert_gradient, assert_result, rms
-from var_kernels.ops import checks, engines, labels, linear_logprob, linear_weighted_nll, logprob, weighted_nll
+from var_kernels.kernels import labels_torch as labels
+from var_kernels.ops import checks, engines, linear_logprob, linear_weighted_nll, logprob, weighted_nll
 from var_kernels.ops.backend import use_backend
 from var_kernels.reference import linear_logprob_ref
 
@@ -118,15 +120,14 @@ def test_a_confident_token_keeps_its_digits_in_bf16(target):
 
 
 @pytest.mark.parametrize("workspace_mb", [0.04, 64])
-def test_logits_of_a_frozen_head_are_computed_once_at_any_budget(workspace_mb, small_tiles, monkeypatch):
-    computed, original = [], engines.logits_into
-    monkeypatch.setattr(engines, "logits_into", lambda out, *rest: (computed.append(out.numel()), original(out, *rest)))
+def test_logits_of_a_frozen_head_are_computed_once_at_any_budget(workspace_mb, small_tiles):
     hidden, weight, labels, _ = Case("", ignored=0.0, frozen=("weight",)).inputs()
-    with use_backend("torch"):
+    (n, d), v = hidden.shape, weight.shape[0]
+    with use_backend("torch"), Products() as products:
         linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb).sum().backward()
-        assert sum(computed) == hidden.shape[0] * weight.shape[0]
+        assert products.logits(d) == n * v
         linear_weighted_nll(hidden, weight, labels, None, workspace_mb=workspace_mb).backward()
-        assert sum(computed) == 2 * hidden.shape[0] * weight.shape[0]
+        assert products.logits(d) == 2 * n * v
 
 
 def test_a_label_more_likely_than_all_others_keeps_its_digits(target):
@@ -201,13 +202,13 @@ MISTAKES = {
     ),
     "the label's bias is left out": (
         engines,
-        "labels.add_label_rows(head, dbias_c",
-        "(lambda *_: None)(head, dbias_c",
+        "kernels.add_label_rows(dbias_c",
+        "(lambda *_: None)(dbias_c",
         "all learn",
     ),
     "hidden is not scaled": (
         engines,
-        "labels.combine_rows(head, scaled_nd, hidden_nd, scale_n)",
+        "kernels.combine_rows(scaled_nd, hidden_nd, scale_n, gathered=head.gathered)",
         "scaled_nd.copy_(hidden_nd)",
         "all learn",
     ),
@@ -246,7 +247,8 @@ def test_a_mistake_is_refused(mistake, target, small_tiles, monkeypatch, tmp_pat
         pytest.skip("its own kernels: tests/test_label_kernels.py")
     mutant = mutant_of(module, before, after, tmp_path)
     if module is labels:
-        monkeypatch.setattr(engines, "labels", mutant)
+        for name in ("row_scales", "combine_rows", "add_label_rows"):
+            monkeypatch.setattr(labels, name, getattr(mutant, name))
         mutant = engines
     for op in (logprob, weighted_nll):
         for name in ("exp_pass", "frozen_gradient", "vocabulary_pass", "one_pass"):

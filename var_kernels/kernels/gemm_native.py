@@ -1,5 +1,5 @@
-"""bf16 products summed in fp32, in C++ (csrc/gemm.cpp): to an fp32 result, which torch's CPU GEMMs do not give, or
-added to one in place.
+"""The head's matrix products, of bf16 operands in C++ (csrc/gemm.cpp): summed in fp32, to an fp32 result, which torch's
+CPU GEMMs do not give, added to one in place, or rounded once. Others are torch's (``gemm_torch``).
 """
 
 import functools
@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import rows_native
+from . import gemm_torch, rows_native
 from .compile_time import compile_time
 from .rows import LogitTransform, RowStats
 
@@ -17,6 +17,8 @@ LEVEL: int | None = None
 LEVEL_NAMES = ("torch", "baseline vectors", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 # Of a product that is rounded to bf16: its sums stay in the cache.
 MAX_ROUNDED_DEPTH = 4096
+# Rows of fp32 sums at a time, of a product too deep to be rounded as it is summed.
+ROUNDED_ROWS = 1024
 
 
 @functools.cache
@@ -54,14 +56,63 @@ def supports(out: torch.dtype, left: Tensor, right: Tensor) -> bool:
     return fits and _readable(left) and _readable(right) and available()
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """out = or += left @ right: exact products, fp32 sums in an order that depends on the depth alone. To AMX and
-    AVX-512 BF16 denormal operands are 0.
+def multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
+    """out = or += left @ right where ``supports``: exact products, fp32 sums in an order that depends on the depth
+    alone. To AMX and AVX-512 BF16 denormal operands are 0.
     """
     torch.ops.var_kernels_native.product_into(out, left, right, add, _level())
 
 
-def supports_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
+def upcasts(hidden_nd: Tensor, weight_vd: Tensor, tile: torch.dtype) -> bool:
+    """Return whether neither torch nor the C++ kernels take these operands to the tile's dtype."""
+    return gemm_torch.upcasts(hidden_nd, weight_vd, tile) and not supports(tile, hidden_nd, weight_vd.t())
+
+
+def partial_bytes(operand: torch.dtype, device: torch.device) -> int:
+    """Bytes as of ``gemm_torch.partial_bytes``; none where gradients are summed in place."""
+    return 0 if operand == torch.bfloat16 and available() else gemm_torch.partial_bytes(operand, device)
+
+
+def rounding_bytes(n: int, d: int, v: int, operand: torch.dtype) -> int:
+    """Bytes as of ``gemm_torch.rounding_bytes``: fp32 sums of products too deep to be rounded as they are summed."""
+    if operand != torch.bfloat16 or not available():
+        return 0
+    deep = MAX_ROUNDED_DEPTH
+    return 4 * max(min(n, ROUNDED_ROWS) if v > deep else 0, min(v, ROUNDED_ROWS) if n > deep else 0) * d
+
+
+def logits_into(out_nv: Tensor, hidden_nd: Tensor, weight_vd: Tensor, add: bool = False) -> None:
+    """Compute ``gemm_torch.logits_into``."""
+    weight_dv = weight_vd.t()
+    if supports(out_nv.dtype, hidden_nd, weight_dv) and not (add and out_nv.dtype != torch.float32):
+        multiply(out_nv, hidden_nd, weight_dv, add=add)
+    else:
+        gemm_torch.logits_into(out_nv, hidden_nd, weight_vd, add)
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Compute ``gemm_torch.product_into``."""
+    if supports(out.dtype, left, right):
+        multiply(out, left, right)
+    elif out.dtype == torch.bfloat16 and supports(torch.float32, left, right):
+        for start in range(0, out.shape[0], ROUNDED_ROWS):
+            out_md, left_md = out[start : start + ROUNDED_ROWS], left[start : start + ROUNDED_ROWS]
+            total_md = torch.empty_like(out_md, dtype=torch.float32, memory_format=torch.contiguous_format)
+            multiply(total_md, left_md, right)
+            out_md.copy_(total_md)
+    else:
+        gemm_torch.product_into(out, left, right)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Compute ``gemm_torch.add_product``."""
+    if total.dtype == torch.float32 and supports(total.dtype, left, right):
+        multiply(total, left, right, add=True)
+    else:
+        gemm_torch.add_product(total, left, right)
+
+
+def ends_in_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
     """Return whether ``product_exp`` supports these operands."""
     return hidden_nd.shape[1] <= MAX_ROUNDED_DEPTH and _readable(hidden_nd) and _readable(weight_vd) and available()
 

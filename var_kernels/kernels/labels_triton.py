@@ -1,8 +1,7 @@
-"""The label's part of ``row_exp``'s gradients in Triton, fp32 arithmetic: what plain torch makes in dozens of launches.
+"""The functions of ``labels_torch`` in Triton, fp32 arithmetic: a launch each where torch's operations take dozens.
 
-``start_rows`` before the first tile, ``finish_rows`` after the last, ``row_scales`` when the gradient is known; then
-``combine_rows`` ends the sums of each row and ``add_label_rows`` those of each vocabulary entry. ``scale_`` is the
-backward's: finished gradients times a scalar that the device reads.
+Label vectors are read where they are (``gathered`` is not looked at); ``scale_`` multiplies finished gradients by a
+scalar that the device reads.
 """
 
 import torch
@@ -270,6 +269,11 @@ def _scale_kernel(
             start += step
 
 
+def gathered_bytes(budget: int, d: int, wide: torch.dtype, device: torch.device) -> int:
+    """Bytes of gathered label vectors: none."""
+    return 0
+
+
 def _block(size: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
@@ -282,6 +286,7 @@ def start_rows(
     labels_N: Tensor,
     stats: RowStats,
     transform: LogitTransform,
+    gathered: int = 0,
 ) -> None:
     """The label's logit, NaN where it is beyond the vocabulary, and every statistic before the first tile."""
     (n, d), v = hidden_ND.shape, lm_head_weight_VD.shape[0]
@@ -388,6 +393,7 @@ def combine_rows(
     scale_n: Tensor,
     label: tuple[Tensor, Tensor, Tensor] | None = None,
     constant: tuple[Tensor, Tensor] | None = None,
+    gathered: int = 0,
 ) -> None:
     """out_n = scale_n sums_n + label_n matrix[labels_n] + constant_n total, rounded once; label: matrix_VD, labels_n,
     label_n; constant: constant_n, total_D. ``out_nd`` may be ``sums_nd``.
@@ -421,7 +427,9 @@ def combine_rows(
         )
 
 
-def add_label_rows(total_CD: Tensor, segments: tuple[Tensor, Tensor], label_n: Tensor, vectors_nd: Tensor) -> None:
+def add_label_rows(
+    total_CD: Tensor, segments: tuple[Tensor, Tensor], label_n: Tensor, vectors_nd: Tensor, gathered: int = 0
+) -> None:
     """total[labels_n] += label_n vectors_n, each row of the total rounded once; segments: the labels in order, and the
     row of each. Labels beyond the total are left out.
     """
@@ -449,8 +457,11 @@ def add_label_rows(total_CD: Tensor, segments: tuple[Tensor, Tensor], label_n: T
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:
-    """values *= factor, a number on the device, where it is not 1; dense values."""
+    """values *= factor, a number on the device, where it is not 1."""
     size = values.numel()
+    if not values.is_contiguous():
+        values.mul_(factor)
+        return
     if size == 0:
         return
     with on_device_of(values):

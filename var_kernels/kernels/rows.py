@@ -73,8 +73,8 @@ class RowStats:
     shifted_sum_N: sum exp(z - max) (z - max), for the entropy. logit_sum_N: sum z, for label smoothing. argmax_N:
         first id of the maximum.
     Of ``row_exp``: max_N is a pivot that is known beforehand (the label's logit, where it is finite) and not a maximum;
-        others_N: sum exp(z - pivot) without the label's; top_N: the maximum, for argmax_N. ``add_label`` ends them.
-        logp_N: log p of the label, where a kernel formed it.
+        others_N: sum exp(z - pivot) without the label's; top_N: the maximum, for argmax_N; logp_N: log p of the label.
+        ``start_rows`` and ``finish_rows`` of the label kernels write them before and after.
     """
 
     max_N: Tensor
@@ -103,8 +103,9 @@ class RowStats:
 
     @classmethod
     def uninitialised(cls, n: int, like: Tensor, *, mean: bool, argmax: bool) -> "RowStats":
-        """Memory for the statistics of ``row_exp`` in fp32, which a kernel writes."""
-        vectors = (torch.empty(n, dtype=torch.float32, device=like.device) for _ in range(5))
+        """Memory for the statistics of ``row_exp``, which ``start_rows`` of the label kernels writes."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        vectors = (torch.empty(n, dtype=dtype, device=like.device) for _ in range(5))
         max_N, sumexp_N, label_logit_N, others_N, logp_N = vectors
         return cls(
             max_N,
@@ -126,13 +127,12 @@ class RowStats:
         """Begin ``row_exp``: the label's logits are known, and are the pivots where they are finite."""
         self.label_logit_NK.copy_(label_logit_N.unsqueeze(1))
         self.max_N.copy_(label_logit_N.where(label_logit_N.isfinite(), -torch.inf))
-        self.others_N = torch.zeros_like(self.max_N)
-        self.top_N = None if self.argmax_N is None else torch.full_like(self.max_N, -torch.inf)
-
-    def add_label(self, known_N: Tensor) -> None:
-        """End ``row_exp``: the label's exponential joins the sums, in rows whose label is in the vocabulary."""
-        above_N = (self.label_logit_NK.squeeze(1) - self.max_N).where(known_N, -torch.inf)
-        self.sumexp_N.copy_(self.others_N + above_N.exp())
+        self.others_N.zero_()
+        if self.logit_sum_N is not None:
+            self.logit_sum_N.zero_()
+        if self.argmax_N is not None:
+            self.argmax_N.zero_()
+            self.top_N.fill_(-torch.inf)
 
     @property
     def lse_N(self) -> Tensor:
@@ -146,13 +146,10 @@ class RowStats:
 
     @property
     def of_label(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Statistics of rows with one target, (N,) each: pivot, sum of exponentials, the label's log p and logit."""
-        return self.max_N, self.sumexp_N, self.logp_NK(0.0, 0).squeeze(1), self.label_logit_NK.squeeze(1)
-
-    @property
-    def saved_4N(self) -> Tensor:
-        """``of_label``, for a backward over exponentials."""
-        return torch.stack(self.of_label)
+        """Statistics of ``row_exp`` for a backward over exponentials, (N,) each: pivot, sum of the exponentials, the
+        label's log p and logit.
+        """
+        return self.max_N, self.sumexp_N, self.logp_N, self.label_logit_NK.squeeze(1)
 
     def logp_NK(self, label_smoothing: float, vocabulary: int) -> Tensor:
         """(1 - e) log p_y + e mean_v log p_v; differences with the maximum first, which keeps the digits of large
@@ -161,14 +158,9 @@ class RowStats:
         if self.logp_N is not None and not label_smoothing:
             return self.logp_N.unsqueeze(1)
         log_sum = self.sumexp_N.log().unsqueeze(1)
-        above = self.label_logit_NK - self.max_N.unsqueeze(1)
-        logp = above - log_sum
+        logp = self.label_logit_NK - self.max_N.unsqueeze(1) - log_sum
         if self.logp_N is not None:
             logp = self.logp_N.unsqueeze(1)
-        elif self.others_N is not None:
-            # Of a token more likely than all others together: never above 0, with the digits of 1 - p.
-            others = self.others_N.unsqueeze(1)
-            logp = (others / above.exp()).log1p().neg().where(above.exp() > others, logp)
         if label_smoothing:
             mean_logp = (self.logit_sum_N / vocabulary - self.max_N).unsqueeze(1) - log_sum
             # No difference of the two: both are -inf at a label that is forbidden.

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from var_kernels.kernels import gemm_native, rows_native
+from var_kernels.kernels import gemm_native, gemm_torch, labels_torch, rows_native, rows_torch
 from var_kernels.kernels.compile_time import compile_time
 
 BACKENDS = ("torch", "native", "triton")
@@ -121,21 +121,16 @@ _OBSTACLES = {
 }
 
 
-def row_kernels(name: str) -> ModuleType:
-    """The module of a backend's row kernels; kernels/rows.py says what it holds."""
+def kernels_of(name: str) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The modules of a backend: its row kernels (kernels/rows.py says what such a module holds), its label kernels
+    (kernels/labels_torch.py) and its matrix products (kernels/gemm_torch.py).
+    """
     # Statements, not importlib: torch.compile traces them.
-    if name == "torch":
-        from var_kernels.kernels import rows_torch as kernels
-    elif name == "native":
-        from var_kernels.kernels import rows_native as kernels
-    else:
-        from var_kernels.kernels import rows_triton as kernels
-    return kernels
+    if name == "triton":
+        from var_kernels.kernels import labels_triton, rows_triton
 
-
-def own_gemm(name: str) -> ModuleType | None:
-    """The matrix products of a backend; None: torch's."""
-    return gemm_native if name == "native" else None
+        return rows_triton, labels_triton, gemm_torch
+    return (rows_native, labels_torch, gemm_native) if name == "native" else (rows_torch, labels_torch, gemm_torch)
 
 
 def fused_forward(name: str) -> Callable[..., None] | None:
@@ -145,15 +140,6 @@ def fused_forward(name: str) -> Callable[..., None] | None:
     from var_kernels.kernels.forward_triton import fused_forward as kernel
 
     return kernel
-
-
-def label_kernels(name: str) -> ModuleType | None:
-    """The kernels of a backend beside its ``row_exp`` (see ``ops/labels.py``); None: torch's operations."""
-    if name != "triton":
-        return None
-    from var_kernels.kernels import labels_triton
-
-    return labels_triton
 
 
 def pair_kernels(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from var_kernels.ops.backend import choose_backend, label_kernels
+from var_kernels.ops.backend import choose_backend, kernels_of
 from var_kernels.ops.head import Head
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -237,17 +237,9 @@ def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
         return list(gradients)
     for gradient in gradients:
         if gradient is not None:
-            scale_(gradient, dloss)
+            _, label_kernels, _ = kernels_of(choose_backend(gradient.device, gradient.dtype)[0])
+            label_kernels.scale_(gradient, dloss)
     return list(gradients)
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """gradient *= factor, a number on its device."""
-    kernels = label_kernels(choose_backend(gradient.device, gradient.dtype)[0])
-    if kernels is None or not gradient.is_contiguous():
-        gradient.mul_(factor)
-    else:
-        kernels.scale_(gradient, factor)
 
 
 def _scaled(gradient: Tensor | None, dloss: Tensor) -> Tensor | None:

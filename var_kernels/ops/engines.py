@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
-from var_kernels.ops import labels
 from var_kernels.ops.backend import fused_forward
-from var_kernels.ops.gemm import add_product, logits_into, low_rank_into, product_into
 from var_kernels.ops.head import Gradients, Head, TileStorage, spans, zero_row_ends
 from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
 
@@ -29,8 +27,14 @@ def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step
         part_nv = logits_nv[:, start - columns.start : stop - columns.start]
         if low_rank:  # first, so that the large product adds to it as it ends
             low_rank_into(part_nv, head.left_NR[rows], head.right_VR[start:stop])
-        logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], head.options.backend, low_rank)
+        head.gemm.logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], low_rank)
     return logits_nv
+
+
+def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
+    """out = left right^T in out's dtype, whatever the factors' is: few columns, so copies are cheap."""
+    dtype = out_nv.dtype
+    torch.mm(left_nr.to(dtype), right_vr.to(dtype).t(), out=out_nv)
 
 
 def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
@@ -55,14 +59,14 @@ def row_products(
     """Sums of each row over the columns of a tile: tile W in dhidden_nd, or added to it, tile right added to dleft_nr,
     in steps of columns.
     """
-    c, backend = tile_nc.shape[1], head.options.backend
+    c, gemm = tile_nc.shape[1], head.gemm
     if dhidden_nd is not None:
-        multiply = add_product if add else product_into
-        multiply(dhidden_nd, tile_nc, head.lm_head_weight_VD[v_start : v_start + c], backend)
+        multiply = gemm.add_product if add else gemm.product_into
+        multiply(dhidden_nd, tile_nc, head.lm_head_weight_VD[v_start : v_start + c])
     if dleft_nr is not None:
         for start, stop in spans(0, c, step or c):
             right_cr = head.right_VR[v_start + start : v_start + stop].to(head.operand)
-            add_product(dleft_nr, tile_nc[:, start:stop], right_cr, backend)
+            gemm.add_product(dleft_nr, tile_nc[:, start:stop], right_cr)
 
 
 def token_products(
@@ -71,14 +75,15 @@ def token_products(
     """Sums of each column of a tile over its rows: tile^T hidden in dweight_cd, or added to it, tile^T left added to
     dright_cr, in steps of columns.
     """
-    c, backend = tile_nc.shape[1], head.options.backend
+    c, gemm = tile_nc.shape[1], head.gemm
+    multiply = gemm.add_product if add else gemm.product_into
     left_nr = None if dright_cr is None else left_nr.to(head.operand)
     for start, stop in spans(0, c, step or c):
         tile_cn = tile_nc[:, start:stop].t()
         if dweight_cd is not None:
-            (add_product if add else product_into)(dweight_cd[start:stop], tile_cn, hidden_nd, backend)
+            multiply(dweight_cd[start:stop], tile_cn, hidden_nd)
         if dright_cr is not None:
-            add_product(dright_cr[start:stop], tile_cn, left_nr, backend)
+            gemm.add_product(dright_cr[start:stop], tile_cn, left_nr)
 
 
 def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable[[slice, slice], Tensor]) -> None:
@@ -119,7 +124,7 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
         stats = head.new_stats()
         _fused_forward(head, stats)
         return stats
-    stats = labels.start(head) if exp else head.new_stats()
+    stats = _start_rows(head) if exp else head.new_stats()
     cached = 0 if cached_NC is None else cached_NC.shape[1]
     plan, fused = forward_plan(head, cached), exp and head.ends_in_exp
     width = head.v if fused else plan.columns
@@ -134,7 +139,17 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
             logits_nv = cached_NC[rows] if v_stop <= cached else storage.view(stop - start, v_stop - v_start)
             head.row_stats(fill_logits(head, logits_nv, rows, slice(v_start, v_stop)), rows, chunk, v_start)
     if exp:
-        labels.finish(head, slice(0, head.n), stats)
+        head.label_kernels.finish_rows(head.labels_NK.squeeze(1), stats, head.v)
+    return stats
+
+
+def _start_rows(head: Head) -> RowStats:
+    """Statistics before the first ``row_exp``, whose pivots are the labels' logits."""
+    options = head.options
+    stats = RowStats.uninitialised(head.n, head.hidden_ND, mean=options.label_smoothing > 0, argmax=options.argmax)
+    low_rank = None if head.left_NR is None else (head.left_NR, head.right_VR)
+    operands = head.hidden_ND, head.lm_head_weight_VD, head.bias_V, low_rank, head.labels_NK.squeeze(1)
+    head.label_kernels.start_rows(*operands, stats, options.transform, head.gathered)
     return stats
 
 
@@ -187,7 +202,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
-    stats, plan, wide = labels.start(head), one_pass_plan(head), head.wide
+    stats, plan, wide = _start_rows(head), one_pass_plan(head), head.wide
     gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     slope, whole_rows = head.options.transform.slope, head.needs.whole_rows
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
@@ -212,13 +227,13 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
                 _follow_pivots(before_n, chunk.max_N, sum_nd, dleft_nr)
             if not whole_rows:
                 row_products(head, exp_nv, first, sum_nd, dleft_nr, add=first > 0)
-        labels.finish(head, rows, chunk)
+        head.label_kernels.finish_rows(head.labels_NK[rows].squeeze(1), chunk, head.v)
         constant = None
         if coefficients_of is None:
             scales = slope / chunk.sumexp_N, None
         else:
             coefficients = coefficients_of(rows, chunk)
-            scales = labels.row_scales(head, rows, coefficients, chunk.of_label)
+            scales = _row_scales(head, rows, coefficients, chunk.of_label)
             if smooth:
                 constant = coefficients.constant_N * slope, weight_sum_D
         if whole_rows:
@@ -229,17 +244,26 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     return stats, gradients
 
 
-def frozen_gradient(head: Head, others_ND: Tensor, saved_4N: Tensor, coefficients: RowCoefficients) -> Tensor:
+def _row_scales(head: Head, rows: slice, coefficients: RowCoefficients, of_label) -> tuple[Tensor, Tensor]:
+    """The factor of the exponentials in the gradient in the raw logits, and the label's entry of it, (n,) each.
+    of_label: ``RowStats.of_label`` of these rows.
+    """
+    labels_n, entry_n = head.labels_NK[rows].squeeze(1), coefficients.label_NK.squeeze(1)
+    given = coefficients.prob_N, entry_n, *of_label[1:], head.v, head.options.transform
+    return head.label_kernels.row_scales(labels_n, *given)
+
+
+def frozen_gradient(head: Head, others_ND: Tensor, of_label, coefficients: RowCoefficients) -> Tensor:
     """dhidden for any coefficients, without a product: prob sum_{v != y} p_v W_v (``others_ND``, of ``exp_pass``), with
     the label's vector in fp32, and the smoothing's sum of all.
     """
-    _, label_N = labels.row_scales(head, slice(0, head.n), coefficients, saved_4N)
+    _, label_N = _row_scales(head, slice(0, head.n), coefficients, of_label)
     dhidden_ND, constant_N = torch.empty_like(others_ND), coefficients.constant_N
     label, constant = (head.lm_head_weight_VD, head.labels_NK.squeeze(1), label_N), None
     if constant_N is not None:
         weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=head.wide)
         constant = constant_N * head.options.transform.slope, weight_sum_D
-    labels.combine_rows(head, dhidden_ND, others_ND, coefficients.prob_N, label, constant)
+    head.label_kernels.combine_rows(dhidden_ND, others_ND, coefficients.prob_N, label, constant, head.gathered)
     return dhidden_ND
 
 
@@ -276,7 +300,7 @@ def _end_row_sums(
     ):
         if out_nx is not None:
             label = None if label_n is None else (matrix_VX[:c], labels_n, label_n)
-            labels.combine_rows(head, out_nx, sum_nx, scale_n, label, more)
+            head.label_kernels.combine_rows(out_nx, sum_nx, scale_n, label, more, head.gathered)
 
 
 def _add_token_sums(
@@ -293,11 +317,11 @@ def _add_token_sums(
     """What each vocabulary entry sums over the rows, of the leading columns that exp_nc holds: dW, dbias and dright.
     scaled_nd: memory for scale_n hidden_n.
     """
-    (scale_n, label_n), c = scales, exp_nc.shape[1]
-    ordered = labels.segments(head.labels_NK[rows].squeeze(1))
+    (scale_n, label_n), c, kernels = scales, exp_nc.shape[1], head.label_kernels
+    segments = head.labels_NK[rows].squeeze(1).sort(stable=True)  # the labels in order, and the row of each
     (hidden_nd, left_nr), (dweight_cd, dbias_c, dright_cr) = head.of_rows(rows), gradients.of_columns(slice(0, c))
     if dweight_cd is not None:
-        labels.combine_rows(head, scaled_nd, hidden_nd, scale_n)
+        kernels.combine_rows(scaled_nd, hidden_nd, scale_n, gathered=head.gathered)
     scaled_nr = None if dright_cr is None else left_nr * scale_n.unsqueeze(1)
     step = step if operand_copies(head, gradient=True) else c
     token_products(head, exp_nc, scaled_nd, dweight_cd, scaled_nr, dright_cr, step, add=add)
@@ -305,12 +329,13 @@ def _add_token_sums(
         # In two parts, so that the scale keeps its digits in 16 bit.
         scale_n2 = torch.stack((scale_n, scale_n - scale_n.to(head.operand)), 1).to(head.operand)
         sums_c2 = scale_n.new_zeros(c, 2)
-        add_product(sums_c2, exp_nc.t(), scale_n2, head.options.backend)
+        head.gemm.add_product(sums_c2, exp_nc.t(), scale_n2)
         dbias_c += sums_c2.sum(1)
-        labels.add_label_rows(head, dbias_c.unsqueeze(1), ordered, label_n, torch.ones_like(label_n).unsqueeze(1))
+        ones_n1 = torch.ones_like(label_n).unsqueeze(1)
+        kernels.add_label_rows(dbias_c.unsqueeze(1), segments, label_n, ones_n1, head.gathered)
     for total_cx, vectors_nx in ((dweight_cd, hidden_nd), (dright_cr, left_nr)):
         if total_cx is not None:
-            labels.add_label_rows(head, total_cx, ordered, label_n, vectors_nx)
+            kernels.add_label_rows(total_cx, segments, label_n, vectors_nx, head.gathered)
 
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
@@ -340,9 +365,9 @@ def vocabulary_pass(
     *,
     in_place: bool = True,
 ) -> Gradients:
-    """Gradients for any per-row coefficients. saved: ``RowStats.norms_2N``, or with exponentials ``saved_4N``. Products
-    of what ``forward_pass`` cached: exponentials, or logits, which are overwritten (or copied slice by slice); the
-    other logits are recomputed once, slice by slice.
+    """Gradients for any per-row coefficients. saved: ``RowStats.norms_2N``, or with exponentials ``of_label``, stacked.
+    Products of what ``forward_pass`` cached: exponentials, or logits, which are overwritten (or copied slice by slice);
+    the other logits are recomputed once, slice by slice.
     """
     wide, exp, all_rows = head.wide, saved.shape[0] == 4, slice(0, head.n)
     cached = 0 if cached_NC is None else cached_NC.shape[1]
@@ -351,7 +376,7 @@ def vocabulary_pass(
     if exp and cached < head.v:
         norms_2N = torch.stack((saved[0], saved[1].log()))
     if exp and cached:
-        scales = labels.row_scales(head, all_rows, coefficients, saved)
+        scales = _row_scales(head, all_rows, coefficients, saved)
         reused = dhidden_ND if wide == head.operand else None
         scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and head.needs.lm_head_weight else reused
         _add_token_sums(head, gradients, cached_NC, all_rows, scales, scaled_ND, cached, add=False)

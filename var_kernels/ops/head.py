@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from var_kernels.kernels import gemm_native
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.backend import label_kernels, row_kernels
-from var_kernels.ops.gemm import ends_in_exp, upcasts
+from var_kernels.ops.backend import kernels_of
 
 _ROW_ELEMENTS = 32
 
@@ -130,10 +128,12 @@ class Head:
         self.factor = self.operand if self.left_NR is None else self.left_NR.dtype
         self.tile = tile_dtype(self.operand, self.options.precision)
         self.wide = torch.promote_types(self.operand, torch.float32)  # of sums
-        self.kernels = row_kernels(self.options.backend)
-        self.label_kernels = label_kernels(self.options.backend)
+        self.kernels, self.label_kernels, self.gemm = kernels_of(self.options.backend)
         self.stores_exp = self._stores_exp()
-        self.upcast = upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile, self.options.backend)
+        self.upcast = self.gemm.upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile)
+        # Bytes of the label vectors that the label kernels gather at a time.
+        device = self.hidden_ND.device
+        self.gathered = self.label_kernels.gathered_bytes(self.options.budget, self.d, self.wide, device)
 
     @classmethod
     def of(cls, tensors, labels_NK: Tensor, options: HeadOptions, needs: Needs) -> "Head":
@@ -209,7 +209,7 @@ class Head:
         options = self.options
         if options.argmax or options.label_smoothing or self.left_NR is not None or self.tile != torch.float32:
             return False
-        return ends_in_exp(self.hidden_ND, self.lm_head_weight_VD, options.backend)
+        return self.gemm.ends_in_exp(self.hidden_ND, self.lm_head_weight_VD)
 
     def product_exp(
         self, columns: slice, rows: slice, stats: RowStats, out_nv: Tensor | None, earlier_nc: Tensor | None
@@ -217,7 +217,7 @@ class Head:
         """As ``row_exp``, where the GEMM ends in it."""
         bias_v = self.bias_slice(columns.start, columns.stop)
         operands = self.hidden_ND[rows], self.lm_head_weight_VD[columns], self.labels_NK[rows]
-        gemm_native.product_exp(*operands, stats, columns.start, bias_v, self.options.transform, out_nv, earlier_nc)
+        self.gemm.product_exp(*operands, stats, columns.start, bias_v, self.options.transform, out_nv, earlier_nc)
 
     def _stores_exp(self) -> bool:
         """Whether stored exponentials support every gradient that is needed: one target a row, none of the entropy,

@@ -17,7 +17,6 @@ from torch import Tensor
 from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
 from var_kernels.ops.backend import pair_kernels
 from var_kernels.ops.engines import fill_logits, gradients_by_slices, new_gradients, row_products, token_products
-from var_kernels.ops.gemm import add_product, product_into
 from var_kernels.ops.head import Gradients, Head, TileStorage, spans
 from var_kernels.ops.plan import (
     MAX_CPU_BACKWARD_ROWS,
@@ -199,7 +198,7 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gra
         grad_nv = head.rounded(_whole_rows(pair, tiles, rows, state_6N, upstream_N), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         if dhidden_nd is not None:
-            _product_in_slices(dhidden_nd, grad_nv, head.lm_head_weight_VD, step, head.options.backend)
+            _product_in_slices(head, dhidden_nd, grad_nv, step)
         row_products(head, grad_nv, 0, None, dleft_nr, step, add=True)
         token_products(head, grad_nv, hidden_nd, dweight_VD, left_nr, dright_VR, step, add=start > 0)
         del grad_nv, tiles  # a copy in 16 bit would live on beside the next tile
@@ -211,14 +210,15 @@ def _whole_rows(pair: HeadPair, tiles, rows, state_6N, upstream_N, out_nv=None) 
     return pair.rows(tiles, rows, 0, state_6N, upstream_N, out_nv, **stages)
 
 
-def _product_in_slices(out_nd: Tensor, grad_nv: Tensor, weight_VD: Tensor, step: int, backend: str) -> None:
+def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -> None:
     """out = grad W by ``step`` rows of W at a time: a 16-bit GEMM on a CPU packs the whole operand it is given."""
-    if step >= weight_VD.shape[0]:
-        product_into(out_nd, grad_nv, weight_VD, backend)
+    weight_VD = head.lm_head_weight_VD
+    if step >= head.v:
+        head.gemm.product_into(out_nd, grad_nv, weight_VD)
         return
     total_nd = torch.zeros(out_nd.shape, dtype=torch.promote_types(out_nd.dtype, torch.float32), device=out_nd.device)
-    for start, stop in spans(0, weight_VD.shape[0], step):
-        add_product(total_nd, grad_nv[:, start:stop], weight_VD[start:stop], backend)
+    for start, stop in spans(0, head.v, step):
+        head.gemm.add_product(total_nd, grad_nv[:, start:stop], weight_VD[start:stop])
     out_nd.copy_(total_nd)
 
 
@@ -250,12 +250,12 @@ def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
 
 def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> Gradients:
     """Gradients of sum_n upstream_n divergence_n from what ``stored_gradient_pass`` gave."""
-    head, backend, grad_NV = pair.policy, pair.policy.options.backend, stored_NV[:, : pair.v]
+    head, grad_NV = pair.policy, stored_NV[:, : pair.v]
     step = pair.weight_slice(pair.budget - pair.stored_bytes)
     wide, upstream_N1 = head.wide, upstream_N.unsqueeze(1)
     gradients = new_gradients(head, wide, head.operand)
     if head.needs.hidden:
-        _product_in_slices(gradients.dhidden_ND, grad_NV, head.lm_head_weight_VD, step, backend)
+        _product_in_slices(head, gradients.dhidden_ND, grad_NV, step)
         gradients.dhidden_ND.mul_(upstream_N1)
     if head.needs.left:
         row_products(head, grad_NV, 0, None, gradients.dleft_NR, step, add=True)
@@ -267,7 +267,7 @@ def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> G
         # In two parts, so that the upstream gradient keeps its digits in 16 bit.
         parts_N2 = torch.stack((upstream_N, upstream_N - upstream_N.to(head.operand)), 1).to(head.operand)
         sums_V2 = torch.zeros(pair.v, 2, dtype=wide, device=pair.device)
-        add_product(sums_V2, grad_NV.t(), parts_N2, backend)
+        head.gemm.add_product(sums_V2, grad_NV.t(), parts_N2)
         dbias_V.copy_(sums_V2.sum(1))
     return gradients
 

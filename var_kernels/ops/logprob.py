@@ -140,9 +140,9 @@ def _forward(arguments: LogprobArguments) -> Forward:
     if arguments.frozen_head:
         product_ND = gradients.dhidden_ND
         reads = replace(arguments, head=replace(head, hidden_ND=product_ND))  # of hidden's shape and dtype
-        return Forward(outputs, (stats.saved_4N, None, product_ND), reads)
+        return Forward(outputs, (torch.stack(stats.of_label), None, product_ND), reads)
     if exp:
-        return Forward(outputs, (stats.saved_4N, None, cached_NC), arguments)
+        return Forward(outputs, (torch.stack(stats.of_label), None, cached_NC), arguments)
     return Forward(outputs, (stats.norms_2N, entropy_N, None), arguments, once=cached_NC)
 
 

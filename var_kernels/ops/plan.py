@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from var_kernels.kernels import gemm_native
 from var_kernels.kernels.compile_time import compile_time
-from var_kernels.ops import gemm
-from var_kernels.ops.gemm import ROUNDED_ROWS, rounds_sums
 from var_kernels.ops.head import Head
 
 MIB = 1 << 20
@@ -29,9 +26,6 @@ MAX_CPU_BACKWARD_ROWS = 1024
 _TILE_BYTES = 256 * MIB
 # Of a tile on a CPU: it stays in the last-level cache there, and fresh pages cost more than a narrower GEMM.
 _CACHED_BYTES = 4 * MIB
-# Of gathered label vectors: what stays cached on a CPU; on an accelerator enough for few launches.
-_GATHERED_BYTES = 4 * MIB
-_ACCELERATOR_GATHERED_BYTES = 64 * MIB
 # Columns are cached from a 1/8 of the vocabulary on: fewer save less than 1/32 of the time.
 _FEWEST_CACHED = 8
 # On a CPU fresh pages cost as much as the GEMM of a narrow head.
@@ -100,14 +94,11 @@ def _cuda_memory(index: int) -> int:
 
 
 def operand_copies(head: Head, gradient: bool) -> int:
-    """Bytes a row or column of upcast operand and of a partial result in 16 bit (see ops/gemm.py), and of factors in
-    the tile's dtype and the operands'.
+    """Bytes a row or column of upcast operand and of a partial result in 16 bit, and of factors in the tile's dtype and
+    the operands'.
     """
     operand, tile = head.operand, head.tile
-    partial = 0
-    if gradient and operand.itemsize == 2 and not gemm.widens(operand, head.hidden_ND.device):
-        # A partial result in 16 bit, and the fp32 copy that torch makes to add it.
-        partial = 0 if rounds_sums(operand, head.options.backend) else 2 + 4
+    partial = head.gemm.partial_bytes(operand, head.hidden_ND.device) if gradient else 0
     copies = head.d * ((tile.itemsize if head.upcast else 0) + partial)
     if head.left_NR is not None:
         casts = (tile.itemsize if head.factor != tile else 0) + partial
@@ -117,21 +108,8 @@ def operand_copies(head: Head, gradient: bool) -> int:
 
 
 def rounding_bytes(head: Head) -> int:
-    """Bytes of the fp32 sums that the C++ GEMM keeps in addition to a gradient in bf16: of dH (n, d) over v columns, of
-    dW (v, d) over n rows.
-    """
-    if not rounds_sums(head.operand, head.options.backend):
-        return 0
-    deep, n, v = gemm_native.MAX_ROUNDED_DEPTH, head.n, head.v
-    return 4 * max(min(n, ROUNDED_ROWS) if v > deep else 0, min(v, ROUNDED_ROWS) if n > deep else 0) * head.d
-
-
-def gathered_bytes(head: Head) -> int:
-    """Bytes of the label vectors that ops/labels.py gathers at a time: at least a row's; none where kernels do that."""
-    if head.label_kernels is not None:
-        return 0
-    most = _GATHERED_BYTES if head.hidden_ND.device.type == "cpu" else _ACCELERATOR_GATHERED_BYTES
-    return max(min(most, head.options.budget // 8), 4 * head.d * head.wide.itemsize)
+    """Bytes of fp32 sums in addition to gradients in the operands' dtype."""
+    return head.gemm.rounding_bytes(head.n, head.d, head.v, head.operand)
 
 
 def tile_cost(head: Head, *, gradient: bool) -> TileCost:
@@ -160,7 +138,7 @@ def _exp_cost(head: Head) -> TileCost:
     wide = head.wide
     row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
     # One after the other.
-    fixed = max(head.kernels.temporary_bytes(head.n, head.v, head.tile), gathered_bytes(head), rounding_bytes(head))
+    fixed = max(head.kernels.temporary_bytes(head.n, head.v, head.tile), head.gathered, rounding_bytes(head))
     return TileCost(head.tile.itemsize, copies, row, fixed)
 
 

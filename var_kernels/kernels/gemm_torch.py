@@ -1,8 +1,8 @@
-"""The three GEMMs of the head, with accumulation in the tile's dtype whatever the operands' dtype is.
+"""The head's matrix products by torch's GEMMs, with accumulation in the tile's dtype whatever the operands' dtype is.
 
-CUDA: cuBLAS takes 16-bit operands to an fp32 result (``widens``). CPU: torch has no such GEMM. The C++ kernels have one
-for bf16, given the instructions; elsewhere operands of the forward GEMM are upcast (exact products, fp32 sums), and
-gradient GEMMs run in 16 bit and round each partial result once.
+CUDA: cuBLAS takes 16-bit operands to an fp32 result (``widens``). CPU: torch has no such GEMM: operands of the logits'
+are upcast (exact products, fp32 sums), and those of gradients run in 16 bit and round each partial result once. The
+C++ kernels have one for bf16 (``gemm_native``, which has the same functions).
 """
 
 import functools
@@ -11,12 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from var_kernels.kernels import gemm_native
-from var_kernels.kernels.compile_time import compile_time
-from var_kernels.ops.backend import own_gemm
-
-# Rows of fp32 sums at a time, of a product too deep to be rounded as it is summed.
-ROUNDED_ROWS = 1024
+from .compile_time import compile_time
 
 
 def widens(operand: torch.dtype, device: torch.device) -> bool:
@@ -99,61 +94,44 @@ def wide_products_fault(operand: torch.dtype, device: torch.device) -> str | Non
     return None
 
 
-def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype, backend: str) -> bool:
-    """Whether the forward GEMM needs fp32 copies of its operands."""
-    if hidden_nd.dtype == tile or widens(hidden_nd.dtype, hidden_nd.device):
-        return False
-    return not _in_cpp(backend, tile, hidden_nd, lm_head_weight_vd.t())
+def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype) -> bool:
+    """Return whether the logits' GEMM needs copies of its operands in the tile's dtype."""
+    return hidden_nd.dtype != tile and not widens(hidden_nd.dtype, hidden_nd.device)
 
 
-def _in_cpp(backend: str, out: torch.dtype, left: Tensor, right: Tensor) -> bool:
-    gemm = own_gemm(backend)
-    return gemm is not None and gemm.supports(out, left, right)
+def ends_in_exp(hidden_nd: Tensor, lm_head_weight_vd: Tensor) -> bool:
+    """Return whether the logits' GEMM runs ``row_exp`` on its sums."""
+    return False
 
 
-def ends_in_exp(hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str) -> bool:
-    """Whether the forward GEMM runs ``row_exp`` on its sums (``gemm_native.product_exp``)."""
-    gemm = own_gemm(backend)
-    return gemm is not None and gemm.supports_exp(hidden_nd, lm_head_weight_vd)
+def partial_bytes(operand: torch.dtype, device: torch.device) -> int:
+    """Bytes an element of a gradient's partial result: in 16 bit, and the fp32 copy that torch makes to add it."""
+    return 0 if operand.itemsize != 2 or widens(operand, device) else 2 + 4
 
 
-def rounds_sums(operand: torch.dtype, backend: str) -> bool:
-    """Whether gradient GEMMs sum in fp32 in place, and round once what they write in this dtype."""
-    gemm = own_gemm(backend)
-    return gemm is not None and operand == torch.bfloat16 and gemm.available()
+def rounding_bytes(n: int, d: int, v: int, operand: torch.dtype) -> int:
+    """Bytes of sums in addition to a gradient in the operands' dtype: of dH (n, d) over v columns, of dW (v, d) over n
+    rows.
+    """
+    return 0
 
 
-def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, backend: str, add: bool = False) -> None:
+def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, add: bool = False) -> None:
     """out = hidden W^T, or out += with ``add``, in out's dtype; hidden has that dtype where ``upcasts`` asks for it."""
     dtype, weight_dv = out_nv.dtype, lm_head_weight_vd.t()
+    if hidden_nd.dtype == dtype:
+        weight_dv = weight_dv.to(dtype)
     if add:
-        add_product(out_nv, hidden_nd, weight_dv.to(dtype) if hidden_nd.dtype == dtype else weight_dv, backend)
-    elif _in_cpp(backend, dtype, hidden_nd, weight_dv):
-        gemm_native.product_into(out_nv, hidden_nd, weight_dv)
+        add_product(out_nv, hidden_nd, weight_dv)
     elif hidden_nd.dtype == dtype:
-        torch.mm(hidden_nd, weight_dv.to(dtype), out=out_nv)
+        torch.mm(hidden_nd, weight_dv, out=out_nv)
     else:
         torch.mm(hidden_nd, weight_dv, out_dtype=dtype, out=out_nv)
 
 
-def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
-    """out = left right^T in out's dtype, whatever the factors' is: few columns, so copies are cheap."""
-    dtype = out_nv.dtype
-    torch.mm(left_nr.to(dtype), right_vr.to(dtype).t(), out=out_nv)
-
-
-def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out = left @ right for operands of one dtype, written once: out has that dtype, or a wider one."""
-    if _in_cpp(backend, out.dtype, left, right):
-        gemm_native.product_into(out, left, right)
-    elif out.dtype == torch.bfloat16 and _in_cpp(backend, torch.float32, left, right):
-        # Too deep to be rounded as it is summed.
-        for start in range(0, out.shape[0], ROUNDED_ROWS):
-            out_md, left_md = out[start : start + ROUNDED_ROWS], left[start : start + ROUNDED_ROWS]
-            total_md = torch.empty_like(out_md, dtype=torch.float32, memory_format=torch.contiguous_format)
-            gemm_native.product_into(total_md, left_md, right)
-            out_md.copy_(total_md)
-    elif out.dtype == left.dtype:
+    if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     elif widens(left.dtype, left.device):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -161,11 +139,9 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, backend: str) -> None
         out.copy_(torch.mm(left, right))
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, backend: str) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; total is in the operands' dtype or a wider one."""
-    if total.dtype == torch.float32 and _in_cpp(backend, total.dtype, left, right):
-        gemm_native.product_into(total, left, right, add=True)
-    elif total.dtype == left.dtype:
+    if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif widens(left.dtype, left.device):
         if total.shape[0] == 1:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from var_kernels import kernels, linear_logprob, linear_weighted_nll
 from var_kernels.kernels import gemm_torch
-from var_kernels.ops import plan
+from var_kernels.ops import head
 
 RATE, BANDWIDTH = 780e12, 4.0e12  # FLOP/s of a large bf16 GEMM, B/s of a copy: an H200's, as measured by others
 MEMORY_MIB, MAJOR = 143771, 9
@@ -178,7 +178,7 @@ def counted() -> Iterator[Counts]:
                 if name in KERNEL_BYTES:
                     stack.enter_context(mock.patch.object(module, name, _Recorder(name, value, counts)))
         for module, name, value in (
-            (plan, "_cuda_memory", MEMORY_MIB * MIB),
+            (head, "_cuda_memory", MEMORY_MIB * MIB),
             (gemm_torch, "_cuda_major", MAJOR),
             (torch.cuda, "is_current_stream_capturing", False),
         ):

@@ -15,8 +15,8 @@ from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels.pairs import KINDS, PairOptions, empty_state
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
 from var_kernels.ops.backend import choose_backend, kernels_of, pair_kernels
-from var_kernels.ops.head import Head, HeadOptions, Needs
-from var_kernels.ops.plan import budget_bytes, one_pass_rows
+from var_kernels.ops.head import Head, HeadOptions, Needs, budget_bytes
+from var_kernels.ops.plan import one_pass_rows
 
 MAIN = (8192, 4096, 128256)
 TINY = (64, 32, 512)

@@ -49,7 +49,7 @@ def registries(monkeypatch):
     """What a page registers, or puts in place of the library's own, ends with its test."""
     tables = (LOSSES, methods.METHODS, config.METHOD_CONFIGS)
     before = [dict(table) for table in tables]
-    monkeypatch.setattr(head, "row_kernels", head.row_kernels)
+    monkeypatch.setattr(head, "kernels_of", head.kernels_of)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()

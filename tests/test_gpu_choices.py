@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from var_kernels.kernels import gemm_torch as gemm
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops import kl_engine, plan
+from var_kernels.ops import head, kl_engine, plan
 from var_kernels.ops.head import Head, HeadOptions, Needs
 
 pytest.importorskip("triton", reason="the backend of CUDA tensors")
@@ -26,7 +26,7 @@ N = 8192
 @pytest.fixture(params=GPUS)
 def gpu(request, monkeypatch):
     mib, rate, bandwidth = GPUS[request.param]
-    monkeypatch.setattr(plan, "_cuda_memory", lambda index: mib << 20)
+    monkeypatch.setattr(head, "_cuda_memory", lambda index: mib << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     return request.param, rate, bandwidth
 
@@ -40,7 +40,7 @@ def head_of(n, d, v) -> Head:
         weight,
         None,
         labels,
-        HeadOptions(LogitTransform(), 0.0, "fp32", plan.budget_bytes(None, weight), "triton"),
+        HeadOptions(LogitTransform(), 0.0, "fp32", head.budget_bytes(None, weight), "triton"),
         Needs(hidden=True, lm_head_weight=True),
     )
 
@@ -51,9 +51,9 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     chosen takes at most 1.2 times as long as the other, in the one case and in the other.
     """
     _, rate, bandwidth = gpu
-    head = head_of(N, d, v)
-    rows = max(0, plan.one_pass_rows(head))
-    one = plan.one_pass_fits(head)
+    call = head_of(N, d, v)
+    rows = max(0, plan.one_pass_rows(call))
+    one = plan.one_pass_fits(call)
     if rows == 0 or rows >= N:
         assert one == (rows >= N)
         return
@@ -62,7 +62,7 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     moved_s = 8 * v * d / bandwidth
     under = 2 * gemm_s + sum(max(2 * chunk * d * v / rate, moved_s) for chunk in chunks)
     after = 3 * gemm_s + len(chunks) * moved_s
-    two = gemm_s * (4 - plan.cached_columns(head) / v)
+    two = gemm_s * (4 - plan.cached_columns(call) / v)
     for guess in (under, after):
         chosen, other = (guess, two) if one else (two, guess)
         assert chosen + row_kernels_s <= 1.2 * (other + row_kernels_s), f"{'one' if one else 'two'}: {rows} rows"
@@ -82,7 +82,7 @@ def test_the_choice_costs_little_under_either_guess(gpu, d, v):
     ],
 )
 def test_one_pass_or_two(name, d, v, one, monkeypatch):
-    monkeypatch.setattr(plan, "_cuda_memory", lambda index: GPUS[name][0] << 20)
+    monkeypatch.setattr(head, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     assert plan.one_pass_fits(head_of(N, d, v)) == one
 
@@ -102,17 +102,17 @@ def test_kl_in_one_pass_or_two(name, d, v, one, stored, monkeypatch):
     """Two passes of KL compute the logits of both heads again: chunks half as long pay. Stored: the gradient in all
     logits beside a chunk, which serves any upstream gradient.
     """
-    monkeypatch.setattr(plan, "_cuda_memory", lambda index: GPUS[name][0] << 20)
+    monkeypatch.setattr(head, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), "reverse", 0.5)
     assert kl_engine.chunks_fit(pair) == one
     assert kl_engine.stored_fits(pair) == stored
 
 
-def test_few_rows_and_a_cpu():
-    """A batch of fewer rows than the shortest chunk is one chunk; on a CPU 64 rows are enough."""
-    cost = plan.TileCost(4)
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert plan.holds_token_chunks(100, 1000, 4 * 1000 * 100, cost, plan.shortest_chunk(cuda))
-    assert not plan.holds_token_chunks(1025, 1000, 4 * 1000 * 1023, cost, plan.shortest_chunk(cuda))
-    assert plan.holds_token_chunks(1025, 1000, 4 * 1000 * 64, cost, plan.shortest_chunk(cpu))
+def test_few_rows_are_one_chunk(monkeypatch):
+    """A batch of fewer rows than the shortest chunk takes one pass where the budget holds it."""
+    monkeypatch.setattr(head, "_cuda_memory", lambda index: GPUS["H200"][0] << 20)
+    monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
+    assert plan.one_pass_fits(head_of(100, 2048, 128256))
+    pair = kl_engine.HeadPair(head_of(100, 2048, 128256), head_of(100, 2048, 128256), "reverse", 0.5)
+    assert kl_engine.chunks_fit(pair)

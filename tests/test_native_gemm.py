@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tests.products import Products
 from var_kernels.kernels import gemm_native
 from var_kernels.kernels.rows import LogitTransform, RowStats
 from var_kernels.ops import linear_weighted_nll, plan
@@ -177,27 +178,19 @@ def test_the_head_takes_it_for_all_three_products(level, monkeypatch):
     """fp32 logits of bf16 operands, rows in several spans, dW written once or added up: gradients of the fp64 ones."""
     hidden, weight = matrix(70, 24).requires_grad_(), matrix(507, 24).requires_grad_()
     labels = torch.arange(70) * 7
-    products = []
-    original = gemm_native.multiply
-    monkeypatch.setattr(
-        gemm_native, "multiply", lambda out, *a, **k: (products.append(out.shape), original(out, *a, **k))
-    )
-    ended = gemm_native.product_exp
-    monkeypatch.setattr(
-        gemm_native, "product_exp", lambda h, w, *a: (products.append((len(h), len(w))), ended(h, w, *a))
-    )
     monkeypatch.setattr(plan, "MAX_CPU_BACKWARD_ROWS", 32)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     truth = torch.autograd.grad(
         torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum"), exact
     )
     for engine, workspace_mb in (("two_pass", 1), ("one_pass", 0.15), ("one_pass", 1)):
-        products.clear()
-        loss = linear_weighted_nll(
-            hidden, weight, labels, None, engine=engine, workspace_mb=workspace_mb, precision="fp32"
-        )
-        grads = torch.autograd.grad(loss, (hidden, weight))
-        assert {shape[1] for shape in products} >= {24, 507}, engine
+        with Products() as products:
+            loss = linear_weighted_nll(
+                hidden, weight, labels, None, engine=engine, workspace_mb=workspace_mb, precision="fp32"
+            )
+            grads = torch.autograd.grad(loss, (hidden, weight))
+        assert products.names == {"product_exp", "product_into"}, engine
+        assert {n for _, n, _ in products.sizes} >= {24, 507}, engine
         for grad, expected in zip(grads, truth, strict=True):
             assert (grad - expected).square().mean().sqrt() <= 2.0**-8 * expected.square().mean().sqrt()
 

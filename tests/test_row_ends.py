@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import TARGETS
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.head import TileStorage, _aligned
+from var_kernels.ops.engines import aligned, view_tile
 
 pytest.importorskip("triton", reason="triton is not installed")
 from var_kernels.kernels import rows_triton
@@ -16,8 +16,7 @@ on_triton = pytest.mark.parametrize("target", [p for p in TARGETS if "triton" in
 
 def tile(dtype, device, behind: float):
     """Rows of V logits, and ``behind`` them."""
-    storage = TileStorage(torch.full((N * _aligned(V),), behind, dtype=dtype, device=device))
-    logits = storage.view(N, V)
+    logits = view_tile(torch.full((N * aligned(V),), behind, dtype=dtype, device=device), N, V)
     logits.copy_(torch.randn(N, V, generator=torch.Generator().manual_seed(0)) * 3)
     return logits
 
@@ -51,14 +50,14 @@ def test_what_lies_behind_a_row_changes_nothing(dtype, out, block, target, monke
         assert rows_triton._padded(logits)
         for got, truth in zip(results(logits, stored), expected, strict=True):
             assert torch.equal(got, truth)
-        assert not stored.as_strided((N, _aligned(V) - V), stored.stride(), V).any()
+        assert not stored.as_strided((N, aligned(V) - V), stored.stride(), V).any()
 
 
 def test_rows_without_memory_behind_them_end_where_they_end():
-    whole = torch.zeros(N, _aligned(V))
+    whole = torch.zeros(N, aligned(V))
     assert rows_triton._padded(whole[:, :V])
     assert rows_triton._padded(whole[1:, 64:V])
     assert not rows_triton._padded(whole[:, 1:V])  # not where 16 bytes begin
     assert not rows_triton._padded(torch.zeros(N, V))
-    assert not rows_triton._padded(torch.zeros((N - 1) * _aligned(V) + V).as_strided((N, V), (_aligned(V), 1)))
+    assert not rows_triton._padded(torch.zeros((N - 1) * aligned(V) + V).as_strided((N, V), (aligned(V), 1)))
     assert not rows_triton._padded(whole[:, :496])  # a multiple of 16 needs none

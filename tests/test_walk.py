@@ -14,6 +14,8 @@ from var_kernels.ops.backend import use_backend
 ROOT = Path(var_kernels.__file__).parent
 # They are given hidden states and hand them to no other file: they look at them, or multiply.
 ENDS = {"ops/checks.py", "ops/plan.py"}
+# Python 3.12 runs them in the function around them.
+INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>")
 
 
 def holds(value, address: int, depth: int = 3) -> bool:
@@ -40,7 +42,7 @@ def walk() -> tuple[list[tuple[str, str]], set[str], set[str]]:
 
     def profile(frame, event, _):
         name = of_package(frame) if event == "call" else None
-        if name is None:
+        if name is None or frame.f_code.co_name in INLINED:
             return
         calls.append((name, frame.f_code.co_name))
         if not any(holds(value, address) for value in frame.f_locals.values()):
@@ -68,10 +70,13 @@ def walk() -> tuple[list[tuple[str, str]], set[str], set[str]]:
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer is at work")
 def test_hidden_states_go_through_few_files():
     calls, given, handing = walk()
+    files = {name for name, _ in calls}
+    before_kernels = {name for name in files if not name.startswith("kernels/")}
     ends = {name for name in given - handing if not name.startswith("kernels/")}
-    print(f"\n{len(calls)} Python calls in {len({name for name, _ in calls})} files")
+    print(f"\n{len(calls)} Python calls in {len(files)} files, {len(before_kernels)} of them outside of kernels/")
     print("handed on by", *sorted(handing), "| ended in", *sorted(given - handing))
     assert {"ops/logprob.py", "ops/engines.py"} <= handing
-    assert len(handing) <= 7
+    assert len(handing) <= 4
     assert ends <= ENDS
-    assert len(calls) <= 200
+    assert len(before_kernels) <= 7
+    assert len(calls) <= 136

@@ -4,15 +4,12 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.head import Head, HeadOptions, Needs, tile_dtype
+from var_kernels.ops.head import MIB, Head, HeadOptions, Needs, budget_bytes, tile_dtype
 from var_kernels.ops.plan import (
-    MIB,
     backward_plan,
-    budget_bytes,
     cached_columns,
     dweight_bytes,
     forward_plan,
-    gathered_bytes,
     one_pass_fits,
     one_pass_plan,
 )
@@ -39,13 +36,13 @@ def fused_bytes(
     """
     head = _stand_in(n, d, v, dtype, device, workspace_mb)
     # The plans hold a bound of the label vectors gathered at a time; a small batch gathers four numbers an entry.
-    unused = max(0, gathered_bytes(head) - 16 * n * d)
+    unused = max(0, head.gathered - 16 * n * d)
     gradients, cached = (n + v) * d * dtype.itemsize, cached_columns(head)
     general = forward_plan(head, cached).predicted
     if cached == v:
         element, sums = (dtype.itemsize, 0) if head.stores_exp else (head.tile.itemsize, gradients)
         forward = 0 if head.ends_in_exp else general  # its tile, where the GEMM writes one
-        general = max(forward, n * v * element + gradients + sums + gathered_bytes(head) - unused)
+        general = max(forward, n * v * element + gradients + sums + head.gathered - unused)
     else:
         general = max(general, backward_plan(head, cached).predicted + gradients)
     if dtype == torch.float16 or not one_pass_fits(head):

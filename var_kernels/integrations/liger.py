@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 from var_kernels.ops.define import first_order
-from var_kernels.ops.head import spans
+from var_kernels.ops.engines import spans
 
 _REDUCTIONS = ("mean", "sum", "none")
 

@@ -63,22 +63,17 @@ def multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> 
     torch.ops.var_kernels_native.product_into(out, left, right, add, _level())
 
 
-def upcasts(hidden_nd: Tensor, weight_vd: Tensor, tile: torch.dtype) -> bool:
-    """Return whether neither torch nor the C++ kernels take these operands to the tile's dtype."""
-    return gemm_torch.upcasts(hidden_nd, weight_vd, tile) and not supports(tile, hidden_nd, weight_vd.t())
-
-
-def partial_bytes(operand: torch.dtype, device: torch.device) -> int:
-    """Bytes as of ``gemm_torch.partial_bytes``; none where gradients are summed in place."""
-    return 0 if operand == torch.bfloat16 and available() else gemm_torch.partial_bytes(operand, device)
-
-
-def rounding_bytes(n: int, d: int, v: int, operand: torch.dtype) -> int:
-    """Bytes as of ``gemm_torch.rounding_bytes``: fp32 sums of products too deep to be rounded as they are summed."""
-    if operand != torch.bfloat16 or not available():
-        return 0
-    deep = MAX_ROUNDED_DEPTH
-    return 4 * max(min(n, ROUNDED_ROWS) if v > deep else 0, min(v, ROUNDED_ROWS) if n > deep else 0) * d
+def traits(hidden_nd: Tensor, weight_vd: Tensor, tile: torch.dtype) -> gemm_torch.Traits:
+    """Traits of bf16 operands, whose gradients are summed in place: in fp32, where they are too deep to be rounded as
+    they are summed; else torch's.
+    """
+    found = gemm_torch.traits(hidden_nd, weight_vd, tile)
+    if hidden_nd.dtype != torch.bfloat16 or not available():
+        return found
+    (n, d), v, deep = hidden_nd.shape, weight_vd.shape[0], MAX_ROUNDED_DEPTH
+    rounding = 4 * max(min(n, ROUNDED_ROWS) if v > deep else 0, min(v, ROUNDED_ROWS) if n > deep else 0) * d
+    ends_in_exp = d <= deep and _readable(hidden_nd) and _readable(weight_vd)
+    return gemm_torch.Traits(found.upcasts and not supports(tile, hidden_nd, weight_vd.t()), ends_in_exp, 0, rounding)
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, weight_vd: Tensor, add: bool = False) -> None:
@@ -110,11 +105,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         multiply(total, left, right, add=True)
     else:
         gemm_torch.add_product(total, left, right)
-
-
-def ends_in_exp(hidden_nd: Tensor, weight_vd: Tensor) -> bool:
-    """Return whether ``product_exp`` supports these operands."""
-    return hidden_nd.shape[1] <= MAX_ROUNDED_DEPTH and _readable(hidden_nd) and _readable(weight_vd) and available()
 
 
 def product_exp(

@@ -7,6 +7,7 @@ C++ kernels have one for bf16 (``gemm_native``, which has the same functions).
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,30 +95,28 @@ def wide_products_fault(operand: torch.dtype, device: torch.device) -> str | Non
     return None
 
 
-def upcasts(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype) -> bool:
-    """Return whether the logits' GEMM needs copies of its operands in the tile's dtype."""
-    return hidden_nd.dtype != tile and not widens(hidden_nd.dtype, hidden_nd.device)
+class Traits(NamedTuple):
+    """What products of a head's operands need, and support.
 
-
-def ends_in_exp(hidden_nd: Tensor, lm_head_weight_vd: Tensor) -> bool:
-    """Return whether the logits' GEMM runs ``row_exp`` on its sums."""
-    return False
-
-
-def partial_bytes(operand: torch.dtype, device: torch.device) -> int:
-    """Bytes an element of a gradient's partial result: in 16 bit, and the fp32 copy that torch makes to add it."""
-    return 0 if operand.itemsize != 2 or widens(operand, device) else 2 + 4
-
-
-def rounding_bytes(n: int, d: int, v: int, operand: torch.dtype) -> int:
-    """Bytes of sums in addition to a gradient in the operands' dtype: of dH (n, d) over v columns, of dW (v, d) over n
-    rows.
+    upcasts: the logits' GEMM needs copies of its operands in the tile's dtype. ends_in_exp: it runs ``row_exp`` on its
+        sums. partial_bytes: of an element of a gradient's partial result; rounding_bytes: of sums in addition to
+        gradients in the operands' dtype.
     """
-    return 0
+
+    upcasts: bool
+    ends_in_exp: bool
+    partial_bytes: int
+    rounding_bytes: int
+
+
+def traits(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype) -> Traits:
+    operand, wide = hidden_nd.dtype, widens(hidden_nd.dtype, hidden_nd.device)
+    # A partial result in 16 bit, and the fp32 copy that torch makes to add it.
+    return Traits(operand != tile and not wide, False, 0 if operand.itemsize != 2 or wide else 2 + 4, 0)
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, add: bool = False) -> None:
-    """out = hidden W^T, or out += with ``add``, in out's dtype; hidden has that dtype where ``upcasts`` asks for it."""
+    """out = hidden W^T, or out += with ``add``, in out's dtype; hidden has that dtype with ``upcasts``."""
     dtype, weight_dv = out_nv.dtype, lm_head_weight_vd.t()
     if hidden_nd.dtype == dtype:
         weight_dv = weight_dv.to(dtype)

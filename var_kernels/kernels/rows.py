@@ -105,7 +105,8 @@ class RowStats:
     def uninitialised(cls, n: int, like: Tensor, *, mean: bool, argmax: bool) -> "RowStats":
         """Memory for the statistics of ``row_exp``, which ``start_rows`` of the label kernels writes."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        vectors = (torch.empty(n, dtype=dtype, device=like.device) for _ in range(5))
+        # Each of its own: an op's output is no part of another's memory.
+        vectors = [torch.empty(n, dtype=dtype, device=like.device) for _ in range(5)]
         max_N, sumexp_N, label_logit_N, others_N, logp_N = vectors
         return cls(
             max_N,

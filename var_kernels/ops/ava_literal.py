@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from var_kernels.ops.call import prepare
-from var_kernels.ops.define import Forward, Tensors, define_op
-from var_kernels.ops.engines import forward_pass, gradients_by_slices
-from var_kernels.ops.head import Head, spans
-from var_kernels.ops.kl_engine import head_logits, plan_slices
-from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, operand_copies, plan_forward, within_cache
-from var_kernels.ops.signatures import RowKeywords, names_options, with_defaults
+from var_kernels.ops.checks import complete_options
+from var_kernels.ops.define import Forward, define_op
+from var_kernels.ops.engines import Gradients, compute_logits, forward_pass, gradients_by_slices, new_tile, spans
+from var_kernels.ops.head import Head, Tensors, prepare
+from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, cpu_tile_budget, operand_copies, plan_forward, plan_slices
+from var_kernels.ops.signatures import RowKeywords, names_options
 
 
 @names_options
@@ -53,7 +52,7 @@ def linear_prob_lse(
             f"labels must hold one entry a row, shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}; the "
             "normaliser does not depend on the target"
         )
-    options = with_defaults("linear_prob_lse", options, RowKeywords)
+    options = complete_options("linear_prob_lse", options, RowKeywords)
     call = prepare(hidden, lm_head_weight, labels, bias, options)
     return call.restore(*_prob_lse(ProbLseArguments(call.head, float(alpha)), call.traced))
 
@@ -84,10 +83,10 @@ class _Tiles:
         copies = operand_copies(head, gradient)
         return TileCost((2 + capped) * self.math.itemsize + raw, copies, copies)
 
-    def budget(self, rows: int, cost: TileCost) -> int:
-        head = self.head
-        on_cpu = head.hidden_ND.device.type == "cpu"
-        return within_cache(rows, head.v, head.options.budget, cost) if on_cpu else head.options.budget
+    def logits(self, storage: Tensor, rows: slice, columns: slice) -> Tensor:
+        """z_nv in the arithmetic's dtype; it lies in the storage where that has the dtype."""
+        raw_nv = compute_logits(self.head, storage, rows, columns).to(self.math)
+        return self.head.options.transform.apply_(raw_nv, self.head.bias_slice(columns.start, columns.stop))
 
     def probabilities_(self, z_nv: Tensor, rows: slice) -> Tensor:
         return z_nv.sub_(self.max_N[rows].unsqueeze(1)).exp_().div_(self.sumexp_N[rows].unsqueeze(1))
@@ -99,27 +98,27 @@ class _Tiles:
     def sums(self) -> tuple[Tensor, Tensor]:
         """sum of the shares, and the shares' mean of p, each (N,)."""
         head, cost = self.head, self.cost(gradient=False)
-        plan = plan_forward(head.n, head.v, self.budget(min(head.n, MAX_FORWARD_ROWS), cost), cost)
-        storage = head.new_tile(plan.rows, plan.columns)
+        plan = plan_forward(head.n, head.v, cpu_tile_budget(head, min(head.n, MAX_FORWARD_ROWS), cost), cost)
+        storage = new_tile(head, plan.rows, plan.columns)
         total_N, weighted_N = torch.zeros_like(self.max_N), torch.zeros_like(self.max_N)
         for start, stop in spans(0, head.n, plan.rows):
             rows = slice(start, stop)
             for v_start, v_stop in spans(0, head.v, plan.columns):
-                z_nv = head_logits(head, storage, rows, v_start, v_stop, plan.columns, self.math)
+                z_nv = self.logits(storage, rows, slice(v_start, v_stop))
                 p_nv = self.probabilities_(z_nv, rows)
                 shares_nv = self.shares(p_nv, rows)
                 total_N[rows] += shares_nv.sum(1)
                 weighted_N[rows] += shares_nv.mul_(p_nv).sum(1)
         return total_N, weighted_N / total_N
 
-    def gradients(self, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor):
+    def gradients(self, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor) -> Gradients:
         head, cost = self.head, self.cost(gradient=True)
-        plan = plan_slices(head, self.budget(head.n, cost), cost, head.n)
-        storage = head.new_tile(plan.rows, plan.columns)
+        plan = plan_slices(head, cpu_tile_budget(head, head.n, cost), cost, head.n)
+        storage = new_tile(head, plan.rows, plan.columns)
         transform = head.options.transform
 
         def tile_gradient(rows: slice, columns: slice) -> Tensor:
-            z_nv = head_logits(head, storage, rows, columns.start, columns.stop, plan.columns, self.math)
+            z_nv = self.logits(storage, rows, columns)
             cap_slope_nv = transform.cap_slope(z_nv)
             p_nv = self.probabilities_(z_nv, rows)
             shares_nv = self.shares(p_nv, rows).div_(total_N[rows].unsqueeze(1)).sub_(mean_N[rows].unsqueeze(1))
@@ -147,7 +146,7 @@ def _shapes(arguments: ProbLseArguments) -> Forward:
 def _backward(arguments: ProbLseArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
     head, (max_N, sumexp_N, total_N, mean_N) = arguments.head, saved
     gradients = _Tiles(head, arguments.alpha, max_N, sumexp_N).gradients(total_N, mean_N, *upstream)
-    return gradients.like(head.tensors).tensors
+    return gradients.like(head.tensors)
 
 
 _prob_lse = define_op("prob_lse", ProbLseArguments, _forward, _backward, _shapes, outputs=1)

@@ -54,8 +54,9 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
         return "torch", "a meta tensor holds no values"
     forced = _FORCED.get() or os.environ.get(_ENVIRONMENT)
     if forced:
-        _known(forced, "use_backend" if _FORCED.get() else _ENVIRONMENT)
-        obstacle = _OBSTACLES[forced](device, tile)
+        if forced not in BACKENDS:
+            _known(forced, _ENVIRONMENT)
+        obstacle = _OBSTACLES[forced](device, tile) if forced in _OBSTACLES else None
         if obstacle:
             raise ValueError(f"backend {forced!r} was forced but {obstacle}; unset {_ENVIRONMENT} to choose by device")
         return forced, "forced"
@@ -114,11 +115,7 @@ def warn_in_plain_torch(device: torch.device, tile: torch.dtype, num_logits: int
     )
 
 
-_OBSTACLES = {
-    "torch": lambda device, tile: None,
-    "native": native_obstacle,
-    "triton": triton_obstacle,
-}
+_OBSTACLES = {"native": native_obstacle, "triton": triton_obstacle}
 
 
 def kernels_of(name: str) -> tuple[ModuleType, ModuleType, ModuleType]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from var_kernels.ops.signatures import PRECISIONS
+from var_kernels.ops.signatures import DEFAULTS, PRECISIONS, LogprobKeywords
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,6 +24,12 @@ def check_tensors(
     vocabulary: int | None = None,
 ) -> None:
     """Types, shapes, dtypes, devices; label range on the CPU, of ``vocabulary`` ids where the head is a slice."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is not None and active():  # it would refuse the autograd.Functions in words about their insides
+        raise TypeError(
+            "hidden must be no tensor of a torch.func transform (grad, vmap, jvp, vjp), got a call inside of one; call "
+            "the op on the whole batch and use torch.autograd.grad"
+        )
     given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels}
     if bias is not None:
         given["bias"] = bias
@@ -63,7 +69,13 @@ def check_tensors(
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
     if values_readable(labels) and labels.numel():
-        _check_label_range(labels, vocabulary or v, ignore_index)
+        v = vocabulary or v
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
+        if wrong.any():
+            raise ValueError(
+                f"labels must be in [0, {v}) or ignore_index={ignore_index}, got {labels[wrong][0].item()} "
+                f"({int(wrong.sum())} such entries); a tokenizer larger than the head, or another ignore index?"
+            )
 
 
 def check_number(name: str, value) -> None:
@@ -99,26 +111,6 @@ def check_whole(name: str, value: Tensor) -> None:
         )
 
 
-def check_no_transform() -> None:
-    """torch.func would refuse the autograd.Functions below it in words about their insides."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and active():
-        raise TypeError(
-            "hidden must be no tensor of a torch.func transform (grad, vmap, jvp, vjp), got a call inside of one; call "
-            "the op on the whole batch and use torch.autograd.grad"
-        )
-
-
-def _check_label_range(labels: Tensor, v: int, ignore_index: int) -> None:
-    # Only where reading values is free (values_readable): no synchronisation.
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
-    if wrong.any():
-        raise ValueError(
-            f"labels must be in [0, {v}) or ignore_index={ignore_index}, got {labels[wrong][0].item()} "
-            f"({int(wrong.sum())} such entries); a tokenizer larger than the head, or another ignore index?"
-        )
-
-
 def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_mb, prefix: str = "") -> None:
     """Two factors that belong to hidden's rows and the head's; prefix: "ref_" for the reference model's."""
     if low_rank is None:
@@ -150,28 +142,35 @@ def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_m
         )
 
 
-def check_low_rank_dtypes(left: Tensor, right: Tensor, hidden: Tensor, prefix: str = "") -> None:
-    """One dtype, hidden's or fp32 beside 16 bit; called after autocast had its say."""
-    allowed = (hidden.dtype, torch.float32) if hidden.dtype.itemsize == 2 else (hidden.dtype,)
-    if left.dtype != right.dtype or left.dtype not in allowed:
-        raise TypeError(
-            f"{prefix}low_rank must be of one dtype, {' or '.join(map(str, allowed))} beside {prefix}hidden of "
-            f"{hidden.dtype}, got {left.dtype} and {right.dtype}; cast them, or run under torch.autocast"
-        )
-
-
-def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """One dtype for all operands, a bias of fp32 beside 16 bit excepted; called after autocast had its say. prefix:
-    "ref_" for the reference model's.
+def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, low_rank, prefix: str = "") -> None:
+    """One dtype for all operands; a bias, and the two of low_rank, may be of fp32 beside 16 bit. Called after autocast
+    had its say. prefix: "ref_" for the reference model's.
     """
-    for name, value in (("lm_head_weight", lm_head_weight), ("bias", bias)):
-        if name == "bias" and hidden.dtype.itemsize == 2 and value is not None and value.dtype == torch.float32:
-            continue
-        if value is not None and value.dtype != hidden.dtype:
+    allowed = (hidden.dtype, torch.float32) if hidden.dtype.itemsize == 2 else (hidden.dtype,)
+    for name, value, dtypes in (("lm_head_weight", lm_head_weight, allowed[:1]), ("bias", bias, allowed)):
+        if value is not None and value.dtype not in dtypes:
             raise TypeError(
                 f"{prefix}{name} is {value.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them, or run under "
                 "torch.autocast"
             )
+    if low_rank is not None and not low_rank[0].dtype == low_rank[1].dtype in allowed:
+        raise TypeError(
+            f"{prefix}low_rank must be of one dtype, {' or '.join(map(str, allowed))} beside {prefix}hidden of "
+            f"{hidden.dtype}, got {low_rank[0].dtype} and {low_rank[1].dtype}; cast them, or run under torch.autocast"
+        )
+
+
+def complete_options(op: str, options: LogprobKeywords, keywords: type) -> LogprobKeywords:
+    """The options of a call of ``op``, which has those of ``keywords``, with the defaults of the others."""
+    names = keywords.__optional_keys__
+    for name in options:
+        if name not in names:
+            raise TypeError(
+                f"{op}() got an unexpected keyword argument {name!r}; its options: {', '.join(sorted(names))}"
+            )
+    options = {**DEFAULTS, **options}
+    check_head_options(options)
+    return options
 
 
 def check_head_options(options: Mapping[str, object], prefix: str = "") -> None:

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from var_kernels.ops.backend import choose_backend, kernels_of
-from var_kernels.ops.head import Head
+from var_kernels.ops.head import Head, Tensors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Tensors = tuple[Tensor | None, ...]
 
 _LEARNING = ("hidden_ND", "lm_head_weight_VD", "bias_V", "left_NR", "right_VR")  # the order of ``Head.tensors``
 _SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
@@ -68,11 +67,10 @@ def define_op(
         @staticmethod
         def forward(ctx, call, *_):
             ctx.set_materialize_grads(False)
-            found, tensors = forward(call), ()
+            found, tensors = forward(call), []
             ctx.once, ctx.reads = found.once, None
             if found.reads is not None:
-                tensors = layout.leaves(found.reads, layout.tensors)
-                ctx.reads = layout.with_tensors(found.reads, repeat(None))
+                ctx.reads = layout.with_tensors(found.reads, repeat(None), tensors)
             ctx.count = len(tensors)
             ctx.save_for_backward(*tensors, *found.saved)
             return found.outputs
@@ -216,13 +214,15 @@ class _Layout:
     def build(self, leaves: Iterator):
         return self.kind(*(next(leaves) if part is None else part.build(leaves) for _, part in self.parts))
 
-    def with_tensors(self, call, tensors: Iterator):
-        """A copy of the call over other tensors, or over None while autograd keeps them."""
+    def with_tensors(self, call, tensors: Iterator, taken: list[Tensor | None] | None = None):
+        """A copy of the call over other tensors, or over None while autograd keeps those that are ``taken``."""
         other = object.__new__(self.kind)  # copy.copy takes six times as long
         other.__dict__.update(call.__dict__)
         for name, part in self.holding_tensors:
-            value = next(tensors) if part is None else part.with_tensors(getattr(call, name), tensors)
-            setattr(other, name, value)
+            value = getattr(call, name)
+            if part is None and taken is not None:
+                taken.append(value)
+            setattr(other, name, next(tensors) if part is None else part.with_tensors(value, tensors, taken))
         return other
 
 

@@ -10,25 +10,116 @@ vocabulary_pass   3 GEMMs  backward for any upstream gradient: products of what 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops.backend import fused_forward
-from var_kernels.ops.head import Gradients, Head, TileStorage, spans, zero_row_ends
+from var_kernels.ops.head import Head, Tensors
 from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
+
+# ---- tiles and gradients ---------------------------------------------------------------------------------------------
+
+_ROW_ELEMENTS = 32
+
+
+def aligned(columns: int) -> int:
+    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes, and read up to
+    32 elements at once (see ``zero_row_ends``).
+    """
+    return -(-columns // _ROW_ELEMENTS) * _ROW_ELEMENTS
+
+
+def zero_row_ends(values_nv: Tensor) -> None:
+    """Zeros in the columns behind a row's last, up to a multiple of 32.
+
+    On CPUs with AMX the bf16 GEMM of torch 2.13 reads them and multiplies by 0, which leaves NaN where they hold NaN.
+    """
+    if values_nv.device.type != "cpu" or values_nv.dtype != torch.bfloat16:
+        return
+    n, columns = values_nv.shape
+    stride, offset = values_nv.stride(0), values_nv.storage_offset()
+    # A copy of one row keeps the tile's stride, and ends with its columns.
+    last_row = values_nv.untyped_storage().nbytes() // values_nv.itemsize - offset - (n - 1) * stride
+    end = min(-(-columns // 32) * 32, stride, last_row)
+    if columns < end:
+        values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
+
+
+def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive pieces of a range."""
+    begins = range(start, stop, step)
+    return list(zip(begins, (*begins[1:], stop), strict=False))
+
+
+def new_tile(head: Head, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that tiles of several shapes use in turn (``view_tile``): of logits, or in another dtype."""
+    return torch.empty(rows * aligned(columns), dtype=dtype or head.tile, device=head.device)
+
+
+def view_tile(elements: Tensor, rows: int, columns: int) -> Tensor:
+    stride = aligned(columns)
+    return elements[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def new_cached(head: Head, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for ``columns`` of all rows, which end in zeros; dtype: None: of exponentials where they are stored, else
+    of logits.
+    """
+    dtype = dtype or (head.operand if head.stores_exp else head.tile)
+    cached_NC = torch.empty(head.n, aligned(columns), dtype=dtype, device=head.device)
+    cached_NC[:, columns:] = 0.0
+    return cached_NC
+
+
+@dataclass
+class Gradients:
+    """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), the others in fp32; None where not
+    needed.
+    """
+
+    dhidden_ND: Tensor | None = None
+    dweight_VD: Tensor | None = None
+    dbias_V: Tensor | None = None
+    dleft_NR: Tensor | None = None
+    dright_VR: Tensor | None = None
+
+    def like(self, tensors: Tensors) -> Tensors:
+        """Gradients of ``Head.tensors``, each in the dtype of its tensor."""
+        found = self.dhidden_ND, self.dweight_VD, self.dbias_V, self.dleft_NR, self.dright_VR
+        return tuple([None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)])
+
+    def of_rows(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of dhidden and dleft."""
+        return tuple([None if t is None else t[rows] for t in (self.dhidden_ND, self.dleft_NR)])
+
+    def of_columns(self, columns: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Vocabulary entries of dW, dbias and dright."""
+        return tuple([None if t is None else t[columns] for t in (self.dweight_VD, self.dbias_V, self.dright_VR)])
+
+
+# ---- products and gradients of a tile --------------------------------------------------------------------------------
 
 
 def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
     """The raw logits of some rows and columns into a tile, from GEMMs of ``step`` columns."""
-    hidden_nd, low_rank = head.upcast_rows(rows.start, rows.stop), head.left_NR is not None
+    hidden_nd, low_rank = head.hidden_ND[rows], head.left_NR is not None
+    if head.traits.upcasts:
+        hidden_nd = hidden_nd.to(head.tile)
     for start, stop in spans(columns.start, columns.stop, step or head.v):
         part_nv = logits_nv[:, start - columns.start : stop - columns.start]
         if low_rank:  # first, so that the large product adds to it as it ends
             low_rank_into(part_nv, head.left_NR[rows], head.right_VR[start:stop])
         head.gemm.logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], low_rank)
     return logits_nv
+
+
+def compute_logits(head: Head, storage: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
+    """``fill_logits`` of a tile in the storage."""
+    logits_nv = view_tile(storage, rows.stop - rows.start, columns.stop - columns.start)
+    return fill_logits(head, logits_nv, rows, columns, step)
 
 
 def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
@@ -39,18 +130,31 @@ def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
 
 def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
     """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0."""
-    needs, wide, device = head.needs, head.wide, head.hidden_ND.device
+    dtypes = dhidden, dweight, head.wide, head.wide, head.wide
+    create = torch.empty, torch.empty if head.n else torch.zeros, torch.zeros, torch.zeros, torch.zeros
+    device, parts = head.device, zip(head.tensors, head.needs.flags, dtypes, create, strict=True)
+    return Gradients(*[new(t.shape, dtype=dtype, device=device) if needed else None for t, needed, dtype, new in parts])
 
-    def of(like: Tensor | None, needed: bool, create=torch.zeros, dtype: torch.dtype = wide) -> Tensor | None:
-        return create(like.shape, dtype=dtype, device=device) if needed else None
 
-    return Gradients(
-        of(head.hidden_ND, needs.hidden, torch.empty, dhidden),
-        of(head.lm_head_weight_VD, needs.lm_head_weight, torch.empty if head.n else torch.zeros, dweight),
-        of(head.bias_V, needs.bias),
-        of(head.left_NR, needs.left),
-        of(head.right_VR, needs.right),
-    )
+def row_grad(
+    head: Head, logits_nv: Tensor, rows: slice, norms_2n: Tensor, coefficients: RowCoefficients, v_start: int
+) -> Tensor:
+    """The gradient in the raw logits, in place; in the operands' dtype, or the tile's where a bias learns: the
+    columns' entries cancel, so they are summed before they are rounded.
+    """
+    bias_v = head.bias_slice(v_start, v_start + logits_nv.shape[1])
+    dtype = head.tile if head.needs.bias else head.operand
+    given = head.labels_NK[rows], norms_2n, coefficients, v_start, bias_v, head.options.transform
+    return head.kernels.row_grad(logits_nv, *given, dtype)
+
+
+def rounded(head: Head, dlogits_nv: Tensor, dbias_v: Tensor | None) -> Tensor:
+    """A gradient in the raw logits in the operands' dtype, its column sums added to dbias_v."""
+    if dbias_v is not None:
+        dbias_v += dlogits_nv.sum(0, dtype=torch.promote_types(dbias_v.dtype, dlogits_nv.dtype))
+    dlogits_nv = dlogits_nv.to(head.operand)
+    zero_row_ends(dlogits_nv)
+    return dlogits_nv
 
 
 def row_products(
@@ -97,7 +201,7 @@ def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable
         sums_vd = torch.empty_like(dweight_vd, dtype=head.wide) if split else dweight_vd
         for start, stop in spans(0, head.n, rows_at_once):
             rows = slice(start, stop)
-            dlogits_nv = head.rounded(tile_gradient(rows, columns), dbias_v)
+            dlogits_nv = rounded(head, tile_gradient(rows, columns), dbias_v)
             hidden_nd, left_nr, dhidden_nd, dleft_nr = *head.of_rows(rows), *gradients.of_rows(rows)
             row_products(head, dlogits_nv, v_start, dhidden_nd, dleft_nr, add=True)
             token_products(head, dlogits_nv, hidden_nd, sums_vd, left_nr, dright_vr, add=start > 0)
@@ -116,46 +220,59 @@ def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, 
     return gradients
 
 
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
 def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = False) -> RowStats:
     """Statistics of every row; peak extra memory: the budget. Without one, logits stay in registers. ``cached_NC``
     receives the raw logits of its leading columns, or with ``exp`` their exponentials, for ``vocabulary_pass``.
     """
+    stats = _new_stats(head, exp)
     if head.options.budget == 0:
-        stats = head.new_stats()
         _fused_forward(head, stats)
         return stats
-    stats = _start_rows(head) if exp else head.new_stats()
     cached = 0 if cached_NC is None else cached_NC.shape[1]
     plan, fused = forward_plan(head, cached), exp and head.ends_in_exp
     width = head.v if fused else plan.columns
     columns = [*spans(0, cached, width if exp else head.v), *spans(cached, head.v, width)]
-    storage = head.new_tile(plan.rows, plan.columns) if not fused and (exp or cached < head.v) else None
+    storage = new_tile(head, plan.rows, plan.columns) if not fused and (exp or cached < head.v) else None
     for start, stop in spans(0, head.n, plan.rows):
         rows, chunk = slice(start, stop), stats.rows(start, stop)
         if exp:
             _store_exp(head, storage, rows, columns, chunk, None if cached_NC is None else cached_NC[rows])
             continue
         for v_start, v_stop in columns:
-            logits_nv = cached_NC[rows] if v_stop <= cached else storage.view(stop - start, v_stop - v_start)
-            head.row_stats(fill_logits(head, logits_nv, rows, slice(v_start, v_stop)), rows, chunk, v_start)
+            if v_stop <= cached:
+                logits_nv = fill_logits(head, cached_NC[rows], rows, slice(v_start, v_stop))
+            else:
+                logits_nv = compute_logits(head, storage, rows, slice(v_start, v_stop))
+            _row_stats(head, logits_nv, rows, chunk, v_start)
     if exp:
         head.label_kernels.finish_rows(head.labels_NK.squeeze(1), stats, head.v)
     return stats
 
 
-def _start_rows(head: Head) -> RowStats:
-    """Statistics before the first ``row_exp``, whose pivots are the labels' logits."""
-    options = head.options
-    stats = RowStats.uninitialised(head.n, head.hidden_ND, mean=options.label_smoothing > 0, argmax=options.argmax)
+def _new_stats(head: Head, exp: bool) -> RowStats:
+    """Statistics before the first tile; those of ``row_exp`` begin with the labels' logits."""
+    options, n, like = head.options, head.n, head.hidden_ND
+    asked = {"mean": options.label_smoothing > 0, "argmax": options.argmax}
+    if not exp:
+        return RowStats.empty(n, head.labels_NK.shape[1], like, entropy=options.entropy, **asked)
+    stats = RowStats.uninitialised(n, like, **asked)
     low_rank = None if head.left_NR is None else (head.left_NR, head.right_VR)
     operands = head.hidden_ND, head.lm_head_weight_VD, head.bias_V, low_rank, head.labels_NK.squeeze(1)
     head.label_kernels.start_rows(*operands, stats, options.transform, head.gathered)
     return stats
 
 
+def _row_stats(head: Head, logits_nv: Tensor, rows: slice, stats: RowStats, v_start: int) -> None:
+    bias_v = head.bias_slice(v_start, v_start + logits_nv.shape[1])
+    head.kernels.row_stats(logits_nv, head.labels_NK[rows], stats, v_start, bias_v, head.options.transform)
+
+
 def _store_exp(
     head: Head,
-    storage: TileStorage | None,
+    storage: Tensor | None,
     rows: slice,
     columns,
     stats: RowStats,
@@ -165,16 +282,16 @@ def _store_exp(
     """``row_exp`` of some rows over spans of columns: statistics, and the exponentials of as many as exp_nc holds from
     column ``first`` on; through tiles of logits in ``storage``, or (None) as their GEMM ends.
     """
-    c = 0 if exp_nc is None else exp_nc.shape[1]
+    c, labels_nk = 0 if exp_nc is None else exp_nc.shape[1], head.labels_NK[rows]
     for v_start, v_stop in columns:
         out_nv = exp_nc[:, v_start - first : v_stop - first] if v_stop - first <= c else None
         earlier_nc = exp_nc[:, : v_start - first] if c and v_start > first else None
+        bias_v = head.bias_slice(v_start, v_stop)
+        given = labels_nk, stats, v_start, bias_v, head.options.transform, out_nv, earlier_nc
         if storage is None:
-            head.product_exp(slice(v_start, v_stop), rows, stats, out_nv, earlier_nc)
+            head.gemm.product_exp(head.hidden_ND[rows], head.lm_head_weight_VD[v_start:v_stop], *given)
         else:
-            logits_nv = storage.view(rows.stop - rows.start, v_stop - v_start)
-            fill_logits(head, logits_nv, rows, slice(v_start, v_stop))
-            head.row_exp(logits_nv, rows, stats, v_start, out_nv, earlier_nc)
+            head.kernels.row_exp(compute_logits(head, storage, rows, slice(v_start, v_stop)), *given)
 
 
 def _fused_forward(head: Head, stats: RowStats) -> None:
@@ -191,35 +308,38 @@ def _fused_forward(head: Head, stats: RowStats) -> None:
 CoefficientsOf = Callable[[slice, RowStats], RowCoefficients]
 
 
-def one_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
+def one_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Tensors]:
     """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
-    gradient.
+    gradient. Without a gradient that is needed: statistics alone.
     """
-    return (exp_pass if head.stores_exp else logit_pass)(head, coefficients_of)
+    if not head.needs.some:
+        return forward_pass(head, exp=head.stores_exp), (None,) * len(head.tensors)
+    stats, gradients = (exp_pass if head.stores_exp else logit_pass)(head, coefficients_of)
+    return stats, gradients.like(head.tensors)
 
 
 def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of rows whose exponentials E are stored: the gradient in the logits is scale_n E_nv, but
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
-    stats, plan, wide = _start_rows(head), one_pass_plan(head), head.wide
+    stats, plan, wide = _new_stats(head, True), one_pass_plan(head), head.wide
     gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     slope, whole_rows = head.options.transform.slope, head.needs.whole_rows
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
-    stored = head.new_exp(plan.rows, plan.stored)
+    stored = new_tile(head, plan.rows, plan.stored, head.operand)
     storage, width = None, head.v
     if not head.ends_in_exp:
-        storage, width = head.new_tile(plan.rows, plan.columns), plan.columns
+        storage, width = new_tile(head, plan.rows, plan.columns), plan.columns
     sums_nd = None
     if head.needs.hidden and wide != head.operand:
-        sums_nd = torch.empty(plan.rows, head.d, dtype=wide, device=head.hidden_ND.device)
+        sums_nd = torch.empty(plan.rows, head.d, dtype=wide, device=head.device)
     for start, stop in spans(0, head.n, plan.rows):
         rows, chunk = slice(start, stop), stats.rows(start, stop)
         dhidden_nd, dleft_nr = gradients.of_rows(rows)
         sum_nd = dhidden_nd if sums_nd is None else sums_nd[: stop - start]
         for first, last in spans(0, head.v, plan.stored):
-            exp_nv = stored.view(stop - start, last - first)
+            exp_nv = view_tile(stored, stop - start, last - first)
             before_n = chunk.max_N.clone() if first else None
             _store_exp(head, storage, rows, spans(first, last, width), chunk, exp_nv, first)
             zero_row_ends(exp_nv)
@@ -290,8 +410,7 @@ def _end_row_sums(
 ) -> None:
     """They become gradients: scaled, with the vector of a label among the c leading columns (if any)."""
     (scale_n, label_n), labels_n = scales, head.labels_NK[rows].squeeze(1)
-    dhidden_nd = None if gradients.dhidden_ND is None else gradients.dhidden_ND[rows]
-    dleft_nr = None if gradients.dleft_NR is None else gradients.dleft_NR[rows]
+    dhidden_nd, dleft_nr = gradients.of_rows(rows)
     if sum_nd is not None and sum_nd.dtype == dhidden_nd.dtype:
         sum_nd = dhidden_nd
     for out_nx, sum_nx, matrix_VX, more in (
@@ -340,16 +459,16 @@ def _add_token_sums(
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of whole rows of logits."""
-    stats, plan, wide = head.new_stats(), one_pass_plan(head), head.wide
+    stats, plan, wide = _new_stats(head, False), one_pass_plan(head), head.wide
     gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
-    storage = head.new_tile(plan.rows, head.v)
+    storage = new_tile(head, plan.rows, head.v)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, head.v))
     for start, stop in spans(0, head.n, plan.rows):
         rows, chunk = slice(start, stop), stats.rows(start, stop)
-        logits_nv = fill_logits(head, storage.view(stop - start, head.v), rows, slice(0, head.v), plan.columns)
-        head.row_stats(logits_nv, rows, chunk, 0)
+        logits_nv = compute_logits(head, storage, rows, slice(0, head.v), plan.columns)
+        _row_stats(head, logits_nv, rows, chunk, 0)
         coefficients = coefficients_of(rows, chunk)
-        dlogits_nv = head.rounded(head.row_grad(logits_nv, rows, chunk.norms_2N, coefficients, 0), dbias_V)
+        dlogits_nv = rounded(head, row_grad(head, logits_nv, rows, chunk.norms_2N, coefficients, 0), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         row_products(head, dlogits_nv, 0, dhidden_nd, dleft_nr, plan.columns, add=False)
         token_products(head, dlogits_nv, hidden_nd, dweight_VD, left_nr, dright_VR, plan.columns, add=start > 0)
@@ -389,21 +508,20 @@ def vocabulary_pass(
     slices = [(0, cached, head.n)] if cached and in_place and not exp else []
     if cached < head.v or not (exp or in_place):
         plan = backward_plan(head, cached)
-        storage = head.new_tile(plan.rows, plan.columns)
+        storage = new_tile(head, plan.rows, plan.columns)
         copied = spans(0, cached, plan.columns) if not (exp or in_place) else []
         slices += [(*span, plan.rows) for span in (*copied, *spans(cached, head.v, plan.columns))]
 
     def tile_gradient(rows: slice, columns: slice) -> Tensor:
-        if columns.stop <= cached and in_place:
+        if columns.start >= cached:
+            logits_nv = compute_logits(head, storage, rows, columns)
+        elif in_place:
             logits_nv = cached_NC
         else:
-            logits_nv = storage.view(rows.stop - rows.start, columns.stop - columns.start)
-            if columns.stop <= cached:
-                logits_nv.copy_(cached_NC[rows, columns])
-            else:
-                fill_logits(head, logits_nv, rows, columns)
+            logits_nv = view_tile(storage, rows.stop - rows.start, columns.stop - columns.start)
+            logits_nv.copy_(cached_NC[rows, columns])
         chunk = coefficients.rows(rows.start, rows.stop)
-        return head.row_grad(logits_nv, rows, norms_2N[:, rows], chunk, columns.start)
+        return row_grad(head, logits_nv, rows, norms_2N[:, rows], chunk, columns.start)
 
     add_slices(head, gradients, slices, tile_gradient)
     return gradients

@@ -1,14 +1,20 @@
-"""One call's tensors, options and costs, the gradients it gives, and its tiles' memory: what every engine works on."""
+"""One call over the head: its tensors, options and capabilities, made of a public op's arguments (``prepare``), and the
+way back to the caller's shape.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.backend import kernels_of
+from var_kernels.kernels.compile_time import compile_time
+from var_kernels.kernels.rows import LogitTransform
+from var_kernels.ops import checks
+from var_kernels.ops.backend import choose_backend, kernels_of, warn_in_plain_torch
+from var_kernels.ops.signatures import LogprobKeywords
 
-_ROW_ELEMENTS = 32
+Tensors = tuple[Tensor | None, ...]
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -65,51 +71,16 @@ def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
     return operand if operand == torch.float64 or precision == "fast" else torch.float32
 
 
-def _aligned(columns: int) -> int:
-    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes, and read up to
-    32 elements at once (see ``zero_row_ends``)."""
-    return -(-columns // _ROW_ELEMENTS) * _ROW_ELEMENTS
-
-
-def zero_row_ends(values_nv: Tensor) -> None:
-    """Zeros in the columns behind a row's last, up to a multiple of 32.
-
-    On CPUs with AMX the bf16 GEMM of torch 2.13 reads them and multiplies by 0, which leaves NaN where they hold NaN.
-    """
-    if values_nv.device.type != "cpu" or values_nv.dtype != torch.bfloat16:
-        return
-    n, columns = values_nv.shape
-    stride, offset = values_nv.stride(0), values_nv.storage_offset()
-    # A copy of one row keeps the tile's stride, and ends with its columns.
-    last_row = values_nv.untyped_storage().nbytes() // values_nv.itemsize - offset - (n - 1) * stride
-    end = min(-(-columns // 32) * 32, stride, last_row)
-    if columns < end:
-        values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
-
-
-def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
-    """(start, stop) of consecutive pieces of a range."""
-    begins = range(start, stop, step)
-    return list(zip(begins, (*begins[1:], stop), strict=False))
-
-
-@dataclass(frozen=True)
-class TileStorage:
-    """Memory that tiles of several shapes use in turn."""
-
-    elements: Tensor
-
-    def view(self, rows: int, columns: int) -> Tensor:
-        stride = _aligned(columns)
-        return self.elements[: rows * stride].view(rows, stride)[:, :columns]
-
-
 @dataclass
 class Head:
     """One call over the head, built where it is prepared and handed to engines, autograd functions and registered ops.
 
     hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), the options, which gradients are
-    needed, and two factors or None: raw logits are hidden W^T + left right^T.
+    needed, and two factors or None: raw logits are hidden W^T + left right^T. What follows from them: sizes, dtypes
+    (``operand``; ``tile``: of logits; ``wide``: of sums), the backend's kernels and their traits, and two choices:
+
+    stores_exp: stored exponentials make every gradient that is needed (``row_exp``). ends_in_exp: the GEMM runs
+        ``row_exp`` on its sums, and no tile of logits is written.
     """
 
     hidden_ND: Tensor
@@ -122,173 +93,231 @@ class Head:
     right_VR: Tensor | None = None
 
     def __post_init__(self):
-        self.n, self.d = self.hidden_ND.shape
-        self.v = self.lm_head_weight_VD.shape[0]
+        options = self.options
+        (self.n, self.d), self.v = self.hidden_ND.shape, self.lm_head_weight_VD.shape[0]
+        self.device = self.hidden_ND.device
         self.operand = self.hidden_ND.dtype
         self.factor = self.operand if self.left_NR is None else self.left_NR.dtype
-        self.tile = tile_dtype(self.operand, self.options.precision)
-        self.wide = torch.promote_types(self.operand, torch.float32)  # of sums
-        self.kernels, self.label_kernels, self.gemm = kernels_of(self.options.backend)
+        self.tile = tile_dtype(self.operand, options.precision)
+        self.wide = torch.promote_types(self.operand, torch.float32)
+        self.kernels, self.label_kernels, self.gemm = kernels_of(options.backend)
+        self.traits = self.gemm.traits(self.hidden_ND, self.lm_head_weight_VD, self.tile)
         self.stores_exp = self._stores_exp()
-        self.upcast = self.gemm.upcasts(self.hidden_ND, self.lm_head_weight_VD, self.tile)
-        # Bytes of the label vectors that the label kernels gather at a time.
-        device = self.hidden_ND.device
-        self.gathered = self.label_kernels.gathered_bytes(self.options.budget, self.d, self.wide, device)
-
-    @classmethod
-    def of(cls, tensors, labels_NK: Tensor, options: HeadOptions, needs: Needs) -> "Head":
-        """The call over tensors in the order of ``tensors``."""
-        hidden_ND, lm_head_weight_VD, bias_V, left_NR, right_VR = tensors
-        return cls(hidden_ND, lm_head_weight_VD, bias_V, labels_NK, options, needs, left_NR, right_VR)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Tensors that may have a gradient, in the order in which autograd functions take them."""
-        return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
-
-    def new_stats(self) -> RowStats:
-        options = self.options
-        return RowStats.empty(
-            self.n,
-            self.labels_NK.shape[1],
-            self.hidden_ND,
-            entropy=options.entropy,
-            mean=options.label_smoothing > 0,
-            argmax=options.argmax,
-        )
-
-    def new_tile(self, rows: int, columns: int) -> "TileStorage":
-        return TileStorage(torch.empty(rows * _aligned(columns), dtype=self.tile, device=self.hidden_ND.device))
-
-    def new_exp(self, rows: int, columns: int) -> "TileStorage":
-        """As ``new_tile``, for ``row_exp``'s exponentials in the operands' dtype; rows end in zeros."""
-        elements = torch.empty(rows * _aligned(columns), dtype=self.operand, device=self.hidden_ND.device)
-        return TileStorage(elements)
-
-    def new_cached(self, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """For ``columns`` of all rows; rows end in zeros. dtype: None: of exponentials where they are stored, else of
-        logits.
-        """
-        dtype = dtype or (self.operand if self.stores_exp else self.tile)
-        cached_NC = torch.empty(self.n, _aligned(columns), dtype=dtype, device=self.hidden_ND.device)
-        cached_NC[:, columns:] = 0.0
-        return cached_NC
-
-    def upcast_rows(self, start: int, stop: int) -> Tensor:
-        rows_nd = self.hidden_ND[start:stop]
-        return rows_nd.to(self.tile) if self.upcast else rows_nd
-
-    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and left factor."""
-        return self.hidden_ND[rows], None if self.left_NR is None else self.left_NR[rows]
-
-    def bias_slice(self, start: int, stop: int) -> Tensor | None:
-        return None if self.bias_V is None else self.bias_V[start:stop]
-
-    def row_stats(self, logits_nv: Tensor, rows: slice, stats: RowStats, v_start: int) -> None:
-        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        self.kernels.row_stats(logits_nv, self.labels_NK[rows], stats, v_start, bias_v, self.options.transform)
-
-    def row_exp(
-        self,
-        logits_nv: Tensor,
-        rows: slice,
-        stats: RowStats,
-        v_start: int,
-        out_nv: Tensor | None,
-        earlier_nc: Tensor | None,
-    ) -> None:
-        """Statistics, and exponentials into out_nv; earlier_nc: those of the row's earlier slices (see the kernel)."""
-        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        labels_nk, transform = self.labels_NK[rows], self.options.transform
-        self.kernels.row_exp(logits_nv, labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc)
-
-    @property
-    def ends_in_exp(self) -> bool:
-        """Whether the backend's GEMM runs ``row_exp`` on its sums: no tile of logits is written."""
-        options = self.options
-        if options.argmax or options.label_smoothing or self.left_NR is not None or self.tile != torch.float32:
-            return False
-        return self.gemm.ends_in_exp(self.hidden_ND, self.lm_head_weight_VD)
-
-    def product_exp(
-        self, columns: slice, rows: slice, stats: RowStats, out_nv: Tensor | None, earlier_nc: Tensor | None
-    ) -> None:
-        """As ``row_exp``, where the GEMM ends in it."""
-        bias_v = self.bias_slice(columns.start, columns.stop)
-        operands = self.hidden_ND[rows], self.lm_head_weight_VD[columns], self.labels_NK[rows]
-        self.gemm.product_exp(*operands, stats, columns.start, bias_v, self.options.transform, out_nv, earlier_nc)
+        plain = not (options.argmax or options.label_smoothing or self.left_NR is not None)
+        self.ends_in_exp = plain and self.tile == torch.float32 and self.traits.ends_in_exp
+        # Bytes of the label vectors that the label kernels gather at a time, and of the row kernels' temporaries.
+        self.gathered = self.label_kernels.gathered_bytes(options.budget, self.d, self.wide, self.device)
+        self.temporary = self.kernels.temporary_bytes(self.n, self.v, self.tile)
 
     def _stores_exp(self) -> bool:
-        """Whether stored exponentials support every gradient that is needed: one target a row, none of the entropy,
-        none of a bias of more digits; label smoothing only with hidden's alone, and without a softcap. A call without
-        gradients takes the same way, so that its log-probs have the same bits.
+        """Return whether exponentials make the gradients: one target a row, none of the entropy, none of a bias of more
+        digits; label smoothing only with hidden's alone, and without a softcap. A call without gradients takes the same
+        way, so that its log-probs have the same bits.
         """
         options = self.options
         if self.labels_NK.shape[1] != 1 or options.entropy or options.budget == 0:
             return False
         if self.needs.bias and self.bias_V.dtype != self.operand:
             return False
-        if not self.kernels.stores_exp(self.hidden_ND.device, self.operand):
+        if not self.kernels.stores_exp(self.device, self.operand):
             return False
         return not options.label_smoothing or (self.needs.hidden_alone and options.transform.softcap is None)
 
-    def row_grad(
-        self,
-        logits_nv: Tensor,
-        rows: slice,
-        norms_2n: Tensor,
-        coefficients: RowCoefficients,
-        v_start: int,
-    ) -> Tensor:
-        """The gradient in the raw logits, in place; in the operands' dtype, or the tile's where a bias learns: the
-        columns' entries cancel, so they are summed before they are rounded.
-        """
-        bias_v = self.bias_slice(v_start, v_start + logits_nv.shape[1])
-        labels_nk, transform = self.labels_NK[rows], self.options.transform
-        dtype = self.tile if self.needs.bias else self.operand
-        return self.kernels.row_grad(logits_nv, labels_nk, norms_2n, coefficients, v_start, bias_v, transform, dtype)
+    @property
+    def tensors(self) -> Tensors:
+        """Tensors that may have a gradient, in the order in which autograd functions take them."""
+        return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
 
-    def rounded(self, dlogits_nv: Tensor, dbias_v: Tensor | None) -> Tensor:
-        """A gradient in the raw logits in the operands' dtype, its column sums added to dbias_v."""
-        if dbias_v is not None:
-            dbias_v += dlogits_nv.sum(0, dtype=torch.promote_types(dbias_v.dtype, dlogits_nv.dtype))
-        dlogits_nv = dlogits_nv.to(self.operand)
-        zero_row_ends(dlogits_nv)
-        return dlogits_nv
+    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and left factor of some rows."""
+        return self.hidden_ND[rows], None if self.left_NR is None else self.left_NR[rows]
 
-    def coefficients(self, dlogp_NK, dlse_N=None, dentropy_N=None, entropy_N=None) -> RowCoefficients:
-        return RowCoefficients.from_upstream(
-            dlogp_NK, self.options.label_smoothing, self.v, dlse_N, dentropy_N, entropy_N
-        )
+    def bias_slice(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias_V is None else self.bias_V[start:stop]
+
+
+def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
+    """Bytes of a budget. None: on a CPU half of the head's weight, at least 64 MiB: with less, dW is added up from
+    chunks so short that memory and not arithmetic sets the time. On an accelerator 1/32 of its memory, at least 128
+    MiB.
+    """
+    if workspace_mb is not None:
+        return int(workspace_mb * MIB)
+    device, weight_bytes = lm_head_weight.device, lm_head_weight.numel() * lm_head_weight.itemsize
+    if device.type != "cuda":
+        return max(64, weight_bytes // 2 // MIB) * MIB
+    return max(128, _cuda_memory(device.index or 0) // 32 // MIB) * MIB
+
+
+@compile_time
+def _cuda_memory(index: int) -> int:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return 0
+    return torch.cuda.get_device_properties(index).total_memory
 
 
 @dataclass
-class Gradients:
-    """dhidden_ND and dweight_VD accumulate in the tile's precision (fp32 at least), the others in fp32; None where not
-    needed.
+class HeadCall:
+    """A call over the active rows, and the way back to the caller's shape.
+
+    head: tensors of the active rows, options, gradients that are needed. active_NK: (row, target) pairs that count, of
+        the head's rows. rows: indices of the head's rows among the caller's, None for all of them. masked: rows
+        without a target that counts may be among them. traced: there are no values (see ``checks.is_traced``), so the
+        registered ops are called.
     """
 
-    dhidden_ND: Tensor | None = None
-    dweight_VD: Tensor | None = None
-    dbias_V: Tensor | None = None
-    dleft_NR: Tensor | None = None
-    dright_VR: Tensor | None = None
+    head: Head
+    active_NK: Tensor
+    rows: Tensor | None
+    masked: bool
+    traced: bool
+    leading: torch.Size
+    several: bool
 
-    def like(self, tensors) -> "Gradients":
-        """Each in the dtype of its tensor; ``tensors``: ``Head.tensors``."""
-        pairs = zip(self.tensors, tensors, strict=True)
-        return Gradients(*[None if g is None else g.to(t.dtype) for g, t in pairs])
+    def restore(self, values: Tensor, fill: float = 0) -> Tensor:
+        """(n,) or (n, K) of the active rows -> the call's leading shape, with K where labels have it; ``fill`` in the
+        other rows.
+        """
+        n_all = self.leading.numel()
+        if values.dim() == 2 and not self.several:
+            values = values.squeeze(1)
+        if self.masked:
+            active_N = self.active_NK.any(1)
+            values = values.where(active_N if values.dim() == 1 else active_N.unsqueeze(1), fill)
+        if self.rows is not None:
+            full = values.new_full((n_all, *values.shape[1:]), fill)
+            values = full.index_copy(0, self.rows, values)
+        return values.view((*self.leading, *values.shape[1:]))
 
-    def of_rows(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-        """dhidden and dleft of some rows."""
-        return tuple([None if t is None else t[rows] for t in (self.dhidden_ND, self.dleft_NR)])
+    def outputs(self, first: Tensor, *others: Tensor | None, argmax_N: Tensor | None = None):
+        """Return ``first``, or a tuple of it and those of the others that are there, in the call's shape."""
+        found = [first, *[self.restore(t) for t in others if t is not None]]
+        if argmax_N is not None:
+            found.append(self.restore(argmax_N, fill=-1))
+        return first if len(found) == 1 else tuple(found)
 
-    def of_columns(self, columns: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dW, dbias and dright of some vocabulary entries."""
-        return tuple([None if t is None else t[columns] for t in (self.dweight_VD, self.dbias_V, self.dright_VR)])
+    def select_targets(self, values: Tensor) -> Tensor:
+        """(...) or (..., K) in the call's shape -> (n, K) of the active rows."""
+        flat_NK = values.reshape(self.leading.numel(), values.shape[-1] if self.several else 1)
+        return flat_NK if self.rows is None else flat_NK.index_select(0, self.rows)
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of ``Head.tensors``."""
-        return self.dhidden_ND, self.dweight_VD, self.dbias_V, self.dleft_NR, self.dright_VR
+
+class _TakeRows(torch.autograd.Function):
+    """hidden[rows] for distinct rows; its backward is a copy, where autograd's own adds."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, rows):
+        ctx.save_for_backward(rows)
+        ctx.shape = hidden_ND.shape
+        return hidden_ND.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dtaken_nD):
+        (rows,) = ctx.saved_tensors
+        return dtaken_nD.new_zeros(ctx.shape).index_copy_(0, rows, dtaken_nD), None
+
+
+def _taken(values_NX: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values_NX is None else _TakeRows.apply(values_NX, rows)
+
+
+def _active_rows(active_N: Tensor, num_active: int) -> Tensor | None:
+    """``num_active`` distinct rows with every active one among them, or None for all rows; nothing is read from the
+    device, where a count that is too small ends the run by a device-side assertion.
+    """
+    if num_active >= active_N.shape[0]:
+        return None
+    enough = active_N.sum() <= num_active
+    if checks.values_readable(active_N):
+        checks.check_enough_rows(bool(enough), active_N, num_active)
+    else:
+        torch._assert_async(enough, "num_active is smaller than the number of rows that count")
+    return (~active_N).to(torch.uint8).argsort(stable=True)[:num_active]
+
+
+def autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def prepare(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: LogprobKeywords,
+    *,
+    token_weight: Tensor | None = None,
+    vocabulary: int | None = None,
+    lse: bool = False,
+    entropy: bool = False,
+    argmax: bool = False,
+) -> HeadCall:
+    """Check everything, then flatten; rows without a target that counts are left out. Their number is read from the
+    device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
+    torch.compile and CUDA-graph capture, they are masked.
+    """
+    ignore_index, num_active, low_rank = options["ignore_index"], options["num_active"], options["low_rank"]
+    checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index, vocabulary)
+    left = right = None
+    if token_weight is not None:
+        checks.check_token_weight(token_weight, labels, ignore_index)
+    if num_active is not None:
+        checks.check_num_active(num_active)
+    if low_rank is not None:
+        checks.check_low_rank(low_rank, hidden, lm_head_weight, options["workspace_mb"])
+        left, right = low_rank
+    device = hidden.device
+    if autocasts(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        tensors = hidden, lm_head_weight, bias, left, right
+        hidden, lm_head_weight, bias, left, right = (None if t is None else t.to(dtype) for t in tensors)
+    checks.check_dtypes(hidden, lm_head_weight, bias, None if left is None else (left, right))
+    bias = None if bias is None else bias.contiguous()  # row kernels read it by index
+    leading = hidden.shape[:-1]
+    several = labels.dim() == hidden.dim()
+    labels_NK = labels.reshape(leading.numel(), labels.shape[-1] if several else 1).to(torch.int64)
+    active_NK = labels_NK != ignore_index
+    # A learned weight has a gradient at 0 too.
+    if token_weight is not None and not (torch.is_grad_enabled() and token_weight.requires_grad):
+        active_NK = active_NK & (token_weight.reshape(active_NK.shape) != 0)
+    labels_NK = labels_NK.where(active_NK, 0)
+    hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
+    left_NR = None if left is None else left.reshape(leading.numel(), left.shape[-1])
+
+    traced = checks.is_traced(hidden)
+    capturing = not traced and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    masked = num_active is not None or traced or capturing
+    rows = None
+    if num_active is not None:
+        rows = _active_rows(active_NK.any(1), num_active)
+    elif not masked:
+        # The one synchronisation of a call: the number of rows decides the sizes of every GEMM that follows.
+        rows = active_NK.any(1).nonzero().squeeze(1)
+        rows = None if rows.numel() == hidden_ND.shape[0] else rows
+    if rows is not None:
+        hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
+        labels_NK, active_NK = labels_NK[rows], active_NK[rows]
+    if masked:
+        # Some of these rows may not count. Padding may hold NaN.
+        active_N1 = active_NK.any(1, keepdim=True)
+        hidden_ND, left_NR = hidden_ND.where(active_N1, 0.0), None if left_NR is None else left_NR.where(active_N1, 0.0)
+
+    grad = torch.is_grad_enabled()
+    needs = Needs(
+        hidden=grad and hidden.requires_grad,
+        lm_head_weight=grad and lm_head_weight.requires_grad,
+        bias=grad and bias is not None and bias.requires_grad,
+        left=grad and left is not None and left.requires_grad,
+        right=grad and right is not None and right.requires_grad,
+    )
+    budget = budget_bytes(options["workspace_mb"], lm_head_weight)
+    if budget == 0:
+        checks.check_budget(needs.some)
+    if not traced:
+        warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
+    transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
+    backend, _ = choose_backend(device, tile_dtype(hidden.dtype, options["precision"]))
+    smoothing, precision = options["label_smoothing"], options["precision"]
+    head_options = HeadOptions(transform, smoothing, precision, budget, backend, lse, entropy, argmax)
+    head = Head(hidden_ND, lm_head_weight, bias, labels_NK, head_options, needs, left_NR, right)
+    return HeadCall(head, active_NK, rows, masked, traced, leading, several)

@@ -10,9 +10,9 @@ from typing_extensions import Unpack
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.define import Forward, Tensors, define_op, gradient_shapes
-from var_kernels.ops.head import Head, Needs, tile_dtype
+from var_kernels.ops.define import Forward, define_op, gradient_shapes
+from var_kernels.ops.engines import new_cached
+from var_kernels.ops.head import Head, HeadCall, Needs, Tensors, autocasts, prepare, tile_dtype
 from var_kernels.ops.kl_engine import (
     HeadPair,
     chunks_fit,
@@ -23,6 +23,7 @@ from var_kernels.ops.kl_engine import (
     stored_gradient_pass,
     stored_gradients,
 )
+from var_kernels.ops.plan import underflows
 from var_kernels.ops.signatures import (
     DIRECTIONS,
     ENGINES,
@@ -30,9 +31,7 @@ from var_kernels.ops.signatures import (
     Engine,
     RowKeywords,
     names_options,
-    with_defaults,
 )
-from var_kernels.ops.weighted_nll import underflows
 
 _IGNORED = -100
 
@@ -112,7 +111,7 @@ def linear_token_kl(
     checks.check_choice("engine", engine, ENGINES)
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
-    options = with_defaults("linear_token_kl", options, RowKeywords)
+    options = checks.complete_options("linear_token_kl", options, RowKeywords)
     of_ref = dict(zip(_OF_A_MODEL, (ref_logit_scale, ref_softcap, ref_temperature, ref_low_rank), strict=True))
     if ref_grad and torch.is_grad_enabled():
         policy = (hidden, lm_head_weight, bias, {name: options[name] for name in _OF_A_MODEL})
@@ -129,7 +128,9 @@ def linear_token_kl(
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
-    one_pass = head.needs.some and engine != "two_pass" and (engine == "one_pass" or _one_pass_serves(pair))
+    one_pass = head.needs.some and (
+        engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
+    )
     if reduction == "sum" and one_pass:
         return _weighted_kl(WeightedKLArguments(head, ref, direction, pair.beta, weight_N, active_N), call.traced)[0]
     way = "stored" if head.needs.some and stored_fits(pair) else "recomputed"
@@ -184,7 +185,10 @@ def prepare_pair(
     of_ref: of the reference alone; checked: ``token_weight`` and ``vocabulary`` of ``prepare``.
     """  # fmt: skip
     checks.check_choice("direction", direction, DIRECTIONS)
-    _check_beta(beta)
+    checks.check_number("beta", beta)
+    if not 0.0 < beta < 1.0:
+        limits = "its limits are direction='forward' (0) and 'reverse' (1)"
+        raise ValueError(f"beta must lie between 0 and 1, got {beta}; {limits}")
     labels, options["ignore_index"] = _row_labels(hidden, labels, options["ignore_index"])
     of_ref = {**options, **of_ref}
     _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
@@ -192,10 +196,6 @@ def prepare_pair(
     head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
     ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
     return call, HeadPair(head, ref, direction, float(beta)), call.active_NK.squeeze(1)
-
-
-def _one_pass_serves(pair: HeadPair) -> bool:
-    return not underflows(pair.policy.operand) and chunks_fit(pair)
 
 
 def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
@@ -214,15 +214,6 @@ def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tup
     if labels.dtype == torch.bool:
         return torch.full(labels.shape, _IGNORED, device=labels.device).masked_fill_(labels, 0), _IGNORED
     return labels, ignore_index
-
-
-def _check_beta(beta: float) -> None:
-    if not isinstance(beta, int | float) or isinstance(beta, bool):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}; it weighs the teacher in direction='jsd'")
-    if not 0.0 < beta < 1.0:
-        raise ValueError(
-            f"beta must lie between 0 and 1, got {beta}; its limits are direction='forward' (0) and 'reverse' (1)"
-        )
 
 
 def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, options) -> None:
@@ -255,21 +246,15 @@ def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref
     low_rank = options["low_rank"]
     if low_rank is not None:
         checks.check_low_rank(low_rank, ref_hidden, ref_lm_head_weight, options["workspace_mb"], "ref_")
-    if not _autocasts(hidden):
-        checks.check_dtypes(ref_hidden, ref_lm_head_weight, ref_bias, "ref_")
-        if low_rank is not None:
-            checks.check_low_rank_dtypes(*low_rank, ref_hidden, "ref_")
-
-
-def _autocasts(hidden: Tensor) -> bool:
-    return hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+    if not autocasts(hidden.device):
+        checks.check_dtypes(ref_hidden, ref_lm_head_weight, ref_bias, low_rank, "ref_")
 
 
 def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, options) -> Head:
     """Constants, of the active rows, in autocast's dtype under autocast."""
     left, right = options["low_rank"] or (None, None)
     tensors = [None if t is None else t.detach() for t in (hidden, lm_head_weight, bias, left, right)]
-    if _autocasts(hidden):
+    if autocasts(hidden.device):
         keeps = hidden.dtype == torch.float64
         dtype = hidden.dtype if keeps else torch.get_autocast_dtype(hidden.device.type)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
@@ -286,8 +271,8 @@ def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, 
     transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
     backend, _ = choose_backend(hidden.device, tile_dtype(hidden.dtype, options["precision"]))
     head_options = replace(policy.options, transform=transform, backend=backend)
-    tensors = active_rows(hidden), lm_head_weight, bias, active_rows(left), right
-    return Head.of(tensors, policy.labels_NK, head_options, Needs())
+    factors = active_rows(left), right
+    return Head(active_rows(hidden), lm_head_weight, bias, policy.labels_NK, head_options, Needs(), *factors)
 
 
 @dataclass
@@ -312,7 +297,7 @@ def _forward(arguments: TokenKLArguments) -> Forward:
     pair, way = arguments.pair, arguments.way
     if way == "frozen":
         kl_N, gradients = gradient_chunk_pass(pair, pair.zeros(pair.n).fill_(1.0))
-        return Forward((kl_N,), (gradients.dhidden_ND,), None)
+        return Forward((kl_N,), gradients[:1], None)
     if way == "stored":
         kl_N, stored_NV = stored_gradient_pass(pair)
         return Forward((kl_N,), (stored_NV,), arguments)
@@ -325,7 +310,7 @@ def _shapes(arguments: TokenKLArguments) -> Forward:
     if arguments.way == "frozen":
         saved = head.hidden_ND.new_empty(head.hidden_ND.shape)
     else:
-        saved = head.new_cached(head.v, head.operand) if arguments.way == "stored" else pair.empty_state()
+        saved = new_cached(head, head.v, head.operand) if arguments.way == "stored" else pair.empty_state()
     return Forward((pair.zeros(pair.n),), (saved,))
 
 
@@ -334,7 +319,7 @@ def _backward(arguments: TokenKLArguments | None, saved: Tensors, upstream: Tens
     if arguments is None or arguments.way == "frozen":
         return (dkl_N.unsqueeze(1) * saved).to(saved.dtype), *(None,) * 4
     gradients = stored_gradients if arguments.way == "stored" else recomputed_gradients
-    return gradients(arguments.pair, saved, dkl_N).like(arguments.head.tensors).tensors
+    return gradients(arguments.pair, saved, dkl_N).like(arguments.head.tensors)
 
 
 @dataclass
@@ -352,7 +337,7 @@ def _forward_weighted(arguments: WeightedKLArguments) -> Forward:
     pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
     kl_N, gradients = gradient_chunk_pass(pair, arguments.weight_N)
     kl_N = kl_N.where(arguments.active_N, 0.0)
-    return Forward(((arguments.weight_N * kl_N).sum(),), (*gradients.tensors, kl_N))
+    return Forward(((arguments.weight_N * kl_N).sum(),), (*gradients, kl_N))
 
 
 def _shapes_weighted(arguments: WeightedKLArguments) -> Forward:

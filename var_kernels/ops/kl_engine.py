@@ -16,22 +16,30 @@ from torch import Tensor
 
 from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
 from var_kernels.ops.backend import pair_kernels
-from var_kernels.ops.engines import fill_logits, gradients_by_slices, new_gradients, row_products, token_products
-from var_kernels.ops.head import Gradients, Head, TileStorage, spans
+from var_kernels.ops.engines import (
+    Gradients,
+    compute_logits,
+    gradients_by_slices,
+    new_cached,
+    new_gradients,
+    new_tile,
+    rounded,
+    row_products,
+    spans,
+    token_products,
+)
+from var_kernels.ops.head import Head, Tensors
 from var_kernels.ops.plan import (
     MAX_CPU_BACKWARD_ROWS,
     MAX_FORWARD_ROWS,
-    Plan,
     TileCost,
     accumulator_bytes,
-    holds_token_chunks,
+    cpu_tile_budget,
     operand_copies,
     plan_forward,
+    plan_slices,
     plan_token_chunks,
-    plan_vocabulary_slices,
-    rounding_bytes,
     shortest_chunk,
-    within_cache,
 )
 
 
@@ -48,7 +56,7 @@ class HeadPair:
         self.n, self.v, self.budget = self.policy.n, self.policy.v, self.policy.options.budget
         wide = torch.promote_types(self.policy.tile, self.ref.tile)
         self.math = torch.promote_types(wide, torch.float32)
-        self.device = self.policy.hidden_ND.device
+        self.device = self.policy.device
         self.options = PairOptions(self.kind, self.beta, self.policy.options.transform, self.ref.options.transform)
         backends = {self.policy.options.backend, self.ref.options.backend}
         self.backend = "torch" if "torch" in backends else self.policy.options.backend
@@ -107,16 +115,17 @@ class HeadPair:
         """Of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
         cost = self.cost(gradient=gradient)
         if not cost.column:
-            return replace(cost, fixed=cost.fixed + (rounding_bytes(self.policy) if gradient else 0))
+            return replace(cost, fixed=cost.fixed + (self.policy.traits.rounding_bytes if gradient else 0))
         dhidden = self.policy.d * self.math.itemsize  # summed up over those slices
         return TileCost(cost.element, 0, cost.row + dhidden, cost.fixed + budget // 4)
+
+    def holds_chunks(self, budget: int) -> bool:
+        rows = self.chunk_cost(budget).rows_within(budget, self.v)
+        return rows >= min(self.n, shortest_chunk(self.device, gemms_saved=2))
 
     def weight_slice(self, budget: int) -> int:
         column = self.cost(gradient=True).column
         return min(self.v, max(1, budget // 4 // column)) if column else self.v
-
-    def tile_budget(self, rows: int, cost: TileCost) -> int:
-        return within_cache(rows, self.v, self.budget, cost) if self.device.type == "cpu" else self.budget
 
     @property
     def stored_bytes(self) -> int:
@@ -128,24 +137,13 @@ class HeadPair:
         """Bytes of the sums of dW over chunks, see ``accumulator_bytes``."""
         return accumulator_bytes(self.policy, self.chunk_cost(self.budget).rows_within(self.budget, self.v))
 
-    def storages(self, rows: int, columns: int) -> tuple[TileStorage, TileStorage]:
-        return self.policy.new_tile(rows, columns), self.ref.new_tile(rows, columns)
+    def storages(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        return new_tile(self.policy, rows, columns), new_tile(self.ref, rows, columns)
 
-    def logits(self, storages, rows: slice, v_start: int, v_stop: int, step: int) -> tuple[Tensor, Tensor]:
+    def logits(self, storages, rows: slice, columns: slice, step: int) -> tuple[Tensor, Tensor]:
         """Raw logits of the policy and of the reference, each in its tile's dtype, from GEMMs of ``step`` columns."""
-        pairs = zip((self.policy, self.ref), storages, strict=True)
-        return tuple(raw_logits(head, storage, rows, v_start, v_stop, step) for head, storage in pairs)
-
-
-def raw_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_stop: int, step: int) -> Tensor:
-    """From GEMMs of ``step`` columns."""
-    return fill_logits(head, storage.view(rows.stop - rows.start, v_stop - v_start), rows, slice(v_start, v_stop), step)
-
-
-def head_logits(head: Head, storage: TileStorage, rows: slice, v_start: int, v_stop: int, step: int, math) -> Tensor:
-    """z_nv in the dtype ``math``; it lies in the storage where that has the dtype."""
-    raw_nv = raw_logits(head, storage, rows, v_start, v_stop, step)
-    return head.options.transform.apply_(raw_nv.to(math), head.bias_slice(v_start, v_stop))
+        (own, other), whole = storages, (rows, columns, step)
+        return compute_logits(self.policy, own, *whole), compute_logits(self.ref, other, *whole)
 
 
 def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None = None) -> Tensor:
@@ -159,14 +157,14 @@ def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None 
         step, passes = pair.weight_slice(pair.budget), (stages,)
     else:
         cost = pair.cost(gradient=False)
-        plan = plan_forward(pair.n, pair.v, pair.tile_budget(min(pair.n, MAX_FORWARD_ROWS), cost), cost)
+        plan = plan_forward(pair.n, pair.v, cpu_tile_budget(pair.policy, min(pair.n, MAX_FORWARD_ROWS), cost), cost)
         step, passes = plan.columns, tuple((stage,) for stage in stages)
     storages = pair.storages(plan.rows, plan.columns)
     for together in passes:
         for start, stop in spans(0, pair.n, plan.rows):
             rows = slice(start, stop)
             for v_start, v_stop in spans(0, pair.v, plan.columns):
-                tiles = pair.logits(storages, rows, v_start, v_stop, step)
+                tiles = pair.logits(storages, rows, slice(v_start, v_stop), step)
                 pair.rows(tiles, rows, v_start, state_6N, **dict.fromkeys(together, True))
         if merge is not None:
             merge(state_6N, *together)
@@ -177,12 +175,10 @@ def chunks_fit(pair: HeadPair) -> bool:
     """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length:
     two passes would compute the logits of both heads again.
     """
-    budget = pair.budget - pair.accumulator
-    shortest = shortest_chunk(pair.device, gemms_saved=2)
-    return holds_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), shortest)
+    return pair.holds_chunks(pair.budget - pair.accumulator)
 
 
-def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gradients]:
+def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Tensors]:
     """Divergences (N,) and the gradients of sum_n upstream_n divergence_n, in one pass."""
     head, accumulator = pair.policy, pair.accumulator
     budget = pair.budget - accumulator
@@ -194,8 +190,8 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Gra
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
-        tiles = pair.logits(storages, rows, 0, pair.v, step)
-        grad_nv = head.rounded(_whole_rows(pair, tiles, rows, state_6N, upstream_N), dbias_V)
+        tiles = pair.logits(storages, rows, slice(0, pair.v), step)
+        grad_nv = rounded(head, _whole_rows(pair, tiles, rows, state_6N, upstream_N), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         if dhidden_nd is not None:
             _product_in_slices(head, dhidden_nd, grad_nv, step)
@@ -228,10 +224,8 @@ def stored_fits(pair: HeadPair) -> bool:
     needs those of the sums before they are rounded.
     """
     head, budget = pair.policy, pair.budget - pair.stored_bytes
-    if head.operand == torch.float16 or (head.needs.bias and head.bias_V.dtype != head.operand) or budget <= 0:
-        return False
-    shortest = shortest_chunk(pair.device, gemms_saved=2)
-    return holds_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), shortest)
+    digits = head.operand == torch.float16 or (head.needs.bias and head.bias_V.dtype != head.operand)
+    return not digits and budget > 0 and pair.holds_chunks(budget)
 
 
 def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
@@ -240,10 +234,10 @@ def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
     plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget, gradient=False), pair.stored_bytes)
     step = pair.weight_slice(budget)
     storages, state_6N, ones_N = pair.storages(plan.rows, pair.v), pair.empty_state(), pair.zeros(pair.n).fill_(1.0)
-    stored_NV = pair.policy.new_cached(pair.v, pair.policy.operand)
+    stored_NV = new_cached(pair.policy, pair.v, pair.policy.operand)
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
-        tiles = pair.logits(storages, rows, 0, pair.v, step)
+        tiles = pair.logits(storages, rows, slice(0, pair.v), step)
         _whole_rows(pair, tiles, rows, state_6N, ones_N, out_nv=stored_NV[rows, : pair.v])
     return pair.divergence(state_6N), stored_NV
 
@@ -277,20 +271,11 @@ def recomputed_gradients(pair: HeadPair, state_6N: Tensor, upstream_N: Tensor) -
     cost, head = pair.cost(gradient=True), pair.policy
     packs = head.kernels.CACHED_TILES and head.operand == torch.bfloat16
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS) if packs else head.n
-    plan = plan_slices(head, pair.tile_budget(rows, cost), cost, rows)
+    plan = plan_slices(head, cpu_tile_budget(head, rows, cost), cost, rows)
     storages = pair.storages(plan.rows, plan.columns)
 
     def tile_gradient(rows: slice, columns: slice) -> Tensor:
-        tiles = pair.logits(storages, rows, columns.start, columns.stop, plan.columns)
+        tiles = pair.logits(storages, rows, columns, plan.columns)
         return pair.rows(tiles, rows, columns.start, state_6N, upstream_N)
 
     return gradients_by_slices(head, plan, tile_gradient)
-
-
-def plan_slices(head: Head, budget: int, cost: TileCost, rows: int) -> Plan:
-    """Of ``rows`` rows at most."""
-    plan = plan_vocabulary_slices(rows, head.v, budget, cost)
-    if plan.rows < head.n and head.needs.lm_head_weight:  # then a slice of dW is summed up beside its tiles
-        accumulator = head.d * head.wide.itemsize
-        plan = plan_vocabulary_slices(rows, head.v, budget, replace(cost, column=cost.column + accumulator))
-    return plan

@@ -10,12 +10,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowCoefficients
-from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.define import Forward, Tensors, define_op
-from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, vocabulary_pass
-from var_kernels.ops.head import Head
+from var_kernels.ops.checks import complete_options
+from var_kernels.ops.define import Forward, define_op
+from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
+from var_kernels.ops.head import Head, HeadCall, Tensors, prepare
 from var_kernels.ops.plan import cached_columns
-from var_kernels.ops.signatures import LogprobKeywords, names_options, with_defaults
+from var_kernels.ops.signatures import LogprobKeywords, names_options
 
 
 @overload
@@ -98,10 +98,11 @@ def linear_logprob(
         TypeError, ValueError: argument, what was expected, what came, the remedy. On a CPU labels out of range too; an
             accelerator is not read, there such labels give NaN.
     """
-    options = with_defaults("linear_logprob", options, LogprobKeywords)
+    options = complete_options("linear_logprob", options, LogprobKeywords)
     asked = {"lse": return_lse, "entropy": return_entropy, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, **asked)
-    return call.restore_logprob(*apply_logprob(call))
+    logp_NK, lse_N, entropy_N, argmax_N = apply_logprob(call)
+    return call.outputs(call.restore(logp_NK), lse_N, entropy_N, argmax_N=argmax_N)
 
 
 @dataclass
@@ -132,7 +133,7 @@ def _forward(arguments: LogprobArguments) -> Forward:
     if arguments.frozen_head:
         stats, gradients = exp_pass(head, None)
     else:
-        cached_NC = head.new_cached(cached) if cached else None  # rows end in zeros
+        cached_NC = new_cached(head, cached) if cached else None  # rows end in zeros
         stats = forward_pass(head, cached_NC[:, :cached] if cached else None, exp=exp)
     entropy_N = stats.entropy_N if options.entropy else None
     lse_N = stats.lse_N if options.lse else None
@@ -151,7 +152,7 @@ def _shapes(arguments: LogprobArguments) -> Forward:
     if arguments.frozen_head:
         cached = head.hidden_ND.new_empty(head.hidden_ND.shape)
     elif arguments.cached:
-        cached = head.new_cached(arguments.cached)
+        cached = new_cached(head, arguments.cached)
     wide = head.wide
 
     def new(*shape: int, asked: bool = True, dtype: torch.dtype = wide) -> Tensor | None:
@@ -172,7 +173,7 @@ def _backward(arguments: LogprobArguments, saved: Tensors, upstream: Tensors, on
     cached = once if cached is None else cached
     cached_NC = None if cached is None else cached[:, : arguments.cached]
     gradients = vocabulary_pass(head, statistics, coefficients, cached_NC, in_place=arguments.in_place)
-    return gradients.like(head.tensors).tensors
+    return gradients.like(head.tensors)
 
 
 def coefficients_of(head: Head, upstream: Tensors, like: Tensor, entropy_N: Tensor | None) -> RowCoefficients:
@@ -180,7 +181,8 @@ def coefficients_of(head: Head, upstream: Tensors, like: Tensor, entropy_N: Tens
     dlogp_NK, dlse_N, dentropy_N, _ = upstream
     if dlogp_NK is None:
         dlogp_NK = like.new_zeros(head.labels_NK.shape)
-    return head.coefficients(dlogp_NK, dlse_N, dentropy_N, entropy_N)
+    smoothing = head.options.label_smoothing
+    return RowCoefficients.from_upstream(dlogp_NK, smoothing, head.v, dlse_N, dentropy_N, entropy_N)
 
 
 _logprob = define_op("logprob", LogprobArguments, _forward, _backward, _shapes, outputs=4)

@@ -6,12 +6,9 @@ A plan follows from sizes and the budget (``workspace_mb``); the engines execute
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from var_kernels.kernels.compile_time import compile_time
-from var_kernels.ops.head import Head
+from var_kernels.ops.head import MIB, Head
 
-MIB = 1 << 20
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
 _MIN_ROWS = 64
@@ -71,35 +68,13 @@ class TileCost:
         return self.fixed + columns * self.column + rows * (columns * self.element + self.row)
 
 
-def default_workspace_mb(device: torch.device, weight_bytes: int) -> int:
-    """On a CPU half of the head's weight, at least 64 MiB: with less, dW is added up from chunks so short that memory
-    and not arithmetic sets the time. On an accelerator 1/32 of its memory, at least 128 MiB.
-    """
-    if device.type != "cuda":
-        return max(64, weight_bytes // 2 // MIB)
-    return max(128, _cuda_memory(device.index or 0) // 32 // MIB)
-
-
-def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
-    if workspace_mb is None:
-        workspace_mb = default_workspace_mb(lm_head_weight.device, lm_head_weight.numel() * lm_head_weight.itemsize)
-    return int(workspace_mb * MIB)
-
-
-@compile_time
-def _cuda_memory(index: int) -> int:
-    if not torch.cuda.is_available():  # a fake tensor's device
-        return 0
-    return torch.cuda.get_device_properties(index).total_memory
-
-
 def operand_copies(head: Head, gradient: bool) -> int:
     """Bytes a row or column of upcast operand and of a partial result in 16 bit, and of factors in the tile's dtype and
     the operands'.
     """
     operand, tile = head.operand, head.tile
-    partial = head.gemm.partial_bytes(operand, head.hidden_ND.device) if gradient else 0
-    copies = head.d * ((tile.itemsize if head.upcast else 0) + partial)
+    partial = head.traits.partial_bytes if gradient else 0
+    copies = head.d * ((tile.itemsize if head.traits.upcasts else 0) + partial)
     if head.left_NR is not None:
         casts = (tile.itemsize if head.factor != tile else 0) + partial
         casts += operand.itemsize if gradient and head.factor != operand else 0
@@ -107,38 +82,26 @@ def operand_copies(head: Head, gradient: bool) -> int:
     return copies
 
 
-def rounding_bytes(head: Head) -> int:
-    """Bytes of fp32 sums in addition to gradients in the operands' dtype."""
-    return head.gemm.rounding_bytes(head.n, head.d, head.v, head.operand)
-
-
 def tile_cost(head: Head, *, gradient: bool) -> TileCost:
     """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs allocate in addition."""
-    copies = operand_copies(head, gradient)
-    return TileCost(_element(head, gradient), copies, copies, head.kernels.temporary_bytes(head.n, head.v, head.tile))
-
-
-def _element(head: Head, gradient: bool) -> int:
-    copied = head.kernels.COPIES_GRADIENT or head.bias_V is not None
-    return head.tile.itemsize + (head.operand.itemsize if gradient and copied and head.operand != head.tile else 0)
+    copies, copied = operand_copies(head, gradient), head.kernels.COPIES_GRADIENT or head.bias_V is not None
+    element = head.operand.itemsize if gradient and copied and head.operand != head.tile else 0
+    return TileCost(head.tile.itemsize + element, copies, copies, head.temporary)
 
 
 def _chunk_cost(head: Head, budget: int) -> TileCost:
     """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
-    copies = operand_copies(head, gradient=True)
-    fixed = head.kernels.temporary_bytes(head.n, head.v, head.tile) + (budget // 4 if copies else 0)
-    return TileCost(_element(head, gradient=True), 0, copies, fixed + rounding_bytes(head))
+    cost = tile_cost(head, gradient=True)
+    return replace(cost, column=0, fixed=cost.fixed + head.traits.rounding_bytes + (budget // 4 if cost.column else 0))
 
 
 def _exp_cost(head: Head) -> TileCost:
     """Bytes of a tile of logits in addition to stored exponentials, with the sums and the scaled hidden states of its
     rows.
     """
-    copies, operand, d = operand_copies(head, gradient=True), head.operand, head.d
-    wide = head.wide
+    copies, operand, d, wide = operand_copies(head, gradient=True), head.operand, head.d, head.wide
     row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
-    # One after the other.
-    fixed = max(head.kernels.temporary_bytes(head.n, head.v, head.tile), head.gathered, rounding_bytes(head))
+    fixed = max(head.temporary, head.gathered, head.traits.rounding_bytes)  # one after the other
     return TileCost(head.tile.itemsize, copies, row, fixed)
 
 
@@ -149,7 +112,7 @@ def _tile_budget(head: Head, rows: int, budget: int, cost: TileCost) -> int:
 
 def _exp_tile_bytes(head: Head, budget: int) -> int:
     """Bytes of the tile of logits in addition to stored exponentials: on a CPU one that stays cached."""
-    if head.hidden_ND.device.type != "cpu":
+    if head.device.type != "cpu":
         return min(budget // 4, _TILE_BYTES)
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
     return min(budget // 4, within_cache(rows, head.v, budget, tile_cost(head, gradient=False)))
@@ -268,7 +231,7 @@ def cached_columns(head: Head, *, in_place: bool = True) -> int:
     columns = cost.columns_within(budget - tile, head.n)
     if _statically(columns >= head.v):
         return head.v
-    if head.hidden_ND.device.type == "cpu" and head.d < _MIN_CACHED_DEPTH:
+    if head.device.type == "cpu" and head.d < _MIN_CACHED_DEPTH:
         return 0
     columns = columns // 64 * 64
     return columns if _statically(columns * _FEWEST_CACHED >= head.v) else 0
@@ -283,6 +246,16 @@ def _statically(condition: bool) -> bool:
     return guard_or_false(condition)
 
 
+def takes_one_pass(head: Head, engine: str) -> bool:
+    """Return whether a scalar loss takes one pass; by itself ("auto") where it fits and does not underflow."""
+    return engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and one_pass_fits(head))
+
+
+def underflows(operand: torch.dtype) -> bool:
+    """fp16 loses gradients that are made before a GradScaler's factor is known: p_v / num_items is below 6e-8."""
+    return operand == torch.float16
+
+
 def one_pass_fits(head: Head) -> bool:
     """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
     length; hidden's gradient alone needs neither.
@@ -290,9 +263,9 @@ def one_pass_fits(head: Head) -> bool:
     if not head.needs.whole_rows and head.stores_exp:
         return True
     rows = one_pass_rows(head)
-    if rows < min(head.n, shortest_chunk(head.hidden_ND.device)):
+    if rows < min(head.n, shortest_chunk(head.device)):
         return False
-    if head.hidden_ND.device.type == "cpu" or rows >= head.n:
+    if head.device.type == "cpu" or rows >= head.n:
         return True
     # In GEMMs: the fp32 dW that each chunk reads and writes, under its own GEMM or after it, against what two passes
     # recompute.
@@ -313,14 +286,15 @@ def within_cache(n: int, v: int, budget: int, cost: TileCost) -> int:
     return min(budget, max(cost.of_tile(max(1, n), min(v, _MIN_COLUMNS)), _CACHED_BYTES))
 
 
+def cpu_tile_budget(head: Head, rows: int, cost: TileCost) -> int:
+    """The budget of tiles in plain torch or of two heads, ``within_cache`` on a CPU."""
+    budget = head.options.budget
+    return within_cache(rows, head.v, budget, cost) if head.device.type == "cpu" else budget
+
+
 def shortest_chunk(device: torch.device, gemms_saved: int = 1) -> int:
     """Rows of a chunk from which on one pass is faster than two that run so many more GEMMs."""
     return _MIN_ROWS if device.type == "cpu" else _MIN_ACCELERATOR_ROWS // gemms_saved
-
-
-def holds_token_chunks(n: int, v: int, budget: int, cost: TileCost, shortest: int) -> bool:
-    """Whether the budget holds chunks that are long enough to keep one pass efficient."""
-    return cost.rows_within(budget, v) >= min(n, shortest)
 
 
 def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> Plan:
@@ -353,6 +327,15 @@ def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
         return _plan(max(n, 1), _slice_width(columns, v), cost)
     columns = min(v, _MIN_COLUMNS)
     return _plan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns, cost)
+
+
+def plan_slices(head: Head, budget: int, cost: TileCost, rows: int) -> Plan:
+    """Slices of ``rows`` rows at most, with the sums of dW where a slice has several tiles."""
+    plan = plan_vocabulary_slices(rows, head.v, budget, cost)
+    if plan.rows < head.n and head.needs.lm_head_weight:
+        accumulator = head.d * head.wide.itemsize
+        plan = plan_vocabulary_slices(rows, head.v, budget, replace(cost, column=cost.column + accumulator))
+    return plan
 
 
 def _plan(rows: int, columns: int, cost: TileCost) -> Plan:

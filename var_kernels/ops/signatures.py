@@ -89,14 +89,3 @@ def names_options(op: Op) -> Op:
     ]
     op.__signature__ = signature.replace(parameters=[*named, *shared])
     return op
-
-
-def with_defaults(op: str, options: LogprobKeywords, keywords: type) -> LogprobKeywords:
-    """Options of a call of ``op``, which takes those of ``keywords``."""
-    names = keywords.__optional_keys__
-    for name in options:
-        if name not in names:
-            raise TypeError(
-                f"{op}() got an unexpected keyword argument {name!r}; its options: {', '.join(sorted(names))}"
-            )
-    return {**DEFAULTS, **options}

@@ -10,13 +10,12 @@ from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
-from var_kernels.ops.call import HeadCall, prepare
-from var_kernels.ops.define import Forward, Tensors, define_op
-from var_kernels.ops.engines import forward_pass, one_pass
-from var_kernels.ops.head import Gradients, Head
+from var_kernels.ops.define import Forward, define_op
+from var_kernels.ops.engines import one_pass
+from var_kernels.ops.head import Head, prepare
 from var_kernels.ops.logprob import apply_logprob
-from var_kernels.ops.signatures import ENGINES, Engine, RowKeywords, TokenLossKeywords, names_options, with_defaults
-from var_kernels.ops.weighted_nll import one_pass_serves
+from var_kernels.ops.plan import takes_one_pass
+from var_kernels.ops.signatures import ENGINES, Engine, RowKeywords, TokenLossKeywords, names_options
 
 TokenLoss = Callable[..., Tensor]
 
@@ -96,31 +95,20 @@ def linear_token_loss(
     """
     checks.check_choice("engine", engine, ENGINES)
     checks.check_token_inputs(token_loss, token_inputs, labels, hidden)
-    options = with_defaults("linear_token_loss", options, RowKeywords)
+    options = checks.complete_options("linear_token_loss", options, RowKeywords)
     asked = {"entropy": entropy or return_entropy, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, **asked)
-    if return_entropy and not entropy:
-        token_loss = _without_entropy(token_loss)
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
     # A compiled graph cannot call back; there autograd runs over the log-probs.
-    if not call.traced and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
-        loss, logp_NK, entropy_N, argmax_N = apply_token_loss(call, token_loss, inputs)
+    if not call.traced and takes_one_pass(call.head, engine):
+        arguments = TokenLossArguments(call.head, call.active_NK.squeeze(1), token_loss, entropy, inputs)
+        loss, logp_NK, entropy_N, argmax_N = _token_loss(arguments)
     else:
         logp_NK, _, entropy_N, argmax_N = apply_logprob(call)
-        known = [logp_NK.squeeze(1), *([] if entropy_N is None else [entropy_N])]
+        known = [logp_NK.squeeze(1), *([entropy_N] if entropy else [])]
         loss = _evaluate(token_loss, known, inputs, call.active_NK.squeeze(1)).sum()
-    outputs = [loss]
-    if return_logp:
-        outputs.append(call.restore(logp_NK.detach()))
-    if return_entropy:
-        outputs.append(call.restore(entropy_N.detach()))
-    if return_argmax:
-        outputs.append(call.restore(argmax_N, fill=-1))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def _without_entropy(token_loss: TokenLoss) -> TokenLoss:
-    return lambda logp_n, _entropy_n, *inputs: token_loss(logp_n, *inputs)
+    logp_NK = logp_NK.detach() if return_logp else None
+    return call.outputs(loss, logp_NK, entropy_N.detach() if return_entropy else None, argmax_N=argmax_N)
 
 
 def _evaluate(token_loss: TokenLoss, known: list[Tensor], inputs: list[Tensor], active_n: Tensor) -> Tensor:
@@ -141,24 +129,20 @@ class TokenLossArguments:
     head: Head
     active_N: Tensor
     token_loss: TokenLoss
+    entropy: bool
     inputs: list[Tensor]
-
-
-def apply_token_loss(call: HeadCall, token_loss: TokenLoss, inputs: list[Tensor]) -> Tensors:
-    """The scalar loss; detached logp (n, 1), entropy and argmax (n,) or None."""
-    return _token_loss(TokenLossArguments(call.head, call.active_NK.squeeze(1), token_loss, inputs))
 
 
 def _forward(arguments: TokenLossArguments) -> Forward:
     """The sum of token_loss; log-probs, entropy and argmax for the caller's metrics; finished gradients."""
-    head, with_entropy, losses = arguments.head, arguments.head.options.entropy, []
+    head, losses = arguments.head, []
 
     def evaluate(known: list[Tensor], rows: slice) -> Tensor:
         inputs = [t[rows] for t in arguments.inputs]
         return _evaluate(arguments.token_loss, known, inputs, arguments.active_N[rows])
 
     def known_of(stats: RowStats) -> list[Tensor]:
-        return [stats.logp_NK(0.0, head.v).squeeze(1), *([stats.entropy_N] if with_entropy else [])]
+        return [stats.logp_NK(0.0, head.v).squeeze(1), *([stats.entropy_N] if arguments.entropy else [])]
 
     def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
         leaves = [t.requires_grad_() for t in known_of(stats)]
@@ -169,17 +153,14 @@ def _forward(arguments: TokenLossArguments) -> Forward:
         slope_n, entropy_slope_n = (*slopes, None)[:2]
         slope_N1 = torch.zeros_like(leaves[0]) if slope_n is None else slope_n
         entropy_n = None if entropy_slope_n is None else leaves[1].detach()
-        return head.coefficients(slope_N1.unsqueeze(1), None, entropy_slope_n, entropy_n)
+        return RowCoefficients.from_upstream(slope_N1.unsqueeze(1), 0.0, head.v, None, entropy_slope_n, entropy_n)
 
-    if head.needs:
-        stats, gradients = one_pass(head, coefficients_of)
-        gradients = gradients.like(head.tensors)
-    else:  # no slopes: under inference_mode there are none to be had
-        stats, gradients = forward_pass(head, exp=head.stores_exp), Gradients()
+    stats, gradients = one_pass(head, coefficients_of)
+    if not head.needs.some:  # no slopes: under inference_mode there are none to be had
         losses.append(evaluate(known_of(stats), slice(None)).sum())
-    logp_NK, entropy_N = stats.logp_NK(0.0, head.v), stats.entropy_N if with_entropy else None
+    logp_NK, entropy_N = stats.logp_NK(0.0, head.v), stats.entropy_N if head.options.entropy else None
     loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())
-    return Forward((loss, logp_NK, entropy_N, stats.argmax_N), gradients.tensors)
+    return Forward((loss, logp_NK, entropy_N, stats.argmax_N), gradients)
 
 
 # A graph cannot call back.

@@ -10,14 +10,14 @@ from typing_extensions import Unpack
 
 from var_kernels.kernels.pairs import raise_maxima_
 from var_kernels.kernels.rows import RowStats
-from var_kernels.ops.call import prepare
-from var_kernels.ops.define import Forward, Tensors, define_op, outside_of_graphs
-from var_kernels.ops.engines import forward_pass, vocabulary_pass
-from var_kernels.ops.head import Gradients, Head
+from var_kernels.ops.checks import complete_options
+from var_kernels.ops.define import Forward, define_op, outside_of_graphs
+from var_kernels.ops.engines import Gradients, forward_pass, vocabulary_pass
+from var_kernels.ops.head import Head, Tensors, prepare
 from var_kernels.ops.kl import prepare_pair
 from var_kernels.ops.kl_engine import HeadPair, divergence_pass, recomputed_gradients
 from var_kernels.ops.logprob import coefficients_of
-from var_kernels.ops.signatures import Direction, RowKeywords, names_options, with_defaults
+from var_kernels.ops.signatures import Direction, RowKeywords, names_options
 
 _NO_GRAPH = (
     "{} exchanges statistics between ranks and is no registered op: compile without fullgraph=True, or only what comes "
@@ -63,13 +63,14 @@ def vocab_parallel_logprob(
     """
     sizes = _sizes(lm_head_weight, process_group)
     start = ([0, *accumulate(sizes)])[dist.get_rank(process_group)]
-    options = with_defaults("vocab_parallel_logprob", options, RowKeywords)
+    options = complete_options("vocab_parallel_logprob", options, RowKeywords)
     asked = {"lse": return_lse, "entropy": return_entropy, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, vocabulary=sum(sizes), **asked)
     call.head.labels_NK = call.head.labels_NK - start
     arguments = VocabParallelArguments(call.head, Shard(start, process_group))
-    logp_NK, *others = _vocab_parallel_logprob(arguments)
-    return call.restore_logprob(logp_NK.where(call.active_NK, 0.0), *others)
+    logp_NK, lse_N, entropy_N, argmax_N = _vocab_parallel_logprob(arguments)
+    logp = call.restore(logp_NK.where(call.active_NK, 0.0))
+    return call.outputs(logp, lse_N, entropy_N, argmax_N=argmax_N)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _of_all_ranks(gradients: Gradients, head: Head, group: dist.ProcessGroup) ->
     for partial in (gradients.dhidden_ND, gradients.dleft_NR):
         if partial is not None:
             dist.all_reduce(partial, group=group)  # before it is rounded
-    return gradients.like(head.tensors).tensors
+    return gradients.like(head.tensors)
 
 
 _vocab_parallel_logprob = define_op(
@@ -196,7 +197,7 @@ def vocab_parallel_token_kl(
         TypeError, ValueError: as ``linear_token_kl``; a rank without rows.
     """
     sizes = _sizes(lm_head_weight, process_group)
-    options = with_defaults("vocab_parallel_token_kl", options, RowKeywords)
+    options = complete_options("vocab_parallel_token_kl", options, RowKeywords)
     of_ref = {"logit_scale": ref_logit_scale, "softcap": ref_softcap, "temperature": ref_temperature}
     of_ref["low_rank"] = ref_low_rank
     tensors = (hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, labels, bias, ref_bias)

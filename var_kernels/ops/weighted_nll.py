@@ -9,12 +9,11 @@ from typing_extensions import Unpack
 
 from var_kernels.kernels.rows import RowCoefficients, RowStats
 from var_kernels.ops import checks
-from var_kernels.ops.call import HeadCall, prepare
 from var_kernels.ops.define import Forward, define_op, gradient_shapes
-from var_kernels.ops.engines import forward_pass, one_pass
-from var_kernels.ops.head import Gradients, Head
+from var_kernels.ops.engines import one_pass
+from var_kernels.ops.head import Head, HeadCall, prepare
 from var_kernels.ops.logprob import apply_logprob
-from var_kernels.ops.plan import one_pass_fits
+from var_kernels.ops.plan import takes_one_pass
 from var_kernels.ops.signatures import (
     ENGINES,
     REDUCTIONS,
@@ -23,7 +22,6 @@ from var_kernels.ops.signatures import (
     Reduction,
     WeightedNLLKeywords,
     names_options,
-    with_defaults,
 )
 
 
@@ -105,7 +103,7 @@ def linear_weighted_nll(
         raise ValueError(f"num_items divides reduction='mean' only, got reduction={reduction!r}; drop one of them")
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar loss, got reduction='none'; use engine='auto'")
-    options = with_defaults("linear_weighted_nll", options, LogprobKeywords)
+    options = checks.complete_options("linear_weighted_nll", options, LogprobKeywords)
     asked = {"lse": z_loss != 0, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, token_weight=token_weight, **asked)
     checks.check_num_items(num_items, call.active_NK)
@@ -117,20 +115,16 @@ def linear_weighted_nll(
         weight_NK = weight_NK / _divisor(call, labels, options["ignore_index"], num_items)
         weight_NK = weight_NK.where(call.active_NK, 0.0)  # num_items may be 0 then
 
-    if reduction != "none" and (engine == "one_pass" or (engine == "auto" and one_pass_serves(call))):
-        loss, logp_NK, argmax_N = apply_weighted_nll(call, weight_NK, z_loss)
+    if reduction != "none" and takes_one_pass(call.head, engine):
+        arguments = WeightedNLLArguments(call.head, weight_NK, call.active_NK, z_loss)
+        loss, logp_NK, argmax_N = _weighted_nll(arguments, call.traced)
+        logp_NK = logp_NK.where(call.active_NK, 0.0)
     else:
         logp_NK, lse_N, _, argmax_N = apply_logprob(call)
         penalty_N1 = z_loss * lse_N.square().unsqueeze(1) if z_loss else 0.0
         loss_NK = weight_NK * (penalty_N1 - logp_NK)
         loss = call.restore(loss_NK) if reduction == "none" else loss_NK.sum()
-
-    outputs = [loss]
-    if return_logp:
-        outputs.append(call.restore(logp_NK.detach()))
-    if return_argmax:
-        outputs.append(call.restore(argmax_N, fill=-1))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return call.outputs(loss, logp_NK.detach() if return_logp else None, argmax_N=argmax_N)
 
 
 def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float | Tensor | None):
@@ -138,16 +132,6 @@ def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float
         return num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
     counted = labels != ignore_index
     return (counted.any(-1) if call.several else counted).sum().clamp(min=1)
-
-
-def underflows(operand: torch.dtype) -> bool:
-    """fp16 loses gradients that are made before a GradScaler's factor is known: p_v / num_items is below 6e-8."""
-    return operand == torch.float16
-
-
-def one_pass_serves(call: HeadCall) -> bool:
-    """Whether the budget holds one pass (see ``one_pass_fits``), and the dtype the gradients that it makes."""
-    return not underflows(call.head.operand) and one_pass_fits(call.head)
 
 
 @dataclass
@@ -158,13 +142,6 @@ class WeightedNLLArguments:
     z_loss: float
 
 
-def apply_weighted_nll(call: HeadCall, weight_NK: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The scalar loss, detached logp (n, K) with 0 for targets that do not count, argmax (n,) or None."""
-    arguments = WeightedNLLArguments(call.head, weight_NK, call.active_NK, z_loss)
-    loss, logp_NK, argmax_N = _weighted_nll(arguments, call.traced)
-    return loss, logp_NK.detach().where(call.active_NK, 0.0), argmax_N
-
-
 def _forward(arguments: WeightedNLLArguments) -> Forward:
     """The sum of weight (-logp + z_loss lse^2), log-probs and argmax for the caller's metrics; finished gradients."""
     head, weight_NK, z_loss = arguments.head, arguments.weight_NK, arguments.z_loss
@@ -172,18 +149,14 @@ def _forward(arguments: WeightedNLLArguments) -> Forward:
     def coefficients_of(rows: slice, stats: RowStats) -> RowCoefficients:
         weight_nk = weight_NK[rows]
         dlse_n = 2 * z_loss * weight_nk.sum(1) * stats.lse_N if z_loss else None
-        return head.coefficients(-weight_nk, dlse_n)
+        return RowCoefficients.from_upstream(-weight_nk, head.options.label_smoothing, head.v, dlse_n)
 
-    if head.needs:
-        stats, gradients = one_pass(head, coefficients_of)
-        gradients = gradients.like(head.tensors)
-    else:
-        stats, gradients = forward_pass(head, exp=head.stores_exp), Gradients()
+    stats, gradients = one_pass(head, coefficients_of)
     logp_NK = stats.logp_NK(head.options.label_smoothing, head.v)
     nll_NK = z_loss * stats.lse_N.square().unsqueeze(1) - logp_NK if z_loss else -logp_NK
     # Targets that do not count have weight 0, but their label stands for another token, perhaps of probability 0.
     nll_NK = nll_NK.where(arguments.active_NK, 0.0)
-    return Forward(((weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N), (*gradients.tensors, nll_NK))
+    return Forward(((weight_NK * nll_NK).sum(), logp_NK, stats.argmax_N), (*gradients, nll_NK))
 
 
 def _shapes(arguments: WeightedNLLArguments) -> Forward:

@@ -22,7 +22,7 @@ from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.sharding import calibrate_first_rank
-from var_kernels.ops.plan import budget_bytes
+from var_kernels.ops.head import budget_bytes
 
 MIB = 2**20
 _SHOWN_TOKENS = 48  # of a run of tokens with or without labels

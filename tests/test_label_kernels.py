@@ -14,6 +14,7 @@ from var_kernels.kernels import labels_torch, labels_triton
 
 BF16 = torch.bfloat16
 N, V, D, R = 41, 53, 72, 5
+GATHERED = 4000  # bytes: steps of three rows, and of four columns
 PLAIN = LogitTransform()
 on_triton = pytest.mark.parametrize("target", [p for p in TARGETS if "triton" in p.id], indirect=True)
 interpreted = pytest.mark.parametrize("target", [p for p in TARGETS if p.id == "cpu-triton"], indirect=True)
@@ -52,7 +53,7 @@ def check_start(device, module=labels_triton, transform=PLAIN, dtype=torch.float
     for value in vars(stats).values():
         if value is not None:
             value.fill_(77)
-    module.start_rows(hidden, weight, bias, factors, labels, stats, transform)
+    module.start_rows(hidden, weight, bias, factors, labels, stats, transform, GATHERED)
     known = (labels >= 0) & (labels < V)
     ids = labels.where(known, 0)
     raw = (hidden.double() * weight[ids].double()).sum(1)
@@ -129,7 +130,7 @@ def check_combine(
     if by_columns:
         out, sums = (t.t().contiguous().t() for t in (out, sums))
     label = (matrix, labels, factor) if with_label else None
-    module.combine_rows(out, sums, scale, label, (third, total) if constant else None)
+    module.combine_rows(out, sums, scale, label, (third, total) if constant else None, GATHERED)
     assert close(out, truth, out.dtype)
 
 
@@ -142,7 +143,7 @@ def check_rows(device, module=labels_triton, dtype=torch.float32, c=V, d=D):
     truth.index_add_(0, labels[known], added[known])
     again = total.clone()
     for out in (total, again):
-        module.add_label_rows(out[:c], labels.sort(stable=True), factor, vectors)
+        module.add_label_rows(out[:c], labels.sort(stable=True), factor, vectors, GATHERED)
     assert torch.equal(total, again)
     assert close(total, truth, dtype)
 
@@ -215,6 +216,32 @@ MISTAKES = {
     "not scaled": ("factor != 1.0", "factor == 1.0", "scale"),
     "a tail not scaled": ("mask = at < size", "mask = at < size - 1", "scale"),
 }  # fmt: skip
+
+
+TORCH_MISTAKES = {
+    "no bias": ("x_N += bias_V[ids_N]", "x_N + bias_V[ids_N]", "start, bf16"),
+    "no low rank": ("x_n += (low_rank", "x_n + (low_rank", "start, low rank"),
+    "a label beyond the vocabulary is one": (".where(_known(labels_N, v), torch.nan)", "", "start"),
+    "digits of 1 - p": ("own_n > stats.others_N, above_n", "own_n < 0, above_n", "finish"),
+    "the label is left out of the sum": ("stats.others_N + own_n.where", "stats.others_N + 0 * own_n.where", "finish"),
+    "an unknown label joins": ("own_n.where(_known(labels_n, v), 0.0)", "own_n", "finish"),
+    "p - 1 rounded": ("logp_n.expm1()", "(logp_n.exp() - 1)", "scales"),
+    "no slope of the cap": ("transform.derivative(label_logit_n)", "transform.slope", "scales, softcap"),
+    "an unknown label has an entry": ("label_n.where(_known(labels_n, v), 0.0)\n", "label_n\n", "scales"),
+    "a step of rows is lost": ("min(start + step, n)", "min(start + step - 1, n)", "combine"),
+    "the vector of an unknown label": ("label_n.where(_known(labels_n, v), 0.0).unsq", "label_n.unsq", "combine"),
+    "no constant": ("if constant is not None:", "if False:", "combine, bf16"),
+    "labels beyond the columns": (".where(_known(sorted_n, c), 0.0)", "", "rows, fewer columns"),
+    "a block of columns is lost": ("slice(start, start + width)", "slice(start, start + width - 1)", "rows"),
+    "not scaled": ("values.mul_(factor)", "values.mul(factor)", "scale"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", TORCH_MISTAKES)
+def test_a_mistake_in_torchs_operations_is_refused(mistake, tmp_path):
+    before, after, shown_by = TORCH_MISTAKES[mistake]
+    with pytest.raises((AssertionError, IndexError)):
+        CHECKS[shown_by]("cpu", module=mutant_of(labels_torch, before, after, tmp_path))
 
 
 @interpreted

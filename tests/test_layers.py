@@ -144,3 +144,22 @@ def test_every_public_function_says_what_it_returns(module):
         calls = [found] if inspect.isfunction(found) else [getattr(found, "forward", None)]
         for call in filter(inspect.isfunction, calls):
             assert inspect.signature(call).return_annotation is not inspect.Signature.empty, name
+
+
+OPENINGS = ("What", "Whether", "How", "Of", "As", "Where", "When", "Which", "Who", "Why", "In", "Within")
+
+
+def opening(text: str) -> str:
+    return text.split(maxsplit=1)[0].strip(".,:;") if text.strip() else ""
+
+
+def test_docstrings_open_with_a_verb_or_a_noun_phrase():
+    assert opening("Whether it runs.") in OPENINGS
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if opening(text) in OPENINGS:
+                    wrong.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert wrong == []

@@ -16,8 +16,8 @@ from .compile_time import compile_time
 
 
 def widens(operand: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's GEMM takes 16-bit operands to an fp32 result: on CUDA, but for bf16 before Ampere and for fp16
-    where sums in fp16 are allowed; on ROCm where such products are right.
+    """Return whether torch's GEMM makes an fp32 result of 16-bit operands: on CUDA, but for bf16 before Ampere and for
+    fp16 where sums in fp16 are allowed; on ROCm where such products are right.
     """
     if device.type != "cuda":
         return False
@@ -68,8 +68,8 @@ def _may_not_wait() -> bool:
 
 
 def wide_products_fault(operand: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with small products of every layout that the engines use, or None. Operands are small integers, and
-    sums of them exact in fp32 in any order, but not in 16 bit.
+    """The fault of small products in the layouts that the engines use, or None. Operands are small integers, whose
+    sums are exact in fp32 in any order, but not in 16 bit.
     """
     n, d, v = 48, 128, 96
     counted = torch.arange(n * v + d * (n + v), dtype=torch.int64) * 7919 % 17 - 8
@@ -96,7 +96,7 @@ def wide_products_fault(operand: torch.dtype, device: torch.device) -> str | Non
 
 
 class Traits(NamedTuple):
-    """What products of a head's operands need, and support.
+    """Needs and abilities of the products of a head's operands.
 
     upcasts: the logits' GEMM needs copies of its operands in the tile's dtype. ends_in_exp: it runs ``row_exp`` on its
         sums. partial_bytes: of an element of a gradient's partial result; rounding_bytes: of sums in addition to

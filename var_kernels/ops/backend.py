@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels runs: chosen by device and dtype, or forced."""
+"""Choice of the implementation of the row kernels: by device and dtype, or forced."""
 
 import importlib.util
 import os
@@ -71,12 +71,12 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether tiles on the device are Triton's: on an accelerator, or interpreted."""
+    """Return whether tiles on the device are Triton's: on an accelerator, or interpreted."""
     return choose_backend(device, torch.float32)[0] == "triton"
 
 
 def triton_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
-    """Why Triton cannot run on such a tile, or None."""
+    """Reason why Triton cannot run on such a tile, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if tile == torch.float64:
@@ -87,7 +87,7 @@ def triton_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
 
 
 def native_obstacle(device: torch.device, tile: torch.dtype) -> str | None:
-    """Why the C++ kernels cannot run on such a tile, or None."""
+    """Reason why the C++ kernels cannot run on such a tile, or None."""
     if device.type != "cpu":
         return f"the C++ kernels run on a CPU, and this tile is on {device.type}"
     if tile == torch.float64:

@@ -90,14 +90,14 @@ def check_number(name: str, value) -> None:
 
 
 def is_traced(t: Tensor) -> bool:
-    """Whether there are no values, only shapes: under torch.compile and torch.export, on the meta device, in a
+    """Return whether there are shapes without values: under torch.compile and torch.export, on the meta device, in a
     FakeTensorMode.
     """
     return torch.compiler.is_compiling() or t.device.type == "meta" or isinstance(t, FakeTensor)
 
 
 def values_readable(t: Tensor) -> bool:
-    """Whether reading values is free: on a CPU, where there are any."""
+    """Return whether reading values is free: on a CPU, where there are any."""
     return t.device.type == "cpu" and not is_traced(t)
 
 

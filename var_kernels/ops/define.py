@@ -160,7 +160,7 @@ def _registered(name: str, layout: "_Layout", paths, forward, backward, shapes, 
 
 
 def gradient_shapes(head: Head) -> Tensors:
-    """Of the head's tensors that may learn, where gradients are needed, in their dtypes."""
+    """Shapes of the gradients that are needed, in the dtypes of the head's tensors."""
     pairs = zip(head.tensors, head.needs.flags, strict=True)
     return tuple(t.new_empty(t.shape) if needed else None for t, needed in pairs)
 

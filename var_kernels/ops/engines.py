@@ -433,7 +433,7 @@ def _add_token_sums(
     *,
     add: bool,
 ) -> None:
-    """What each vocabulary entry sums over the rows, of the leading columns that exp_nc holds: dW, dbias and dright.
+    """Gradients that sum over the rows, of the leading columns that exp_nc holds: dW, dbias and dright.
     scaled_nd: memory for scale_n hidden_n.
     """
     (scale_n, label_n), c, kernels = scales, exp_nc.shape[1], head.label_kernels

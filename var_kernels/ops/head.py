@@ -35,7 +35,7 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients somebody asked for."""
+    """The gradients that are needed."""
 
     hidden: bool = False
     lm_head_weight: bool = False
@@ -45,7 +45,7 @@ class Needs:
 
     @property
     def flags(self) -> list[bool]:
-        """In the order of ``Head.tensors``."""
+        """One flag a tensor, in the order of ``Head.tensors``."""
         return [self.hidden, self.lm_head_weight, self.bias, self.left, self.right]
 
     @property
@@ -54,7 +54,7 @@ class Needs:
 
     @property
     def whole_rows(self) -> bool:
-        """Of a gradient that sums over tokens, which have to know their normalisers first."""
+        """Return whether a gradient sums over tokens, whose normalisers must be known first."""
         return self.lm_head_weight or self.bias or self.right
 
     @property

@@ -112,7 +112,7 @@ class HeadPair:
         return TileCost(raw + cast, max(copies), sum(copies), fixed)
 
     def chunk_cost(self, budget: int, *, gradient: bool = True) -> TileCost:
-        """Of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
+        """Cost of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
         cost = self.cost(gradient=gradient)
         if not cost.column:
             return replace(cost, fixed=cost.fixed + (self.policy.traits.rounding_bytes if gradient else 0))
@@ -129,7 +129,7 @@ class HeadPair:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the gradient in all logits, in the operands' dtype."""
+        """Bytes of the gradient in all logits, in the operands' dtype."""
         return self.n * (self.v + 31) // 32 * 32 * self.policy.operand.itemsize
 
     @property
@@ -172,8 +172,8 @@ def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None 
 
 
 def chunks_fit(pair: HeadPair) -> bool:
-    """Whether the budget holds the fp32 dW, where it is no gradient that is returned, and chunks of a useful length:
-    two passes would compute the logits of both heads again.
+    """Return whether the budget holds chunks of a useful length, and the fp32 dW where that is not returned itself.
+    Otherwise two passes compute the logits of both heads again.
     """
     return pair.holds_chunks(pair.budget - pair.accumulator)
 
@@ -219,9 +219,9 @@ def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -
 
 
 def stored_fits(pair: HeadPair) -> bool:
-    """Whether the budget holds the gradient in all logits beside chunks of a useful length: then nothing is computed
-    twice, whatever the upstream gradient is. fp16 holds too narrow a range of such gradients; a bias of more digits
-    needs those of the sums before they are rounded.
+    """Return whether the budget holds the gradient in all logits and chunks of a useful length: then nothing is
+    computed twice, whatever the upstream gradient is. fp16 holds too narrow a range of such gradients; a bias of more
+    digits needs those of the sums before they are rounded.
     """
     head, budget = pair.policy, pair.budget - pair.stored_bytes
     digits = head.operand == torch.float16 or (head.needs.bias and head.bias_V.dtype != head.operand)

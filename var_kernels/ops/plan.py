@@ -145,7 +145,7 @@ def _rows_within(head: Head, budget: int) -> int:
 
 
 def forward_plan(head: Head, cached: int = 0) -> Plan:
-    """Of ``forward_pass``, beside so many cached columns."""
+    """Plan of ``forward_pass``, with so many cached columns."""
     cost = tile_cost(head, gradient=False)
     # All logits need no tile.
     taken = 0 if cached == head.v and not head.stores_exp else _cached_bytes(head, cached)
@@ -155,7 +155,7 @@ def forward_plan(head: Head, cached: int = 0) -> Plan:
 
 
 def backward_plan(head: Head, cached: int = 0) -> Plan:
-    """Of ``vocabulary_pass``, beside so many cached columns."""
+    """Plan of ``vocabulary_pass``, with so many cached columns."""
     cost, rows = tile_cost(head, gradient=True), head.n
     if head.kernels.CACHED_TILES and head.operand == torch.bfloat16 and rows > MAX_CPU_BACKWARD_ROWS:
         # With the fp32 sums of a slice of dW.
@@ -167,7 +167,7 @@ def backward_plan(head: Head, cached: int = 0) -> Plan:
 
 
 def one_pass_plan(head: Head) -> Plan:
-    """Of ``one_pass``: blocks of rows whose exponentials are stored, or their logits, filled ``columns`` at a time."""
+    """Plan of ``one_pass``: blocks of rows whose exponentials, or logits, are stored, ``columns`` at a time."""
     accumulator = dweight_bytes(head)
     budget = head.options.budget - accumulator
     plan = _exp_plan(head, budget, accumulator) if head.stores_exp else _logit_plan(head, budget, accumulator)
@@ -257,7 +257,7 @@ def underflows(operand: torch.dtype) -> bool:
 
 
 def one_pass_fits(head: Head) -> bool:
-    """Whether the budget holds the fp32 dW (beyond the gradient that is returned anyway) and chunks of a useful
+    """Return whether the budget holds the fp32 dW (in addition to the gradient that is returned) and chunks of a useful
     length; hidden's gradient alone needs neither.
     """
     if not head.needs.whole_rows and head.stores_exp:

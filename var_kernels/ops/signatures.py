@@ -50,7 +50,7 @@ class TokenLossKeywords(RowKeywords, total=False):
 
 
 class VARHeadKeywords(HeadKeywords, total=False):
-    """What ``var_loss`` hands on to ``linear_weighted_nll``."""
+    """Options that ``var_loss`` hands on to ``linear_weighted_nll``."""
 
     label_smoothing: float
     z_loss: float

@@ -75,7 +75,7 @@ def vocab_parallel_logprob(
 
 @dataclass(frozen=True)
 class Shard:
-    """Where this rank's slice of the vocabulary begins, and who has the others."""
+    """Start of this rank's slice of the vocabulary, and the group that has the others."""
 
     start: int
     group: dist.ProcessGroup

@@ -148,7 +148,7 @@ def measure(
 
 
 def _rounds(started: float, seconds: float) -> Iterator[int]:
-    """As many rounds as end in time; at least three."""
+    """Yield as many rounds as end in time; at least three."""
     least, most = _ROUNDS
     for number in range(most):
         began = time.perf_counter()

@@ -27,7 +27,7 @@ def ours_any(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """As transformers computes it: all logits, upcast."""
+    """The loss as transformers computes it: all logits, upcast."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 

@@ -76,7 +76,7 @@ GPU = replace(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is aligned, on which prompts, by which reward; ``model`` is the reference.
+    """The model to align, its prompts and its reward; ``model`` is the reference.
 
     says: of the model and of the reward, a sentence each, for the report.
     """
@@ -92,7 +92,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Run:
-    """What every part of one run shares. ``folder`` takes the Trainer's own files."""
+    """The settings that all parts of one run share. ``folder`` takes the Trainer's own files."""
 
     plan: Plan
     seed: int

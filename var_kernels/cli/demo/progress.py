@@ -1,5 +1,5 @@
-"""What the terminal shows while the demo runs: the phase at work, and the time left of it and of the whole; in a log
-file a line every half minute."""
+"""Progress of the demo: the phase at work, the time left of it and of the whole; in a log file a line every half
+minute."""
 
 import time
 from collections.abc import Callable, Iterator

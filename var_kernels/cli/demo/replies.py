@@ -17,7 +17,7 @@ Reward = Callable[[list[Prompt], list[str]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn: ``batch`` sequences at once, from the softmax of logits / temperature, nothing cut off."""
+    """Settings of the draws: ``batch`` sequences at once, from the softmax of logits / temperature, nothing cut off."""
 
     batch: int
     max_new_tokens: int
@@ -68,7 +68,7 @@ def draw(
 
 
 def draws(prompts: list[Prompt], k: int, sampling: Sampling) -> int:
-    """How often ``draw`` calls ``advance``."""
+    """The number of times that ``draw`` calls ``advance``."""
     return -(-len(prompts) // _prompts_at_once(k, sampling))
 
 
@@ -117,7 +117,7 @@ def reply_logps(
 
 
 def scorings(drawn_prompts: int, k: int, sampling: Sampling) -> int:
-    """How often ``kl_to_reference`` calls ``advance``."""
+    """The number of times that ``kl_to_reference`` calls ``advance``."""
     return 2 * -(-drawn_prompts * k // sampling.batch)
 
 

@@ -1,4 +1,4 @@
-"""What the demo aligns: a pretrained model, everyday prompts, and a public reward."""
+"""The subject of the demo: a pretrained model, everyday prompts, and a public reward."""
 
 import functools
 from pathlib import Path
@@ -65,7 +65,7 @@ def shipped_prompts(chat: bool) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def question(prompt: Prompt) -> str:
-    """What is asked, as the report shows it."""
+    """The question of a prompt, as the report shows it."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     text = text.removesuffix("\nAnswer:").removesuffix("\nAssistant:").removesuffix(_ASK)
     return text.removeprefix("Question: ").removeprefix("User: ")

@@ -149,8 +149,10 @@ def test_a_step_is_that_of_the_formula(direction, tmp_path):
 def test_four_gemms_where_the_budget_holds_no_gradient_of_all_logits(tmp_path, monkeypatch, small_tiles):
     """The trainer's loss and ``distillation_loss`` are sums with known weights: logits are computed once."""
     student, teacher, products = tiny_model(0), tiny_model(1), []
-    original = kl_engine.fill_logits
-    monkeypatch.setattr(kl_engine, "fill_logits", lambda *a: (products.append(a[1].numel()), original(*a))[1])
+    original = kl_engine.compute_logits
+    monkeypatch.setattr(
+        kl_engine, "compute_logits", lambda *a: (logits := original(*a), products.append(logits.numel()))[0]
+    )
     trainer = tiny_trainer(
         tmp_path, ROWS, model=student, method="distill", sft_on="all", per_device_train_batch_size=24,
         workspace_mb=0.15, trainer_options={"ref_model": teacher},

@@ -29,6 +29,8 @@ def results(logits, stored):
     rows_triton.row_stats(logits, labels, stats, 0, None, transform)
     exp = RowStats.uninitialised(N, logits, mean=True, argmax=True)
     exp.set_pivots(torch.full((N,), -2.0, device=device))
+    for ended in (exp.sumexp_N, exp.logp_N):  # by the label kernels, after row_exp
+        ended.zero_()
     rows_triton.row_exp(logits, labels, exp, 0, None, transform, stored, None)
     coefficients = RowCoefficients(torch.ones(N, device=device), torch.ones(N, 1, device=device))
     gradient = rows_triton.row_grad(logits, labels, stats.norms_2N, coefficients, 0, None, transform, stored.dtype)

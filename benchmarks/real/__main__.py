@@ -4,12 +4,12 @@
     python -m benchmarks.real sparsity --text FILE [--model smollm2|gemma] [--tokens 1024]
     python -m benchmarks.real steps    --text FILE [--model ...] [--tokens 1024 4096 16384] [--dtype float32 bfloat16]
                                        [--heads ...] [--checkpointing]
-    python -m benchmarks.real study    --text FILE [--seeds 0 1 2] [--reduced]
+    python -m benchmarks.real study    --text FILE [--seeds 0 1 2] [--reduced]      and docs/real-study.svg
     python -m benchmarks.real distill  --text FILE [--seeds 0 1 2] [--reduced]
 
-FILE: rows of {"prompt", "completions", "rewards"}, one JSON object a line (.jsonl, .jsonl.gz). The study is made
-for two hours on two cores (estimated from the time of a step); --reduced, a few minutes, shows that it runs. Rows are
-added to the CSV; those of the same settings are replaced.
+FILE: rows of {"prompt", "completions", "rewards"}, one JSON object a line (.jsonl, .jsonl.gz). Rows are added to the
+CSV; those of the same settings are replaced. A study that was cut goes on where it ended; --reduced, a few minutes,
+shows that it runs.
 """
 
 import argparse
@@ -68,11 +68,21 @@ def _steps(args) -> None:
 
 
 def _study(args) -> None:
-    from benchmarks.real.study import COLUMNS, REDUCED, Sizes, runs
+    from benchmarks.real.plots import PICTURE, picture
+    from benchmarks.real.study import COLUMNS, KEYS, REDUCED, Sizes, runs
 
-    name = "real-study-reduced.csv" if args.reduced else "real-study.csv"
-    for seed in args.seeds:
-        _write(args.out / name, COLUMNS, runs(args.text, seed, REDUCED if args.reduced else Sizes()), 2)
+    path = args.out / ("real-study-reduced.csv" if args.reduced else "real-study.csv")
+    done = {tuple(row[:KEYS]) for row in _rows(path)}
+    for row in runs(args.text, args.seeds, REDUCED if args.reduced else Sizes(), done):
+        _write(path, COLUMNS, [row], KEYS)
+    if not args.reduced:
+        PICTURE.write_text(picture(_rows(path), COLUMNS))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The file's rows below its names of columns; none where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list(csv.reader(line for line in lines if not line.startswith("#")))[1:]
 
 
 def _distill(args) -> None:
@@ -88,13 +98,10 @@ def _write(path: Path, columns: tuple[str, ...], rows: list[dict], keys: int) ->
     """The rows beside those of the file with other values in their first ``keys`` columns."""
     told = [[_text(row.get(column, "")) for column in columns] for row in rows]
     new = {tuple(row[:keys]) for row in told}
-    old = []
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        old = [row for row in list(csv.reader(lines))[1:] if tuple(row[:keys]) not in new]
+    old = [row for row in _rows(path) if tuple(row[:keys]) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        print(header().replace("; processor time", ""), file=file)
+        print(header(), file=file)
         csv.writer(file).writerows([columns, *old, *told])
     print(*(",".join(row) for row in told), sep="\n", flush=True)
 

@@ -153,8 +153,11 @@ def longest_row(subject: Subject, plan: Plan) -> int:
     return max(len(prompt_ids(subject.tokenizer, prompt)) for prompt in prompts) + plan.sampling.max_new_tokens + 8
 
 
-def align(name: str, subject: Subject, rows: list[dict], run: Run, advance: Advance) -> tuple:
-    """(policy, the Trainer's log): a copy of the reference, trained by one of ``METHODS`` on the rows."""
+def align(
+    name: str, subject: Subject, rows: list[dict], run: Run, advance: Advance, merge: bool = True
+) -> tuple[torch.nn.Module, list[dict]]:
+    """(policy, the Trainer's log): a copy of the reference, trained by one of ``METHODS`` on the rows; merge: an
+    adapter into its weights."""
     plan, policy = run.plan, copy.deepcopy(subject.model)
     batch = plan.align_prompts * (plan.completions if name == "SFT" else 1)
     rate = plan.align_rate * (DPO_RATE if name == "DPO" else 1.0)
@@ -169,7 +172,7 @@ def align(name: str, subject: Subject, rows: list[dict], run: Run, advance: Adva
             r=plan.lora, lora_alpha=2 * plan.lora, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     trained, log = train(policy, subject.tokenizer, rows, config, advance, **options)
-    return trained.merge_and_unload() if plan.lora else trained, log
+    return trained.merge_and_unload() if plan.lora and merge else trained, log
 
 
 def train(

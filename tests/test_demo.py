@@ -280,6 +280,17 @@ def test_a_cut_reply_is_left_out_of_its_row(tmp_path):
     assert [text[0]["content"] for text in rows[1]["completions"]] == ["4", "5", "6", "7"]
 
 
+def test_the_best_of_each_prompt_and_the_first_replies():
+    row = {"prompt": "a", "completions": ["x", "y", "z"], "rewards": [0.1, 0.9, 0.5]}
+    assert experiment.best_of_each([row], 2) == [{"prompt": "a", "completions": ["y", "z"], "rewards": [0.9, 0.5]}]
+    assert experiment.best_of_each([row], None) == [row]
+    drawn = Drawn(["a", "b"], 3, [[i] for i in range(6)], list("uvwxyz"), [True] * 6, [float(i) for i in range(6)])
+    found = replies.first(drawn, 2)
+    assert (found.k, found.texts, found.token_ids) == (2, list("uvxy"), [[0], [1], [3], [4]])
+    assert replies.rewards_of(found).tolist() == [[0, 1], [3, 4]]
+    assert replies.first(drawn, None) == replies.first(drawn, 8) == drawn
+
+
 # ---- what is aligned ------------------------------------------------------------------------------------------------
 
 
@@ -296,8 +307,8 @@ def test_shipped_prompts():
     chat, text = subject.shipped_prompts(True), subject.shipped_prompts(False)
     shown = [[subject.question(prompt) for prompt in part] for part in text]
     assert [[subject.question(prompt) for prompt in part] for part in chat] == shown
-    assert [len(part) for part in shown] == [32, 24]
-    assert len({question for part in shown for question in part}) == 56
+    assert [len(part) for part in shown] == [32, 48]
+    assert len({question for part in shown for question in part}) == 80
     assert all(re.fullmatch(r"[A-Z][^#\n]+[.?]", question) for part in shown for question in part)
 
 

@@ -37,6 +37,8 @@ class Plan:
     lam: float
     eval_samples: int  # per held-out prompt
     memory_rows: tuple[int, ...]
+    kept: int | None = None  # completions of a prompt, the best ones, that VAR trains on; None: all
+    kl_samples: int | None = None  # per held-out prompt; None: eval_samples
     methods: tuple[str, ...] = ("VAR",)
     lora: int | None = None  # rank of an adapter; None: every weight learns
     max_prompts: int | None = None  # of either kind; None: all
@@ -45,16 +47,19 @@ class Plan:
 FULL = Plan(
     sampling=Sampling(batch=64, max_new_tokens=40, temperature=0.7),
     completions=8,
-    align_steps=16,
+    align_steps=32,
     align_prompts=2,
     align_rate=1e-3,
     lam=0.05,
-    eval_samples=8,
+    eval_samples=4,
     memory_rows=(1024, 4096),
+    kept=3,
+    kl_samples=2,
     lora=16,
 )
 QUICK = replace(
     FULL,
+    kept=None,
     sampling=Sampling(batch=32, max_new_tokens=24, temperature=0.7),
     completions=4,
     align_steps=4,
@@ -147,6 +152,16 @@ def rows_of(drawn: Drawn) -> list[dict]:
     return rows
 
 
+def best_of_each(rows: list[dict], kept: int | None) -> list[dict]:
+    """The same rows with the ``kept`` completions of the largest rewards, and so of VAR's largest weights, in their
+    order."""
+    found = []
+    for row in rows:
+        best = sorted(sorted(range(len(row["rewards"])), key=lambda i: -row["rewards"][i])[:kept])
+        found.append({**row, **{key: [row[key][i] for i in best] for key in ("completions", "rewards")}})
+    return found
+
+
 def longest_row(subject: Subject, plan: Plan) -> int:
     """Tokens of the longest prompt and the longest reply, and room for what a chat template puts behind it."""
     prompts = [*subject.prompts, *subject.held_out]
@@ -162,6 +177,7 @@ def align(
     batch = plan.align_prompts * (plan.completions if name == "SFT" else 1)
     rate = plan.align_rate * (DPO_RATE if name == "DPO" else 1.0)
     method, settings = METHODS[name]
+    rows = best_of_each(rows, plan.kept) if name == "VAR" else rows
     settings = {key: plan.lam if value == "lam" else value for key, value in settings.items()}
     settings["logp_temperature"] = plan.sampling.temperature  # of the distribution that drew them
     config, options = run.config(method, plan.align_steps, batch, rate, **settings), {}

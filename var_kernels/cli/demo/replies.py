@@ -81,6 +81,13 @@ def rewards_of(drawn: Drawn) -> Tensor:
     return torch.tensor(drawn.rewards).view(len(drawn.prompts), drawn.k)
 
 
+def first(drawn: Drawn, k: int | None) -> Drawn:
+    """The first k replies to each prompt; all with None."""
+    places = [i for i in range(len(drawn.texts)) if i % drawn.k < (k or drawn.k)]
+    columns = (drawn.token_ids, drawn.texts, drawn.ended, drawn.rewards)
+    return Drawn(drawn.prompts, min(k or drawn.k, drawn.k), *([column[i] for i in places] for column in columns))
+
+
 def kl_to_reference(
     policy, reference, tokenizer, drawn: Drawn, sampling: Sampling, advance: Callable[[], None] = lambda: None
 ) -> Tensor:
@@ -134,15 +141,16 @@ def win_rate(rewards_PK: Tensor, reference_PK: Tensor) -> Tensor:
     return ((gap_PKK > 0).float() + 0.5 * (gap_PKK == 0).float()).mean((1, 2)).unsqueeze(1)
 
 
-def summarise(drawn: Drawn, reference: Drawn, kl_PK: Tensor) -> dict:
-    """The row of the result table that belongs to one policy. gain: over the reference, prompt by prompt."""
+def summarise(drawn: Drawn, reference: Drawn, kl_PJ: Tensor) -> dict:
+    """The row of the result table that belongs to one policy. gain: over the reference, prompt by prompt. kl_PJ: of the
+    first J replies to each prompt."""
     rewards_PK, before_PK = rewards_of(drawn), rewards_of(reference)
     gap_P1 = rewards_PK.mean(1, keepdim=True) - before_PK.mean(1, keepdim=True)
     figures = {
         "reward": rewards_PK,
         "gain": gap_P1,
         "win_rate": win_rate(rewards_PK, before_PK),  # 1/2 for the reference itself
-        "kl": kl_PK,
+        "kl": kl_PJ,
     }
     row = {}
     for name, values in figures.items():

@@ -43,6 +43,8 @@ def _values(results: dict) -> dict[str, str]:
         "others": _others(plan),
         "lam": f"{plan['lam']:g}",
         "ess": f"{data['ess_per_prompt']:.1f}",
+        "kept": _kept(plan["kept"], data["kept_share"]),
+        "kl_samples": str(plan["kl_samples"] or plan["eval_samples"]),
         "per_prompt": f"{data['replies_per_prompt']:.1f}",
         "example": _example(data["example"]),
         "samples": "".join(_sample(row) for row in results["samples"]),
@@ -62,6 +64,10 @@ def _values(results: dict) -> dict[str, str]:
             " · ".join(f"{name.lower() if name != 'all' else name} {s:.0f} s" for name, s in results["seconds"].items())
         ),
     }
+
+
+def _kept(kept: int | None, share: float) -> str:
+    return f"VAR trains on the {kept} best of each question, which hold {share:.0%} of the weight." if kept else ""
 
 
 def _saved(memory: list[dict]) -> str:

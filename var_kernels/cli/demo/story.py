@@ -23,6 +23,7 @@ from var_kernels.cli.demo.replies import (
     Drawn,
     draw,
     draws,
+    first,
     kl_to_reference,
     mean_and_error,
     rewards_of,
@@ -172,7 +173,7 @@ def _experiment(run: Run, subject: Subject, phases: Phases) -> dict:
         "history": history,
         "memory": memory,
         "data": {
-            **_weigh(rows, plan.lam),
+            **_weigh(rows, plan.lam, plan.kept),
             "prompts": len(subject.prompts),
             "held_out": len(subject.held_out),
             "cut": 1 - sum(drawn.ended) / len(drawn.ended),
@@ -202,15 +203,17 @@ def _evaluate(run: Run, subject: Subject, policies: dict, phases: Phases) -> tup
     plan, held_out, tokenizer = run.plan, subject.held_out, subject.tokenizer
     k, sampling, found, table = plan.eval_samples, plan.sampling, {}, {}
     steps = draws(held_out, k, sampling) * len(policies)
-    steps += scorings(len(held_out), k, sampling) * (len(policies) - 1)
+    steps += scorings(len(held_out), plan.kl_samples or k, sampling) * (len(policies) - 1)
     with phases.phase(_EVALUATE, steps) as advance:
         for i, (name, policy) in enumerate(policies.items()):
             found[name] = draw(policy, tokenizer, held_out, k, sampling, subject.reward, run.seed + 4 + i, advance)
-            kl = torch.zeros(len(held_out), k)
+            kl = torch.zeros(len(held_out), 1)
             if name != "reference":
-                kl = kl_to_reference(policy, subject.model, tokenizer, found[name], sampling, advance)
+                scored = first(found[name], plan.kl_samples)
+                kl = kl_to_reference(policy, subject.model, tokenizer, scored, sampling, advance)
             table[name] = summarise(found[name], found["reference"], kl)
-            objective, error = mean_and_error(rewards_of(found[name]) - plan.lam * kl)
+            objective_P1 = rewards_of(found[name]).mean(1, keepdim=True) - plan.lam * kl.mean(1, keepdim=True)
+            objective, error = mean_and_error(objective_P1)
             table[name] |= {"objective": objective, "objective_error": error}
     write_jsonl(run.folder / "samples.jsonl", (row for name, replies in found.items() for row in _rows(name, replies)))
     return found, table
@@ -221,13 +224,15 @@ def _rows(name: str, drawn: Drawn):
         yield {"prompt": drawn.prompts[i // drawn.k], "model": name, "reply": text, "reward": reward}
 
 
-def _weigh(rows: list[dict], lam: float) -> dict:
-    """Reward and VAR weight of every completion, and those of one prompt in full: the first with the widest rewards."""
+def _weigh(rows: list[dict], lam: float, kept: int | None) -> dict:
+    """Reward and VAR weight of every completion, and those of one prompt in full: the first with the widest rewards.
+    kept_share: of a prompt's weight, what its ``kept`` best completions hold."""
     rewards = torch.tensor([reward for row in rows for reward in row["rewards"]])
     counts = torch.tensor([len(row["rewards"]) for row in rows])
     weights = var_weights(rewards, lam=lam, group_ids=torch.arange(len(rows)).repeat_interleave(counts)).weight
     parts = weights.split(counts.tolist())
     ess = sum((part.sum().square() / part.square().sum()).item() for part in parts) / len(parts)
+    held = sum((part.sort(descending=True).values[:kept].sum() / part.sum()).item() for part in parts) / len(parts)
     widest = max(range(len(rows)), key=lambda i: max(rows[i]["rewards"]) - min(rows[i]["rewards"]))
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in rows[widest]["completions"]]
     answers = zip(texts, rows[widest]["rewards"], parts[widest].tolist(), strict=True)
@@ -235,6 +240,7 @@ def _weigh(rows: list[dict], lam: float) -> dict:
         "rewards": rewards.tolist(),
         "weights": weights.tolist(),
         "ess_per_prompt": ess,
+        "kept_share": held,
         "replies_per_prompt": len(rewards) / len(rows),
         "example": {
             "question": question(rows[widest]["prompt"]),

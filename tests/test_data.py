@@ -74,6 +74,12 @@ BAD_ROWS = {
     "null reward": ({**SINGLE, "reward": None}, "reward must be a number, got null"),
     "reward of another type": ({**SINGLE, "reward": "high"}, "reward must be a number, got str 'high'"),
     "boolean reward": ({**SINGLE, "reward": True}, "reward must be a number, got bool True"),
+    "two forms": ({**SINGLE, "completions": ["b"]}, "completion and completions are two forms of a row"),
+    "half of a surrogate pair": ({**SINGLE, "prompt": "\ud83d?"}, "prompt must be Unicode text, got a lone surrogate"),
+    "the same in a message": (
+        {"prompt": USER, "completion": [{"role": "assistant", "content": "a\udc00"}], "reward": 1},
+        "completion must be Unicode text, got a lone surrogate",
+    ),
     "half a pair": ({"prompt": "p", "chosen": "a"}, "rejected missing"),
     "one reward of a pair": ({**PAIR, "chosen_reward": 1}, "rejected_reward missing"),
     "not an object": ([1, 2], "expected an object"),
@@ -290,6 +296,13 @@ def test_lines_that_are_not_json(tmp_path):
         f"{path}:2: not JSON: Expecting ',' delimiter",
         f"{path}:3: not UTF-8: invalid start byte",
     ]
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(SINGLE) + '\n{"prompt": ' + "[" * 200_000 + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+        load_examples(path)
 
 
 def test_a_json_array_names_the_line_its_element_begins_on(tmp_path):

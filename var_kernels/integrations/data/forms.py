@@ -117,6 +117,8 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
     if is_pair:
         completions = [_text(row, "chosen", prompt), _text(row, "rejected", prompt)]
         rewards = _pair_rewards(row, present)
+    elif {"completion", "completions"} <= present:
+        raise _BadRowError("completion and completions are two forms of a row, and both are given: drop one of them")
     elif "completions" in present or ("rewards" in present and "completion" not in present):
         completions = [_text(row, "completions", prompt, item=i) for i in range(len(_list(row, "completions")))]
         if not completions:
@@ -274,6 +276,12 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
             f"{name} is {words[isinstance(value, str)]} but prompt is {words[isinstance(prompt, str)]}: use the same "
             "for both"
         )
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)).encode()
+    except UnicodeEncodeError as error:  # no tokenizer takes it
+        raise _BadRowError(
+            f"{name} must be Unicode text, got a lone surrogate, {error.object[error.start]!a}; mend the row"
+        ) from None
     return value
 
 

@@ -136,6 +136,8 @@ def _parse_line(path: Path, line_number: int, line: bytes) -> object:
         return Problem(where, f"not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         return Problem(where, f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Problem(where, "not JSON that can be read: nested too deeply")
 
 
 def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:

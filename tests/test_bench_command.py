@@ -10,9 +10,11 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
+import torch
+
 from var_kernels.cli import main
-from var_kernels.cli.bench import sides
-from var_kernels.cli.bench.measure import BARE, MODES
+from var_kernels.cli.bench import measure, sides
+from var_kernels.cli.bench.measure import BARE, MODES, Operands
 
 TOKENS, HIDDEN, VOCAB = 160, 32, 4000
 
@@ -30,7 +32,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         losses = {sides.OURS: sides.ours, sides.OURS_ANY: sides.ours_any, sides.PLAIN: sides.plain, "broken": fails}
         patch.setattr(sides, "find_sides", lambda device: (losses, {"Liger": "not installed"}))
-        words = ["--model", str(folder), "--tokens", str(TOKENS), "--masked", "0.25", "--seconds", "0"]
+        words = ["--model", str(folder), "--tokens", str(TOKENS), "--masked", "0.25"]
         assert main(["bench", *words, "--output", str(folder / "out")]) == 0
     return folder / "out", json.loads((folder / "out" / "bench.json").read_text())
 
@@ -64,6 +66,74 @@ def test_a_loss_that_fails_costs_itself_alone(finished):
     folder, results = finished
     assert {row(results, "broken", mode)["note"] for mode in MODES} == {"failed: RuntimeError: no kernel image"}
     assert "no kernel image" in (folder / "bench.html").read_text()
+
+
+class Clock:
+    """Time that passes only in the losses and the bare GEMMs."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def slow(self, seconds, call):
+        def run(*operands):
+            self.now += seconds
+            return call(*operands)
+
+        return run
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3, 1.0, 3.0, 8.0, 12.0])
+def test_no_machine_is_too_slow_for_the_time(scale, monkeypatch):
+    """GEMMs of ``scale`` seconds, losses of 1.5 to 4 times that, one of which compiles for 20: 150 seconds are kept."""
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    gemms = Operands.bare_gemms
+    monkeypatch.setattr(Operands, "bare_gemms", lambda self, mode: clock.slow(scale, gemms(self, mode)))
+    compiled = []
+
+    def compiles(*operands):
+        clock.now += 0 if compiled else 20
+        compiled.append(1)
+        return sides.plain(*operands)
+
+    losses = {
+        sides.OURS: clock.slow(1.5 * scale, sides.ours),
+        sides.PLAIN: clock.slow(4 * scale, sides.plain),
+        "torch.compile": clock.slow(3 * scale, compiles),
+    }
+    operands = Operands(8, 4, 50, torch.float32, torch.device("cpu"), 0.0)
+    rows = measure.measure(operands, losses, 150.0, None, lambda what: None)
+    assert clock.now <= 150
+    timed = [row for row in rows if row.ms is not None]
+    assert len(rows) == 4 * len(MODES)
+    assert all(row.note == measure._NO_TIME for row in rows if row.ms is None)
+    ours = next(row for row in rows if row.side == sides.OURS)
+    assert ours.ms == pytest.approx(1.5e3 * scale)
+    if scale <= 1:
+        assert len(timed) == len(rows)
+    if scale == 0.3:
+        assert clock.now > 130  # what is left is used
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1e-4, 1024), (0.1, 1024), (0.4, 256), (60.0, 128)])
+def test_a_slow_machine_times_fewer_rows(scale, rows, monkeypatch):
+    """GEMMs of ``scale`` seconds for 128 rows; the share without a label stays, and what is left ends in time."""
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    gemms = Operands.bare_gemms
+    monkeypatch.setattr(
+        Operands,
+        "bare_gemms",
+        lambda self, mode: clock.slow(scale * len(self.labels) / 128, gemms(self, mode)),
+    )
+    operands = Operands(1024, 4, 50, torch.float32, torch.device("cpu"), 0.25)
+    operands.shorten(6, 150.0)
+    assert [len(operands.hidden), len(operands.labels)] == [rows, rows]
+    assert (operands.labels == -100).sum() == rows // 4
+    assert operands.hidden.requires_grad
 
 
 def test_the_sentence_tells_the_figures(finished, capsys):

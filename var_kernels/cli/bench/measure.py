@@ -18,7 +18,13 @@ GEMMS = {"training": 3, "frozen head": 2, "scoring": 1}
 BARE = "bare GEMMs"
 _MIB = 1 << 20
 _SAMPLE = 128  # rows whose loss is compared with fp64
-_ROUNDS = (3, 25)
+_MOST_ROUNDS = 25
+# What a loss needs that is to be shown: a first call, one for its memory, its error, one in a round.
+_CALLS = 3.5
+# Guesses before a first call: seconds that one of the losses compiles, times of the bare GEMMs at most and in the mean.
+_COMPILATION, _SLOWEST, _USUAL = 20.0, 4.0, 2.0
+_FEWEST = 128
+_NO_TIME = "not run: no time left; give more --seconds"
 # Logits, log-softmax and two gradients in fp32, of a loss that makes them all.
 _PLAIN_BYTES = 12
 
@@ -52,14 +58,33 @@ class Operands:
     def __init__(self, tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, masked: float):
         draw = torch.Generator(device).manual_seed(0)
         options = {"generator": draw, "device": device}
-        self.hidden = torch.randn(tokens, hidden, **options).to(dtype).requires_grad_()
+        self._hidden = torch.randn(tokens, hidden, **options).to(dtype)
         # Slices, so that the fp32 draws of a large head take no more than its rows.
         self.weight = torch.empty(vocab, hidden, dtype=dtype, device=device)
         for rows in self.weight.split(16384):
             rows.copy_(torch.randn(rows.shape, **options) * (3 * hidden**-0.5))
         self.weight.requires_grad_()
-        self.labels = torch.randint(vocab, (tokens,), **options)
-        self.labels[: int(masked * tokens)] = -100
+        self._labels, self._masked = torch.randint(vocab, (tokens,), **options), masked
+        self._keep(tokens)
+
+    def shorten(self, sides: int, deadline: float) -> None:
+        """Keep as many rows, at least 128, as let that many losses be timed twice in every mode before ``deadline``."""
+        if len(self.labels) <= _FEWEST:
+            return
+        tokens = len(self.labels)
+        self._keep(_FEWEST)
+        gemms = self.bare_gemms(MODES[0])
+        _timed(gemms, self.hidden.device)
+        probe = _timed(gemms, self.hidden.device) / 1e3
+        modes = sum(GEMMS.values()) / GEMMS[MODES[0]]
+        needed = probe * modes * (1 + _USUAL * sides) * (_CALLS + 1)
+        left = deadline - time.perf_counter() - _COMPILATION
+        self._keep(min(tokens, max(1, int(left / needed)) * _FEWEST))
+
+    def _keep(self, rows: int) -> None:
+        self.hidden = self._hidden[:rows].clone().requires_grad_()
+        self.labels = self._labels[:rows].clone()
+        self.labels[: int(self._masked * rows)] = -100
 
     def call(self, loss: Callable, mode: str) -> Callable[[], object]:
         frozen = self.weight.detach()
@@ -100,44 +125,67 @@ class Operands:
 def measure(
     operands: Operands,
     sides: dict[str, Callable],
-    seconds: float,
+    deadline: float,
     free_bytes: int | None,
     advance: Callable[[str], None],
 ) -> list[Row]:
-    """A row for each mode and loss, the bare GEMMs first. ``advance`` is called before each piece of work, with its
-    name before a first run, with "" before a timing.
+    """A row for each mode and loss, the bare GEMMs first.
+
+    ``deadline`` is a time of ``time.perf_counter``: nothing begins that would end after it, by what the same loss took
+    before, and what is left out says so. ``advance`` is called before each piece of work, with its name before a first
+    run, with "" before a timing.
     """
-    started = time.perf_counter()
-    n, vocab = len(operands.hidden), len(operands.weight)
-    logits_bytes = _PLAIN_BYTES * n * vocab
+    n, device = len(operands.hidden), operands.hidden.device
+    logits_bytes = _PLAIN_BYTES * n * len(operands.weight)
     rows: dict[tuple[str, str], Row] = {}
     calls: dict[tuple[str, str], Callable] = {}
     errors: dict[str, float] = {}
+    seconds: dict[str, float] = {}  # of one call, in the last mode
+    one_round = 0.0
+
+    def late(more: float) -> bool:
+        return time.perf_counter() + more + one_round > deadline
+
+    def obstacle(name: str, mode: str) -> str:
+        if name == BARE and not seconds:
+            return ""
+        if name != BARE and rows[BARE, mode].note:
+            return rows[BARE, mode].note
+        if late(_CALLS * seconds[name] if name in seconds else _COMPILATION + _SLOWEST * seconds[BARE]):
+            return _NO_TIME
+        if free_bytes is not None and logits_bytes > free_bytes and not name.startswith(("var_kernels", BARE)):
+            return f"not run: all logits need about {logits_bytes / 2**30:.0f} GiB"
+        return ""
+
     for mode in MODES:
-        rows[BARE, mode], calls[BARE, mode] = Row(BARE, mode), operands.bare_gemms(mode)
-        calls[BARE, mode]()
-        for name, loss in sides.items():
+        for name, loss in ((BARE, None), *sides.items()):
             advance(f"{name}, {mode}")
-            row = rows[name, mode] = Row(name, mode)
-            if free_bytes is not None and not name.startswith("var_kernels") and logits_bytes > free_bytes:
-                row.note = f"not run: all logits need about {logits_bytes / 2**30:.0f} GiB"
+            row = rows[name, mode] = Row(name, mode, note=obstacle(name, mode))
+            if row.note:
                 continue
-            call = operands.call(loss, mode)
+            call = operands.call(loss, mode) if loss else operands.bare_gemms(mode)
             try:
-                call()
-                row.peak_mib = peak_extra_bytes(call, operands.hidden.device) / _MIB
-                errors[name] = row.error = errors[name] if name in errors else operands.error(loss)
+                seconds[name] = _timed(call, device) / 1e3
+                if loss and late((_CALLS - 1) * seconds[name]):
+                    row.note = _NO_TIME
+                    continue
+                if loss:
+                    began = time.perf_counter()
+                    row.peak_mib = peak_extra_bytes(call, device) / _MIB
+                    seconds[name] = min(seconds[name], time.perf_counter() - began)  # the first one may compile
+                    errors[name] = row.error = errors[name] if name in errors else operands.error(loss)
             except torch.OutOfMemoryError:
                 row.note = "out of memory"
             except Exception as error:  # one failure must not end the run
                 row.note = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             else:
                 calls[name, mode] = call
+                one_round += seconds[name]
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for _ in _rounds(started, seconds):
+    for _ in _rounds(deadline):
         for key, call in calls.items():
             advance("")
-            times[key].append(_timed(call, operands.hidden.device))
+            times[key].append(_timed(call, device))
     for key, values in times.items():
         ordered, row = sorted(values), rows[key]
         row.ms, row.p20 = statistics.median(ordered), ordered[len(ordered) // 5]
@@ -147,14 +195,13 @@ def measure(
     return list(rows.values())
 
 
-def _rounds(started: float, seconds: float) -> Iterator[int]:
-    """Yield as many rounds as end in time; at least three."""
-    least, most = _ROUNDS
-    for number in range(most):
+def _rounds(deadline: float) -> Iterator[int]:
+    """Yield as many rounds as end in time, at least one: time for it was kept."""
+    for number in range(_MOST_ROUNDS):
         began = time.perf_counter()
         yield number
         now = time.perf_counter()
-        if number + 1 >= least and now + (now - began) - started > seconds:
+        if now + (now - began) > deadline:
             return
 
 

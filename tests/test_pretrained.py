@@ -110,15 +110,32 @@ def test_a_gguf_file_becomes_a_folder_for_from_pretrained(tmp_path):
     assert logits.isfinite().all()
 
 
-def test_weights_of_a_gguf_file_are_refused_with_the_way_on(tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_of_a_gguf_file_are_refused_with_the_way_on(tmp_path, lora):
     from transformers import AutoModelForCausalLM
 
     from tests.tiny_training import tiny_trainer
 
+    options = {}
+    if lora:
+        peft = pytest.importorskip("peft")
+        options["trainer_options"] = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
     write_gguf(tmp_path / "tiny.gguf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     with pytest.raises(ValueError, match=r"model: must be free of a quantiser, got weights from a GGUF file.*convert"):
-        tiny_trainer(tmp_path, model=model)
+        tiny_trainer(tmp_path, model=model, **options)
+
+
+@pytest.mark.parametrize("name", ["tiny.gguf", "."])
+def test_the_command_says_how_a_gguf_file_is_trained(tmp_path, name, capsys):
+    from var_kernels.cli import main
+
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completions": ["b", "a"], "rewards": [1, 0]}')
+    paths = {"model": tmp_path / name, "dataset": tmp_path / "rows.jsonl", "output-dir": tmp_path / "run"}
+    assert main(["train", "--use-cpu", *(f"--{key}={path}" for key, path in paths.items())]) == 2
+    wanted = f"train: model: {tmp_path / name} must be a folder with config.json and weights, got GGUF; save it"
+    assert wanted in capsys.readouterr().err
 
 
 def write_gguf(file) -> dict[str, torch.Tensor]:

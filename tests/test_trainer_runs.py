@@ -1,6 +1,7 @@
 """VARTrainer: references and their cache, adapters, reward functions, evaluation, checkpoints."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,44 @@ def test_a_model_given_by_name_is_trained_in_fp32(tmp_path):
     tokenizer().save_pretrained(tmp_path / "model")
     trainer = VARTrainer(str(tmp_path / "model"), tiny_config(tmp_path), ROWS)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "lora", "warned"),
+    [
+        (torch.bfloat16, 1e-5, False, True),
+        (torch.bfloat16, 1e-2, False, False),
+        (torch.bfloat16, 1e-5, True, False),
+        (torch.float16, 1e-5, True, False),
+        (torch.float32, 1e-5, False, False),
+    ],
+)
+def test_a_rate_that_bf16_weights_round_away_is_told(tmp_path, caplog, dtype, rate, lora, warned):
+    """What the warning says is what happens to the weights."""
+    options = {}
+    if lora:
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        options["trainer_options"] = {"peft_config": adapter}
+    settings = {"learning_rate": rate, "max_steps": 1, "warmup_steps": 0, "optim": "adamw_torch"}
+    trainer = tiny_trainer(tmp_path, model=tiny_model(dtype=dtype), **settings, **options)
+    learning = [p for p in trainer.model.parameters() if p.requires_grad and p.dim() == 2]
+    before = [p.detach().clone() for p in learning]
+    assert ("rounds to nothing" in caplog.text) == warned
+    trainer.train()
+    moved = max((a != b).float().mean() for a, b in zip(before, learning, strict=True))
+    assert (moved < 0.5) == warned
+
+
+@pytest.mark.parametrize("options", [{}, {"optim": "sgd"}, {"adam_epsilon": 1e-4}, {"lora": True}], ids=str)
+def test_fp16_weights_are_refused_where_adam_divides_by_nothing(tmp_path, options):
+    options = {"optim": "adamw_torch", **options}
+    if options.pop("lora", False):
+        peft = pytest.importorskip("peft")
+        options["trainer_options"] = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
+    refused = options == {"optim": "adamw_torch"}
+    with pytest.raises(ValueError, match="must be float32 or bfloat16, got float16") if refused else nullcontext():
+        tiny_trainer(tmp_path, model=tiny_model(dtype=torch.float16), **options)
 
 
 def test_rows_beyond_the_positions_are_refused_where_a_table_ends(tmp_path, caplog):

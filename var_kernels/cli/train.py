@@ -467,6 +467,8 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
     except OSError as error:
         raise no_such_model("model", name, error) from error
     except ValueError as error:  # a folder or an architecture that AutoModelForCausalLM does not take
+        if str(error).startswith("model: "):  # ours
+            raise
         raise ValueError(f"model: {name} is no causal LM that transformers can load: {error}") from error
 
 

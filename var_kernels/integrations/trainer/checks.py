@@ -4,6 +4,7 @@ import logging
 import os
 import re
 
+import torch
 from torch import nn
 
 from var_kernels.integrations.data import EncodedRows
@@ -13,6 +14,8 @@ from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.sharding import rows_of
 
 logger = logging.getLogger(__name__)
+
+_SAMPLED = 2**20  # weights of a matrix that are looked at
 
 
 def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -> None:
@@ -111,6 +114,34 @@ def check_learns(model: nn.Module) -> None:
             "frozen. An adapter that was loaded is: load it with is_trainable=True, merge it (merge_and_unload()), or "
             "pass its path in place of the model"
         )
+
+
+def check_steps(model: nn.Module, args: AlignConfig) -> None:
+    """Refuse fp16 weights, in which Adam divides by 0; warn where a step rounds to nothing in most bf16 weights.
+
+    DeepSpeed and FSDP keep fp32 weights for the optimiser.
+    """
+    if "adam" not in args.optim.lower() or args.deepspeed or args.fsdp:
+        return
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weight = max(learning, key=lambda parameter: parameter.numel()).detach()
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return
+    name = str(weight.dtype).removeprefix("torch.")
+    if torch.tensor(args.adam_epsilon, dtype=weight.dtype) == 0:
+        raise ValueError(
+            f"model: weights that learn must be float32 or bfloat16, got {name}, in which adam_epsilon "
+            f"{args.adam_epsilon:g} is 0; load the model in float32, with fp16=True for speed, or train an adapter "
+            "(peft_config, --lora)"
+        )
+    weight = (weight.to_local() if hasattr(weight, "to_local") else weight).flatten()[:_SAMPLED]
+    stuck = (weight + args.learning_rate == weight).double().mean().item()
+    if stuck > 0.5:
+        logger.warning(
+            "weights in %s: a step of about learning_rate %g rounds to nothing in %.0f %% of the largest matrix; load "
+            "the model in float32, or train an adapter, whose weights are fp32 (peft_config, --lora)",
+            name, args.learning_rate, 100 * stuck,
+        )  # fmt: skip
 
 
 def check_positions(model: nn.Module, rows: EncodedRows) -> None:

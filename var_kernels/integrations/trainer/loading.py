@@ -1,5 +1,7 @@
 """A causal LM, and a tokenizer, by name or path."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,8 +16,13 @@ def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTr
     unties the two, which it makes different; its base may be the folder of an adapter again.
 
     Raises:
-        ValueError: an adapter that cannot be merged, a base that is quantised.
+        ValueError: an adapter that cannot be merged, a base that is quantised, a GGUF file.
     """
+    if Path(name).suffix == ".gguf" or (any(Path(name).glob("*.gguf")) and not (Path(name) / "config.json").exists()):
+        raise ValueError(
+            f"model: {name} must be a folder with config.json and weights, got GGUF; save it dequantised by "
+            "var_kernels.integrations.pretrained.convert(file, folder) and pass that folder"
+        )
     if find_adapter_config_file(name) is None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     from peft import PeftConfig, PeftModel

@@ -28,6 +28,7 @@ from var_kernels.integrations.trainer.checks import (
     check_learns,
     check_online,
     check_positions,
+    check_steps,
     check_teacher,
     check_trainable,
     check_vocabulary,
@@ -186,6 +187,8 @@ class VARTrainer(Trainer):
             freeze_head(model)
         if train_dataset is not None:
             check_learns(model)
+            if optimizers[0] is None:
+                check_steps(model, args)
         existed = os.path.exists(args.output_dir)
         super().__init__(
             model=model,

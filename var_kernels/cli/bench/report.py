@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from operator import itemgetter
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -45,15 +46,23 @@ def find(results: dict[str, Any], side: str, mode: str) -> dict[str, Any] | None
 
 
 def of_mode(results: dict[str, Any], mode: str) -> list[dict[str, Any]]:
-    """Rows of a mode, the fastest first, those without figures last."""
-    rows = [row for row in results["rows"] if row["mode"] == mode]
-    return sorted(rows, key=lambda row: float("inf") if row["ms"] is None else row["ms"])
+    """Rows of a mode that have figures, the fastest first."""
+    return sorted(
+        (row for row in results["rows"] if row["mode"] == mode and row["ms"] is not None), key=itemgetter("ms")
+    )
+
+
+def without_figures(results: dict[str, Any], mode: str) -> str:
+    """The losses that were not timed in a mode, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        if row["mode"] == mode and row["ms"] is None:
+            reasons.setdefault(row["note"], []).append(row["side"])
+    return "; ".join(f"{', '.join(sides)}: {reason}" for reason, sides in reasons.items())
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """The row's figures as text, in the order of the columns."""
-    if row["ms"] is None:
-        return [row["note"], "", "", "", ""]
     peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.1f}"
     error = "" if row["error"] is None else f"{row['error']:.0e}"
     rate = f"{row['percent_of_gemms']:.0f} %"
@@ -73,7 +82,9 @@ def print_results(console, results: dict[str, Any]) -> None:
         for row in of_mode(results, mode):
             table.add_row(row["side"], *cells(row), style="bold" if row["side"] == OURS else None)
         console.print()
-        console.print(table, highlight=False)
+        console.print(table if table.rows else f"{mode}: no figures", highlight=False)
+        if left_out := without_figures(results, mode):
+            console.print(f" {left_out}", highlight=False)
     missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
     if missing:
         console.print(f"\nnot compared: {missing}", highlight=False)
@@ -83,7 +94,7 @@ def draw(results: dict[str, Any]) -> bytes:
     """A PNG: time and peak memory of every loss, a row of panels a mode."""
     from matplotlib.figure import Figure
 
-    modes = {mode: [row for row in of_mode(results, mode)[::-1] if row["ms"] is not None] for mode in MODES}
+    modes = {mode: of_mode(results, mode)[::-1] for mode in MODES}
     heights = [max(1, len(rows)) for rows in modes.values()]
     figure = Figure(figsize=(11, 0.34 * sum(heights) + 2.4), layout="constrained")
     panels = figure.subplots(len(modes), 2, squeeze=False, height_ratios=heights)
@@ -126,7 +137,9 @@ def page(results: dict[str, Any], picture: bytes) -> str:
             lines.append(f"<tr{kind}><th>{html.escape(row['side'])}</th>{figures}</tr>")
         names = "".join(f"<th>{name}</th>" for name in ("", *_COLUMNS))
         title = f"<h2>{mode.capitalize()}</h2><p>{_MEANS[mode]}. GEMMs: {GEMMS[mode]}.</p>"
-        tables.append(f'{title}<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>')
+        left_out = without_figures(results, mode)
+        note = f"<p>{html.escape(left_out)}.</p>" if left_out else ""
+        tables.append(f'{title}<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>{note}')
     missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
     about = "".join(
         f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"

@@ -7,22 +7,22 @@ from tests.zoo.check import REFUSED, RIGHT, UNBUILT, WRONG
 
 _HEAD = """# Which Hugging Face models
 
-Made by `python -m benchmarks.models` (`--merge RESULTS` adds a column); do not edit. {versions}.
-
 {summary}
+Versions: {versions}.
 
-Every class of transformers' causal-LM, image-text-to-text, multimodal-LM and sequence-to-sequence mappings is built
-from a shrunk configuration with random weights, and compared with itself: `token_logprobs` with the log-softmax of the
-model's own logits, `fused_lm_head`'s loss with the model's own loss, and the gradient of every parameter under both;
-the loss again with labels on padding, with `num_items_in_batch`, and with a tuple for output. Log-probs and losses
-agree to 2^-17, gradients to 2^-17 of each parameter's root mean square, or to 4 times what the model's own gradient
-moves by rounding. Models run in fp64, or in fp32 where their own forward knows only that.
-Multimodal models get text alone where they accept it, pictures or boxes where they do not. A class is
-
-- **right**: everything agrees;
+- **right**: loss, log-probs and every gradient are those of the model's own logits;
 - **refused**: our error says why, before anything is computed; the model's own loss is the way to go;
 - **cannot be built**: the class does not run here by itself, for the reason given;
 - **wrong**: a number is off. None may be.
+
+Every class of transformers' causal-LM, image-text-to-text, multimodal-LM and sequence-to-sequence mappings is shrunk,
+given random weights and compared with itself: `token_logprobs` with the log-softmax of its logits, `fused_lm_head`'s
+loss with its own loss, every gradient under both; the loss again with labels on padding, with `num_items_in_batch`
+and with a tuple for output. The bound is 2^-17, for a gradient of its root mean square, or 4 times what rounding
+moves the model's own. Models run in fp64, or in fp32 where their forward knows only that; multimodal ones get text
+alone where they accept it.
+
+Made by `python -m benchmarks.models` (`--merge RESULTS` adds a column); do not edit.
 """
 _TITLES = {
     "CAUSAL_LM": "Causal language models",
@@ -43,11 +43,29 @@ def page(sweeps: list[list[dict]]) -> str:
     versions = [_version(records) for records in sweeps]
     for mapping in MAPPINGS:
         rows = [_row(key, found, versions) for key, found in sorted(merged.items()) if _first(found) == mapping]
-        if not rows:
-            continue
-        parts += [f"## {_TITLES[mapping]}", "", f"| model type | class | {' | '.join(versions)} | head and remarks |"]
-        parts += ["|" + "---|" * (len(versions) + 3), *rows, ""]
+        if rows:
+            parts += [f"## {_TITLES[mapping]}", "", *section(rows, versions)]
     return "\n".join(parts)
+
+
+def section(rows: list[list[str]], versions: list[str]) -> list[str]:
+    """Lines: what is right as lists, by versions and remark, where three share them; a table of the others."""
+    lists: dict[str, list[list[str]]] = {}
+    for row in rows:
+        _, _, *verdicts, remark = row
+        right_in = [version for version, verdict in zip(versions, verdicts, strict=True) if verdict]
+        shared = " and ".join(right_in) + (f", {remark}" if remark else "")
+        lists.setdefault(shared if not set(verdicts) - {RIGHT, ""} else "", []).append(row)
+    lines, others = [], lists.pop("", [])
+    for shared, alike in lists.items():
+        if len(alike) < 3:
+            others += alike
+        else:
+            lines += [f"Right in {shared}: {', '.join(f'{kind} `{name}`' for kind, name, *_ in alike)}.", ""]
+    if others:
+        lines += [f"| model type | class | {' | '.join(versions)} | head and remarks |"]
+        lines += ["|" + "---|" * (len(versions) + 3), *(f"| {' | '.join(row)} |" for row in sorted(others)), ""]
+    return lines
 
 
 def summary(records: list[dict]) -> str:
@@ -70,7 +88,8 @@ def summary(records: list[dict]) -> str:
     return line + "\n".join(table) + "\n"
 
 
-def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> str:
+def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> list[str]:
+    """Model type, class, a verdict or "" for each version, remark."""
     record = next(found[version] for version in versions if version in found)
     said: dict[str, list[str]] = {}
     for version, each in found.items():
@@ -79,7 +98,7 @@ def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> s
     remarks += [f"{' and '.join(at)}: {text}" if len(at) < len(found) else text for text, at in said.items() if text]
     remark = "; ".join(filter(None, remarks)).replace("|", "\\|").replace("\n", " ")
     cells = [found[version]["verdict"] if version in found else "" for version in versions]
-    return f"| {key[0]} | {key[1]} | {' | '.join(cells)} | {remark} |"
+    return [*key, *cells, remark]
 
 
 def _shortened(record: dict) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import read
-from benchmarks.models_page import page
+from benchmarks.models_page import page, section
 from tests.zoo.build import pairs
 from tests.zoo.check import REFUSED, RIGHT, UNBUILT, WRONG, compare, examine, runnable
 from var_kernels.integrations.hf import calibration
@@ -135,9 +135,13 @@ def test_a_class_that_does_not_build_has_a_reason():
 
 
 def rows_of(text):
-    """{(model type, class): {version: verdict}} of every table."""
+    """{(model type, class): {version: verdict}} of every table and list."""
     found, versions = {}, []
     for line in text.splitlines():
+        if listed := re.match(r"Right in ([\d.]+(?: and [\d.]+)*)[:,] ", line):
+            for kind, name in re.findall(r"(\S+) `(\w+)`", line):
+                assert (kind, name) not in found
+                found[kind, name] = dict.fromkeys(listed[1].split(" and "), RIGHT)
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| model type"):
             versions = cells[2:-1]
@@ -181,4 +185,8 @@ def test_results_that_were_cut_off_are_read_and_shown(tmp_path):
         ("a", "B"): {"5.10.0": REFUSED, "5.9.0": REFUSED},
     }
     assert "no \\| head" in text
+    assert section([[kind, "A", RIGHT, "", "tied"] for kind in "abc"], ["5.10.0", "5.9.0"]) == [
+        "Right in 5.10.0, tied: a `A`, b `A`, c `A`.",
+        "",
+    ]
     assert "2 pairs of model type and class, 1 right, 1 refused, 0 wrong, 0 cannot be built here; 50.0 %" in text

@@ -357,8 +357,11 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     """(options of the run, options of the method's configuration): YAML first, flags over it, all checked."""
     known = (*_RUN, *_CONFIG, *_ONLINE, *_VAR)
     given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    flags = given | _without_aliases(args.extra)
     options = _without_aliases(read_yaml(args.config)) if args.config else {}
-    options = _of_variant(options | given | _without_aliases(args.extra))
+    if flags.get("model") or flags.get("from_scratch"):  # two answers to one question
+        options = {name: value for name, value in options.items() if name not in ("model", "from_scratch")}
+    options = _of_variant(options | flags)
     run_options = {name: default for name, (_, default, _) in _RUN.items()}
     config_options, rest = {}, {}
     for name, value in options.items():

@@ -70,7 +70,7 @@ _OTHERS: dict[str, tuple[Callable, str, bool]] = {
 
 def find_sides(device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
     """(name -> loss of all that can run here, name -> reason why another cannot)."""
-    sides: dict[str, Callable] = {OURS: ours, OURS_ANY: ours_any, PLAIN: plain}
+    sides: dict[str, Callable] = {OURS: ours, PLAIN: plain, OURS_ANY: ours_any}
     missing = {}
     if hasattr(F, "linear_cross_entropy"):
         sides["F.linear_cross_entropy"] = F.linear_cross_entropy

@@ -7,6 +7,7 @@ than the target has, lacks an instruction that it is there for, or feeds a wgmma
 """
 
 import argparse
+import csv
 import itertools
 import os
 import re
@@ -27,6 +28,7 @@ from var_kernels.kernels import forward_triton, labels_triton, pairs_triton, row
 from var_kernels.kernels.pairs import KINDS
 
 KIB = 1024
+RESULTS = Path(__file__).parent / "results" / "computed" / "kernels.csv"
 TARGETS = {
     # Of sm_86 and sm_89, which run the same code; sm_80 has 163 KiB.
     "sm_80": (GPUTarget("cuda", 80, 32), 99 * KIB),
@@ -351,10 +353,37 @@ def register_operands(compiled) -> int:
     return len(re.findall(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx))
 
 
+def write(page: Path, targets: list[str], lines: list[list[str]]) -> None:
+    """All lines to a CSV; to the page those in bf16, without what an odd V changes by a few registers."""
+    with RESULTS.open("w", newline="") as out:
+        print(f"# registers a thread / bytes of shared memory a program, Triton {triton.__version__}", file=out)
+        csv.writer(out).writerows([["kernel", *targets], *lines])
+    shown = [line for line in lines if not re.search(r"\b(fp16|fp32|odd V)\b", line[0])]
+    rows = [["kernel", *targets], ["---"] * (1 + len(targets)), *shown]
+    page.write_text(_PAGE.format(version=triton.__version__) + "".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+_PAGE = """# Kernels, compiled
+
+Registers a thread / bytes of shared memory a program, by Triton {version} without a GPU. Tiles were chosen by this
+table, not by time. Nothing spills with Triton 3.6 to 3.9 but what `KNOWN_SPILLS` in the script names: configurations on
+no hot path, at most 64 bytes a thread. fp16, fp32 and an odd V (50257):
+[kernels.csv](../benchmarks/results/computed/kernels.csv). Made by
+
+    python benchmarks/compile_kernels.py --markdown docs/kernels.md
+
+- Each is compiled as a launch compiles it: one target a row is a constant, sizes and strides that are multiples of 16
+  are known to be. Bare: V = 128256. Every option: an odd V and several targets a row as well. A thread moves 16 bytes.
+- Every fused forward of 16-bit operands holds its target's matrix instructions (wgmma and TMA loads on sm_90, tcgen05
+  on sm_100); no wgmma takes an operand from registers. An empty cell: the tile is for other targets.
+
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--markdown", type=Path, help="write the page here, and its CSV")
     args = parser.parse_args()
     lines, failures = [], []
     for configuration in configurations():
@@ -380,30 +409,10 @@ def main() -> int:
             if missing:
                 failures.append(f"{configuration.name} on {name}: no {', '.join(missing)}")
             cells.append(f"{registers} / {shared}" + (f" / spills {spill}" if spill else ""))
-        lines.append(f"| {configuration.name} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    if args.markdown:
-        head = [
-            "# Kernels, compiled",
-            "",
-            f"Registers a thread / bytes of shared memory a program, Triton {triton.__version__}, compiled without a",
-            "GPU by `python benchmarks/compile_kernels.py --markdown docs/kernels.md`. Tiles were chosen by this",
-            "table, not by time.",
-            "",
-            "- Each is compiled as a launch compiles it: one target a row is a constant, sizes and strides that are",
-            "  multiples of 16 are known to be. Bare: V = 128256. Odd V: 50257, loaded and stored up to the padded",
-            "  end of a row. Every option: an odd V and several targets a row as well. A thread moves 16 bytes.",
-            "- With Triton 3.6 to 3.9 nothing spills but what `KNOWN_SPILLS` in the script names: configurations on no",
-            "  hot path, at most 64 bytes a thread.",
-            "- Every fused forward of 16-bit operands holds its target's matrix instructions (wgmma and TMA loads on",
-            "  sm_90, tcgen05 on sm_100); no wgmma takes an operand from registers. An empty cell: the tile is for",
-            "  other targets.",
-            "",
-            f"| kernel | {' | '.join(args.targets)} |",
-            "|---" * (len(args.targets) + 1) + "|",
-        ]
-        if not failures:
-            args.markdown.write_text("\n".join([*head, *lines]) + "\n")
+        lines.append([configuration.name, *cells])
+        print(" | ".join(lines[-1]), flush=True)
+    if args.markdown and not failures:
+        write(args.markdown, args.targets, lines)
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
     return 1 if failures else 0

@@ -22,6 +22,7 @@ def test_example_runs(name):
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", run.stdout)]
     assert len(losses) >= 4
+    assert re.search(r"no logits made: loss \d+\.\d+ -> \d+\.\d+$", run.stdout.strip())
 
 
 def measured(path: Path | str) -> list[dict]:
@@ -211,3 +212,13 @@ def test_figures_of_models_are_those_of_the_sweep():
     assert f"of the {pairs} language-model classes" in text
     assert f"{right} give their own" in text
     assert f"{refused} are refused with a reason, none is wrong, {unbuilt} could not be built" in text
+
+
+def test_figures_of_the_compiled_kernels_are_those_of_the_file():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    rows = {f"| {' | '.join(row.values())} |" for row in measured("computed/kernels.csv")}
+    shown = {line for line in page.splitlines() if re.match(r"\| (?!kernel|---)", line)}
+    assert shown <= rows
+    assert len(rows) > len(shown) > 30
+    (triton,) = re.findall(r"Triton (\d\S*)", (ROOT / "benchmarks/results/computed/kernels.csv").read_text())
+    assert f"by Triton {triton} without a GPU" in page

@@ -27,10 +27,13 @@ student = copy.deepcopy(teacher).train().requires_grad_(True)
 student.model.layers = student.model.layers[: args.layers]
 student.config.num_hidden_layers = args.layers
 optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate)
+losses = []
 for step, text in enumerate(filter(str.strip, args.texts.read_text().splitlines())):
     batch = tokenizer(text, return_tensors="pt", truncation=True, max_length=args.max_length)
     loss = distillation_loss(student, teacher, {**batch, "labels": batch["input_ids"]}, direction=args.direction)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+    losses.append(loss.item())
     print(f"step {step}: {args.direction} divergence {loss.item():.4f} nats per token", flush=True)
+print(f"a student of {args.layers} layers, {len(losses)} steps: {losses[0]:.4f} -> {losses[-1]:.4f} nats per token")

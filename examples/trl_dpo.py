@@ -50,10 +50,13 @@ with tempfile.TemporaryDirectory() as folder:
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    FusedDPOTrainer(
+    trainer = FusedDPOTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-    ).train()
+    )
+    trainer.train()
+logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+print(f"DPO, 20 steps of TRL's own trainer, no logits made: loss {logged[0]:.3f} -> {logged[-1]:.3f}")

@@ -17,7 +17,23 @@ ROOT = Path(__file__).parents[1]
 def test_trl_example_runs(name, capsys):
     pytest.importorskip("trl", reason="trl is not installed")
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-    assert len(re.findall(r"'loss': '?-?\d", capsys.readouterr().out)) == 4
+    out = capsys.readouterr().out
+    assert len(re.findall(r"'loss': '?-?\d", out)) == 4
+    assert re.search(r"no logits made: (loss|reward) -?\d+\.\d+ -> -?\d+\.\d+\n", out)
+
+
+def test_distillation_example_learns(tmp_path, capsys, monkeypatch):
+    from tests.tiny_training import ROWS, tiny_model, tokenizer
+
+    tiny_model(dtype=torch.float32, initializer_range=0.5).save_pretrained(tmp_path / "teacher")  # layers that matter
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "texts.txt").write_text(12 * f"{ROWS[0]['prompt']}{ROWS[0]['completions'][0]}\n")
+    words = ["distill.py", str(tmp_path / "teacher"), str(tmp_path / "texts.txt"), "--layers", "1"]
+    monkeypatch.setattr("sys.argv", [*words, "--learning-rate", "3e-3"])
+    runpy.run_path(str(ROOT / "examples" / "distill.py"))
+    out = capsys.readouterr().out
+    first, last = map(float, re.search(r"1 layers, 12 steps: (\S+) -> (\S+) nats", out).groups())
+    assert last < 0.5 * first
 
 
 def test_lightning_example_learns(capsys):

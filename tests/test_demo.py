@@ -184,18 +184,30 @@ MUTANTS = {
 }
 
 
+def trained(finished, folder, plan) -> dict:
+    """The row of a VAR policy on the completions of the finished run."""
+    results, made, at, _ = finished
+    rows = [json.loads(line) for line in (made / "data" / "completions.jsonl").read_text().splitlines()]
+    policy, _ = experiment.align("VAR", at, rows, Run(plan, 0, folder, CPU), lambda: None)
+    drawn = replies.draw(policy, at.tokenizer, at.held_out, plan.eval_samples, plan.sampling, at.reward, 3)
+    return replies.summarise(drawn, of_reference(results, at), torch.zeros(len(at.held_out), plan.eval_samples))
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_broken_weights_miss_the_margin(finished, tmp_path, monkeypatch, mutant):
-    results, folder, at, _ = finished
-    rows = [json.loads(line) for line in (folder / "data" / "completions.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("kept", [None, 3])
+def test_broken_weights_miss_the_margin(finished, tmp_path, monkeypatch, mutant, kept):
+    """Also where VAR trains on the few completions that it weighs most, as on the real model."""
     monkeypatch.setattr(row_weights, "var_weights", MUTANTS[mutant](row_weights.var_weights))
-    policy, _ = experiment.align("VAR", at, rows, Run(QUICK, 0, tmp_path, CPU), lambda: None)
-    drawn = replies.draw(policy, at.tokenizer, at.held_out, QUICK.eval_samples, QUICK.sampling, at.reward, 3)
-    row = replies.summarise(drawn, of_reference(results, at), torch.zeros(len(at.held_out), QUICK.eval_samples))
+    row = trained(finished, tmp_path, dataclasses.replace(QUICK, kept=kept))
     assert row["gain"] < MARGIN / 2
     assert row["gain"] < 3 * row["gain_error"]
     if mutant == "wrong sign":
         assert row["gain"] < -MARGIN
+
+
+def test_the_heaviest_completions_alone_raise_the_reward(finished, tmp_path):
+    row = trained(finished, tmp_path, dataclasses.replace(QUICK, kept=3))
+    assert row["gain"] > max(MARGIN, 3 * row["gain_error"])
 
 
 def of_reference(results: dict, at: Subject) -> Drawn:
@@ -280,10 +292,11 @@ def test_a_cut_reply_is_left_out_of_its_row(tmp_path):
     assert [text[0]["content"] for text in rows[1]["completions"]] == ["4", "5", "6", "7"]
 
 
-def test_the_best_of_each_prompt_and_the_first_replies():
-    row = {"prompt": "a", "completions": ["x", "y", "z"], "rewards": [0.1, 0.9, 0.5]}
-    assert experiment.best_of_each([row], 2) == [{"prompt": "a", "completions": ["y", "z"], "rewards": [0.9, 0.5]}]
-    assert experiment.best_of_each([row], None) == [row]
+def test_the_heaviest_of_each_prompt_and_the_first_replies():
+    row = {"prompt": "a", "completions": list("wxyz"), "rewards": [0.1, 0.9, 0.5, 0.5]}
+    best = {"prompt": "a", "completions": ["x", "y"], "rewards": [0.9, 0.5]}
+    assert experiment.heaviest([row, row], 2, lam=0.05) == [best, best]
+    assert experiment.heaviest([row], 8, lam=0.05) == [row]
     drawn = Drawn(["a", "b"], 3, [[i] for i in range(6)], list("uvwxyz"), [True] * 6, [float(i) for i in range(6)])
     found = replies.first(drawn, 2)
     assert (found.k, found.texts, found.token_ids) == (2, list("uvxy"), [[0], [1], [3], [4]])

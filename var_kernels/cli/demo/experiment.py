@@ -9,7 +9,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from var_kernels.cli.demo.replies import Drawn, Prompt, Reward, Sampling, draw, prompt_ids
-from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
+from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config, row_weights
 
 # What can be trained on the completions that the reference drew: name -> the method and its settings; the strength of
 # the pull to the reference, ``lam``, is "beta" for DPO.
@@ -152,13 +152,14 @@ def rows_of(drawn: Drawn) -> list[dict]:
     return rows
 
 
-def best_of_each(rows: list[dict], kept: int | None) -> list[dict]:
-    """The same rows with the ``kept`` completions of the largest rewards, and so of VAR's largest weights, in their
-    order."""
+def heaviest(rows: list[dict], kept: int, lam: float) -> list[dict]:
+    """The same rows with the ``kept`` completions that VAR weighs most, in their order."""
     found = []
     for row in rows:
-        best = sorted(sorted(range(len(row["rewards"])), key=lambda i: -row["rewards"][i])[:kept])
-        found.append({**row, **{key: [row[key][i] for i in best] for key in ("completions", "rewards")}})
+        rewards = torch.tensor(row["rewards"])
+        weight = row_weights.var_weights(rewards, lam=lam, group_ids=torch.zeros(len(rewards), dtype=torch.long)).weight
+        places = sorted(weight.argsort(descending=True, stable=True)[:kept].tolist())
+        found.append({**row, **{key: [row[key][i] for i in places] for key in ("completions", "rewards")}})
     return found
 
 
@@ -177,7 +178,7 @@ def align(
     batch = plan.align_prompts * (plan.completions if name == "SFT" else 1)
     rate = plan.align_rate * (DPO_RATE if name == "DPO" else 1.0)
     method, settings = METHODS[name]
-    rows = best_of_each(rows, plan.kept) if name == "VAR" else rows
+    rows = heaviest(rows, plan.kept, plan.lam) if name == "VAR" and plan.kept else rows
     settings = {key: plan.lam if value == "lam" else value for key, value in settings.items()}
     settings["logp_temperature"] = plan.sampling.temperature  # of the distribution that drew them
     config, options = run.config(method, plan.align_steps, batch, rate, **settings), {}

@@ -124,17 +124,66 @@ def test_figures_of_the_demo_are_measured():
 
 
 def test_figures_on_real_weights_are_measured():
-    page = (ROOT / "docs" / "real.md").read_text()
-    for row in measured("cpu-avx-512/real-errors.csv"):
-        keys = ("loss_error", "logp_rms", "dhidden_rms", "dweight_rms")
-        figures = [f"{float(row[key]):.1e}" if row[key] else "" for key in keys]
-        line = f"| {row['dtype']} | {row['head']} | {float(row['loss']):.5f} | {' | '.join(figures)} |"
-        assert line.replace("  ", " ").replace("  ", " ") in page
-    for row in measured("cpu-avx-512/real-steps.csv"):
-        whose = "ours" if row["head"] == "var_kernels" else "transformers' loss"
-        assert f"{float(row['peak_mib']):,.0f} MiB with {whose}" in page
-    (row,) = measured("cpu-avx-512/real-sparsity.csv")
-    assert f"{row['kept']} of {row['tiles']} tiles are kept, {float(row['kept_share']):.1%}".replace("%", " %") in page
+    """``python -m benchmarks.real page`` writes them."""
+    from benchmarks.real.tables import PAGE, tables
+
+    page = PAGE.read_text()
+    for name, table in tables(ROOT / "benchmarks" / "results" / "cpu-avx-512-bf16").items():
+        assert f"<!-- {name} -->\n{table}<!-- end of {name} -->\n" in page
+    distilled = measured("cpu-avx-512-bf16/real-distill.csv")[0]
+    assert f"by {float(distilled['fall']):.2f} ± {float(distilled['fall_error']):.2f}" in page
+
+
+def test_tables_of_real_weights_by_hand():
+    from benchmarks.real.tables import errors, sparsity, steps, study
+
+    row = {"model": "gemma", "dtype": "bfloat16", "tokens": "510"}
+    figures = {"loss": "4.169214", "loss_error": "-0.00131", "logp_rms": "", "dhidden_rms": "", "dweight_rms": "2e-6"}
+    assert errors([{**row, "head": "plain", **figures}]).splitlines()[2] == (
+        "| Gemma | bf16 | 510 | plain | 4.16921 | -1.3e-03 | | | 2.0e-06 |"
+    )
+    tiles = {"tiles": "384", "kept": "382", "kept_share": "0.994792", "median_p_y": "0.129"}
+    assert sparsity([{**row, **tiles}]).splitlines()[2] == "| Gemma | 510 | 384 | 382 | 99.5 % | 0.13 |"
+    measured = {
+        **row,
+        "checkpointing": "1",
+        "head": "none",
+        "peak_mib": "3146.9",
+        "tokens_per_s": "81.3",
+        "missing": "",
+    }
+    absent = {**measured, "head": "Liger", "peak_mib": "", "missing": "not installed"}
+    none = {**measured, "head": "TRL", "tokens": "1024", "peak_mib": "", "missing": "needs more than 3.0 GiB"}
+    found = steps([measured, absent, none, {**measured, "head": "TRL"}])
+    assert found.splitlines()[0] == "| model | weights | tokens | checkpointing | body alone | TRL |"
+    assert found.splitlines()[2] == "| Gemma | bf16 | 510 | yes | 3,147 MiB, 81/s | 3,147 MiB, 81/s |"
+    assert found.splitlines()[3] == "| Gemma | bf16 | 1,024 | yes | | needs more than 3.0 GiB |"
+    names = ("weighted_nll", "lift", "pair_accuracy", "kl", "ess_share", "seconds")
+    runs = [(2.0, 0.0, 0.5, 0.0, "", ""), (1.5, 0.02, 0.6, 3.0, 0.4, 30.0), (1.7, 0.04, 0.6, 5.0, 0.6, 40.0)]
+    rows = [dict(zip(names, map(str, run), strict=True)) for run in runs]
+    rows = [{"method": "VAR", **made} for made in rows]
+    rows[0]["method"] = "reference"
+    assert study(rows).splitlines()[2] == (
+        "| VAR | 0.400 ± 0.100 | 0.200 | 0.030 ± 0.010 | 0.015 | 0.600 ± 0.000 | 4.00 ± 1.00 | 0.50 ± 0.10 | 35 ± 5 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "reason"),
+    [
+        (1, "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried", "needs more than 2.0 GiB"),
+        (1, "MemoryError", "needs more than 2.0 GiB"),
+        (-9, "", "needs more than 2.0 GiB"),
+        (1, "Traceback\nModuleNotFoundError: No module named 'x'\n", "ModuleNotFoundError: No module named 'x'"),
+        (-11, "", "ended with status -11"),
+    ],
+)
+def test_a_step_that_could_not_run_says_why(code, said, reason):
+    from subprocess import CompletedProcess
+
+    from benchmarks.real.steps import _reason
+
+    assert _reason(CompletedProcess([], code, "", said), 2 * 2**30) == reason
 
 
 def test_demo_figures_are_written_from_a_run(tmp_path):

@@ -4,8 +4,9 @@
     python -m benchmarks.real sparsity --text FILE [--model smollm2|gemma] [--tokens 1024]
     python -m benchmarks.real steps    --text FILE [--model ...] [--tokens 1024 4096 16384] [--dtype float32 bfloat16]
                                        [--heads ...] [--checkpointing]
-    python -m benchmarks.real study    --text FILE [--seeds 0 1 2] [--reduced]      and docs/real-study.svg
+    python -m benchmarks.real study    --text FILE [--seeds 0 1 2] [--reduced]
     python -m benchmarks.real distill  --text FILE [--seeds 0 1 2] [--reduced]
+    python -m benchmarks.real page     the tables and the picture of docs/real.md, from the CSVs
 
 FILE: rows of {"prompt", "completions", "rewards"}, one JSON object a line (.jsonl, .jsonl.gz). Rows are added to the
 CSV; those of the same settings are replaced. A study that was cut goes on where it ended; --reduced, a few minutes,
@@ -24,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("section", choices=("errors", "sparsity", "steps", "study", "distill"))
-    parser.add_argument("--text", type=Path, required=True, help="file of rated completions")
+    parser.add_argument("section", choices=("errors", "sparsity", "steps", "study", "distill", "page"))
+    parser.add_argument("--text", type=Path, help="file of rated completions")
     parser.add_argument("--model", default="smollm2", choices=("smollm2", "gemma"))
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
@@ -35,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reduced", action="store_true", help="few steps: the figures mean little")
     parser.add_argument("--out", type=Path, default=results_folder(), help="folder of the CSV (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not args.text.is_file():
-        parser.error(f"--text: expected a file, {args.text} is none")
+    if args.section != "page" and not (args.text and args.text.is_file()):
+        parser.error(f"--text must be a file of rated completions, got {args.text}")
     sections = {"errors": _errors, "sparsity": _sparsity, "steps": _steps, "study": _study, "distill": _distill}
-    sections[args.section](args)
+    (sections | {"page": _page})[args.section](args)
     return 0
 
 
@@ -63,20 +64,25 @@ def _steps(args) -> None:
 
     for tokens in args.tokens or [1024, 4096, 16384]:
         for dtype in args.dtype:
-            rows = measure(args.model, args.text, dtype, args.checkpointing, tokens, args.heads or HEADS)
-            _write(args.out / "real-steps.csv", COLUMNS, rows, 5)
+            for row in measure(args.model, args.text, dtype, args.checkpointing, tokens, args.heads or HEADS):
+                _write(args.out / "real-steps.csv", COLUMNS, [row], 5)
 
 
 def _study(args) -> None:
-    from benchmarks.real.plots import PICTURE, picture
     from benchmarks.real.study import COLUMNS, KEYS, REDUCED, Sizes, runs
 
     path = args.out / ("real-study-reduced.csv" if args.reduced else "real-study.csv")
     done = {tuple(row[:KEYS]) for row in _rows(path)}
     for row in runs(args.text, args.seeds, REDUCED if args.reduced else Sizes(), done):
         _write(path, COLUMNS, [row], KEYS)
-    if not args.reduced:
-        PICTURE.write_text(picture(_rows(path), COLUMNS))
+
+
+def _page(args) -> None:
+    from benchmarks.real import plots, tables
+
+    tables.write(args.out)
+    if rows := tables.read(args.out / "real-study.csv"):
+        plots.write(rows)
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import resource
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -15,30 +19,38 @@ from var_kernels.cli.demo.memory import peak_reader
 from var_kernels.integrations.hf import fused_lm_head
 
 LENGTH = 256
-# seconds: of the processor, all threads together
-COLUMNS = ("model", "dtype", "checkpointing", "tokens", "head", "tokens_per_s", "seconds", "peak_mib", "before_mib")
-HEADS = ("transformers", "torch.compile", "F.linear_cross_entropy", "TRL", "Liger", "var_kernels")
+# seconds: of the processor, all threads together; missing: why a row has no figures
+COLUMNS = (
+    *("model", "dtype", "checkpointing", "tokens", "head", "tokens_per_s", "seconds", "peak_mib", "before_mib"),
+    "missing",
+)
+BODY = "none"  # hidden states and their gradient without any head: the memory that no loss changes
+HEADS = (BODY, "transformers", "torch.compile", "F.linear_cross_entropy", "TRL", "Liger", "var_kernels")
 
 
-def measure(name: str, text: Path, dtype: str, checkpointing: bool, tokens: int, heads=HEADS) -> list[dict]:
-    """A row of each head; one that cannot run here has no figures, and the reason is printed."""
-    rows = []
+def measure(name: str, text: Path, dtype: str, checkpointing: bool, tokens: int, heads=HEADS) -> Iterator[dict]:
+    """Yield a row of each head, the reason in place of the figures where it cannot run here.
+
+    A step may take three quarters of the memory that is free when it starts: one that needs more ends alone.
+    """
     for head in heads:
         row = dict(model=name, dtype=dtype, checkpointing=int(checkpointing), tokens=tokens, head=head)
+        limit = psutil.virtual_memory().available * 3 // 4
         command = [sys.executable, "-m", __name__, name, str(text), dtype, str(int(checkpointing)), str(tokens), head]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run([*command, str(limit)], capture_output=True, text=True, check=False)
         found = [line for line in run.stdout.splitlines() if line.startswith("{")]
-        if found:
-            row |= json.loads(found[-1])
-        else:
-            print(
-                f"{head}: {(run.stderr.strip() or f'ended by signal {-run.returncode}').splitlines()[-1]}", flush=True
-            )
-        rows.append(row)
-    return rows
+        yield row | (json.loads(found[-1]) if found else {"missing": _reason(run, limit)})
 
 
-def main(name: str, text: str, dtype: str, checkpointing: str, tokens: str, head: str) -> None:
+def _reason(run: subprocess.CompletedProcess, limit: int) -> str:
+    refused = ("can't allocate memory", "MemoryError", "bad_alloc")
+    if run.returncode == -signal.SIGKILL or any(words in run.stderr for words in refused):
+        return f"needs more than {limit / 2**30:.1f} GiB"
+    return (run.stderr.strip() or f"ended with status {run.returncode}").splitlines()[-1]
+
+
+def main(name: str, text: str, dtype: str, checkpointing: str, tokens: str, head: str, limit: str) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
     model, tokenizer = load(name, getattr(torch, dtype))
     model.train()
     if int(checkpointing):
@@ -46,8 +58,6 @@ def main(name: str, text: str, dtype: str, checkpointing: str, tokens: str, head
     ids = tokens_of(Path(text), tokenizer, int(tokens), LENGTH)
     with prepared(head, model) as loss:
         loss(ids[:1]).backward()  # brings the gradients' memory, compiles
-        if head == "torch.compile":  # the shape that is measured
-            loss(ids).backward()
         read = peak_reader("cpu")
         before, began = read(), time.process_time()  # of the processor: other work may wait in between
         loss(ids).backward()
@@ -68,13 +78,16 @@ def prepared(head: str, model):
 
         return loss
 
-    if head == "var_kernels":
+    if head == BODY:
+        yield on_hidden(lambda h, w, labels: h.float().mean())
+    elif head == "var_kernels":
         with fused_lm_head(model):
             yield own
     elif head == "transformers":
         yield own
     elif head == "torch.compile":
-        yield on_hidden(torch.compile(lambda h, w, labels: F.cross_entropy(F.linear(h, w).float(), labels)))
+        plain = lambda h, w, labels: F.cross_entropy(F.linear(h, w).float(), labels)  # noqa: E731
+        yield on_hidden(torch.compile(plain, dynamic=True))
     elif head == "F.linear_cross_entropy":
         yield on_hidden(F.linear_cross_entropy)
     elif head == "TRL":

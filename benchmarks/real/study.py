@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ COLUMNS = (
     *("clear_pairs", "kl", "kl_error", "ess_share", "seconds"),
 )
 KEYS = 3  # columns that tell a run from the others
+SHARP = "VAR, lambda 0.05"  # the same judge; a run of its own beside VAR at the sizes' lam
+_NAMES = {name: (name, None) for name in METHODS} | {SHARP: ("VAR", 0.05)}  # (method, its lam; None: the sizes')
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,24 @@ def runs(file: Path, seeds: list[int], sizes: Sizes, done: Collection[tuple[str,
     if ("reference", "0", str(sizes)) not in done:
         figures = held_out_figures(model, texts, reference_logp, judged)
         yield {"method": "reference", "seed": 0, "sizes": sizes, **figures}
-    for seed, name in ((seed, name) for seed in seeds for name in METHODS):
+    for seed, name in ((seed, name) for seed in seeds for name in _NAMES):
         if (name, str(seed), str(sizes)) in done:
             continue
+        method, own = _NAMES[name]
+        lam = own or sizes.lam
         torch.manual_seed(seed)
         seen = random.Random(seed).sample(train, sizes.steps)
         began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(plan, seed, Path(folder), torch.device("cpu"), sizes.max_length)
-            policy, _ = align(name, subject, copy.deepcopy(seen), run, lambda: None, merge=False)
+            run = Run(replace(plan, lam=lam), seed, Path(folder), torch.device("cpu"), sizes.max_length)
+            policy, _ = align(method, subject, copy.deepcopy(seen), run, lambda: None, merge=False)
         seconds = time.process_time() - began
         drawn = draw(policy, tokenizer, prompts, plan.eval_samples, sampling, _no_reward, seed)
         kl, error = mean_and_error(kl_to_reference(policy, model, tokenizer, drawn, sampling))
         yield {
             **{"method": name, "seed": seed, "sizes": sizes, "kl": kl, "kl_error": error, "seconds": seconds},
             **held_out_figures(policy, texts, reference_logp, judged),
-            **({"ess_share": _ess_share(seen, sizes.lam)} if name == "VAR" else {}),
+            **({"ess_share": _ess_share(seen, lam)} if method == "VAR" else {}),
         }
 
 

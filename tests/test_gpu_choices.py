@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from var_kernels.kernels import gemm_torch as gemm
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.ops import head, kl_engine, plan
+from var_kernels.ops import head, plan
 from var_kernels.ops.head import Head, HeadOptions, Needs
 
 pytest.importorskip("triton", reason="the backend of CUDA tensors")
@@ -104,9 +104,9 @@ def test_kl_in_one_pass_or_two(name, d, v, one, stored, monkeypatch):
     """
     monkeypatch.setattr(head, "_cuda_memory", lambda index: GPUS[name][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
-    pair = kl_engine.HeadPair(head_of(N, d, v), head_of(N, d, v), "reverse", 0.5)
-    assert kl_engine.chunks_fit(pair) == one
-    assert kl_engine.stored_fits(pair) == stored
+    pair = head.HeadPair(head_of(N, d, v), head_of(N, d, v), "reverse", 0.5)
+    assert plan.chunks_fit(pair) == one
+    assert plan.stored_fits(pair) == stored
 
 
 def test_few_rows_are_one_chunk(monkeypatch):
@@ -114,5 +114,5 @@ def test_few_rows_are_one_chunk(monkeypatch):
     monkeypatch.setattr(head, "_cuda_memory", lambda index: GPUS["H200"][0] << 20)
     monkeypatch.setattr(gemm, "_cuda_major", lambda index: 9)
     assert plan.one_pass_fits(head_of(100, 2048, 128256))
-    pair = kl_engine.HeadPair(head_of(100, 2048, 128256), head_of(100, 2048, 128256), "reverse", 0.5)
-    assert kl_engine.chunks_fit(pair)
+    pair = head.HeadPair(head_of(100, 2048, 128256), head_of(100, 2048, 128256), "reverse", 0.5)
+    assert plan.chunks_fit(pair)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from var_kernels.kernels.compile_time import compile_time
+from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
-from var_kernels.ops.backend import choose_backend, kernels_of, warn_in_plain_torch
+from var_kernels.ops.backend import choose_backend, kernels_of, pair_kernels, warn_in_plain_torch
 from var_kernels.ops.signatures import LogprobKeywords
 
 Tensors = tuple[Tensor | None, ...]
@@ -134,6 +135,34 @@ class Head:
 
     def bias_slice(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias_V is None else self.bias_V[start:stop]
+
+
+@dataclass
+class HeadPair:
+    """The policy's head p and the reference's q, over the same rows and vocabulary, and what is computed of them."""
+
+    policy: Head
+    ref: Head
+    kind: str
+    beta: float
+
+    def __post_init__(self):
+        self.n, self.v, self.budget = self.policy.n, self.policy.v, self.policy.options.budget
+        wide = torch.promote_types(self.policy.tile, self.ref.tile)
+        self.math = torch.promote_types(wide, torch.float32)
+        self.device = self.policy.device
+        self.options = PairOptions(self.kind, self.beta, self.policy.options.transform, self.ref.options.transform)
+        backends = {self.policy.options.backend, self.ref.options.backend}
+        self.kernels = pair_kernels("torch" if "torch" in backends else self.policy.options.backend)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.math, device=self.device)
+
+    def empty_state(self) -> Tensor:
+        return empty_state(self.n, self.math, self.device)
+
+    def divergence(self, state_6N: Tensor) -> Tensor:
+        return divergence_of(state_6N, self.options).to(self.math)
 
 
 def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:

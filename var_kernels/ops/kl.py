@@ -12,18 +12,15 @@ from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.define import Forward, define_op, gradient_shapes
 from var_kernels.ops.engines import new_cached
-from var_kernels.ops.head import Head, HeadCall, Needs, Tensors, autocasts, prepare, tile_dtype
+from var_kernels.ops.head import Head, HeadCall, HeadPair, Needs, Tensors, autocasts, prepare, tile_dtype
 from var_kernels.ops.kl_engine import (
-    HeadPair,
-    chunks_fit,
     divergence_pass,
     gradient_chunk_pass,
     recomputed_gradients,
-    stored_fits,
     stored_gradient_pass,
     stored_gradients,
 )
-from var_kernels.ops.plan import underflows
+from var_kernels.ops.plan import way_of_gradients
 from var_kernels.ops.signatures import (
     DIRECTIONS,
     ENGINES,
@@ -128,14 +125,9 @@ def linear_token_kl(
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
-    one_pass = head.needs.some and (
-        engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
-    )
-    if reduction == "sum" and one_pass:
+    way = way_of_gradients(pair, engine, known=reduction == "sum")
+    if way == "known":
         return _weighted_kl(WeightedKLArguments(head, ref, direction, pair.beta, weight_N, active_N), call.traced)[0]
-    way = "stored" if head.needs.some and stored_fits(pair) else "recomputed"
-    if one_pass and head.needs.hidden_alone:
-        way = "frozen"
     (kl_N,) = _unweighted_kl(TokenKLArguments(head, ref, direction, pair.beta, way), call.traced)
     kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N

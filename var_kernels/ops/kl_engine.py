@@ -9,13 +9,10 @@ recomputed_gradients     4 GEMMs   backward for any upstream gradient: both head
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
-from var_kernels.ops.backend import pair_kernels
 from var_kernels.ops.engines import (
     Gradients,
     compute_logits,
@@ -28,169 +25,82 @@ from var_kernels.ops.engines import (
     spans,
     token_products,
 )
-from var_kernels.ops.head import Head, Tensors
-from var_kernels.ops.plan import (
-    MAX_CPU_BACKWARD_ROWS,
-    MAX_FORWARD_ROWS,
-    TileCost,
-    accumulator_bytes,
-    cpu_tile_budget,
-    operand_copies,
-    plan_forward,
-    plan_slices,
-    plan_token_chunks,
-    shortest_chunk,
-)
+from var_kernels.ops.head import Head, HeadPair, Tensors
+from var_kernels.ops.plan import divergence_plan, gradient_chunk_plan, recomputed_plan, stored_gradient_plan
 
 
-@dataclass
-class HeadPair:
-    """The policy's head p and the reference's q, over the same rows and vocabulary, and what is computed of them."""
+def _tiles(pair: HeadPair, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return new_tile(pair.policy, rows, columns), new_tile(pair.ref, rows, columns)
 
-    policy: Head
-    ref: Head
-    kind: str
-    beta: float
 
-    def __post_init__(self):
-        self.n, self.v, self.budget = self.policy.n, self.policy.v, self.policy.options.budget
-        wide = torch.promote_types(self.policy.tile, self.ref.tile)
-        self.math = torch.promote_types(wide, torch.float32)
-        self.device = self.policy.device
-        self.options = PairOptions(self.kind, self.beta, self.policy.options.transform, self.ref.options.transform)
-        backends = {self.policy.options.backend, self.ref.options.backend}
-        self.backend = "torch" if "torch" in backends else self.policy.options.backend
-        self.kernels = pair_kernels(self.backend)
+def _logits(pair: HeadPair, storages, rows: slice, columns: slice, step: int) -> tuple[Tensor, Tensor]:
+    """Raw logits of the policy and of the reference, each in its tile's dtype, from GEMMs of ``step`` columns."""
+    (own, other), whole = storages, (rows, columns, step)
+    return compute_logits(pair.policy, own, *whole), compute_logits(pair.ref, other, *whole)
 
-    def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.math, device=self.device)
 
-    def empty_state(self) -> Tensor:
-        return empty_state(self.n, self.math, self.device)
-
-    def divergence(self, state_6N: Tensor) -> Tensor:
-        return divergence_of(state_6N, self.options).to(self.math)
-
-    def rows(
-        self,
-        tiles: tuple[Tensor, Tensor],
-        rows: slice,
-        v_start: int,
-        state_6N: Tensor,
-        upstream_N: Tensor | None = None,
-        out_nv: Tensor | None = None,
-        **stages: bool,
-    ) -> Tensor | None:
-        """The pair kernels on one tile of each model; a gradient is in the operands' dtype, or in the tile's beside a
-        bias that learns.
-        """
-        z_nv, w_nv = tiles
-        v_stop = v_start + z_nv.shape[1]
-        biases = (head.bias_slice(v_start, v_stop) for head in (self.policy, self.ref))
-        # The columns' entries cancel, so they are summed before they are rounded.
-        dtype = self.policy.tile if self.policy.needs.bias else self.policy.operand
-        return self.kernels.pair_rows(
-            z_nv,
-            w_nv,
-            state_6N[:, rows],
-            self.options,
-            *biases,
-            **stages,
-            upstream_n=None if upstream_N is None else upstream_N[rows],
-            out_dtype=dtype,
-            out_nv=out_nv,
-        )
-
-    def cost(self, *, gradient: bool) -> TileCost:
-        """Bytes of a tile of both heads' logits; operands' copies are made for one head at a time."""
-        copies = operand_copies(self.policy, gradient), operand_copies(self.ref, False)
-        raw = self.policy.tile.itemsize + self.ref.tile.itemsize
-        narrows = self.policy.operand != self.policy.tile
-        copied = self.kernels.COPIES_GRADIENT or (self.policy.needs.bias and narrows)
-        cast = self.policy.operand.itemsize if gradient and narrows and copied else 0
-        fixed = self.kernels.temporary_bytes(self.n, self.v, self.math)
-        return TileCost(raw + cast, max(copies), sum(copies), fixed)
-
-    def chunk_cost(self, budget: int, *, gradient: bool = True) -> TileCost:
-        """Cost of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
-        cost = self.cost(gradient=gradient)
-        if not cost.column:
-            return replace(cost, fixed=cost.fixed + (self.policy.traits.rounding_bytes if gradient else 0))
-        dhidden = self.policy.d * self.math.itemsize  # summed up over those slices
-        return TileCost(cost.element, 0, cost.row + dhidden, cost.fixed + budget // 4)
-
-    def holds_chunks(self, budget: int) -> bool:
-        rows = self.chunk_cost(budget).rows_within(budget, self.v)
-        return rows >= min(self.n, shortest_chunk(self.device, gemms_saved=2))
-
-    def weight_slice(self, budget: int) -> int:
-        column = self.cost(gradient=True).column
-        return min(self.v, max(1, budget // 4 // column)) if column else self.v
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the gradient in all logits, in the operands' dtype."""
-        return self.n * (self.v + 31) // 32 * 32 * self.policy.operand.itemsize
-
-    @property
-    def accumulator(self) -> int:
-        """Bytes of the sums of dW over chunks, see ``accumulator_bytes``."""
-        return accumulator_bytes(self.policy, self.chunk_cost(self.budget).rows_within(self.budget, self.v))
-
-    def storages(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        return new_tile(self.policy, rows, columns), new_tile(self.ref, rows, columns)
-
-    def logits(self, storages, rows: slice, columns: slice, step: int) -> tuple[Tensor, Tensor]:
-        """Raw logits of the policy and of the reference, each in its tile's dtype, from GEMMs of ``step`` columns."""
-        (own, other), whole = storages, (rows, columns, step)
-        return compute_logits(self.policy, own, *whole), compute_logits(self.ref, other, *whole)
+def _pair_rows(
+    pair: HeadPair,
+    tiles: tuple[Tensor, Tensor],
+    rows: slice,
+    v_start: int,
+    state_6N: Tensor,
+    upstream_N: Tensor | None = None,
+    out_nv: Tensor | None = None,
+    **stages: bool,
+) -> Tensor | None:
+    """The pair kernels on one tile of each model; a gradient is in the operands' dtype, or in the tile's beside a bias
+    that learns.
+    """
+    z_nv, w_nv = tiles
+    v_stop = v_start + z_nv.shape[1]
+    biases = (head.bias_slice(v_start, v_stop) for head in (pair.policy, pair.ref))
+    # The columns' entries cancel, so they are summed before they are rounded.
+    dtype = pair.policy.tile if pair.policy.needs.bias else pair.policy.operand
+    return pair.kernels.pair_rows(
+        z_nv,
+        w_nv,
+        state_6N[:, rows],
+        pair.options,
+        *biases,
+        **stages,
+        upstream_n=None if upstream_N is None else upstream_N[rows],
+        out_dtype=dtype,
+        out_nv=out_nv,
+    )
 
 
 def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None = None) -> Tensor:
     """The state (6, N) of every row. Peak extra memory: the budget. merge(state_6N, stage): brings in what other ranks
     have of each stage; "jsd" computes its logits for each of its two then.
     """
-    state_6N, whole = pair.empty_state(), pair.options.needs_whole_rows
-    stages = ("stats", "mixture") if whole else ("stats",)
-    if whole and merge is None:
-        plan = plan_token_chunks(pair.n, pair.v, pair.budget, pair.chunk_cost(pair.budget, gradient=False), 0)
-        step, passes = pair.weight_slice(pair.budget), (stages,)
-    else:
-        cost = pair.cost(gradient=False)
-        plan = plan_forward(pair.n, pair.v, cpu_tile_budget(pair.policy, min(pair.n, MAX_FORWARD_ROWS), cost), cost)
-        step, passes = plan.columns, tuple((stage,) for stage in stages)
-    storages = pair.storages(plan.rows, plan.columns)
+    state_6N, mixture = pair.empty_state(), pair.options.needs_whole_rows
+    stages = ("stats", "mixture") if mixture else ("stats",)
+    whole_rows = mixture and merge is None
+    plan, passes = divergence_plan(pair, whole_rows), (stages,) if whole_rows else tuple((stage,) for stage in stages)
+    width = plan.stored or plan.columns
+    storages = _tiles(pair, plan.rows, width)
     for together in passes:
         for start, stop in spans(0, pair.n, plan.rows):
             rows = slice(start, stop)
-            for v_start, v_stop in spans(0, pair.v, plan.columns):
-                tiles = pair.logits(storages, rows, slice(v_start, v_stop), step)
-                pair.rows(tiles, rows, v_start, state_6N, **dict.fromkeys(together, True))
+            for v_start, v_stop in spans(0, pair.v, width):
+                tiles = _logits(pair, storages, rows, slice(v_start, v_stop), plan.columns)
+                _pair_rows(pair, tiles, rows, v_start, state_6N, **dict.fromkeys(together, True))
         if merge is not None:
             merge(state_6N, *together)
     return state_6N
 
 
-def chunks_fit(pair: HeadPair) -> bool:
-    """Return whether the budget holds chunks of a useful length, and the fp32 dW where that is not returned itself.
-    Otherwise two passes compute the logits of both heads again.
-    """
-    return pair.holds_chunks(pair.budget - pair.accumulator)
-
-
 def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Tensors]:
     """Divergences (N,) and the gradients of sum_n upstream_n divergence_n, in one pass."""
-    head, accumulator = pair.policy, pair.accumulator
-    budget = pair.budget - accumulator
-    plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget), accumulator)
-    step = pair.weight_slice(budget)
-    storages = pair.storages(plan.rows, pair.v)
+    head, plan = pair.policy, gradient_chunk_plan(pair)
+    step, storages = plan.columns, _tiles(pair, plan.rows, pair.v)
     dweight = head.wide if plan.rows < head.n else head.operand
     state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, dweight)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
-        tiles = pair.logits(storages, rows, slice(0, pair.v), step)
+        tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
         grad_nv = rounded(head, _whole_rows(pair, tiles, rows, state_6N, upstream_N), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         if dhidden_nd is not None:
@@ -203,7 +113,7 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Ten
 
 def _whole_rows(pair: HeadPair, tiles, rows, state_6N, upstream_N, out_nv=None) -> Tensor:
     stages = {"stats": True, "mixture": pair.options.needs_whole_rows}
-    return pair.rows(tiles, rows, 0, state_6N, upstream_N, out_nv, **stages)
+    return _pair_rows(pair, tiles, rows, 0, state_6N, upstream_N, out_nv, **stages)
 
 
 def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -> None:
@@ -218,26 +128,15 @@ def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -
     out_nd.copy_(total_nd)
 
 
-def stored_fits(pair: HeadPair) -> bool:
-    """Return whether the budget holds the gradient in all logits and chunks of a useful length: then nothing is
-    computed twice, whatever the upstream gradient is. fp16 holds too narrow a range of such gradients; a bias of more
-    digits needs those of the sums before they are rounded.
-    """
-    head, budget = pair.policy, pair.budget - pair.stored_bytes
-    digits = head.operand == torch.float16 or (head.needs.bias and head.bias_V.dtype != head.operand)
-    return not digits and budget > 0 and pair.holds_chunks(budget)
-
-
 def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
     """Divergences (N,) and d divergence_n / d logits_nv (N, V), in the operands' dtype."""
-    budget = pair.budget - pair.stored_bytes
-    plan = plan_token_chunks(pair.n, pair.v, budget, pair.chunk_cost(budget, gradient=False), pair.stored_bytes)
-    step = pair.weight_slice(budget)
-    storages, state_6N, ones_N = pair.storages(plan.rows, pair.v), pair.empty_state(), pair.zeros(pair.n).fill_(1.0)
+    plan = stored_gradient_plan(pair)
+    step, storages, state_6N = plan.columns, _tiles(pair, plan.rows, pair.v), pair.empty_state()
+    ones_N = pair.zeros(pair.n).fill_(1.0)
     stored_NV = new_cached(pair.policy, pair.v, pair.policy.operand)
     for start, stop in spans(0, pair.n, plan.rows):
         rows = slice(start, stop)
-        tiles = pair.logits(storages, rows, slice(0, pair.v), step)
+        tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
         _whole_rows(pair, tiles, rows, state_6N, ones_N, out_nv=stored_NV[rows, : pair.v])
     return pair.divergence(state_6N), stored_NV
 
@@ -245,7 +144,7 @@ def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
 def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> Gradients:
     """Gradients of sum_n upstream_n divergence_n from what ``stored_gradient_pass`` gave."""
     head, grad_NV = pair.policy, stored_NV[:, : pair.v]
-    step = pair.weight_slice(pair.budget - pair.stored_bytes)
+    step = stored_gradient_plan(pair).columns
     wide, upstream_N1 = head.wide, upstream_N.unsqueeze(1)
     gradients = new_gradients(head, wide, head.operand)
     if head.needs.hidden:
@@ -268,14 +167,11 @@ def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> G
 
 def recomputed_gradients(pair: HeadPair, state_6N: Tensor, upstream_N: Tensor) -> Gradients:
     """Gradients of sum_n upstream_n divergence_n from what ``divergence_pass`` gave."""
-    cost, head = pair.cost(gradient=True), pair.policy
-    packs = head.kernels.CACHED_TILES and head.operand == torch.bfloat16
-    rows = min(head.n, MAX_CPU_BACKWARD_ROWS) if packs else head.n
-    plan = plan_slices(head, cpu_tile_budget(head, rows, cost), cost, rows)
-    storages = pair.storages(plan.rows, plan.columns)
+    plan = recomputed_plan(pair)
+    storages = _tiles(pair, plan.rows, plan.columns)
 
     def tile_gradient(rows: slice, columns: slice) -> Tensor:
-        tiles = pair.logits(storages, rows, columns, plan.columns)
-        return pair.rows(tiles, rows, columns.start, state_6N, upstream_N)
+        tiles = _logits(pair, storages, rows, columns, plan.columns)
+        return _pair_rows(pair, tiles, rows, columns.start, state_6N, upstream_N)
 
-    return gradients_by_slices(head, plan, tile_gradient)
+    return gradients_by_slices(pair.policy, plan, tile_gradient)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from var_kernels.ops.head import MIB, Head
+from var_kernels.ops.head import MIB, Head, HeadPair
 
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
@@ -276,6 +276,117 @@ def one_pass_fits(head: Head) -> bool:
 def one_pass_rows(head: Head) -> int:
     """Rows of one pass's chunks that the budget holds in addition to the accumulator of dW; 0 or less: none."""
     return _rows_within(head, head.options.budget - dweight_bytes(head))
+
+
+# ---- plans of two heads ----------------------------------------------------------------------------------------------
+
+
+def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
+    """Choose what the forward makes: "known", every gradient of a sum with known weights; "frozen", that in hidden
+    alone; "stored", that in all logits; "recomputed", statistics alone.
+    """
+    head = pair.policy
+    if not head.needs.some:
+        return "recomputed"
+    one_pass = engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
+    if one_pass and known:
+        return "known"
+    if one_pass and head.needs.hidden_alone:
+        return "frozen"
+    return "stored" if stored_fits(pair) else "recomputed"
+
+
+def chunks_fit(pair: HeadPair) -> bool:
+    """Return whether the budget holds chunks of a useful length, and the fp32 dW where that is not returned itself.
+    Otherwise two passes compute the logits of both heads again.
+    """
+    return _holds_pair_chunks(pair, pair.budget - _dweight_bytes_of_pair(pair))
+
+
+def stored_fits(pair: HeadPair) -> bool:
+    """Return whether the budget holds the gradient in all logits and chunks of a useful length: then nothing is
+    computed twice, whatever the upstream gradient is.
+    """
+    budget = pair.budget - _stored_bytes(pair)
+    return _stores_logit_gradients(pair.policy) and budget > 0 and _holds_pair_chunks(pair, budget)
+
+
+def _stores_logit_gradients(head: Head) -> bool:
+    """Return whether the operands' dtype holds gradients in logits: fp16 has too narrow a range; a bias of more digits
+    needs those of the sums before they are rounded.
+    """
+    return head.operand != torch.float16 and not (head.needs.bias and head.bias_V.dtype != head.operand)
+
+
+def divergence_plan(pair: HeadPair, whole_rows: bool) -> Plan:
+    """Plan of ``divergence_pass``, over chunks of whole rows or over rows x slices."""
+    if whole_rows:
+        return _pair_chunks(pair, 0, gradient=False)
+    cost = _pair_cost(pair, gradient=False)
+    return plan_forward(pair.n, pair.v, cpu_tile_budget(pair.policy, min(pair.n, MAX_FORWARD_ROWS), cost), cost)
+
+
+def gradient_chunk_plan(pair: HeadPair) -> Plan:
+    """Plan of ``gradient_chunk_pass``."""
+    accumulator = _dweight_bytes_of_pair(pair)
+    return replace(_pair_chunks(pair, accumulator, gradient=True), accumulator=accumulator)
+
+
+def stored_gradient_plan(pair: HeadPair) -> Plan:
+    """Plan of ``stored_gradient_pass``."""
+    return _pair_chunks(pair, _stored_bytes(pair), gradient=False)
+
+
+def recomputed_plan(pair: HeadPair) -> Plan:
+    """Plan of ``recomputed_gradients``."""
+    cost, head = _pair_cost(pair, gradient=True), pair.policy
+    packs = head.kernels.CACHED_TILES and head.operand == torch.bfloat16
+    rows = min(head.n, MAX_CPU_BACKWARD_ROWS) if packs else head.n
+    return plan_slices(head, cpu_tile_budget(head, rows, cost), cost, rows)
+
+
+def _pair_chunks(pair: HeadPair, taken: int, *, gradient: bool) -> Plan:
+    """Chunks of whole rows of both heads, in GEMMs of ``columns``, beside bytes that are taken."""
+    budget = pair.budget - taken
+    plan = plan_token_chunks(pair.n, pair.v, budget, _pair_chunk_cost(pair, budget, gradient=gradient), taken)
+    column = _pair_cost(pair, gradient=True).column
+    step = min(pair.v, max(1, budget // 4 // column)) if column else pair.v
+    return replace(plan, columns=step, stored=pair.v, predicted=plan.predicted + taken)
+
+
+def _pair_cost(pair: HeadPair, *, gradient: bool) -> TileCost:
+    """Bytes of a tile of both heads' logits; operands' copies are made for one head at a time."""
+    policy, copies = pair.policy, (operand_copies(pair.policy, gradient), operand_copies(pair.ref, False))
+    narrows = policy.operand != policy.tile
+    copied = pair.kernels.COPIES_GRADIENT or (policy.needs.bias and narrows)
+    cast = policy.operand.itemsize if gradient and narrows and copied else 0
+    fixed = pair.kernels.temporary_bytes(pair.n, pair.v, pair.math)
+    return TileCost(policy.tile.itemsize + pair.ref.tile.itemsize + cast, max(copies), sum(copies), fixed)
+
+
+def _pair_chunk_cost(pair: HeadPair, budget: int, *, gradient: bool = True) -> TileCost:
+    """Bytes of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
+    cost = _pair_cost(pair, gradient=gradient)
+    if not cost.column:
+        return replace(cost, fixed=cost.fixed + (pair.policy.traits.rounding_bytes if gradient else 0))
+    dhidden = pair.policy.d * pair.math.itemsize  # summed up over those slices
+    return TileCost(cost.element, 0, cost.row + dhidden, cost.fixed + budget // 4)
+
+
+def _holds_pair_chunks(pair: HeadPair, budget: int) -> bool:
+    rows = _pair_chunk_cost(pair, budget).rows_within(budget, pair.v)
+    return rows >= min(pair.n, shortest_chunk(pair.device, gemms_saved=2))
+
+
+def _stored_bytes(pair: HeadPair) -> int:
+    """Bytes of the gradient in all logits, in the operands' dtype."""
+    return pair.n * (pair.v + 31) // 32 * 32 * pair.policy.operand.itemsize
+
+
+def _dweight_bytes_of_pair(pair: HeadPair) -> int:
+    """``accumulator_bytes`` of the chunks of both heads."""
+    rows = _pair_chunk_cost(pair, pair.budget).rows_within(pair.budget, pair.v)
+    return accumulator_bytes(pair.policy, rows)
 
 
 # ---- tiles from bytes ------------------------------------------------------------------------------------------------

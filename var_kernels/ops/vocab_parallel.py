@@ -13,9 +13,9 @@ from var_kernels.kernels.rows import RowStats
 from var_kernels.ops.checks import complete_options
 from var_kernels.ops.define import Forward, define_op, outside_of_graphs
 from var_kernels.ops.engines import Gradients, forward_pass, vocabulary_pass
-from var_kernels.ops.head import Head, Tensors, prepare
+from var_kernels.ops.head import Head, HeadPair, Tensors, prepare
 from var_kernels.ops.kl import prepare_pair
-from var_kernels.ops.kl_engine import HeadPair, divergence_pass, recomputed_gradients
+from var_kernels.ops.kl_engine import divergence_pass, recomputed_gradients
 from var_kernels.ops.logprob import coefficients_of
 from var_kernels.ops.signatures import Direction, RowKeywords, names_options
 

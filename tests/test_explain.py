@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.products import took_one_pass
-from var_kernels import linear_logprob, linear_weighted_nll
+from benchmarks.cpu_losses import SHAPES
+from tests.products import Products, took_one_pass
+from var_kernels import linear_logprob, linear_token_kl, linear_weighted_nll
 from var_kernels.cli.explain import explain_engines
-from var_kernels.kernels import gemm_torch
+from var_kernels.kernels import gemm_torch, rows_torch
 from var_kernels.ops import plan
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.head import budget_bytes
@@ -51,9 +52,30 @@ def test_explanations_are_what_happens(workspace_mb, dtype, monkeypatch):
         assert f"tiles of {gemms[0][0][0]:,} x {gemms[0][0][1]:,} logits" in said["scoring"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("workspace_mb", [2, 8, 64, None])
+def test_distillation_takes_the_gemms_that_are_said(workspace_mb, dtype, monkeypatch):
+    monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 1 << 14)  # the temporaries of its usual blocks take 3 MiB
+    hidden, weight, _ = problem(dtype)
+    with use_backend("torch"):
+        said = explain_engines(N, D, V, dtype, CPU, workspace_mb)["distill"]
+        with Products() as products:
+            options = {"reduction": "sum", "workspace_mb": workspace_mb}
+            linear_token_kl(hidden, weight, hidden.detach(), weight.detach(), **options).backward()
+    gemms = sum(m * n * k for m, n, k in products.sizes) / (N * D * V)
+    assert f"{gemms:.3g} GEMMs" in said
+    assert gemms == (6 if workspace_mb == 2 else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_distillation_computes_logits_once_by_default(shape, dtype):
+    assert "4 GEMMs" in explain_engines(*shape, dtype, CPU)["distill"]
+
+
 def test_nothing_large_is_allocated():
     said = explain_engines(1 << 20, 1 << 14, 1 << 18, torch.bfloat16, CPU, 4096)
-    assert set(said) == {"VAR, SFT", "DPO", "scoring"}
+    assert set(said) == {"VAR, SFT", "DPO", "distill", "scoring"}
 
 
 def test_fp16():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kl_cases import BF16
+from tests.products import Products
 from var_kernels.kernels import rows_torch
 from var_kernels.measure import peak_extra_bytes
 from var_kernels.ops import linear_token_kl, plan
@@ -66,6 +67,24 @@ def test_sums_of_dw_are_in_the_budget():
         return torch.autograd.grad(total, args[:2])
 
     assert peak_extra_bytes(run) <= (workspace_mb << 20) + (BIG_N + BIG_V) * BIG_D * 2 + ROW_VECTORS
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_by_default_logits_are_computed_once(reduction):
+    """64 MiB hold neither all logits nor an fp32 dW: the gradient in all logits has room in addition to them."""
+    n, d, v = 300, 512, 32000
+    hidden, weight, ref_weight = (torch.randn(size, d, dtype=BF16) * 0.1 for size in (n, v, v))
+    learned = hidden.requires_grad_(), weight.requires_grad_()
+
+    def run():
+        total = linear_token_kl(hidden, weight, hidden.detach(), ref_weight, reduction=reduction).sum()
+        return torch.autograd.grad(total, learned)
+
+    with Products() as products:
+        peak = peak_extra_bytes(run)
+    assert sum(rows * columns * k for rows, columns, k in products.sizes) == 4 * n * d * v
+    budget = (64 << 20) + n * v * 2
+    assert budget / 2 < peak <= budget + (n + v) * d * 2 + n * d * 4 + 40 * 8 * n
 
 
 def test_the_bound_notices_materialised_logits(monkeypatch):

@@ -4,14 +4,20 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.head import MIB, Head, HeadOptions, Needs, budget_bytes, tile_dtype
+from var_kernels.ops.head import MIB, Head, HeadOptions, HeadPair, Needs, budget_bytes, tile_dtype
 from var_kernels.ops.plan import (
     backward_plan,
     cached_columns,
+    divergence_plan,
     dweight_bytes,
     forward_plan,
+    gradient_chunk_plan,
     one_pass_fits,
     one_pass_plan,
+    recomputed_plan,
+    stored_gradient_plan,
+    way_of_gradients,
+    with_default_budget,
 )
 
 
@@ -84,5 +90,23 @@ def explain_engines(
     return {
         "VAR, SFT": weighted,
         "DPO": f"{general}; {predicted / MIB:,.0f} MiB predicted",
+        "distill": _distillation(HeadPair(head, head, "forward", 0.5), workspace_mb is None),
         "scoring": f"forward only, 1 GEMM: {tiles}; {tile.predicted / MIB:,.0f} MiB predicted",
     }
+
+
+def _distillation(pair: HeadPair, default: bool) -> str:
+    """Describe the sum of ``linear_token_kl``, the teacher's head as wide as the student's."""
+    pair = with_default_budget(pair, known=True) if default else pair
+    way, budget = way_of_gradients(pair, "auto", known=True), f"{pair.budget / MIB:,.0f} MiB"
+    if way == "known":
+        plan = gradient_chunk_plan(pair)
+        wide = f" after an fp32 dW of {plan.accumulator / MIB:,.0f} MiB" if plan.accumulator else ""
+        said = f"one pass, 4 GEMMs: {budget} hold chunks of {plan.rows:,} of {pair.n:,} rows{wide}"
+    elif way == "stored":
+        plan = stored_gradient_plan(pair)
+        said = f"two passes, 4 GEMMs: {budget} hold the gradient in all logits and {plan.rows:,} of {pair.n:,} rows"
+    else:
+        plan = max(divergence_plan(pair, whole_rows=False), recomputed_plan(pair), key=lambda plan: plan.predicted)
+        said = f"two passes, 6 GEMMs: the backward recomputes tiles of {plan.rows:,} x {plan.columns:,} logits"
+    return f"{said}; {plan.predicted / MIB:,.0f} MiB predicted"

@@ -20,7 +20,7 @@ from var_kernels.ops.kl_engine import (
     stored_gradient_pass,
     stored_gradients,
 )
-from var_kernels.ops.plan import way_of_gradients
+from var_kernels.ops.plan import way_of_gradients, with_default_budget
 from var_kernels.ops.signatures import (
     DIRECTIONS,
     ENGINES,
@@ -88,7 +88,9 @@ def linear_token_kl(
         reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
         logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
-        workspace_mb: MiB for tiles of both models' logits; None: see ``linear_logprob``.
+        workspace_mb: MiB for tiles of both models' logits; None: as ``linear_logprob``'s. Where a head of 16 bit
+            learns, "sum" has an fp32 dW more, 4 V D bytes; both reductions the gradient in all logits, 2 N V bytes,
+            where that is less.
         num_active, precision: see ``linear_logprob``.
         ref_grad: gradients go to the reference's tensors too. A second call with the roles exchanged makes them, so
             that each of the two takes the GEMMs above.
@@ -121,11 +123,14 @@ def linear_token_kl(
         return _GradientsOfBoth.apply(kl, _one_sided(reference, policy, **exchanged, **shared))
     tensors = (hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, labels, bias, ref_bias)
     call, pair, active_N = prepare_pair(*tensors, options, of_ref, direction, beta, token_weight=token_weight)
+    known = reduction == "sum"
+    if options["workspace_mb"] is None:
+        pair = with_default_budget(pair, known)
     head, ref = pair.policy, pair.ref
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
-    way = way_of_gradients(pair, engine, known=reduction == "sum")
+    way = way_of_gradients(pair, engine, known)
     if way == "known":
         return _weighted_kl(WeightedKLArguments(head, ref, direction, pair.beta, weight_N, active_N), call.traced)[0]
     (kl_N,) = _unweighted_kl(TokenKLArguments(head, ref, direction, pair.beta, way), call.traced)

@@ -281,6 +281,18 @@ def one_pass_rows(head: Head) -> int:
 # ---- plans of two heads ----------------------------------------------------------------------------------------------
 
 
+def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
+    """The pair with what 4 GEMMs hold in addition to tiles where dW is narrower than its sums: those, for a sum with
+    ``known`` weights, or the gradient in all logits where that is less. Without, logits are computed twice.
+    """
+    head, sums, stored = pair.policy, _pair_accumulator(pair), _stored_bytes(pair)
+    less = _stores_logit_gradients(head) and stored <= sums
+    if sums == 0 or underflows(head.operand) or not (known or less):
+        return pair
+    options = replace(head.options, budget=pair.budget + (stored if less else sums))
+    return replace(pair, policy=replace(head, options=options))
+
+
 def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
     """Choose what the forward makes: "known", every gradient of a sum with known weights; "frozen", that in hidden
     alone; "stored", that in all logits; "recomputed", statistics alone.
@@ -289,18 +301,20 @@ def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
     if not head.needs.some:
         return "recomputed"
     one_pass = engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
-    if one_pass and known:
+    stored = stored_fits(pair)
+    less = stored and engine == "auto" and _stored_bytes(pair) < _pair_accumulator(pair)
+    if one_pass and known and not less:
         return "known"
     if one_pass and head.needs.hidden_alone:
         return "frozen"
-    return "stored" if stored_fits(pair) else "recomputed"
+    return "stored" if stored else "recomputed"
 
 
 def chunks_fit(pair: HeadPair) -> bool:
     """Return whether the budget holds chunks of a useful length, and the fp32 dW where that is not returned itself.
     Otherwise two passes compute the logits of both heads again.
     """
-    return _holds_pair_chunks(pair, pair.budget - _dweight_bytes_of_pair(pair))
+    return _holds_pair_chunks(pair, pair.budget - _pair_accumulator(pair))
 
 
 def stored_fits(pair: HeadPair) -> bool:
@@ -328,7 +342,7 @@ def divergence_plan(pair: HeadPair, whole_rows: bool) -> Plan:
 
 def gradient_chunk_plan(pair: HeadPair) -> Plan:
     """Plan of ``gradient_chunk_pass``."""
-    accumulator = _dweight_bytes_of_pair(pair)
+    accumulator = _pair_accumulator(pair)
     return replace(_pair_chunks(pair, accumulator, gradient=True), accumulator=accumulator)
 
 
@@ -380,10 +394,10 @@ def _holds_pair_chunks(pair: HeadPair, budget: int) -> bool:
 
 def _stored_bytes(pair: HeadPair) -> int:
     """Bytes of the gradient in all logits, in the operands' dtype."""
-    return pair.n * (pair.v + 31) // 32 * 32 * pair.policy.operand.itemsize
+    return pair.n * ((pair.v + 31) // 32 * 32) * pair.policy.operand.itemsize
 
 
-def _dweight_bytes_of_pair(pair: HeadPair) -> int:
+def _pair_accumulator(pair: HeadPair) -> int:
     """``accumulator_bytes`` of the chunks of both heads."""
     rows = _pair_chunk_cost(pair, pair.budget).rows_within(pair.budget, pair.v)
     return accumulator_bytes(pair.policy, rows)

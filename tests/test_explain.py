@@ -73,6 +73,12 @@ def test_distillation_computes_logits_once_by_default(shape, dtype):
     assert "4 GEMMs" in explain_engines(*shape, dtype, CPU)["distill"]
 
 
+@pytest.mark.parametrize("d", [896, 2048, 4096, 1 << 14])
+def test_a_deep_head_has_room_for_the_sums_of_a_slice(d):
+    """More rows than a block of the C++ GEMM: dW of a slice is summed up in fp32, in addition to a cached tile."""
+    assert "6 GEMMs" in explain_engines(2048, d, 128256, torch.bfloat16, CPU, 130)["distill"]
+
+
 def test_nothing_large_is_allocated():
     said = explain_engines(1 << 20, 1 << 14, 1 << 18, torch.bfloat16, CPU, 4096)
     assert set(said) == {"VAR, SFT", "DPO", "distill", "scoring"}

@@ -112,8 +112,8 @@ class _Tiles:
         return total_N, weighted_N / total_N
 
     def gradients(self, total_N: Tensor, mean_N: Tensor, upstream_N: Tensor) -> Gradients:
-        head, cost = self.head, self.cost(gradient=True)
-        plan = plan_slices(head, cpu_tile_budget(head, head.n, cost), cost, head.n)
+        head = self.head
+        plan = plan_slices(head, self.cost(gradient=True), head.n)
         storage = new_tile(head, plan.rows, plan.columns)
         transform = head.options.transform
 

@@ -356,7 +356,7 @@ def recomputed_plan(pair: HeadPair) -> Plan:
     cost, head = _pair_cost(pair, gradient=True), pair.policy
     packs = head.kernels.CACHED_TILES and head.operand == torch.bfloat16
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS) if packs else head.n
-    return plan_slices(head, cpu_tile_budget(head, rows, cost), cost, rows)
+    return plan_slices(head, cost, rows)
 
 
 def _pair_chunks(pair: HeadPair, taken: int, *, gradient: bool) -> Plan:
@@ -454,12 +454,12 @@ def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
     return _plan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns, cost)
 
 
-def plan_slices(head: Head, budget: int, cost: TileCost, rows: int) -> Plan:
+def plan_slices(head: Head, cost: TileCost, rows: int) -> Plan:
     """Slices of ``rows`` rows at most, with the sums of dW where a slice has several tiles."""
-    plan = plan_vocabulary_slices(rows, head.v, budget, cost)
+    plan = plan_vocabulary_slices(rows, head.v, cpu_tile_budget(head, rows, cost), cost)
     if plan.rows < head.n and head.needs.lm_head_weight:
-        accumulator = head.d * head.wide.itemsize
-        plan = plan_vocabulary_slices(rows, head.v, budget, replace(cost, column=cost.column + accumulator))
+        cost = replace(cost, column=cost.column + head.d * head.wide.itemsize)
+        plan = plan_vocabulary_slices(rows, head.v, cpu_tile_budget(head, rows, cost), cost)
     return plan
 
 

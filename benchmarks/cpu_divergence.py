@@ -4,13 +4,13 @@
     TRITON_INTERPRET=1 python -m benchmarks.cpu_divergence --errors
 
 Medians of interleaved runs in one process, forward and backward, the reference as wide as the policy, a CSV a shape and
-dtype. Bare GEMMs: torch.mm alone, both models' logits, dH and dW: 4, or 6 where logits are computed twice. --errors:
-each side's value and gradients against fp64, 63 x 72 x 507; with the interpreter also those in Triton.
+dtype. of_gemms: over the four bare torch.mm that no side can do without: both models' logits, dH and dW. gemms: those
+that ran, counted (6 where logits are computed twice). --errors: each side's value and gradients against fp64, 63 x 72 x
+507; with the interpreter also those in Triton.
 """
 
 import argparse
 import csv
-import functools
 import os
 import statistics
 import time
@@ -21,53 +21,60 @@ import torch
 
 from benchmarks.cpu_losses import DTYPES, SHAPES
 from benchmarks.cpu_machine import header, results_folder
-from benchmarks.divergences import MIB, SIDES, errors, obstacle, two_heads
+from benchmarks.divergences import GEMMS, MIB, SIDES, errors, obstacle, two_heads
+from tests.products import Products
 from var_kernels.measure import peak_extra_bytes
 
+BARE = f"{GEMMS} bare GEMMs"
 COLUMNS = ("n", "d", "v", "dtype", "side", "gemms", "ms", "of_gemms", "peak_mib", "runs")
 ERROR_COLUMNS = ("dtype", "spread", "side", "value_error", "dhidden_error", "dweight_error")
 
 
 def cases(shape, dtype, only: list[str]) -> dict:
-    """Name -> (GEMMs, call)."""
+    """Name -> call."""
     hidden, weight, ref_hidden, ref_weight = two_heads(*shape, dtype)
     bare = [t.detach() for t in (hidden, weight)]
     logits, ref_logits = (torch.empty(shape[0], shape[2], dtype=dtype) for _ in range(2))
 
-    def gemms(times: int):
-        for _ in range(times):
-            torch.mm(bare[0], bare[1].t(), out=logits)
-            torch.mm(ref_hidden, ref_weight.t(), out=ref_logits)
+    def gemms():
+        torch.mm(bare[0], bare[1].t(), out=logits)
+        torch.mm(ref_hidden, ref_weight.t(), out=ref_logits)
         torch.mm(logits, bare[1])
         torch.mm(logits.t(), bare[0])
 
-    found = {}
+    found = {BARE: gemms}
     for name, side in SIDES.items():
         if any(fnmatch(name, pattern) for pattern in only) and obstacle(name, on_cpu=True) is None:
 
             def call(loss=side.loss):
                 torch.autograd.grad(loss(hidden, weight, ref_hidden, ref_weight), (hidden, weight))
 
-            found[name] = side.gemms, call
-    counts = sorted({count for count, _ in found.values()})
-    return {f"{n} bare GEMMs": (n, functools.partial(gemms, n // 2 - 1)) for n in counts} | found
+            found[name] = call
+    return found
+
+
+def gemms_and_peak(call, n: int, d: int, v: int) -> tuple[float, float]:
+    """Products that a call computes, in those of its shape, and its peak in MiB."""
+    with Products() as products:
+        peak = peak_extra_bytes(call) / MIB
+    return sum(m * columns * k for m, columns, k in products.sizes) / (n * d * v), peak
 
 
 def measure(shape, dtype: str, runs: int, only: list[str]) -> list[dict]:
     calls = cases(shape, getattr(torch, dtype), only)
     seconds = {name: [] for name in calls}
-    peaks = {name: peak_extra_bytes(call) / MIB for name, (_, call) in calls.items()}  # and warms up
+    costs = {name: gemms_and_peak(call, *shape) for name, call in calls.items()}  # and warms up
     for _ in range(runs):
-        for name, (_, call) in calls.items():
+        for name, call in calls.items():
             start = time.process_time()
             call()
             seconds[name].append(time.process_time() - start)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     about = {**dict(zip("ndv", shape, strict=True)), "dtype": dtype, "runs": runs}
     return [
-        {**about, "side": name, "gemms": gemms, "ms": 1e3 * middle[name], "peak_mib": peaks[name]}
-        | {"of_gemms": middle[name] / middle[f"{gemms} bare GEMMs"]}
-        for name, (gemms, _) in calls.items()
+        {**about, "side": name, "gemms": gemms, "ms": 1e3 * middle[name], "peak_mib": peak}
+        | {"of_gemms": middle[name] / middle[BARE]}
+        for name, (gemms, peak) in costs.items()
     ]
 
 

@@ -7,7 +7,7 @@ from benchmarks.cpu_losses import SHAPES
 from tests.products import Products, took_one_pass
 from var_kernels import linear_logprob, linear_token_kl, linear_weighted_nll
 from var_kernels.cli.explain import explain_engines
-from var_kernels.kernels import gemm_torch, rows_torch
+from var_kernels.kernels import rows_torch
 from var_kernels.ops import plan
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.head import budget_bytes
@@ -25,31 +25,24 @@ def problem(dtype):
 @pytest.mark.parametrize("workspace_mb", [4, 16, 64])
 def test_explanations_are_what_happens(workspace_mb, dtype, monkeypatch):
     monkeypatch.setattr(plan, "_MIN_CACHED_DEPTH", 1)  # part of the logits is cached too
-    gemms, original = [], gemm_torch.logits_into
-
-    def counted(out, hidden, weight, *rest):
-        gemms.append((out.shape, weight.data_ptr()))
-        original(out, hidden, weight, *rest)
-
-    monkeypatch.setattr(gemm_torch, "logits_into", counted)
     hidden, weight, labels = problem(dtype)
     with use_backend("torch"):
         said = explain_engines(N, D, V, dtype, CPU, workspace_mb)
         loss = linear_weighted_nll(hidden, weight, labels, None, workspace_mb=workspace_mb)
         assert said["VAR, SFT"].startswith("one pass" if took_one_pass(loss) else "two passes")
-        gemms.clear()
         logp = linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
-        forward = list(gemms)
-        logp.sum().backward()
-        slices = {weight_slice for _, weight_slice in gemms[len(forward) :]}
+        with Products() as products:
+            logp.sum().backward()
+        slices = sum(m for m, _, k in products.sizes if k == D) // N
         kept = "hold all logits" in said["DPO"]
         assert kept == (not slices)
         if not kept:
-            assert f"recomputes {len(slices)} slices" in said["DPO"]
-        gemms.clear()
-        with torch.no_grad():
+            assert f"recomputes {slices} slices" in said["DPO"]
+        with torch.no_grad(), products:
+            products.clear()
             linear_logprob(hidden, weight, labels, workspace_mb=workspace_mb)
-        assert f"tiles of {gemms[0][0][0]:,} x {gemms[0][0][1]:,} logits" in said["scoring"]
+        rows, columns, _ = products.sizes[0]
+        assert f"tiles of {rows:,} x {columns:,} logits" in said["scoring"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -73,11 +73,14 @@ def test_a_loss_that_fails_costs_itself_alone(finished):
 class Clock:
     """Time that passes only in the losses and the bare GEMMs."""
 
-    def __init__(self):
-        self.now = 0.0
+    def __init__(self, share=1.0):
+        self.now, self.share = 0.0, share
 
     def perf_counter(self):
         return self.now
+
+    def process_time(self):
+        return self.now / self.share
 
     def slow(self, seconds, call):
         def run(*operands):
@@ -118,6 +121,19 @@ def test_no_machine_is_too_slow_for_the_time(scale, monkeypatch):
         assert len(timed) == len(rows)
     if scale == 0.3:
         assert clock.now > 130  # what is left is used
+
+
+def test_a_busy_machine_does_not_begin_what_would_compile_too_long(monkeypatch):
+    """A fifth of a processor: 20 seconds of compiling are 100 on the clock."""
+    clock = Clock(share=5.0)
+    monkeypatch.setattr(measure, "time", clock)
+    gemms = Operands.bare_gemms
+    monkeypatch.setattr(Operands, "bare_gemms", lambda self, mode: clock.slow(4.0, gemms(self, mode)))
+    losses = {sides.OURS: clock.slow(4.0, sides.ours), "torch.compile": clock.slow(100.0, sides.plain)}
+    operands = Operands(8, 4, 50, torch.float32, torch.device("cpu"), 0.0)
+    rows = measure.measure(operands, losses, 110.0, None, lambda what: None)
+    assert clock.now <= 110
+    assert {row.side for row in rows if row.ms is not None} == {BARE, sides.OURS}
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(1e-4, 1024), (0.1, 1024), (0.4, 256), (60.0, 128)])

@@ -22,7 +22,7 @@ _SAMPLE = 128  # rows whose loss is compared with fp64
 _MOST_ROUNDS = 25
 # What a loss needs that is to be shown: a first call, one for its memory, its error, one in a round.
 _CALLS = 3.5
-# Guesses before a first call: seconds that one of the losses compiles, times of the bare GEMMs at most and in the mean.
+# Guesses before a first call: seconds of processor time to compile; times of the bare GEMMs, at most and in the mean.
 _COMPILATION, _SLOWEST, _USUAL = 20.0, 4.0, 2.0
 _FEWEST = 128
 _NO_TIME = "not run: no time left; give more --seconds"
@@ -143,6 +143,12 @@ def measure(
     errors: dict[str, float] = {}
     seconds: dict[str, float] = {}  # of one call, in the last mode
     one_round = 0.0
+    began_clock, began_cpu = time.perf_counter(), time.process_time()
+
+    def compilation() -> float:
+        """On the clock: beside other processes it takes as much longer as the work so far did."""
+        clock, cpu = time.perf_counter() - began_clock, time.process_time() - began_cpu
+        return _COMPILATION * max(1.0, clock / cpu if cpu else 1.0)
 
     def late(more: float) -> bool:
         return time.perf_counter() + more + one_round > deadline
@@ -152,7 +158,7 @@ def measure(
             return ""
         if name != BARE and rows[BARE, mode].note:
             return rows[BARE, mode].note
-        first = _SLOWEST * seconds.get(BARE, 0.0) + (0.0 if name in (BARE, OURS, OURS_ANY, PLAIN) else _COMPILATION)
+        first = _SLOWEST * seconds.get(BARE, 0.0) + (0.0 if name in (BARE, OURS, OURS_ANY, PLAIN) else compilation())
         if late(_CALLS * seconds[name] if name in seconds else first):
             return _NO_TIME
         if free_bytes is not None and logits_bytes > free_bytes and name not in (BARE, OURS, OURS_ANY):

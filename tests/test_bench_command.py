@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import torch
 
 from var_kernels.cli import main
-from var_kernels.cli.bench import measure, sides
+from var_kernels.cli.bench import measure, report, sides
 from var_kernels.cli.bench.measure import BARE, MODES, Operands
 
 TOKENS, HIDDEN, VOCAB = 160, 32, 4000
@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         losses = {sides.OURS: sides.ours, sides.OURS_ANY: sides.ours_any, sides.PLAIN: sides.plain, "broken": fails}
         patch.setattr(sides, "find_sides", lambda device: (losses, {"Liger": "not installed"}))
-        words = ["--model", str(folder), "--tokens", str(TOKENS), "--masked", "0.25"]
+        words = ["--model", str(folder), "--tokens", str(TOKENS), "--masked", "0.25", "--seconds", "100000"]
         assert main(["bench", *words, "--output", str(folder / "out")]) == 0
     return folder / "out", json.loads((folder / "out" / "bench.json").read_text())
 
@@ -164,6 +164,20 @@ def test_the_sentence_tells_the_figures(finished, capsys):
     picture = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])
     assert picture == (folder / "bench.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+
+
+def test_a_mode_without_figures_has_no_table_and_no_axes(finished):
+    _, results = finished
+    cut = json.loads(json.dumps(results))
+    for found in cut["rows"]:
+        if found["mode"] == "scoring":
+            found |= {"ms": None, "note": "not run: a reason"}
+    assert report.timed_modes(cut) == ["training", "frozen head"]
+    text = report.page(cut, report.draw(cut))
+    assert "<p>not run: a reason.</p>" in text
+    assert text.count('<div class="wide">') == 2
+    assert report.page(results, b"").count('<div class="wide">') == 3
+    report.draw({**cut, "rows": []})
 
 
 def test_compare(finished, tmp_path, capsys):

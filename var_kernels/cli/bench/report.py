@@ -52,12 +52,18 @@ def of_mode(results: dict[str, Any], mode: str) -> list[dict[str, Any]]:
     )
 
 
+def timed_modes(results: dict[str, Any]) -> list[str]:
+    return [mode for mode in MODES if of_mode(results, mode)]
+
+
 def without_figures(results: dict[str, Any], mode: str) -> str:
     """The losses that were not timed in a mode, by reason."""
     reasons: dict[str, list[str]] = {}
     for row in results["rows"]:
         if row["mode"] == mode and row["ms"] is None:
             reasons.setdefault(row["note"], []).append(row["side"])
+    if len(reasons) == 1 and mode not in timed_modes(results):
+        return next(iter(reasons))
     return "; ".join(f"{', '.join(sides)}: {reason}" for reason, sides in reasons.items())
 
 
@@ -82,9 +88,11 @@ def print_results(console, results: dict[str, Any]) -> None:
         for row in of_mode(results, mode):
             table.add_row(row["side"], *cells(row), style="bold" if row["side"] == OURS else None)
         console.print()
-        console.print(table if table.rows else f"{mode}: no figures", highlight=False)
-        if left_out := without_figures(results, mode):
-            console.print(f" {left_out}", highlight=False)
+        left_out = without_figures(results, mode)
+        if table.rows:
+            console.print(table, highlight=False)
+        if left_out:
+            console.print(f" {left_out}" if table.rows else f"{mode}: {left_out}", highlight=False)
     missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
     if missing:
         console.print(f"\nnot compared: {missing}", highlight=False)
@@ -94,10 +102,10 @@ def draw(results: dict[str, Any]) -> bytes:
     """A PNG: time and peak memory of every loss, a row of panels a mode."""
     from matplotlib.figure import Figure
 
-    modes = {mode: of_mode(results, mode)[::-1] for mode in MODES}
+    modes = {mode: of_mode(results, mode)[::-1] for mode in timed_modes(results)}
     heights = [max(1, len(rows)) for rows in modes.values()]
     figure = Figure(figsize=(11, 0.34 * sum(heights) + 2.4), layout="constrained")
-    panels = figure.subplots(len(modes), 2, squeeze=False, height_ratios=heights)
+    panels = figure.subplots(len(modes), 2, squeeze=False, height_ratios=heights) if modes else []
     for (times, memory), (mode, rows) in zip(panels, modes.items(), strict=True):
         for axis, field, unit in ((times, "ms", "ms"), (memory, "peak_mib", "MiB")):
             shown = [row for row in rows if row[field] is not None]
@@ -139,7 +147,8 @@ def page(results: dict[str, Any], picture: bytes) -> str:
         title = f"<h2>{mode.capitalize()}</h2><p>{_MEANS[mode]}. GEMMs: {GEMMS[mode]}.</p>"
         left_out = without_figures(results, mode)
         note = f"<p>{html.escape(left_out)}.</p>" if left_out else ""
-        tables.append(f'{title}<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>{note}')
+        table = f'<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>' if lines else ""
+        tables.append(f"{title}{table}{note}")
     missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
     about = "".join(
         f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"

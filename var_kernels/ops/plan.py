@@ -289,7 +289,10 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     less = _stores_logit_gradients(head) and stored <= sums
     if sums == 0 or underflows(head.operand) or not (known or less):
         return pair
-    options = replace(head.options, budget=pair.budget + (stored if less else sums))
+    chunk = _pair_chunk_cost(pair, 0).of_tile(shortest_chunk(pair.device, gemms_saved=2), pair.v)
+    if _pair_cost(pair, gradient=True).column:  # copies take a quarter
+        chunk = 4 * chunk // 3 + 4
+    options = replace(head.options, budget=max(pair.budget, chunk) + (stored if less else sums))
     return replace(pair, policy=replace(head, options=options))
 
 
@@ -301,13 +304,11 @@ def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
     if not head.needs.some:
         return "recomputed"
     one_pass = engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
-    stored = stored_fits(pair)
-    less = stored and engine == "auto" and _stored_bytes(pair) < _pair_accumulator(pair)
-    if one_pass and known and not less:
+    if one_pass and known:
         return "known"
     if one_pass and head.needs.hidden_alone:
         return "frozen"
-    return "stored" if stored else "recomputed"
+    return "stored" if stored_fits(pair) else "recomputed"
 
 
 def chunks_fit(pair: HeadPair) -> bool:

@@ -328,6 +328,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
     stored = new_tile(head, plan.rows, plan.stored, head.operand)
+    step = plan.columns if operand_copies(head, gradient=True) else head.v
     storage, width = None, head.v
     if not head.ends_in_exp:
         storage, width = new_tile(head, plan.rows, plan.columns), plan.columns
@@ -358,7 +359,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
                 constant = coefficients.constant_N * slope, weight_sum_D
         if whole_rows:
             scaled_nd = torch.empty_like(head.hidden_ND[rows]) if dhidden_nd is None else dhidden_nd
-            _add_token_sums(head, gradients, exp_nv, rows, scales, scaled_nd, plan.columns, add=start > 0)
+            _add_token_sums(head, gradients, exp_nv, rows, scales, scaled_nd, step, add=start > 0)
             row_products(head, exp_nv, 0, sum_nd, dleft_nr, add=False)
         _end_row_sums(head, gradients, rows, scales, sum_nd, head.v, constant)
     return stats, gradients
@@ -442,7 +443,6 @@ def _add_token_sums(
     if dweight_cd is not None:
         kernels.combine_rows(scaled_nd, hidden_nd, scale_n, gathered=head.gathered)
     scaled_nr = None if dright_cr is None else left_nr * scale_n.unsqueeze(1)
-    step = step if operand_copies(head, gradient=True) else c
     token_products(head, exp_nc, scaled_nd, dweight_cd, scaled_nr, dright_cr, step, add=add)
     if dbias_c is not None:
         # In two parts, so that the scale keeps its digits in 16 bit.
@@ -523,5 +523,6 @@ def vocabulary_pass(
         chunk = coefficients.rows(rows.start, rows.stop)
         return row_grad(head, logits_nv, rows, norms_2N[:, rows], chunk, columns.start)
 
-    add_slices(head, gradients, slices, tile_gradient)
+    if slices:
+        add_slices(head, gradients, slices, tile_gradient)
     return gradients

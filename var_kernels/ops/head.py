@@ -60,11 +60,7 @@ class Needs:
 
     @property
     def some(self) -> bool:
-        """bool(needs), which torch 2.11 does not trace."""
         return self.hidden or self.lm_head_weight or self.bias or self.left or self.right
-
-    def __bool__(self):
-        return self.some
 
 
 def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:

@@ -1,6 +1,7 @@
 """What a type checker reads of the public functions is what runs: the overloads name every argument with its default,
 and the values that they allow are those that are checked."""
 
+import importlib
 import inspect
 import sys
 import typing
@@ -116,3 +117,34 @@ H, W, Y = torch.ones(3, 4), torch.ones(5, 4), torch.arange(3)
 def test_the_options_that_var_loss_hands_on_are_those_of_the_op():
     assert set(inspect.signature(var_kernels.linear_weighted_nll).parameters) >= var.HEAD_OPTIONS
     assert len(var.HEAD_OPTIONS) == 10
+
+
+PUBLIC_MODULES = [
+    *("", ".losses", ".ops", ".integrations.data", ".integrations.hf", ".integrations.trainer", ".integrations.cce"),
+    *(".integrations.hf_trainer", ".integrations.liger", ".integrations.liger_chunked", ".integrations.trl"),
+]
+
+
+def public_functions(module):
+    """Functions of a module, and methods of its classes, that a user calls by name."""
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    for name in getattr(module, "__all__", [name for name in defined if not name.startswith("_")]):
+        value = getattr(module, name)
+        members = vars(value).items() if inspect.isclass(value) else [("", value)]
+        for member, function in members:
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            shown = not member.startswith("_") or member in ("__init__", "__call__")
+            if shown and inspect.isfunction(function) and "var_kernels" in function.__code__.co_filename:
+                yield f"{name}.{member}", function
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_every_parameter_and_result_of_a_public_function_is_annotated(module):
+    module = importlib.import_module(f"var_kernels{module}")
+    bare = []
+    for name, function in public_functions(module):
+        signature = inspect.signature(function)
+        given = [p for p in signature.parameters.values() if p.name not in ("self", "cls", "ctx")]
+        bare += [f"{name}({p.name})" for p in given if p.annotation is p.empty]
+        bare += [f"{name} ->"] if signature.return_annotation is signature.empty else []
+    assert not bare

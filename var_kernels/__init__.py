@@ -6,7 +6,7 @@ small ones (``logits_nv``).
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from var_kernels.ops import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'var_kernels' has no attribute {name!r}; public names: {', '.join(sorted(__all__))}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

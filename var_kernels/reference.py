@@ -186,8 +186,8 @@ def var_weights_ref(
             total = total - torch.tensor(len(peers), dtype=dtype).log()
         log_z.append(total)
         weight.append((score(i, i) - total).exp() if i in peers else torch.zeros((), dtype=dtype))
-    weight = torch.stack(weight)
-    return weight, torch.stack(log_z), weight.sum() ** 2 / (weight**2).sum()
+    weight_B = torch.stack(weight)
+    return weight_B, torch.stack(log_z), weight_B.sum() ** 2 / (weight_B**2).sum()
 
 
 def var_loss_ref(

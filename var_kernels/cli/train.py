@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from var_kernels.cli import nearest, option_names
 from var_kernels.cli.options import coerce, key_values, no_such_model, pair_up, read_yaml
@@ -362,7 +363,7 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
     if flags.get("model") or flags.get("from_scratch"):  # two answers to one question
         options = {name: value for name, value in options.items() if name not in ("model", "from_scratch")}
     options = _of_variant(options | flags)
-    run_options = {name: default for name, (_, default, _) in _RUN.items()}
+    run_options: dict[str, Any] = {name: default for name, (_, default, _) in _RUN.items()}
     config_options, rest = {}, {}
     for name, value in options.items():
         if name in _RUN:
@@ -406,8 +407,8 @@ def _config_fields(options: dict, method: str, known: list[str]) -> dict:
     from var_kernels.integrations.trainer import method_config
     from var_kernels.integrations.trainer.methods import METHODS
 
-    fields = {field.name: field.type for field in dataclasses.fields(method_config(method)) if field.init}
-    fields = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in fields.items()}
+    types = {field.name: field.type for field in dataclasses.fields(method_config(method)) if field.init}
+    fields = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in types.items()}
     for name in options:
         if name in fields:
             continue

@@ -14,6 +14,7 @@ arguments differently: what is not of its place's type is refused by name, so th
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -74,9 +75,10 @@ def linear_cross_entropy(
         raise ValueError(f"shift: expected 0 to {targets.shape[-1] - 1}, got {shift}")
     if steps:
         e, targets = e[..., :-steps, :], targets[..., steps:]
-    head = {"ignore_index": ignore_index, "softcap": softcap}
+    head: Any = {"ignore_index": ignore_index, "softcap": softcap}
     if not return_lse:
-        return linear_weighted_nll(e, c, targets, None, bias, reduction=reduction, **head)
+        head["reduction"] = reduction
+        return linear_weighted_nll(e, c, targets, None, bias, **head)
     logp, lse = linear_logprob(e, c, targets, bias, return_lse=True, **head)
     if reduction == "none":
         return -logp, lse

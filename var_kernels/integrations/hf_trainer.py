@@ -3,12 +3,17 @@
 class FusedTrainer(FusedLossMixin, Trainer): ...
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from var_kernels.integrations.hf import fused_lm_head
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
-class FusedLossMixin:
+
+class FusedLossMixin(_Trainer):
     """Mixin in front of transformers.Trainer or a class of its kind: training and evaluating the loss make no logits.
 
     ``predict()``, and ``evaluate()`` with ``compute_metrics``, get the model's own logits, as Trainer's users expect;
@@ -24,18 +29,20 @@ class FusedLossMixin:
         super().__init_subclass__(**kwargs)
         refuse_behind_trainer(cls, FusedLossMixin)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._fused_head = fused_lm_head(self.model).apply()
 
-    def call_model_init(self, trial: Any = None):
+    def call_model_init(self, trial: Any = None) -> Any:
         """See ``transformers.Trainer``, whose train() calls it again: each model that ``model_init`` makes is fused."""
         model = super().call_model_init(trial)
         if hasattr(self, "_fused_head"):  # the constructor sees to the first one
             self._fused_head = fused_lm_head(model).apply()
         return model
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args: Any, **kwargs: Any):
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         if loss_only:
             # As plain Trainer: a batch without labels is NaN, which its mean over the batches leaves out.

@@ -9,6 +9,7 @@ accuracy of a batch without a label is 0, not NaN.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +138,11 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
         """Return whether smoothing is over weighted classes or scaled by p_y: more than ``linear_logprob`` does."""
         return self.label_smoothing != 0 and (self.ce_weight is not None or self.use_token_scaling)
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None):
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> "Tensor | CrossEntropyOutput":
         head = (_input, lin_weight, target)
-        options = {"ignore_index": self.ignore_index, "softcap": self.softcap}
+        options: Any = {"ignore_index": self.ignore_index, "softcap": self.softcap}
         class_weight = self._class_weight(lin_weight)
         several = self.label_smoothing or self.lse_square_scale
         z_loss = None
@@ -152,9 +155,11 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
             divisor = self._divisor(target, class_weight)
             if class_weight is not None:
                 row_weight = self._row_weight(target, class_weight) / divisor.where(divisor != 0, 1.0)
-            reduction = "sum" if class_weight is not None and self.reduction == "mean" else self.reduction
+            reduction: Any = "sum" if class_weight is not None and self.reduction == "mean" else self.reduction
             loss, argmax = linear_weighted_nll(
-                *head,
+                _input,
+                lin_weight,
+                target,
                 row_weight,
                 bias,
                 reduction=reduction,
@@ -171,24 +176,31 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
 
     def _scaled(self, head, bias, options, class_weight):
         """p_y times the loss of label y alone, one pass where it is summed."""
-        target = head[2]
+        hidden, weight, target = head
         row_weight = torch.ones_like(target, dtype=torch.float32)
         if class_weight is not None:
             row_weight = self._row_weight(target, class_weight)
         if self.reduction == "none":
-            logp, argmax = linear_logprob(*head, bias, return_argmax=True, **options)
+            logp, argmax = linear_logprob(hidden, weight, target, bias, return_argmax=True, **options)
             return -row_weight * logp.detach().exp() * logp, argmax
         total, argmax = linear_token_loss(
-            *head, lambda logp, w: -w * logp.detach().exp() * logp, (row_weight,), bias, return_argmax=True, **options
+            hidden,
+            weight,
+            target,
+            lambda logp, w: -w * logp.detach().exp() * logp,
+            (row_weight,),
+            bias,
+            return_argmax=True,
+            **options,
         )
         return total / self._divisor(target, class_weight), argmax
 
     def _by_log_probs(self, head, bias, options, class_weight):
         """Loss, z-loss, argmax from log-probs and lse: two passes."""
-        target = head[2]
+        hidden, weight, target = head
         smoothing = 0.0 if self._mixes_classes else self.label_smoothing
         logp, lse, argmax = linear_logprob(
-            *head, bias, return_lse=True, return_argmax=True, label_smoothing=smoothing, **options
+            hidden, weight, target, bias, return_lse=True, return_argmax=True, label_smoothing=smoothing, **options
         )
         nll, z_loss = -logp, self.lse_square_scale * lse.square()
         if class_weight is not None:
@@ -261,7 +273,7 @@ def liger_fused_linear_cross_entropy(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
     chunk_mem_const: int = 1,
-):
+) -> "Tensor | CrossEntropyOutput":
     """``LigerFusedLinearCrossEntropyLoss`` as a function, in liger-kernel's own argument order; chunk_mem_const is
     taken and not needed: a memory budget takes its place.
     """
@@ -277,7 +289,7 @@ class LigerFusedLinearCrossEntropyFunction:
     """
 
     @staticmethod
-    def apply(_input, weight, target, bias=None, *options):
+    def apply(_input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *options: Any) -> tuple:
         """options: ce_weight to return_predicted_tokens as the module's, then ce_impl, ce_mode, chunk_mem_const."""
         count = len(fields(LigerFusedLinearCrossEntropyLoss))
         for name, value in zip(("ce_impl", "ce_mode"), options[count:], strict=False):

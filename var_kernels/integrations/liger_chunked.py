@@ -12,6 +12,7 @@ and ``chunk_size`` are taken and not needed: a memory budget takes their place.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def _margin(a: Tensor, b: Tensor, loss) -> Tensor:
 
 def _exo(margin: Tensor, smoothing: float) -> Tensor:
     """KL of (sigmoid(m), sigmoid(-m)) from (1 - e, e)."""
-    terms = 0.0
+    terms: Any = 0.0
     for log_q, p in ((logsigmoid(margin), 1 - smoothing), (logsigmoid(-margin), smoothing)):
         q = log_q.exp()
         terms = terms + q * (log_q - math.log(p)).where(q > 0, 0.0)
@@ -123,7 +124,7 @@ class _PairLoss(OptionsModule):
     def pair_loss(self, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, lin_weight, _input, target, bias=None):
+    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Any:
         return self._compute(lin_weight, _input, target, bias)
 
     def _compute(self, lin_weight, _input, target, bias, nll_target=None, reference=None):
@@ -133,7 +134,7 @@ class _PairLoss(OptionsModule):
                 f"and {tuple(target.shape)}; for flat rows see var_kernels.linear_loss"
             )
         pairs = len(target) // 2
-        how = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
+        how: Any = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
         token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
         logp = _sequence_logp(token_logp, target, **how)
         ratio = logp if reference is None else logp - _reference_logp(reference, target, **how)
@@ -198,10 +199,19 @@ class LigerFusedLinearDPOLoss(_PairLoss):
                 f"label_smoothing must be in {interval} for loss_type={self.loss_type!r}, got {self.label_smoothing}"
             )
 
-    def pair_loss(self, a, b):
+    def pair_loss(self, a: Tensor, b: Tensor) -> Tensor:
         return _DPO[self.loss_type](a, b, self)
 
-    def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+    ) -> Any:
         return self._compute(
             lin_weight, _input, target, bias, reference=_reference(self, ref_input, ref_weight, ref_bias)
         )
@@ -229,7 +239,7 @@ class LigerFusedLinearCPOLoss(_MarginLoss):
     average_log_prob: bool = False
     chunk_size: int = 1
 
-    def pair_loss(self, a, b):
+    def pair_loss(self, a: Tensor, b: Tensor) -> Tensor:
         return _smoothed(_margin(a, b, self), self.label_smoothing)
 
 
@@ -245,7 +255,7 @@ class LigerFusedLinearSimPOLoss(_MarginLoss):
     gamma: float = 0.5
     chunk_size: int = 1
 
-    def pair_loss(self, a, b):
+    def pair_loss(self, a: Tensor, b: Tensor) -> Tensor:
         return _smoothed(_margin(a, b, self) - self.gamma, self.label_smoothing)
 
 
@@ -270,7 +280,14 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         ratio = _mean(logsigmoid(difference))
         return -times(self.beta, ratio), ratio, _mean(difference)
 
-    def forward(self, lin_weight, _input, target, bias=None, nll_target=None):
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        nll_target: Tensor | None = None,
+    ) -> Any:
         return self._compute(lin_weight, _input, target, bias, nll_target)
 
 
@@ -301,19 +318,19 @@ class LigerFusedLinearKTOLoss(OptionsModule):
 
     def forward(
         self,
-        _input,
-        lin_weight,
-        target,
-        bias=None,
-        preference_labels=None,
-        ref_input=None,
-        ref_weight=None,
-        ref_bias=None,
-        kl=None,
-    ):
+        _input: Tensor,
+        lin_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        preference_labels: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        kl: Tensor | float | None = None,
+    ) -> Any:
         if preference_labels is None:
             raise ValueError("preference_labels: expected (B,) bool, True where the sequence is desirable, got None")
-        how = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
+        how: Any = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
         token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
         logp = _sequence_logp(token_logp, target, **how)
         reference = _reference(self, ref_input, ref_weight, ref_bias)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ from var_kernels.integrations.hf.swap import swapped
 from var_kernels.integrations.hf_trainer import refuse_behind_trainer
 from var_kernels.ops import linear_logprob, linear_token_loss
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
 _SEAM = "add_fused_lm_head"  # the name under which TRL's trainers look up what patches their models
 # A head of this class is refused by TRL's constructors, whose own answer reads only its base layer's weight.
 _ADAPTER = "BaseTunerLayer"
@@ -43,7 +48,7 @@ _SFT_SLOPES = {"nll": torch.ones_like, "dft": torch.exp}
 _TILE_ELEMENTS = 2**22  # logits at once where their mean needs them
 
 
-class FusedHeadMixin:
+class FusedHeadMixin(_Trainer):
     """Mixin in front of a TRL trainer (SFT, DPO, KTO, GRPO, RLOO): its models score tokens inside their own lm_head.
 
         class FusedSFTTrainer(FusedHeadMixin, SFTTrainer): ...
@@ -64,7 +69,7 @@ class FusedHeadMixin:
         super().__init_subclass__(**kwargs)
         refuse_behind_trainer(cls, FusedHeadMixin)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         added: list[_FusedForward] = []
         try:
             with _replaced_seam(type(self), added):
@@ -83,7 +88,9 @@ class FusedHeadMixin:
         if _own_compute_loss(type(self)).__module__ == _SFT and self.args.loss_type in _SFT_SLOPES:
             self._one_pass = added[0].one_pass = SimpleNamespace(slope=_SFT_SLOPES[self.args.loss_type], num_items=None)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self._one_pass is not None:
             self._one_pass.num_items = num_items_in_batch  # what TRL will divide the sum by
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -98,8 +105,8 @@ def _own_compute_loss(trainer_class: type):
 @contextmanager
 def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
     """Inside the block TRL's constructors patch models by ``_FusedForward`` and let an adapted lm_head pass."""
-    modules = {sys.modules[cls.__module__] for cls in trainer_class.__mro__ if cls.__module__ in sys.modules}
-    modules = [module for module in modules if _SEAM in vars(module)]
+    known = {sys.modules[cls.__module__] for cls in trainer_class.__mro__ if cls.__module__ in sys.modules}
+    modules = [module for module in known if _SEAM in vars(module)]
     if not modules:
         try:
             found = f"trl {importlib.metadata.version('trl')}"
@@ -292,12 +299,12 @@ def _mean_logits(hidden: Tensor, head: HeadParams, labels: Tensor) -> Tensor:
         left, right = head.low_rank
         products.append((left[kept], right))
     if head.softcap is None:
-        mean = sum(rows.to(wide) @ factor.mean(0, dtype=wide) for rows, factor in products)
+        mean: Any = sum(rows.to(wide) @ factor.mean(0, dtype=wide) for rows, factor in products)
         means = head.logit_scale * (mean if bias is None else mean + bias.mean(dtype=wide))
     else:
         means = hidden.new_empty(len(products[0][0]), dtype=wide)
         for part in torch.arange(len(means), device=hidden.device).split(max(1, _TILE_ELEMENTS // len(weight))):
-            logits = sum(nn.functional.linear(rows[part], factor).to(wide) for rows, factor in products)
+            logits: Any = sum(nn.functional.linear(rows[part], factor).to(wide) for rows, factor in products)
             logits = logits if bias is None else logits + bias
             means[part] = head.softcap * torch.tanh(logits * (head.logit_scale / head.softcap)).mean(-1)
     return means.new_zeros(labels.shape).masked_scatter(kept, means)

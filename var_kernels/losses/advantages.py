@@ -9,7 +9,7 @@ name                    advantage                                               
 "given"                 r as it is, of any sign: a weight column of the data            signed or weighted SFT
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -120,7 +120,7 @@ def standardised_advantage(
 
     Source: arXiv 1910.00177, the authors' code.
     """
-    tensors = {"reward": reward} if value is None else {"reward": reward, "value": value}
+    tensors: dict[str, Any] = {"reward": reward} if value is None else {"reward": reward, "value": value}
     check_rows(**tensors)
     check_constants(**tensors)
     advantage_B = wide(reward.detach())

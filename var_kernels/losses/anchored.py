@@ -1,5 +1,7 @@
 """Anchored SFT (ASFT): DFT, held near a reference by a KL divergence over the whole vocabulary."""
 
+from typing import Any
+
 from torch import Tensor
 
 from var_kernels.losses.checks import check_range
@@ -20,7 +22,7 @@ def linear_asft_loss(
     *,
     kl_coef: float = 0.1,
     token_weight: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """ASFT: DFT's loss of a token, and kl_coef times KL(reference || policy) there, without either model's logits.
 

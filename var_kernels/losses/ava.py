@@ -144,7 +144,8 @@ def ava_p_loss(
             f"rejected_token_logp must hold {chosen_mask.shape[0]} rows like chosen_token_logp, got "
             f"{rejected_mask.shape[0]}; pair the rows up"
         )
-    objective, last_mu = 0.0, []
+    objective: Tensor | float = 0.0
+    last_mu = []
     for name, sign, response in (("chosen", 1.0, chosen), ("rejected", -1.0, rejected)):
         mask = response["mask"]
         q, mu, log_sigma = _masked(mask, response["token_logp"], response["mu"], response["log_sigma"])

@@ -1,7 +1,7 @@
 """``linear_loss``: any loss of the registry from hidden states, by the passes over the head that its class allows."""
 
-from collections.abc import Mapping
-from typing import Literal, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ def linear_loss(
     head_options: Mapping[str, object] | None = None,
     return_logp: Literal[False] = False,
     return_argmax: Literal[False] = False,
-    **options: object,
+    **options: Any,
 ) -> Tensor: ...
 
 
@@ -59,7 +59,7 @@ def linear_loss(
     head_options: Mapping[str, object] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
-    **options: object,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 
@@ -80,7 +80,7 @@ def linear_loss(
     head_options: Mapping[str, object] | None = None,
     return_logp: bool = False,
     return_argmax: bool = False,
-    **options: object,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, ...]:
     """A loss by its name (``var_kernels.LOSSES``), from hidden states and the lm_head, without the [N, V] logits.
 
@@ -133,8 +133,8 @@ def linear_loss(
     if not isinstance(inputs, Mapping | None):
         raise TypeError(f"inputs must be a mapping from names to tensors, got {type(inputs).__name__}")
     rows = _Rows(loss, dict(inputs or {}), item_weight, labels, cu_seqlens, ignore_index)
-    head = {"ignore_index": ignore_index, **(head_options or {})}
-    asked = {"return_logp": return_logp, "return_argmax": return_argmax}
+    head: dict[str, Any] = {"ignore_index": ignore_index, **(head_options or {})}
+    asked: dict[str, Any] = {"return_logp": return_logp, "return_argmax": return_argmax}
     if loss.pass_class == "A":
         token_weight, constant = rows.token_weight(options, hidden.dtype)
         outputs = linear_weighted_nll(
@@ -145,10 +145,8 @@ def linear_loss(
     elif loss.pass_class == "B":
         token_loss, token_inputs = rows.token_objective(options)
         entropy = "entropy" in loss.tensors
-        given = (token_loss, token_inputs, bias)
-        outputs = linear_token_loss(
-            hidden, lm_head_weight, labels, *given, entropy=entropy, engine=engine, **asked, **head
-        )
+        asked |= {"entropy": entropy, "engine": engine}
+        outputs = linear_token_loss(hidden, lm_head_weight, labels, token_loss, token_inputs, bias, **asked, **head)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
         outputs = linear_logprob(hidden, lm_head_weight, labels, bias, return_argmax=return_argmax, **head)
@@ -161,13 +159,21 @@ def linear_loss(
 class _Rows:
     """A loss's arguments by their names, from one value per row or token."""
 
-    def __init__(self, loss: Loss, inputs: dict[str, Tensor], item_weight, labels: Tensor, cu_seqlens, ignore_index):
+    def __init__(
+        self,
+        loss: Loss,
+        inputs: dict[str, Tensor],
+        item_weight: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        ignore_index: int,
+    ) -> None:
         self.loss, self.inputs, self.labels = loss, inputs, labels
         for name, value in inputs.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"inputs[{name!r}] must be a tensor, got {type(value).__name__}; use torch.tensor(...)")
         self.item_weight = None if item_weight is None else item_weight.detach()
-        self.layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+        self.layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
         if cu_seqlens is None and labels.dim() != 2:
             raise ValueError(
                 f"labels must be padded (B, T), got {tuple(labels.shape)}; for packed rows pass cu_seqlens"
@@ -192,7 +198,7 @@ class _Rows:
                 f"{loss.name!r}, got {tuple(item_weight.shape)}"
             )
 
-    def token_weight(self, options, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+    def token_weight(self, options: dict[str, Any], operand: torch.dtype) -> tuple[Tensor, Tensor]:
         """Class A is linear in the log-probs: minus its slope over the tokens, and its value at 0."""
         with torch.enable_grad():
             given = [operand, *(t.dtype for t in (*self.inputs.values(), self.item_weight) if t is not None)]
@@ -202,7 +208,7 @@ class _Rows:
             (slope_B,) = torch.autograd.grad(total, zero_B)
         return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), total.detach()
 
-    def token_objective(self, options):
+    def token_objective(self, options: dict[str, Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """Class B: the function of a chunk's tokens, and what it reads per token."""
         names = [name for name in self.loss.tensors if name not in _FROM_THE_HEAD and name in self.inputs]
         token_inputs = [self._over_tokens(self.inputs[name]) for name in names]
@@ -210,13 +216,19 @@ class _Rows:
             token_inputs.append(self._over_tokens(self.item_weight))
         first = ("token_logp", "entropy") if "entropy" in self.loss.tensors else ("token_logp",)
 
-        def token_loss(*values):
-            *values, weight = values if self.item_weight is not None else (*values, 1.0)
-            return times(weight, self.loss.function(**dict(zip((*first, *names), values, strict=True)), **options))
+        def token_loss(*values: Tensor) -> Tensor:
+            items = self.loss.function(**dict(zip((*first, *names), values, strict=False)), **options)
+            return items if self.item_weight is None else times(values[-1], items)
 
         return token_loss, tuple(token_inputs)
 
-    def total(self, logp: Tensor, options, process_group, label_generator) -> Tensor:
+    def total(
+        self,
+        logp: Tensor,
+        options: dict[str, Any],
+        process_group: dist.ProcessGroup | None,
+        label_generator: torch.Generator | None,
+    ) -> Tensor:
         """Classes C and D, from every log-prob."""
         if self.item_weight is not None and self.loss.item != "group":
             counts = self.item_weight != 0
@@ -266,7 +278,9 @@ def _relabelled(arguments: dict[str, Tensor], beta: float, generator: torch.Gene
     return found
 
 
-def _global_baseline(policy_logp: Tensor, ref_logp: Tensor, item_weight: Tensor | None, process_group) -> Tensor:
+def _global_baseline(
+    policy_logp: Tensor, ref_logp: Tensor, item_weight: Tensor | None, process_group: dist.ProcessGroup | None
+) -> Tensor:
     """``kto_baseline`` over the rows of every rank that have weight."""
     change_B = policy_logp.detach().double() - ref_logp.double()
     counted_B = torch.ones_like(change_B) if item_weight is None else (item_weight != 0).to(change_B)

@@ -147,7 +147,12 @@ def log_odds(logp_P: Tensor) -> Tensor:
     return logp_P - (-torch.expm1(logp_P)).log()
 
 
-def _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths) -> tuple[Tensor, Tensor]:
+def _token_means(
+    policy_chosen_logp: Tensor,
+    policy_rejected_logp: Tensor,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     check_rows("pair", policy_chosen_logp=policy_chosen_logp, policy_rejected_logp=policy_rejected_logp)
     chosen_P = per_token(
         wide(policy_chosen_logp), chosen_lengths, "mean", name="chosen_lengths", like="policy_chosen_logp"

@@ -45,7 +45,7 @@ class Loss:
     """
 
     name: str
-    function: Callable
+    function: Callable[..., Tensor]
     pass_class: str
     item: str
     formula: str
@@ -63,7 +63,7 @@ class Loss:
     options: dict[str, object] = field(init=False, repr=False, compare=False)
     option_types: dict[str, object] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Parses the signature, once."""
         parameters = inspect.signature(self.function).parameters.values()
         rows, options = ([p for p in parameters if p.kind is kind] for kind in _PARAMETER_KINDS)

@@ -1,5 +1,7 @@
 """SAIL: online alignment as a bilevel problem, reduced to one loss per source of responses and of labels. Class C."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -116,8 +118,16 @@ def sail_pp_loss(
     Returns, Raises, Source: as ``sail_dp_loss``; the baseline is REINFORCE's, left one out (arXiv 2402.14740).
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    options = {"squared_coef": squared_coef, "score_coef": score_coef, "baseline": baseline, "revkl_coef": revkl_coef}
-    return _sail(*logps, chosen_lengths, rejected_lengths, beta=beta, **options)
+    return _sail(
+        *logps,
+        chosen_lengths,
+        rejected_lengths,
+        beta=beta,
+        squared_coef=squared_coef,
+        score_coef=score_coef,
+        baseline=baseline,
+        revkl_coef=revkl_coef,
+    )
 
 
 @register(
@@ -220,9 +230,9 @@ def _sail(
 
 def _tokens(like_P: Tensor, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None) -> Tensor:
     """(P,) the label tokens of both responses, at least one."""
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    lengths: dict[str, Any] = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     for name, values in lengths.items():
         if values is None:
             raise ValueError(f"{name} must be ({len(like_P)},) for revkl_coef, got None; count each response's labels")
     check_integers("policy_chosen_logp", like_P, **lengths)
-    return (chosen_lengths + rejected_lengths).clamp(min=1)
+    return (lengths["chosen_lengths"] + lengths["rejected_lengths"]).clamp(min=1)

@@ -1,12 +1,14 @@
 """Sums and maxima over the rows that share an id: O(B) memory, the same bits in every run, no host sync."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Groups(NamedTuple):
+@dataclass
+class Groups:
     """The rows of each group, groups in the order of their ids; those beyond the last one are empty."""
 
     order: Tensor  # (B,) int64: the rows, group by group
@@ -15,11 +17,11 @@ class Groups(NamedTuple):
 
     def sum(self, values_B: Tensor) -> Tensor:
         """(B,): the sum over each row's group, formed in fp64; differentiable."""
-        return _GroupSum.apply(values_B, *self)
+        return _GroupSum.apply(values_B, self.order, self.offsets, self.index)
 
     def max(self, values_B: Tensor) -> Tensor:
         """(B,): the largest value of each row's group; detached."""
-        return _reduce(values_B.detach(), "max", -torch.inf, *self)
+        return _reduce(values_B.detach(), "max", -torch.inf, self.order, self.offsets, self.index)
 
     def count(self) -> Tensor:
         """() int64: the number of groups."""
@@ -40,12 +42,12 @@ class _GroupSum(torch.autograd.Function):
     """A symmetric map of the rows, so its own derivative. No scatter: on CUDA their sums differ from run to run."""
 
     @staticmethod
-    def forward(ctx, values_B, order_B, offsets, index_B):
+    def forward(ctx: Any, values_B: Tensor, order_B: Tensor, offsets: Tensor, index_B: Tensor) -> Tensor:
         ctx.save_for_backward(order_B, offsets, index_B)
         return _reduce(values_B.double(), "sum", 0.0, order_B, offsets, index_B).to(values_B.dtype)
 
     @staticmethod
-    def backward(ctx, dsum_B):
+    def backward(ctx: Any, dsum_B: Tensor) -> tuple[Tensor, None, None, None]:
         return _GroupSum.apply(dsum_B, *ctx.saved_tensors), None, None, None
 
 

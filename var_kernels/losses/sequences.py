@@ -1,6 +1,7 @@
 """From tokens to sequences: per-token values summed, padded (B, T) or packed (N,) with cu_seqlens (B + 1,)."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,13 +68,13 @@ class _SumOverRanks(torch.autograd.Function):
     """All-reduce of (B,). Every rank computes the same loss of the sums, so its gradient is each summand's already."""
 
     @staticmethod
-    def forward(ctx, part_B, group):
+    def forward(ctx: Any, part_B: Tensor, group: dist.ProcessGroup) -> Tensor:
         total_B = part_B.clone()
         dist.all_reduce(total_B, group=group)
         return total_B
 
     @staticmethod
-    def backward(ctx, dtotal_B):
+    def backward(ctx: Any, dtotal_B: Tensor) -> tuple[Tensor, None]:
         return dtotal_B, None
 
 

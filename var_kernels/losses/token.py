@@ -10,6 +10,7 @@ How the terms of a sequence are weighted (1 / length and the like) is no part of
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ def grpo_loss(
     Source: arXiv 2402.03300, as other trainers implement it.
     """
     check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
-    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    clips: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     surrogate = ppo_loss(token_logp, old_token_logp, advantage, **clips)
     return surrogate + beta * kl_k3(token_logp, ref_token_logp)
 
@@ -189,7 +190,7 @@ def clipped_surrogate(
 
 
 def token_objective(
-    token_loss: Callable[..., Tensor], *, entropy_bonus: float = 0.0, **options
+    token_loss: Callable[..., Tensor], *, entropy_bonus: float = 0.0, **options: Any
 ) -> Callable[..., Tensor]:
     """``token_loss`` with its options, a weight for each token and an entropy bonus: an f for ``linear_token_loss``.
 
@@ -206,12 +207,10 @@ def token_objective(
     """
 
     def weighted(token_logp: Tensor, *inputs: Tensor) -> Tensor:
-        *inputs, token_weight = inputs
-        return token_weight * token_loss(token_logp, *inputs, **options)
+        return inputs[-1] * token_loss(token_logp, *inputs[:-1], **options)
 
     def with_entropy(token_logp: Tensor, entropy: Tensor, *inputs: Tensor) -> Tensor:
-        *inputs, token_weight = inputs
-        return token_weight * (token_loss(token_logp, *inputs, **options) - entropy_bonus * entropy)
+        return inputs[-1] * (token_loss(token_logp, *inputs[:-1], **options) - entropy_bonus * entropy)
 
     return with_entropy if entropy_bonus else weighted
 
@@ -256,11 +255,12 @@ def length_weights(
         return kept  # a batch without a token in a step without one
     if num_items is not None:
         check_range("num_items", num_items, remedy="count the items of the global batch")
-    if normalization in ("sequence", "sum") and num_items is None:
-        num_items = (lengths_B > 0).sum().clamp(min=1)
+    items: Tensor | float | None = num_items
+    if items is None:
+        items = (lengths_B if normalization == "token" else lengths_B > 0).sum().clamp(min=1)
     if normalization == "sequence":
-        return kept / expand_to_tokens(lengths_B.clamp(min=1) * num_items, labels, cu_seqlens)
-    return kept / (lengths_B.sum().clamp(min=1) if num_items is None else num_items)
+        return kept / expand_to_tokens(lengths_B.clamp(min=1) * items, labels, cu_seqlens)
+    return kept / items
 
 
 def kl_k1(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """VAR: SFT weighted by rewards and a frozen reference (arXiv 2502.11026). The weights are constants: one pass."""
 
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from var_kernels.ops.signatures import VARHeadKeywords
 
 # what linear_weighted_nll takes from here as it is
 HEAD_OPTIONS = VARHeadKeywords.__optional_keys__
+_OF_THE_LOSS = (
+    *("lam", "normalizer", "reference", "token_reduction", "process_group", "ignore_index", "return_stats"),
+)
 
 
 class VARStats(NamedTuple):
@@ -128,8 +131,15 @@ def weighted_sequence_nll(
 
 
 def _token_weighted_nll(
-    head, labels, token_weight, weight_B, cu_seqlens, ignore_index: int, return_logp: bool, head_options: dict
-):
+    head: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    token_weight: Tensor,
+    weight_B: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    return_logp: bool,
+    head_options: VARHeadKeywords,
+) -> Any:
     """The loss of weights that are spread over the tokens already; head: hidden, lm_head_weight, bias."""
     hidden, lm_head_weight, bias = head
     result = linear_weighted_nll(
@@ -249,8 +259,8 @@ def var_loss(
             f"rewards must be ({num_sequences},), one per sequence of labels {tuple(labels.shape)}, got {got}; "
             "flatten prompts x completions and say which is whose with group_ids"
         )
-    estimator = {"lam": lam, "normalizer": normalizer, "reference": reference, "group_ids": group_ids}
-    layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+    estimator: dict[str, Any] = {"lam": lam, "normalizer": normalizer, "reference": reference, "group_ids": group_ids}
+    layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
     by_kernel = None
     if token_reduction == "sum" and process_group is None:
         by_kernel = token_weights(rewards, ref_logp, labels, lengths=lengths, **estimator, **layout)
@@ -262,23 +272,14 @@ def var_loss(
         )
     else:
         of_tokens = isinstance(ref_logp, Tensor) and ref_logp.shape == labels.shape != rewards.shape
-        if of_tokens and normalizer != "cross":
+        if ref_logp is not None and of_tokens and normalizer != "cross":
             ref_logp = sequence_sum(ref_logp, labels, **layout)
         if lengths is None:
             lengths = sequence_lengths(labels, **layout)
         lengths = lengths.to(rewards.device)
         weights = var_weights(rewards, ref_logp, lengths=lengths, process_group=process_group, **estimator)
-        result = weighted_sequence_nll(
-            hidden,
-            lm_head_weight,
-            labels,
-            weights.weight,
-            bias,
-            token_reduction=token_reduction,
-            return_logp=return_stats,
-            **layout,
-            **head_options,
-        )
+        options: Any = {"token_reduction": token_reduction, "return_logp": return_stats, **layout, **head_options}
+        result = weighted_sequence_nll(hidden, lm_head_weight, labels, weights.weight, bias, **options)
     ranks = 1 if process_group is None else dist.get_world_size(process_group)
     if return_stats:
         return VARStats(result[0] * ranks, weights, result[1])
@@ -342,25 +343,9 @@ class VARLoss(nn.Module, Generic[Result]):
         cu_seqlens: Tensor | None = None,
     ) -> Result:
         """See ``var_loss``: the same arguments, shapes and result."""
-        return var_loss(
-            hidden,
-            lm_head_weight,
-            labels,
-            rewards,
-            ref_logp,
-            bias,
-            lam=self.lam,
-            normalizer=self.normalizer,
-            reference=self.reference,
-            lengths=lengths,
-            group_ids=group_ids,
-            cu_seqlens=cu_seqlens,
-            token_reduction=self.token_reduction,
-            process_group=self.process_group,
-            ignore_index=self.ignore_index,
-            return_stats=self.return_stats,
-            **self.head_options,
-        )
+        options: Any = {name: getattr(self, name) for name in _OF_THE_LOSS} | self.head_options
+        of_batch: Any = {"lengths": lengths, "group_ids": group_ids, "cu_seqlens": cu_seqlens}
+        return var_loss(hidden, lm_head_weight, labels, rewards, ref_logp, bias, **of_batch, **options)
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
@@ -384,7 +369,7 @@ class VARLoss(nn.Module, Generic[Result]):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-def _check_loss_options(token_reduction: str, head_options: dict) -> None:
+def _check_loss_options(token_reduction: str, head_options: VARHeadKeywords) -> None:
     check_choice("token_reduction", token_reduction, TOKEN_REDUCTIONS)
     unknown = sorted(set(head_options) - HEAD_OPTIONS)
     if unknown:

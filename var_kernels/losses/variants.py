@@ -7,6 +7,7 @@ Those of the first kind are methods of ``var-kernels train`` by their names: a l
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from var_kernels.losses.ava import literal_q
 from var_kernels.losses.registry import LOSSES, PASS_CLASSES
@@ -32,10 +33,10 @@ class Variant:
     evidence: str
     loss: str = ""
     settings: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    function: Callable | None = None
+    function: Callable[..., Any] | None = None
     function_class: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert (self.loss in LOSSES) != (self.function is not None), self.name
         assert self.pass_class in PASS_CLASSES, self.name
 
@@ -53,8 +54,15 @@ class Variant:
 
 
 def _enter(
-    name: str, formula: str, source: str, evidence: str, loss: str = "", function=None, pass_class="", **settings
-):
+    name: str,
+    formula: str,
+    source: str,
+    evidence: str,
+    loss: str = "",
+    function: Callable[..., Any] | None = None,
+    pass_class: str = "",
+    **settings: Any,
+) -> None:
     VARIANTS[name] = Variant(
         name, formula, source, evidence, loss, MappingProxyType(settings), function, function_class=pass_class
     )

@@ -3,7 +3,7 @@
 import importlib
 import warnings
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -104,9 +104,9 @@ def var_weights(
     Source: arXiv 2502.11026 for the weighting pi_ref exp(r/lam)/Z. The estimators of Z are derived (docs/var.md), and
     none is claimed to be the paper's.
     """
-    reference = check_weight_options(lam, normalizer, reference, ref_logp)
-    check_batch(rewards, ref_logp, normalizer, reference, lengths, group_ids, process_group)
-    ref_logp = None if reference == "none" else ref_logp.detach()
+    term = check_weight_options(lam, normalizer, reference, ref_logp)
+    check_batch(rewards, ref_logp, normalizer, term, lengths, group_ids, process_group)
+    ref_logp = None if term == "none" or ref_logp is None else ref_logp.detach()
     problem = bad_values(rewards, ref_logp, lengths)
     if problem and process_group is None:
         raise ValueError(problem)
@@ -120,34 +120,36 @@ def var_weights(
     mean = normalizer in ("batch_mean", "self_normalised")
     compared = {"lengths": lengths, "group_ids": group_ids if grouped else None}
     num_groups = 1
+    num_kept: int | Tensor
+    compared_rewards: Tensor | None = rewards
     if kernels:
-        options = {"lam": lam, "mean": mean, "reference": reference, "dtype": dtype}
+        options = {"lam": lam, "mean": mean, "reference": term, "dtype": dtype}
         weight_B, log_z, ess, _ = kernels.var_weights(rewards, ref_logp, lengths=lengths, **options)
         weight_G, num_kept = weight_B, len(weight_B)
         if weight_B.device.type == "cpu" and lengths is not None:
             num_kept = (lengths > 0).sum()
     elif normalizer == "cross":
-        weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, reference, lengths, process_group)
+        weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, term, lengths, process_group)
         (weight_G,), _ = _gather([weight_B], process_group)  # (B_global,)
         if process_group is not None:
-            rewards = None  # other ranks' rows may be the ones that tell
+            compared_rewards = None  # other ranks' rows may be the ones that tell
     else:
-        score_B = _scores(rewards, ref_logp, lam, reference, lengths)
+        score_B = _scores(rewards, ref_logp, lam, term, lengths)
         if lengths is not None:
             score_B = score_B.masked_fill(lengths == 0, -torch.inf)
         # Without a reference's term the scores are the rewards.
-        columns = [score_B, *([group_ids] if grouped else []), *([] if reference == "none" else [rewards])]
-        (score_G, *columns), own = _gather(columns, process_group)
-        ids_G = columns[:grouped]
-        rewards = score_G * lam if reference == "none" else columns[-1]
-        groups = group_rows(*ids_G) if grouped else None
+        ids = [group_ids] if grouped and group_ids is not None else []
+        (score_G, *columns), own = _gather([score_B, *ids, *([] if term == "none" else [rewards])], process_group)
+        ids_G = columns[0] if grouped else None
+        compared_rewards = score_G * lam if term == "none" else columns[-1]
+        groups = None if ids_G is None else group_rows(ids_G)
         weight_G, log_z = _normalise(score_G, groups, mean=mean)  # (B_global,)
         weight_B, log_z = weight_G[own], log_z[own] if grouped else log_z
         kept_G = score_G > -torch.inf
         num_kept = kept_G.sum()
-        if grouped and kept_G.device.type == "cpu":
-            num_groups = ids_G[0][kept_G].unique().numel()
-        compared = {"lengths": kept_G.long(), "group_ids": ids_G[0] if grouped else None}
+        if ids_G is not None and kept_G.device.type == "cpu":
+            num_groups = ids_G[kept_G].unique().numel()
+        compared = {"lengths": kept_G.long(), "group_ids": ids_G}
     if not kernels:
         ess = effective_sample_size(weight_G)
 
@@ -157,9 +159,9 @@ def var_weights(
             overflow = f"rewards / lam must be finite, overflows at lam={lam}; raise lam, or scale the rewards down"
             raise ValueError(problem or (overflow if process_group is None else elsewhere))
         if process_group is None or dist.get_rank(process_group) == 0:
-            if rewards is not None:
-                warn_if_rewards_ignored(rewards, lam=lam, **compared)
-            warn_if_collapsed(ess, int(num_kept), num_groups, lam=lam, normalizer=normalizer, reference=reference)
+            if compared_rewards is not None:
+                warn_if_rewards_ignored(compared_rewards, lam=lam, **compared)
+            warn_if_collapsed(ess, int(num_kept), num_groups, lam=lam, normalizer=normalizer, reference=term)
     elif process_group is None:
         warn_if_alone(rewards)
     return VARWeights(weight_B.to(dtype), log_z.to(dtype), ess.to(dtype))
@@ -187,19 +189,19 @@ def token_weights(
     kernels = weights_kernel(rewards, normalizer, group_ids, labels)
     if kernels is None:
         return None
-    per_token = reference != "none" and ref_logp is not None and ref_logp.shape == labels.shape != rewards.shape
+    read = None if reference == "none" or ref_logp is None else ref_logp.detach()
+    per_token = read is not None and read.shape == labels.shape != rewards.shape
     # Stand-ins of the right form for what the kernel makes itself.
-    sums = ref_logp.new_empty(rewards.shape[0]) if per_token else ref_logp
+    sums = read.new_empty(rewards.shape[0]) if read is not None and per_token else ref_logp
     lengths = None if lengths is None else lengths.to(rewards.device)
     counted = labels.new_empty(rewards.shape[0]) if lengths is None else lengths
     check_batch(rewards, sums, normalizer, reference, counted, group_ids, None)
-    ref_logp = None if reference == "none" else ref_logp.detach()
-    problem = bad_values(rewards, None if per_token else ref_logp, lengths)
+    problem = bad_values(rewards, None if per_token else read, lengths)
     if problem:
         raise ValueError(problem)
     weight_B, log_z, ess, token_weight = kernels.var_weights(
         rewards.detach(),
-        ref_logp,
+        read,
         lam=lam,
         mean=normalizer in ("batch_mean", "self_normalised"),
         reference=reference,
@@ -207,7 +209,7 @@ def token_weights(
         labels=labels,
         cu_seqlens=cu_seqlens,
         ignore_index=ignore_index,
-        dtype=_result_dtype(rewards, ref_logp),
+        dtype=_result_dtype(rewards, read),
     )
     warn_if_alone(rewards)
     return VARWeights(weight_B, log_z, ess), token_weight
@@ -250,7 +252,7 @@ _MORE_WEIGHTS = {
 }
 
 
-def warn_if_collapsed(ess: Tensor | float, num_sequences: int, num_groups: int = 1, **options) -> bool:
+def warn_if_collapsed(ess: Tensor | float, num_sequences: int, num_groups: int = 1, **options: Any) -> bool:
     """Warn (CollapsedWeightsWarning) of weights less than a tenth of the way from one-hot to uniform; True if it did.
 
         share = (ess - num_groups) / (num_sequences - num_groups) < 0.1
@@ -273,14 +275,14 @@ def warn_if_collapsed(ess: Tensor | float, num_sequences: int, num_groups: int =
     warnings.warn(
         f"VAR weights have collapsed: effective sample size about {ess:.0f} of {num_sequences} sequences in "
         f"{groups}{f' ({chosen})' if chosen else ''}. The rest of the batch is hardly trained on. "
-        f"{_MORE_WEIGHTS.get(options.get('reference'), _MORE_WEIGHTS['sum'])}",
+        f"{_MORE_WEIGHTS.get(options.get('reference', 'sum'), _MORE_WEIGHTS['sum'])}",
         CollapsedWeightsWarning,
         stacklevel=3,
     )
     return True
 
 
-def _scores(rewards, ref_logp, lam: float, reference: str, lengths) -> Tensor:
+def _scores(rewards: Tensor, ref_logp: Any, lam: float, reference: str, lengths: Any) -> Tensor:
     """a = ref + r / lam, (B,) or (B, B_global): the last dimension is the response."""
     score = rewards / lam
     if reference == "sum":
@@ -303,7 +305,14 @@ def _normalise(score_B: Tensor, groups: Groups | None, *, mean: bool) -> tuple[T
     return (exp_B / total_B).masked_fill(score_B == -torch.inf, 0.0), top_B + total_B.log()
 
 
-def _cross_weights(rewards, ref_logp, lam: float, reference: str, lengths, process_group):
+def _cross_weights(
+    rewards: Tensor,
+    ref_logp: Tensor | None,
+    lam: float,
+    reference: str,
+    lengths: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """exp(a_ii - LSE_j a_ij) (B,), log Z_i (B,), number of rows kept (). Row i's own response: column own.start + i."""
     kept_B = torch.ones(rewards.shape[0], dtype=torch.int64, device=rewards.device) if lengths is None else lengths
     columns, own = _gather([kept_B, rewards] if rewards.dim() == 1 else [kept_B], process_group)
@@ -333,7 +342,7 @@ def _exp_over_sum(score: Tensor, table: Tensor, *, mean: bool = False) -> tuple[
     return weight, top + total.log()
 
 
-def _gather(columns: list[Tensor], process_group) -> tuple[list[Tensor], slice]:
+def _gather(columns: list[Tensor], process_group: dist.ProcessGroup | None) -> tuple[list[Tensor], slice]:
     """Each (B,) column of every rank, one behind the other, and where this rank's rows are. B may differ by rank."""
     num_rows = columns[0].shape[0]
     if process_group is None:
@@ -341,19 +350,19 @@ def _gather(columns: list[Tensor], process_group) -> tuple[list[Tensor], slice]:
     world_size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     sizes = [columns[0].new_empty(1, dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(sizes, columns[0].new_tensor([num_rows], dtype=torch.int64), group=process_group)
-    sizes = torch.cat(sizes).tolist()
-    if not any(sizes):
+    counts = torch.cat(sizes).tolist()
+    if not any(counts):
         raise ValueError(
             "rewards must hold at least one sequence on some rank of process_group, got none; skip the step everywhere"
         )
     gathered = []
     for column in columns:
-        padded = column.new_zeros(max(sizes))
+        padded = column.new_zeros(max(counts))
         padded[:num_rows] = column
-        parts = [torch.empty_like(padded) for _ in sizes]
+        parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=process_group)
-        gathered.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
-    start = sum(sizes[:rank])
+        gathered.append(torch.cat([part[:size] for part, size in zip(parts, counts, strict=True)]))
+    start = sum(counts[:rank])
     return gathered, slice(start, start + num_rows)
 
 
@@ -383,7 +392,15 @@ def check_weight_options(lam: float, normalizer: str, reference: str | None, ref
     return reference or DEFAULT_REFERENCE
 
 
-def check_batch(rewards, ref_logp, normalizer: str, reference: str, lengths, group_ids, process_group) -> None:
+def check_batch(
+    rewards: Tensor,
+    ref_logp: Tensor | None,
+    normalizer: str,
+    reference: str,
+    lengths: Tensor | None,
+    group_ids: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> None:
     """Refuse missing arguments and wrong dtypes, shapes and devices."""
     cross = normalizer == "cross"
     check_floating({"rewards": rewards}, "(B,)", "use torch.tensor(...), or rewards.float()")

@@ -5,6 +5,7 @@ tensors).
 import math
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def values_readable(t: Tensor) -> bool:
     return t.device.type == "cpu" and not is_traced(t)
 
 
-def check_whole(name: str, value: Tensor) -> None:
+def check_whole(name: str, value: Any) -> None:
     """No DTensor: its operations are collectives, and tiles are none."""
     if not torch.compiler.is_compiling() and hasattr(value, "full_tensor"):
         raise TypeError(
@@ -160,7 +161,7 @@ def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, lo
         )
 
 
-def complete_options(op: str, options: LogprobKeywords, keywords: type) -> LogprobKeywords:
+def complete_options(op: str, options: Mapping[str, Any], keywords: Any) -> LogprobKeywords:
     """The options of a call of ``op``, which has those of ``keywords``, with the defaults of the others."""
     names = keywords.__optional_keys__
     for name in options:
@@ -168,12 +169,12 @@ def complete_options(op: str, options: LogprobKeywords, keywords: type) -> Logpr
             raise TypeError(
                 f"{op}() got an unexpected keyword argument {name!r}; its options: {', '.join(sorted(names))}"
             )
-    options = {**DEFAULTS, **options}
-    check_head_options(options)
-    return options
+    complete: Any = {**DEFAULTS, **options}
+    check_head_options(complete)
+    return complete
 
 
-def check_head_options(options: Mapping[str, object], prefix: str = "") -> None:
+def check_head_options(options: Mapping[str, Any], prefix: str = "") -> None:
     """prefix: "ref_" for the reference model's."""
     logit_scale, softcap, temperature = options["logit_scale"], options["softcap"], options["temperature"]
     label_smoothing, workspace_mb = options["label_smoothing"], options["workspace_mb"]

@@ -87,7 +87,7 @@ def define_op(
             call = None if ctx.reads is None else layout.with_tensors(ctx.reads, iter(saved[: ctx.count]))
             return None, *backward(call, saved[ctx.count :], upstream, once)
 
-    OpFunction = types.new_class(f"{name}_function", (OpFunction,))  # what grad_fn is called
+    function: Any = types.new_class(f"{name}_function", (OpFunction,))  # what grad_fn is called
     op = None if shapes is None else _registered(name, layout, paths, forward, backward, shapes, outputs)
 
     def run(call, traced: bool = False) -> Tensors:
@@ -95,7 +95,7 @@ def define_op(
             return tuple(_present(t) for t in op(*layout.leaves(call, layout.paths))[:outputs])
         if not torch.is_grad_enabled():
             return forward(call).outputs
-        return OpFunction.apply(call, *layout.leaves(call, paths))
+        return function.apply(call, *layout.leaves(call, paths))
 
     return run
 

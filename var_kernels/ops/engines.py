@@ -131,7 +131,7 @@ def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
 def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
     """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0."""
     dtypes = dhidden, dweight, head.wide, head.wide, head.wide
-    create = torch.empty, torch.empty if head.n else torch.zeros, torch.zeros, torch.zeros, torch.zeros
+    create: tuple[Callable[..., Tensor], ...] = torch.empty, torch.empty if head.n else torch.zeros, *(torch.zeros,) * 3
     device, parts = head.device, zip(head.tensors, head.needs.flags, dtypes, create, strict=True)
     return Gradients(*[new(t.shape, dtype=dtype, device=device) if needed else None for t, needed, dtype, new in parts])
 

@@ -1,7 +1,7 @@
 """``linear_token_kl``: the divergence between two models' next-token distributions, over the whole vocabulary."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -111,12 +111,14 @@ def linear_token_kl(
     if engine == "one_pass" and reduction == "none":
         raise ValueError("engine='one_pass' needs one scalar, got reduction='none'; use engine='auto'")
     options = checks.complete_options("linear_token_kl", options, RowKeywords)
-    of_ref = dict(zip(_OF_A_MODEL, (ref_logit_scale, ref_softcap, ref_temperature, ref_low_rank), strict=True))
+    given = (ref_logit_scale, ref_softcap, ref_temperature, ref_low_rank)
+    of_ref: dict[str, Any] = dict(zip(_OF_A_MODEL, given, strict=True))
     if ref_grad and torch.is_grad_enabled():
-        policy = (hidden, lm_head_weight, bias, {name: options[name] for name in _OF_A_MODEL})
+        own = {name: value for name, value in options.items() if name in _OF_A_MODEL}
+        policy = (hidden, lm_head_weight, bias, own)
         reference = (ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
-        shared = {name: options[name] for name in ("ignore_index", "num_active", "workspace_mb", "precision")}
-        shared |= {"labels": labels, "reduction": reduction, "engine": engine}
+        shared: dict[str, Any] = {"labels": labels, "reduction": reduction, "engine": engine}
+        shared |= {name: options[name] for name in ("ignore_index", "num_active", "workspace_mb", "precision")}
         kl = _one_sided(policy, reference, direction=direction, beta=beta, token_weight=token_weight, **shared)
         weight = None if token_weight is None else token_weight.detach()
         exchanged = {"direction": _EXCHANGED[direction], "beta": 1 - beta, "token_weight": weight}
@@ -312,11 +314,11 @@ def _shapes(arguments: TokenKLArguments) -> Forward:
 
 
 def _backward(arguments: TokenKLArguments | None, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
-    (saved,), (dkl_N,) = saved, upstream
+    (stored,), (dkl_N,) = saved, upstream
     if arguments is None or arguments.way == "frozen":
-        return (dkl_N.unsqueeze(1) * saved).to(saved.dtype), *(None,) * 4
+        return (dkl_N.unsqueeze(1) * stored).to(stored.dtype), *(None,) * 4
     gradients = stored_gradients if arguments.way == "stored" else recomputed_gradients
-    return gradients(arguments.pair, saved, dkl_N).like(arguments.head.tensors)
+    return gradients(arguments.pair, stored, dkl_N).like(arguments.head.tensors)
 
 
 @dataclass

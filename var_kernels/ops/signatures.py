@@ -87,5 +87,5 @@ def names_options(op: Op) -> Op:
         for name, default in DEFAULTS.items()
         if name in types
     ]
-    op.__signature__ = signature.replace(parameters=[*named, *shared])
+    vars(op)["__signature__"] = signature.replace(parameters=[*named, *shared])
     return op

@@ -127,7 +127,7 @@ def linear_weighted_nll(
     return call.outputs(loss, logp_NK.detach() if return_logp else None, argmax_N=argmax_N)
 
 
-def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float | Tensor | None):
+def _divisor(call: HeadCall, labels: Tensor, ignore_index: int, num_items: float | Tensor | None) -> float | Tensor:
     if num_items is not None:
         return num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
     counted = labels != ignore_index

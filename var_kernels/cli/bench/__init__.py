@@ -67,7 +67,8 @@ def _compare(console, args: argparse.Namespace) -> int:
 
     if args.what[0] != COMPARE or len(args.what) != 3:
         raise ValueError(f"expected no word, or `compare A B`, got {' '.join(args.what)!r}")
-    slower = compare(console, *map(read, args.what[1:]), args.tolerance)
+    before, after = map(read, args.what[1:])
+    slower = compare(console, before, after, args.tolerance)
     for line in slower:
         console.print(f"slower: {line}", highlight=False)
     return 1 if slower else 0

@@ -58,7 +58,7 @@ class Operands:
 
     def __init__(self, tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, masked: float):
         draw = torch.Generator(device).manual_seed(0)
-        options = {"generator": draw, "device": device}
+        options: Any = {"generator": draw, "device": device}
         self._hidden = torch.randn(tokens, hidden, **options).to(dtype)
         # Slices, so that the fp32 draws of a large head take no more than its rows.
         self.weight = torch.empty(vocab, hidden, dtype=dtype, device=device)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ _WARM_UP = 32  # tokens of the step before those that are measured: it brings th
 def compare(folder: Path, rows: tuple[int, ...], device: torch.device, advance: Callable[[], None]) -> list[dict]:
     """For each number of tokens {"tokens", "plain", "fused"}: the figures of ``steps`` on either side, None where the
     process was ended for want of memory."""
-    points = [{"tokens": tokens, "plain": None, "fused": None} for tokens in rows]
+    points: list[dict[str, Any]] = [{"tokens": tokens, "plain": None, "fused": None} for tokens in rows]
     for loss in ("plain", "fused"):
         for point, figures in zip(points, steps(folder, loss, device.type, "float32", rows), strict=False):
             point[loss] = figures

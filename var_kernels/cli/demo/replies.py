@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def rewards_of(drawn: Drawn) -> Tensor:
 def first(drawn: Drawn, k: int | None) -> Drawn:
     """The first k replies to each prompt; all with None."""
     places = [i for i in range(len(drawn.texts)) if i % drawn.k < (k or drawn.k)]
-    columns = (drawn.token_ids, drawn.texts, drawn.ended, drawn.rewards)
+    columns: Any = (drawn.token_ids, drawn.texts, drawn.ended, drawn.rewards)
     return Drawn(drawn.prompts, min(k or drawn.k, drawn.k), *([column[i] for i in places] for column in columns))
 
 

@@ -1,6 +1,7 @@
 """Conversations to text by the tokenizer's chat template, and which of that text the assistant writes."""
 
 import re
+from typing import Any
 
 from var_kernels.integrations.data.forms import Example
 
@@ -32,11 +33,11 @@ class ChatTemplate:
         self.left_out: list[str] = []
         self._formats: dict[str, str] = {}  # of each template
 
-    def prompt(self, example: Example) -> str:
+    def prompt(self, example: Any) -> str:
         """The conversation so far, up to where the assistant begins to write."""
         return self._render(example.prompt, example, True)
 
-    def split(self, example: Example) -> tuple[str, list[Parts]]:
+    def split(self, example: Any) -> tuple[str, list[Parts]]:
         """The prompt's text, the same for every completion, and the parts of each completion."""
         rendered = [self._completion(example, completion) for completion in example.completions]
         start = min(first for first, _, _ in rendered)
@@ -45,7 +46,7 @@ class ChatTemplate:
             raise ValueError("the chat template renders the prompt differently for different completions of it")
         return head, [_parts(whole, spans, start) for _, whole, spans in rendered]
 
-    def _completion(self, example: Example, completion: list[dict]) -> tuple[int, str, Spans]:
+    def _completion(self, example: Any, completion: list[dict]) -> tuple[int, str, Spans]:
         """(where the completion begins, the whole text, what of it the assistant writes)"""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
@@ -165,11 +166,12 @@ class ChatTemplate:
                 except Exception:  # whatever a template does on what it was not written for
                     text = ""
                 shown.append(_PROBE in text and "'type'" not in text and '"type"' not in text)
-            self._formats[key] = {(True, True): "both", (False, True): "parts"}.get(tuple(shown), "text")
+            text, parts = shown
+            self._formats[key] = ("both" if text else "parts") if parts else "text"
         return self._formats[key]
 
 
-def _text_of(content: object) -> str:
+def _text_of(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""

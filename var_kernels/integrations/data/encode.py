@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class EncodedRows:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer, max_length: int, end_token_ids: Sequence[int] = ()
+    examples: Sequence[Example], tokenizer: Any, max_length: int, end_token_ids: Sequence[int] = ()
 ) -> EncodedRows:
     """Tokenise prompts and completions apart, as generation will see them, and join them: prompt + completion + end of
     sequence.
@@ -154,7 +155,7 @@ def rewards_of(examples: Sequence[Example]) -> Tensor | None:
     return torch.tensor(rewards, dtype=torch.float32)
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer, room: int) -> tuple[list[list[int]], int]:
+def encode_prompts(examples: Sequence[Example], tokenizer: Any, room: int) -> tuple[list[list[int]], int]:
     """The token ids of prompts alone, as generation begins with them, cut to ``room``; and how many were cut.
 
     Raises:
@@ -184,7 +185,7 @@ def cut_prompt(ids: Tensor, kept: int, room: int) -> Tensor:
     return torch.cat([ids[:kept], ids[len(ids) - room + kept :]])
 
 
-def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
+def end_tokens(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     """Tokens that end a completion: those of the model's generation settings, and the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
@@ -203,7 +204,7 @@ def _split_texts(examples: Sequence[Example], tokenizer) -> list[_RowText]:
     chat, texts, problems = ChatTemplate(tokenizer), [], []
     for example in examples:
         if isinstance(example.prompt, str):
-            pairs = zip(example.completions, example.where, strict=True)
+            pairs: Any = zip(example.completions, example.where, strict=True)
             texts += [_RowText(example.prompt, [(completion, False)], False, where) for completion, where in pairs]
             continue
         try:
@@ -251,8 +252,8 @@ def _token_lists(texts: list[_RowText], tokenizer, ends: set[int]):
                 problems.append(Problem(row.where, "the prompt has no token"))
             begins = (before, opening if row.rendered else [], [bos])
             kept = max(len(begin) for begin in (*begins, []) if prompt[: len(begin)] == begin)
-            ids = (torch.tensor(values, dtype=torch.int32) for values in (prompt, completion))
-            yield (next(ids), kept, next(ids), torch.tensor(of_others, dtype=torch.bool), row.where)
+            first, second = (torch.tensor(values, dtype=torch.int32) for values in (prompt, completion))
+            yield (first, kept, second, torch.tensor(of_others, dtype=torch.bool), row.where)
     if problems:
         raise DataError(problems, remedy="this tokenizer makes nothing of the prompt")
 

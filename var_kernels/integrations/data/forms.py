@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 Text = str | list[dict]  # plain text, or messages [{"role": ..., "content": ...}, ...]
 RewardNeed = Literal["required", "unless_pair", "optional", "prompt"]  # prompt: not even a completion
@@ -24,6 +24,7 @@ FORM_KEYS = {
 }
 SHOWN_PROBLEMS = 10
 _LARGEST = 3.4e38
+_NUMBERS: Any = Real | Decimal
 _DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 # What the encoder itself passes to apply_chat_template.
@@ -51,7 +52,7 @@ class DataError(ValueError):
 
     def __init__(
         self, problems: list[Problem], remedy: str = "mend what is malformed, or pass skip_malformed (--skip-malformed)"
-    ):
+    ) -> None:
         self.problems, self.remedy = problems, remedy
         if len(problems) == 1:
             super().__init__(f"{problems[0]}; {remedy}")
@@ -219,15 +220,15 @@ def as_label(value: object) -> bool | None:
 def as_number(value: object) -> float | None:
     """A number of Python, numpy or torch, or the text of a decimal number; None for anything else, booleans among it.
     Beyond fp32: infinite."""
-    value = _plain(value)
-    if isinstance(value, str):
-        value = float(value) if _DECIMAL.fullmatch(value) else None
-    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
+    number: Any = _plain(value)
+    if isinstance(number, str):
+        number = float(number) if _DECIMAL.fullmatch(number) else None
+    if isinstance(number, bool) or not isinstance(number, _NUMBERS):
         return None
     try:
-        return float(value)
+        return float(number)
     except OverflowError:
-        return float("inf") if value > 0 else float("-inf")
+        return float("inf") if number > 0 else float("-inf")
     except ValueError:  # a signalling NaN
         return float("nan")
 

@@ -129,7 +129,7 @@ def calibrate_loss(
     transform = calibrate(model, inputs, encoder_decoder=encoder_decoder)
     found = _found(inner)
     if "loss" not in found:
-        options = {"vocab": transform.vocab, "masked_ids": transform.masked, "wide": transform.wide}
+        options: Any = {"vocab": transform.vocab, "masked_ids": transform.masked, "wide": transform.wide}
         found["loss"] = _try(inner, inputs, lambda given: fit_loss_rule(Probe(model, inner, given), **options))
     return found["loss"]
 
@@ -206,7 +206,7 @@ def _try(inner: nn.Module, inputs: Mapping[str, Any] | None, compute: Callable) 
 def fingerprint(inner: nn.Module) -> tuple:
     """Every number that the transform or the loss could come from, and the loss; a change of any calibrates again."""
     head = find_head(inner)
-    numbers = [
+    numbers: list[Any] = [
         vocabulary_size(head),
         id(getattr(getattr(inner, "loss_function", None), "__func__", getattr(inner, "loss_function", None))),
     ]
@@ -233,7 +233,7 @@ def fingerprint(inner: nn.Module) -> tuple:
 def _calibrate_transform(probe: Probe) -> Transform:
     names = probe.vocabulary_vectors()
     generator = torch.Generator().manual_seed(2)
-    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    draw: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     marks = {n: torch.randn(probe.vocab, **draw).mul(3) for n in names}
     with probe.replaced(marks):
         x1, y1, _ = probe.run(_ladder, seed=0)

@@ -96,7 +96,7 @@ def _verified_row(inner: nn.Module, scorer: "_Scorer", prompt: tuple[int, ...]) 
     return scorer.full_row(prompt)
 
 
-def _holds_keys_and_values_only(cache: object) -> bool:
+def _holds_keys_and_values_only(cache) -> bool:
     """Recurrent states (Mamba, linear attention) neither repeat over a batch nor take several tokens at once."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 

@@ -32,7 +32,7 @@ def head_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> HeadInputs:
 
     def keep(hidden: Tensor, head: HeadParams) -> Tensor:
         if gathers_weights(model):
-            whole = {"lm_head_weight": head.lm_head_weight.clone()}
+            whole: Any = {"lm_head_weight": head.lm_head_weight.clone()}
             whole["bias"] = None if head.bias is None else head.bias.clone()
             whole["low_rank"] = None if head.low_rank is None else (head.low_rank[0], head.low_rank[1].clone())
             head = replace(head, **whole)

@@ -76,7 +76,7 @@ class Source:
             if extra:
                 options[f"return_{extra}"] = True
         params, op = self.params, linear_logprob if group is None else vocab_parallel_logprob
-        found = op(hidden, params.lm_head_weight, labels, params.bias, ignore_index=ignore_index, **options)
+        found: Any = op(hidden, params.lm_head_weight, labels, params.bias, ignore_index=ignore_index, **options)
         found = self._tied(found[1] if extra else found)
         return found[at].view(target.shape)
 
@@ -149,6 +149,8 @@ class FusedLogits(Tensor):
     """See the module. After the forward pass any use of its values raises ValueError with the remedy."""
 
     view_: View  # named so that no attribute of Tensor is hidden
+    base_: Tensor
+    grad_fn_: Any
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -185,7 +187,7 @@ def no_logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def _make(view: View, base: Tensor) -> FusedLogits:
     with torch._C.DisableTorchFunctionSubclass():
-        made = base.as_subclass(FusedLogits)
+        made: Any = base.as_subclass(FusedLogits)
         made.grad_fn_ = made.grad_fn
     made.view_ = view
     made.base_ = base
@@ -273,7 +275,7 @@ def _register_hook(logits, hook):
 
 def _requires_grad(logits):
     with torch._C.DisableTorchFunctionSubclass():
-        return Tensor.requires_grad.__get__(logits) and not logits.view_.detached
+        return _getters("requires_grad")(logits) and not logits.view_.detached
 
 
 def _text(logits, *_args, **_kwargs):
@@ -333,7 +335,7 @@ def _reshape(logits, *sizes, **kwargs):
     sizes = kwargs.get("shape", kwargs.get("size", sizes))
     if len(sizes) == 1 and isinstance(sizes[0], torch.dtype):
         _refuse(logits, "Tensor.view(dtype)")
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
     return _reshaped(logits, [int(s) for s in sizes], "reshape")
 
 
@@ -617,8 +619,10 @@ def _getters(name: str):
     return getattr(Tensor, name).__get__
 
 
-_VIEWS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "squeeze", "unsqueeze", "narrow")
-_VIEWS += ("select", "split", "chunk", "tensor_split", "unbind")
+_VIEWS = (
+    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "squeeze", "unsqueeze", "narrow"),
+    *("select", "split", "chunk", "tensor_split", "unbind"),
+)
 _VALUES = {_getters(name) for name in ("T", "mT", "H", "mH", "real", "imag")}
 _HANDLERS: dict[Callable, Callable] = {
     _getters("shape"): _size,

@@ -107,8 +107,8 @@ def tied(results: list[Tensor], logits: Tensor | None) -> tuple[Tensor, ...]:
     The pre-backward hooks of FSDP and DeepSpeed sit there: they bring back the sharded weight that the results need.
     """
     if isinstance(logits, Tensor) and logits.requires_grad:
-        logits = logits.to_local() if is_dtensor(logits) else logits
-        return _Tie.apply(logits, *results)
+        local: Any = logits
+        return _Tie.apply(local.to_local() if is_dtensor(logits) else logits, *results)
     return tuple(results)
 
 

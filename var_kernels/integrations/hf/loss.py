@@ -56,10 +56,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         RuntimeError: the model's head is fused already.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str = "fp32", workspace_mb: float | None = None):
+    def __init__(self, model: nn.Module, *, precision: str = "fp32", workspace_mb: float | None = None) -> None:
         self.model = model
         self.inner = inner_model(model)
-        self._options = {"precision": precision, "workspace_mb": workspace_mb}
+        self._options: dict[str, Any] = {"precision": precision, "workspace_mb": workspace_mb}
         self._applied = self._used = False
         self.loss_without_labels = 0.0  # Trainer's mean over evaluation batches leaves out NaN
 
@@ -86,7 +86,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         try:
             self._calibrate(None)
         except TrialFailedError:
-            self._calibrated_at = None  # it wants more than tokens: the first batch with labels will show
+            self._calibrated_at: Any = None  # it wants more than tokens: the first batch with labels will show
         self._plain_forward = self.inner.forward
         self._instance_forward = self.inner.__dict__.get("forward")
         self._signature = inspect.signature(self._plain_forward)
@@ -333,7 +333,7 @@ def _sharded_nll_mean(
     hidden: Tensor, head: HeadParams, labels: Tensor, num_items: Tensor | int | None, options: Mapping[str, Any]
 ) -> Tensor:
     """The mean of a head whose vocabulary is sharded over ranks."""
-    logp = vocab_parallel_logprob(
+    logp: Any = vocab_parallel_logprob(
         hidden, head.lm_head_weight, labels, head.bias, process_group=head.group, **head.logit_options, **options
     )
     count = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else _divisor(num_items, labels)

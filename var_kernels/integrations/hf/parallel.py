@@ -5,6 +5,7 @@ DTensor of them first, and expects one back.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -24,7 +25,7 @@ def gathers_weights(model: nn.Module) -> bool:
     return fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def local_rows(hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def local_rows(hidden: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(hidden as a plain tensor, whole on every rank, what makes the head's output of a plain tensor).
 
     Its gradient must be the whole one on every rank, as ``vocab_parallel_logprob`` gives it.
@@ -38,7 +39,7 @@ def local_rows(hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return local, lambda output: DTensor.from_local(output, mesh, everywhere, run_check=False)
 
 
-def vocabulary_slice(weight: Tensor, bias: Tensor | None, name: str):
+def vocabulary_slice(weight: Any, bias: Any, name: str) -> tuple[Tensor, Tensor | None, Any]:
     """(this rank's rows of the weight, of the bias, the group of the ranks that share the vocabulary).
 
     Raises:

@@ -244,11 +244,11 @@ class Probe:
         value, hidden = calls[0]
         return value, hidden, output
 
-    def _logits(self, injected: Tensor, output: Any) -> Tensor:
+    def _logits(self, injected: Tensor, output: Any) -> Any:
         if isinstance(output, tuple):
             output = tuple(item for item in output if not (isinstance(item, Tensor) and item.dim() == 0))
-        logits = logits_of(output)
-        if isinstance(logits, Tensor) and is_dtensor(logits):
+        logits: Any = logits_of(output)
+        if is_dtensor(logits):
             logits = logits.full_tensor()
         elif isinstance(logits, Tensor) and is_dtensor(self.head.weight) and logits.shape[-1] < injected.shape[-1]:
             self.refuse(
@@ -416,7 +416,7 @@ def unseen(inner: nn.Module, *, hooks: bool = False) -> Iterator[None]:
                 torch.set_autocast_enabled(kind, enabled)
                 torch.set_autocast_dtype(kind, dtype)
             if warnings.filters != filters:
-                warnings.filters[:] = filters
+                warnings.filters[:] = filters  # type: ignore[index]  # a list, which typeshed calls a Sequence
 
 
 def _popped_function_modes() -> list:

@@ -6,6 +6,7 @@ with its dequantised weight. So is a head in floating point whose forward someon
 """
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,13 +27,13 @@ def is_packed(weight: Tensor) -> bool:
 
 def dense_weight(head: nn.Module) -> Tensor | None:
     """(V, D) floating point, the head's own weight where it is that already; None where it cannot be made."""
-    weight = head.weight
+    weight: Any = head.weight
     if not is_packed(weight):
         return weight
     if getattr(weight, "quant_state", None) is not None:
         dense = _dequantised_4bit(weight.data, weight.quant_state)
-    elif is_traceable_wrapper_subclass(weight) and callable(getattr(type(weight), "dequantize", None)):
-        dense = weight.dequantize()
+    elif is_traceable_wrapper_subclass(weight) and callable(unpack := getattr(type(weight), "dequantize", None)):
+        dense = unpack(weight)
     else:
         return None
     return dense.detach() if dense.shape == (head.out_features, head.in_features) else None

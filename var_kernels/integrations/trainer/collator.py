@@ -18,6 +18,7 @@ from var_kernels.integrations.data import (
     parse_row,
 )
 from var_kernels.integrations.data.encode import rewards_of
+from var_kernels.integrations.data.forms import RewardNeed
 from var_kernels.integrations.trainer.rewards import apply_reward_function
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.weights import PER_PROMPT
@@ -92,7 +93,7 @@ def _pad(sequences: list[Tensor], value: int) -> Tensor:
 # ---- from data to items ----------------------------------------------------------------------------------------------
 
 
-def parsed_examples(rows, name: str, need_rewards: str) -> list[Example]:
+def parsed_examples(rows, name: str, need_rewards: RewardNeed) -> list[Example]:
     if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
         parsed = list(rows)
         if need_rewards not in ("optional", "prompt"):

@@ -155,7 +155,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             )
         if self.online:
             resolve(self, METHODS[self.method])
-            self.num_train_epochs = float(self.iterations)
+            self.num_train_epochs: float = float(self.iterations)
         self.logp_temperature = 1.0 if self.logp_temperature is None else self.logp_temperature
         good = math.isfinite(self.logp_temperature) and self.logp_temperature > 0
         _check_range("logp_temperature", self.logp_temperature, good, "finite and > 0")

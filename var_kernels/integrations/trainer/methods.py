@@ -174,11 +174,13 @@ def loss_in_head(
     if not method.reads_policy:
         score_B = last_value(extra_head(hidden)[0], kept)
         items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
-        loss, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
-        return HeadResult(loss, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
-    name, options, anchor = loss.name, method.loss_options(config), 0.0
+        total, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
+        return HeadResult(total, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
+    name = loss.name
+    anchor: Tensor | float = 0.0
+    options: Any = method.loss_options(config)
     if method.teacher:
-        shared = {"temperature": config.logp_temperature, "workspace_mb": config.workspace_mb}
+        shared: Any = {"temperature": config.logp_temperature, "workspace_mb": config.workspace_mb}
         shared["vocabulary"] = min(of.lm_head_weight.shape[0] for of in (head, teacher.head))
         divergence_of = functools.partial(divergence_in_head, hidden, head, labels, teacher, **shared)
         weight = rows["weight"].unsqueeze(1).expand_as(labels)
@@ -363,7 +365,8 @@ _ENTRIES = {
 
 
 def _method(loss: Loss) -> Method:
-    return Method(**{"loss": loss, **_of_loss(loss), **_ENTRIES.get(loss.name, {})})
+    entry: Any = _ENTRIES.get(loss.name, {})
+    return Method(**{"loss": loss, **_of_loss(loss), **entry})
 
 
 # This library's own losses; one of the user's becomes a method by find_method.
@@ -392,7 +395,7 @@ def find_method(name: str) -> Method:
             "it of these, or call linear_loss in a loop of your own"
         )
     loss, empty = LOSSES[name], inspect.Parameter.empty
-    if open_ones := [option for option, default in (loss.options | loss.defaults).items() if default is empty]:
+    if open_ones := [option for option, default in {**loss.options, **loss.defaults}.items() if default is empty]:
         raise ValueError(
             f"method: {name!r} needs a default for {', '.join(open_ones)}; give it in the loss's signature, or as "
             "defaults of register"

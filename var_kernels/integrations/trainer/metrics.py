@@ -4,6 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ class StepMetrics:
 
     def __init__(self, trainer, mode: str):
         self.trainer, self.mode = trainer, mode
-        self._sums = defaultdict(lambda: [0.0, 0.0])
-        self._clock = None
+        self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
+        self._clock: float | None = None
 
     def add(self, key: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         entry = self._sums[key]
@@ -57,8 +58,9 @@ class StepMetrics:
         else:
             length, advantage = rows["length"].clamp(min=1), rows["advantage"]
             given, counted = (result.logp / length, rows["old_logp"] / length), result.computed.any(-1)
-        clips = {name: getattr(config, name, None) for name in ("clip_low", "clip_high", "dual_clip")}
-        clipped = ppo_clipped(*(values.to(advantage.dtype) for values in given), advantage, **clips)
+        clips: Any = {name: getattr(config, name, None) for name in ("clip_low", "clip_high", "dual_clip")}
+        logp, old_logp = (values.to(advantage.dtype) for values in given)
+        clipped = ppo_clipped(logp, old_logp, advantage, **clips)
         self.add("clip_share", (clipped & counted).sum(), counted.sum())
 
     def _add_pairs(self, method, config, rows: dict[str, Tensor], result) -> None:

@@ -390,7 +390,7 @@ def _activations(model, config, batch: tuple[int, int]) -> int | None:
     try:
         with FakeTensorMode() as mode:
             names = [*body.named_parameters(remove_duplicate=False), *body.named_buffers(remove_duplicate=False)]
-            twins = {id(tensor): mode.from_tensor(tensor) for _, tensor in names}
+            twins: dict[int, Tensor] = {id(tensor): mode.from_tensor(tensor) for _, tensor in names}
             state = {name: twins[id(tensor)] for name, tensor in names}
             own = {tensor.untyped_storage()._cdata for tensor in state.values()}
             device = next(body.parameters()).device

@@ -40,7 +40,7 @@ def model_fingerprint(model: nn.Module) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in whole_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -49,7 +49,7 @@ def rows_fingerprint(rows: EncodedRows) -> str:
     digest = hashlib.sha256()
     for tensor in (rows.token_ids, rows.offset, rows.prompt_length, rows.others):
         if tensor is not None:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,13 @@ class RewardModel:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Any,
         *,
         head: RewardHead | None = None,
         batch_size: int = 16,
         max_length: int = 1024,
         as_chat: bool = False,
-    ):
+    ) -> None:
         labels = getattr(model.config, "num_labels", 1)
         if head is None and labels != 1:
             raise ValueError(
@@ -76,7 +77,7 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *, dtype: torch.dtype | str = torch.float32, device=None, **options
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | str = torch.float32, device: Any = None, **options: Any
     ) -> "RewardModel":
         """From a folder or a name on the hub; a folder with a saved reward head holds a causal LM.
 
@@ -111,7 +112,7 @@ class RewardModel:
                 )
         return cls(model.requires_grad_(False).eval(), tokenizer, head=head, **options).to(device)
 
-    def to(self, device) -> "RewardModel":
+    def to(self, device: Any) -> "RewardModel":
         if device is not None:
             self.model.to(device)
             if self.head is not None:
@@ -144,8 +145,8 @@ class RewardModel:
                 members = order[start : start + self.batch_size]
                 yield members, self.tokenizer.pad([pairs[row] for row in members], return_tensors="pt").to(device)
             return
-        pairs = zip(prompts, completions, strict=True)
-        examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in enumerate(pairs)]
+        given = enumerate(zip(prompts, completions, strict=True))
+        examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in given]
         rows = encode_examples(examples, self.tokenizer, self.max_length, end_tokens(self.tokenizer, self.model))
         items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(self.pad_token_id)
         order = sorted(range(len(rows)), key=rows.length)

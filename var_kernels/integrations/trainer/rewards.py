@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,7 +70,7 @@ class RewardSum:
         TypeError, ValueError: no functions, something that is none, weights that are not finite numbers.
     """
 
-    def __init__(self, parts: Iterable):
+    def __init__(self, parts: Iterable) -> None:
         self.parts = [part if isinstance(part, tuple) else (part, 1.0) for part in parts]
         if not self.parts:
             raise ValueError("reward_func must hold one function or more, got none")
@@ -83,7 +83,7 @@ class RewardSum:
                 raise ValueError(f"reward_func must hold finite weights, got {weight!r}; (function, weight)")
 
 
-def as_reward_function(given):
+def as_reward_function(given: Any) -> Any:
     """One reward function of what the trainer is given: a function, a ``RewardSum``, or a list, which is their sum."""
     return RewardSum(given) if isinstance(given, list | tuple) else given
 
@@ -101,7 +101,7 @@ class _Call:
     takes_all: bool  # **kwargs
 
     @classmethod
-    def of(cls, function: RewardFunction) -> "_Call":
+    def of(cls, function: Any) -> "_Call":
         module = isinstance(function, torch.nn.Module)  # whose __call__ takes anything
         try:
             parameters = inspect.signature(function.forward if module else function).parameters

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,19 +118,20 @@ class VARTrainer(Trainer):
         args: AlignConfig | None = None,
         train_dataset: Sequence[dict] | Sequence[Example] | None = None,
         eval_dataset: Sequence[dict] | Sequence[Example] | dict[str, Sequence] | None = None,
-        processing_class=None,
+        processing_class: Any = None,
         *,
         ref_model: PreTrainedModel | str | None = None,
         reward_func: RewardFunction | RewardSum | Sequence[RewardFunction] | None = None,
         sampler: Sampler | None = None,
-        peft_config=None,
+        peft_config: Any = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
-    ):
-        args, reward_func = VARConfig("var_output") if args is None else args, as_reward_function(reward_func)
+    ) -> None:
+        args = VARConfig("var_output") if args is None else args
+        reward_function: Any = as_reward_function(reward_func)
         check_arguments(args, train_dataset, ref_model, peft_config)
         check_teacher(args, ref_model)
-        check_online(args, reward_func, sampler, ref_model)
+        check_online(args, reward_function, sampler, ref_model)
         # fp32: transformers would keep a checkpoint's bf16, in which small steps of the optimiser round to nothing
         if isinstance(model, str):
             model = load_causal_lm(model)
@@ -150,18 +152,18 @@ class VARTrainer(Trainer):
             named = (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
             prompts = [None if rows is None else parsed_examples(rows, name, "prompt") for name, rows in named]
             self.online = OnlineLoop(
-                args, self.method, *prompts, processing_class, self.pad_token_id, sampler, reward_func
+                args, self.method, prompts[0], prompts[1], processing_class, self.pad_token_id, sampler, reward_function
             )
             self.online.check_model(model)
-            data = [self.online.dataset, self.online.eval_prompts]
+            data: list[Any] = [self.online.dataset, self.online.eval_prompts]
         else:
             ends = end_tokens(processing_class, inner_model(model))
-            others = (args, self.method, processing_class, reward_func, ends)
+            others = (args, self.method, processing_class, reward_function, ends)
             self._reading = others
             data = [None if train_dataset is None else read_items(train_dataset, "train_dataset", *others)]
             if isinstance(eval_dataset, dict):
-                named = eval_dataset.items()
-                data.append({name: read_items(rows, f"eval_dataset {name}", *others) for name, rows in named})
+                sets = eval_dataset.items()
+                data.append({name: read_items(rows, f"eval_dataset {name}", *others) for name, rows in sets})
             else:
                 data.append(None if eval_dataset is None else read_items(eval_dataset, "eval_dataset", *others))
             for rows in tables_of(data):
@@ -235,7 +237,7 @@ class VARTrainer(Trainer):
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimiser step, each row with its share of the loss of the global batch."""
         if self.state.global_step >= self.state.max_steps > 0:  # a finished run that is resumed: Trainer looks too late
             self.control.should_training_stop = True
@@ -270,7 +272,7 @@ class VARTrainer(Trainer):
         keys = [key for key in ("length", "group", "reward", "ref_logp", "value") if key in batches[0]]
         sizes = [0 if "stand_in" in batch else len(batch["length"]) for batch in batches]
         device = self.accelerator.device
-        step = {
+        step: dict[Any, Tensor] = {
             key: torch.cat([batch[key][:size] for batch, size in zip(batches, sizes, strict=True)]).to(device)
             for key in keys
         }
@@ -296,7 +298,9 @@ class VARTrainer(Trainer):
         digest = hashlib.sha256(repr(place).encode()).digest()
         return torch.Generator(inputs["labels"].device).manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """This micro-batch's share of the step's loss, times the number of ranks (whose mean the gradients and logs
         take)."""
         mode = "train" if self.model.training else "eval"
@@ -342,7 +346,7 @@ class VARTrainer(Trainer):
             return torch.utils.data.SequentialSampler(self.train_dataset)  # in the order of the iteration
         return super()._get_train_sampler(train_dataset)
 
-    def create_optimizer(self, *args, **kwargs):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The head beside the lm_head starts from nothing, so it has a learning rate of its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.method.head in ("value", "reward"):
@@ -355,7 +359,7 @@ class VARTrainer(Trainer):
             )
         return optimizer
 
-    def create_scheduler(self, *args, **kwargs):
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer comes by here when accelerate has sharded the weights and before it loads a checkpoint into them: the
         moment for a policy that is its own reference to score the data."""
         self.reference_policy.score_waiting(self.accelerator._models)
@@ -364,7 +368,7 @@ class VARTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs if self._evaluating else {**logs, **self.step_metrics["train"].take()}, start_time)
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """See ``transformers.Trainer.train``."""
         self.step_metrics["train"].start_clock()
         if self.accelerator.device.type == "cuda":
@@ -373,7 +377,9 @@ class VARTrainer(Trainer):
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """See ``transformers.Trainer.evaluate``; eval_dataset: None, the name of a set that the trainer was given, or
         rows as it takes them, which are scored by the reference now. Online: measures of fresh completions of the
         evaluation prompts, or of these."""
@@ -389,18 +395,18 @@ class VARTrainer(Trainer):
             self.log(metrics)
         finally:
             self._evaluating = before
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """See ``transformers.Trainer``; eval_dataset: as ``evaluate``'s."""
         return super().get_eval_dataloader(self._items_of(eval_dataset))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
         """See ``transformers.Trainer``; test_dataset: as ``evaluate``'s."""
         return super().get_test_dataloader(self._items_of(test_dataset))
 
-    def _items_of(self, dataset):
+    def _items_of(self, dataset: Any):
         """An evaluation set as the trainer holds it; new rows are read and scored."""
         if dataset is None or isinstance(dataset, Items):
             return dataset
@@ -427,8 +433,13 @@ class VARTrainer(Trainer):
         return items
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """See ``transformers.Trainer``. Its metrics hold those of the rows too, so that ``metric_for_best_model`` may
         name one; the loss is the mean over items of the batches' losses."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -438,7 +449,9 @@ class VARTrainer(Trainer):
         output.metrics.update(self.step_metrics["eval"].take(f"{metric_key_prefix}_"))
         return output
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
         """Counts the loss of a batch by itself. Trainer gets None: it would gather a copy of the loss for each row, and
         ranks have different numbers of these."""
         inputs = self._prepare_inputs(inputs)
@@ -495,7 +508,7 @@ class VARTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if id(tensors.get(name)) not in found]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md in output_dir: what was trained on what, the settings, the last metrics."""
         if self.is_world_process_zero():
             write_model_card(self)
@@ -503,7 +516,7 @@ class VARTrainer(Trainer):
 
 def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
     """The loss's inputs under its own names; values of tokens beside the labels that they belong to."""
-    rows = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
+    rows: dict[str, Tensor] = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
     for name in (*method.loss.inputs, *({"sampler_weight"} & set(inputs))):
         if name not in inputs and method.head in ("value", "reward"):
             continue  # made inside the head

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,12 +79,13 @@ class OnlineLoop(TrainerCallback):
         self.expected_items, self.rows_an_item = self._count_items()
         self.steps = args.steps_per_iteration or -(-self.expected_items // args.items_per_step)
         self.dataset = FixedLengthItems(self.steps * args.items_per_step)
-        self.trainer = None
+        self.trainer: Any = None
 
     def check_model(self, model) -> None:
         prompts = [*self.prompts, *(self.eval_prompts or [])]
         longest = max(len(prompt.ids) for prompt in prompts) + self.args.max_new_tokens
-        check_positions(model, SimpleNamespace(offset=torch.tensor([0, longest])))
+        rows: Any = SimpleNamespace(offset=torch.tensor([0, longest]))
+        check_positions(model, rows)
 
     def bind(self, trainer) -> None:
         self.trainer = trainer

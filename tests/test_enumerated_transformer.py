@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from var_kernels import linear_loss, var_weights
 from var_kernels.integrations.hf import sequence_logprobs
 from var_kernels.integrations.hf.capture import capture
-from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.hf.model import next_labels
 from var_kernels.losses import LOSSES, dpo_loss, single_name
 
 VOCABULARY, LONGEST, LAM, BETA = 4, 2, 0.7, 0.4

@@ -12,8 +12,7 @@ from tests.hf_zoo import VOCAB, batch, build, llama
 from tests.tolerance import assert_result
 from var_kernels import VARLoss
 from var_kernels.integrations.hf import capture, fused_lm_head, sequence_logprobs, token_logprobs
-from var_kernels.integrations.hf.logprobs import next_labels
-from var_kernels.integrations.hf.model import find_head, inner_model
+from var_kernels.integrations.hf.model import find_head, inner_model, next_labels
 from var_kernels.kernels import rows_torch
 from var_kernels.losses import dpo_loss
 

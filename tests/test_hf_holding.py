@@ -12,7 +12,7 @@ from tests.hf_zoo import VOCAB, batch, build, llama
 from tests.ranks import HANG
 from tests.tolerance import assert_result
 from var_kernels.integrations.hf import capture, fused_lm_head, sequence_logprobs, token_logprobs
-from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.hf.model import next_labels
 from var_kernels.ops import linear_weighted_nll
 
 pytest.importorskip("transformers")

@@ -1,5 +1,5 @@
-"""The way of hidden states from ``linear_logprob`` into the kernels, forward and backward, is short: few files hand
-them on, in few Python calls. The trace is printed (``pytest -s``)."""
+"""The way of hidden states from ``linear_logprob``, a fused model and ``VARTrainer`` into the kernels, forward and
+backward, is short: few files hand them on, in few Python calls. The trace is printed (``pytest -s``)."""
 
 import sys
 from pathlib import Path
@@ -80,3 +80,49 @@ def test_hidden_states_go_through_few_files():
     assert ends <= ENDS
     assert len(before_kernels) <= 7
     assert len(calls) <= 134
+
+
+def outside_of_kernels(run) -> list[str]:
+    """Files of this package, kernels/ apart, whose code one more run of ``run`` passes through."""
+    seen = {}
+
+    def profile(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and ROOT in path.parents:
+            seen[str(path.relative_to(ROOT))] = None
+
+    with use_backend("torch"):
+        run()  # imports, and the trials of the model
+        sys.setprofile(profile)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+    found = [name for name in seen if not name.startswith("kernels/")]
+    print(f"\n{len(found)} files:", *found)
+    return found
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer is at work")
+def test_a_fused_model_goes_through_few_files():
+    pytest.importorskip("transformers")
+    from tests.tiny_training import tiny_model
+    from var_kernels.integrations.hf import fused_lm_head
+
+    model, ids = tiny_model(), torch.randint(3, 200, (2, 8))
+
+    def whole():
+        with fused_lm_head(model):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    assert len(outside_of_kernels(whole)) <= 14
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer is at work")
+def test_a_step_of_training_goes_through_few_files(tmp_path):
+    pytest.importorskip("transformers")
+    from tests.tiny_training import tiny_trainer
+
+    trainer = tiny_trainer(tmp_path)
+    (batch,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    assert len(outside_of_kernels(lambda: trainer.compute_loss(trainer.model, dict(batch)).backward())) <= 21

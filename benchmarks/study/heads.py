@@ -12,7 +12,7 @@ from benchmarks.study.plan import HEADS
 from benchmarks.study.world_runs import Context, noisy_pairs, read_rows
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, attach_head
-from var_kernels.integrations.hf.logprobs import next_labels
+from var_kernels.integrations.hf.model import next_labels
 from var_kernels.losses import linear_loss
 from var_kernels.losses.ava import bradley_terry_loss, last_value
 

@@ -12,8 +12,7 @@ from tests.zoo.inputs import batch
 from var_kernels.integrations.hf import fused_lm_head, token_logprobs
 from var_kernels.integrations.hf.calibration import calibrate, calibrate_loss
 from var_kernels.integrations.hf.fused_logits import FusedLogits
-from var_kernels.integrations.hf.model import find_head, without_cache
-from var_kernels.integrations.hf.model_inputs import is_encoder_decoder
+from var_kernels.integrations.hf.model import find_head, is_encoder_decoder, without_cache
 
 RIGHT, REFUSED, WRONG, UNBUILT = "right", "refused", "wrong", "cannot be built"
 _BOUND = 2**-17

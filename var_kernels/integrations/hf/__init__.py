@@ -4,8 +4,9 @@ from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.cross import cross_reference_logprobs
 from var_kernels.integrations.hf.distill import distillation_loss, token_divergence
 from var_kernels.integrations.hf.head import HeadParams
-from var_kernels.integrations.hf.logprobs import next_labels, sequence_logprobs, token_logprobs
+from var_kernels.integrations.hf.logprobs import sequence_logprobs, token_logprobs
 from var_kernels.integrations.hf.loss import fused_lm_head
+from var_kernels.integrations.hf.model import next_labels
 
 __all__ = [
     "HeadParams",

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.hf.adapters import is_adapter
+from var_kernels.integrations.hf.forwards import of_a_library
 from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
-from var_kernels.integrations.hf.model import find_head, inner_model, vocabulary_size
-from var_kernels.integrations.hf.model_inputs import is_encoder_decoder, of_a_library
-from var_kernels.integrations.hf.parallel import is_dtensor, vocabulary_slice
+from var_kernels.integrations.hf.model import find_head, inner_model, is_encoder_decoder, vocabulary_size
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, unseen, vector
-from var_kernels.integrations.hf.quantised import dense_weight
+from var_kernels.integrations.hf.weights import dense_weight, is_adapter, is_dtensor, vocabulary_slice
 
 MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
 # save_pretrained writes these, on the rank that saves: a calibration there alone would wait for the others for ever

@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.calibration import calibrate
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.head import HeadParams
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, sequence_logprobs
-from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.hf.model_inputs import input_device
+from var_kernels.integrations.hf.logprobs import sequence_logprobs
+from var_kernels.integrations.hf.model import inner_model, input_device
 from var_kernels.integrations.hf.probe import undisturbed
 from var_kernels.ops import linear_logprob
 

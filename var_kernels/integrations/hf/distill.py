@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.head import HeadParams
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, next_labels
-from var_kernels.integrations.hf.parallel import gathers_weights
+from var_kernels.integrations.hf.model import next_labels
+from var_kernels.integrations.hf.weights import gathers_weights
 from var_kernels.ops import linear_token_kl
 from var_kernels.ops.signatures import Direction
 

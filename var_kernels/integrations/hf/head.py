@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.adapters import LowRank, inside_adapter, is_active, is_adapter
+from var_kernels.integrations.hf.forwards import swapped, swapped_head
 from var_kernels.integrations.hf.model import vocabulary_size
-from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
-from var_kernels.integrations.hf.swap import swapped, swapped_head
+from var_kernels.integrations.hf.weights import LowRank, inside_adapter, is_active, is_adapter, is_dtensor, local_rows
 
 
 @dataclass(frozen=True)

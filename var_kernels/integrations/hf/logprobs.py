@@ -11,8 +11,7 @@ from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.calibration import is_causal
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.head import HeadParams
-from var_kernels.integrations.hf.model import find_head, inner_model
-from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder
+from var_kernels.integrations.hf.model import decoder_inputs, find_head, inner_model, is_encoder_decoder, row_labels
 from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
 from var_kernels.losses import sequence_sum
 from var_kernels.ops import linear_logprob, vocab_parallel_logprob
@@ -118,23 +117,6 @@ def sequence_logprobs(
     begins = starts.flatten().nonzero().squeeze(1)
     cu_seqlens = F.pad(begins, (0, 1), value=starts.numel())
     return sequence_sum(logp.flatten(), cu_seqlens=cu_seqlens.to(logp.device))
-
-
-def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
-    """(B, T) int64 on hidden's device: row t of hidden (B, T, D) predicts labels[:, t + 1], the last row nothing."""
-    return row_labels(labels, hidden, shift=True)
-
-
-def row_labels(labels: Tensor, hidden: Tensor, *, shift: bool) -> Tensor:
-    """(B, T) int64 on hidden's device: what row t of hidden predicts, labels[:, t + 1], without shift labels[:, t]."""
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
-            "every position is needed: pass no logits_to_keep, labels for all inputs (virtual tokens included), and no "
-            "adapter_names where adapters have lm_heads of their own"
-        )
-    rows = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
-    return rows.to(hidden.device)
 
 
 def _scored_by_mask(input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.calibration import MASKED, calibrate, calibrate_loss, fingerprint
-from var_kernels.integrations.hf.fused_logits import Source, no_logits, open_logits
+from var_kernels.integrations.hf.forwards import of_a_library, swapped
 from var_kernels.integrations.hf.head import HeadParams, head_results, placeholder, tied
-from var_kernels.integrations.hf.logprobs import IGNORE_INDEX, row_labels
-from var_kernels.integrations.hf.model import find_head, inner_model, logits_of, vocabulary_size
-from var_kernels.integrations.hf.model_inputs import decoder_inputs, is_encoder_decoder, of_a_library
+from var_kernels.integrations.hf.logits_functions import Source, no_logits, open_logits
+from var_kernels.integrations.hf.model import (
+    decoder_inputs,
+    find_head,
+    inner_model,
+    is_encoder_decoder,
+    logits_of,
+    row_labels,
+    vocabulary_size,
+)
 from var_kernels.integrations.hf.probe import TrialFailedError, noise
-from var_kernels.integrations.hf.swap import swapped
 from var_kernels.ops import linear_weighted_nll, vocab_parallel_logprob
 
 

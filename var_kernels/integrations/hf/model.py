@@ -1,13 +1,17 @@
 """The HF model under its wrappers, its lm_head, what it is given and what it returns."""
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_kernels.integrations.hf.adapters import check_adapter, is_adapter, unwrapped
-from var_kernels.integrations.hf.quantised import computes_a_product, is_packed, own_forward
+from var_kernels.integrations import IGNORE_INDEX
+from var_kernels.integrations.hf.forwards import known_arguments, own_forward
+from var_kernels.integrations.hf.weights import check_adapter, computes_a_product, is_adapter, is_packed, unwrapped
 
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and DeepSpeed; FSDP1
 _DEQUANTISE = (
@@ -123,3 +127,66 @@ def logits_of(output: Any) -> Tensor | None:
     if isinstance(output, tuple):
         return next((item for item in output if isinstance(item, Tensor) and item.dim() > 0), None)
     return getattr(output, "logits", None)
+
+
+def is_encoder_decoder(inner: nn.Module) -> bool:
+    return bool(getattr(inner.config, "is_encoder_decoder", False)) and "decoder_input_ids" in known_arguments(inner)
+
+
+def decoder_inputs(inner: nn.Module, labels: Tensor) -> dict[str, Tensor]:
+    """Make the decoder inputs that an encoder-decoder makes of labels (B, T): the labels shifted right by one."""
+    config, text = inner.config, inner.config.get_text_config()
+    if callable(getattr(inner, "prepare_decoder_input_ids_from_labels", None)):
+        ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    elif callable(getattr(inner, "_shift_right", None)):
+        ids = inner._shift_right(labels)
+    else:
+        shift = getattr(sys.modules[type(inner).__module__], "shift_tokens_right", _shifted_right)
+        wanted = [getattr(text, name, None) for name in ("pad_token_id", "decoder_start_token_id")]
+        ids = shift(labels, *wanted[: len(inspect.signature(shift).parameters) - 1])
+    if config.model_type not in ("encoder-decoder", "pix2struct"):
+        return {"decoder_input_ids": ids}
+    mask = (ids != config.pad_token_id).to(ids.dtype)  # these hide the padding of decoder inputs that they make
+    if config.model_type == "pix2struct":
+        mask[:, 0] = 1
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
+def _shifted_right(labels: Tensor, pad: int, start: int) -> Tensor:
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORE_INDEX, pad)
+
+
+def input_embeddings(inner: nn.Module) -> nn.Module | None:
+    """The module that looks up its tokens, or None."""
+    try:
+        return inner.get_input_embeddings()
+    except NotImplementedError:  # a model without any of its own: a picture goes in
+        return None
+
+
+def input_device(inner: nn.Module) -> torch.device:
+    """The device of the model's input_ids."""
+    embeddings = input_embeddings(inner)
+    hook = getattr(embeddings, "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is not None:  # offloaded weights rest on another device or on none
+        return torch.device(hook.execution_device)
+    parameter = next((embeddings or inner).parameters(), None)
+    return inner.device if parameter is None else parameter.device
+
+
+def next_labels(labels: Tensor, hidden: Tensor) -> Tensor:
+    """(B, T) int64 on hidden's device: row t of hidden (B, T, D) predicts labels[:, t + 1], the last row nothing."""
+    return row_labels(labels, hidden, shift=True)
+
+
+def row_labels(labels: Tensor, hidden: Tensor, *, shift: bool) -> Tensor:
+    """(B, T) int64 on hidden's device: what row t of hidden predicts, labels[:, t + 1], without shift labels[:, t]."""
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
+            "every position is needed: pass no logits_to_keep, labels for all inputs (virtual tokens included), and no "
+            "adapter_names where adapters have lm_heads of their own"
+        )
+    rows = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
+    return rows.to(hidden.device)

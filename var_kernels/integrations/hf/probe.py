@@ -13,18 +13,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import arg_tree_leaves
 
+from var_kernels.integrations.hf.forwards import (
+    evaluating,
+    known_arguments,
+    of_a_library,
+    swapped,
+    swapped_forward,
+    swapped_head,
+)
 from var_kernels.integrations.hf.head import placeholder
-from var_kernels.integrations.hf.model import find_head, logits_of, vocabulary_size, without_cache
-from var_kernels.integrations.hf.model_inputs import (
+from var_kernels.integrations.hf.model import (
     decoder_inputs,
+    find_head,
     input_device,
     input_embeddings,
     is_encoder_decoder,
-    known_arguments,
-    of_a_library,
+    logits_of,
+    vocabulary_size,
+    without_cache,
 )
-from var_kernels.integrations.hf.parallel import is_dtensor, local_rows
-from var_kernels.integrations.hf.swap import evaluating, swapped, swapped_forward, swapped_head
+from var_kernels.integrations.hf.weights import is_dtensor, local_rows
 
 _TOKENS = 8
 _SMALL = 2**20  # elements; of larger buffers (packed weights) no copy is made

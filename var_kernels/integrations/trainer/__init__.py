@@ -15,7 +15,7 @@ from var_kernels.integrations import missing_package
 
 if TYPE_CHECKING:
     from var_kernels.integrations.trainer.config import AlignConfig, VARConfig, method_config
-    from var_kernels.integrations.trainer.non_finite import NonFiniteLossError
+    from var_kernels.integrations.trainer.metrics import NonFiniteLossError
     from var_kernels.integrations.trainer.reward_model import RewardModel
     from var_kernels.integrations.trainer.rewards import RewardSum
     from var_kernels.integrations.trainer.trainer import VARTrainer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The table of methods is also read where transformers is not installed.
 _HOME = {
     "AlignConfig": "config",
-    "NonFiniteLossError": "non_finite",
+    "NonFiniteLossError": "metrics",
     "RewardModel": "reward_model",
     "RewardSum": "rewards",
     "VARConfig": "config",

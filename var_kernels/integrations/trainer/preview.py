@@ -13,8 +13,8 @@ from torch import Tensor
 from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, end_tokens
 from var_kernels.integrations.hf import token_logprobs
+from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.hf.swap import evaluating
 from var_kernels.integrations.trainer.checks import check_arguments, check_online, check_positions, check_vocabulary
 from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_pair, parsed_examples, read_items
 from var_kernels.integrations.trainer.loading import pad_token

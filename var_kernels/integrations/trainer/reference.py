@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.files import atomic_write, cache_folder
 from var_kernels.integrations.hf.distill import HeadInputs, head_inputs
-from var_kernels.integrations.hf.swap import evaluating
+from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.trainer.scoring import score_batch, score_rows
 from var_kernels.integrations.trainer.sharding import place_reference, whole_tensors, without_adapter
 from var_kernels.integrations.trainer.value_head import fit_value_head, new_head, prompt_states, values_of
@@ -212,10 +212,8 @@ class ReferencePolicy:
             batch["ref_token_logp"] = logp
         batch["ref_logp"] = logp.sum(-1)
 
-    def teacher_inputs(self, batch: dict[str, Tensor]) -> HeadInputs | None:
-        """The lm_head of the method's teacher and what is fed to it; None for a method without one."""
-        if not self.trainer.method.teacher:
-            return None
+    def teacher_inputs(self, batch: dict[str, Tensor]) -> HeadInputs:
+        """The lm_head of the method's teacher and what is fed to it."""
         with self._live() as model:
             return head_inputs(model, batch)
 

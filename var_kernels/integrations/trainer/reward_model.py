@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, Example, encode_examples, end_tokens
 from var_kernels.integrations.hf.capture import capture
+from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.hf.heads import RewardHead, load_head
-from var_kernels.integrations.hf.logprobs import next_labels
-from var_kernels.integrations.hf.swap import evaluating
+from var_kernels.integrations.hf.model import next_labels
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.loading import load_causal_lm, pad_token
 from var_kernels.integrations.trainer.scoring import over_rows

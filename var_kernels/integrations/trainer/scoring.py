@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf import token_logprobs
-from var_kernels.integrations.hf.swap import evaluating
+from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.trainer.collator import Items, RowCollator
 from var_kernels.integrations.trainer.progress import progress_bar
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
 from var_kernels.integrations.hf.model import find_head, inner_model
-from var_kernels.integrations.hf.parallel import is_dtensor
+from var_kernels.integrations.hf.weights import is_dtensor
 
 
 def is_partitioned(model: nn.Module) -> bool:

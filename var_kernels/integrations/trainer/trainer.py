@@ -21,8 +21,7 @@ from var_kernels.integrations.data import (
 )
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import attach_head, load_head
-from var_kernels.integrations.hf.logprobs import next_labels
-from var_kernels.integrations.hf.model import inner_model
+from var_kernels.integrations.hf.model import inner_model, next_labels
 from var_kernels.integrations.trainer.callbacks import MetricsFile, StepLines, SyncReference
 from var_kernels.integrations.trainer.checks import (
     check_arguments,
@@ -47,9 +46,8 @@ from var_kernels.integrations.trainer.collator import (
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer, pad_token
 from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
-from var_kernels.integrations.trainer.metrics import StepMetrics
+from var_kernels.integrations.trainer.metrics import StepMetrics, stop_unless_finite
 from var_kernels.integrations.trainer.model_card import write_model_card
-from var_kernels.integrations.trainer.non_finite import stop_unless_finite
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.reference import ReferencePolicy, model_fingerprint
 from var_kernels.integrations.trainer.reward_effect import check_rewards
@@ -311,7 +309,7 @@ class VARTrainer(Trainer):
         generator = self._label_generator(inputs) if self.method.loss.policy_labels and mode == "train" else None
 
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        teacher = self.reference_policy.teacher_inputs(given)
+        teacher = self.reference_policy.teacher_inputs(given) if self.method.teacher else None
 
         def in_head(hidden: Tensor, head):
             labels = next_labels(inputs["labels"], hidden)

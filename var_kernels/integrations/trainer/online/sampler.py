@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from var_kernels.integrations.data import end_tokens
+from var_kernels.integrations.hf.forwards import evaluating, swapped
 from var_kernels.integrations.hf.model import inner_model
-from var_kernels.integrations.hf.swap import evaluating, swapped
 
 
 class Samples(NamedTuple):

@@ -1,4 +1,14 @@
-"""An lm_head under a PEFT adapter: LoRA layers, and single trainable tokens of a tied head.
+"""An lm_head's weight, however it is stored: packed, sharded, or under a PEFT adapter.
+
+Packed (bitsandbytes' 4 bit, torchao's and other tensors with ``dequantize()``): it is dequantised whole, inside the
+head's forward, for the time of the loss: V x D in the model's dtype. Layers that also round their input (8-bit
+activations) compute something else than W h and are refused: each head is compared once with its dequantised weight. So
+is a head in floating point whose forward someone replaced.
+
+Sharded: a DTensor, rows of the vocabulary on each rank. transformers' tp_plan hands the head plain hidden states, the
+same on every rank; torch's ``parallelize_module`` makes a DTensor of them first, and expects one back.
+
+Adapter (LoRA layers, and single trainable tokens of a tied head):
 
     logits = W h + b + sum over active adapters of scaling B A dropout(h)
 
@@ -8,26 +18,139 @@ imported: its layers are told by their names.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from var_kernels.integrations.hf.parallel import is_dtensor
-from var_kernels.integrations.hf.quantised import own_forward
-from var_kernels.integrations.hf.swap import swapped_forward
+from var_kernels.integrations.hf.forwards import own_forward, swapped_forward
 
+_PROBES = 4
+# Module -> (its weight and forward then, how far it is from W h)
+_errors: WeakKeyDictionary = WeakKeyDictionary()
 _REMEDY = (
     "Leave it out of target_modules (exclude_modules=['lm_head']), train it whole with modules_to_save=['lm_head'], or "
     "merge it first (merge_and_unload(), right only where the lm_head is not tied to the embedding)"
 )
-
-
 # Around nn.Linear and around quantised layers; all add the same term.
 _LORA_LAYERS = (
     "tuners.lora.layer.Linear",
     "tuners.lora.bnb.Linear4bit",
     "tuners.lora.torchao.TorchaoLoraLinear",
 )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def gathers_weights(model: nn.Module) -> bool:
+    """Return whether FSDP1, FSDP2 or ZeRO-3 shards the weights over ranks, which are whole only while they are used."""
+    fsdp = any(hasattr(type(m), "reshard") or "_fsdp_wrapped_module" in m._modules for m in model.modules())
+    return fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def local_rows(hidden: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(hidden as a plain tensor, whole on every rank, what makes the head's output of a plain tensor).
+
+    Its gradient must be the whole one on every rank, as ``vocab_parallel_logprob`` gives it.
+    """
+    if not is_dtensor(hidden):
+        return hidden, lambda output: output
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, everywhere = hidden.device_mesh, [Replicate()] * hidden.device_mesh.ndim
+    local = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
+    return local, lambda output: DTensor.from_local(output, mesh, everywhere, run_check=False)
+
+
+def vocabulary_slice(weight: Any, bias: Any, name: str) -> tuple[Tensor, Tensor | None, Any]:
+    """(this rank's rows of the weight, of the bias, the group of the ranks that share the vocabulary).
+
+    Raises:
+        ValueError: a DTensor that is sharded in another way.
+    """
+    from torch.distributed.tensor import Shard
+
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if mesh.ndim != 1 or placements != (Shard(0),) or (bias is not None and not is_dtensor(bias)):
+        raise ValueError(
+            f"{name}: inside its own forward the lm_head weight is a DTensor placed as {placements}; expected its "
+            "vocabulary (and that of its bias) sharded over one group of ranks, (Shard(dim=0),): use the plan "
+            "'colwise_gather_output', or leave lm_head out of it"
+        )
+    return weight.to_local(), None if bias is None else bias.to_local(), mesh.get_group()
+
+
+def is_packed(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not is_dtensor(weight))
+
+
+def dense_weight(head: nn.Module) -> Tensor | None:
+    """(V, D) floating point, the head's own weight where it is that already; None where it cannot be made."""
+    weight: Any = head.weight
+    if not is_packed(weight):
+        return weight
+    if getattr(weight, "quant_state", None) is not None:
+        dense = _dequantised_4bit(weight.data, weight.quant_state)
+    elif is_traceable_wrapper_subclass(weight) and callable(unpack := getattr(type(weight), "dequantize", None)):
+        dense = unpack(weight)
+    else:
+        return None
+    return dense.detach() if dense.shape == (head.out_features, head.in_features) else None
+
+
+def _dequantised_4bit(codes: Tensor, state) -> Tensor:
+    from bitsandbytes import functional
+
+    if getattr(state, "packing_format_for_cpu", False):  # by a forward pass in eval mode without gradients
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+    return functional.dequantize_4bit(codes, state)
+
+
+@torch.no_grad()
+def computes_a_product(head: nn.Module) -> bool:
+    """Return whether the head's output is W h + b with the dequantised W, to the rounding of its dtype; tried once for
+    each weight and forward, in train and eval mode."""
+    key, seen = (id(head.weight), own_forward(head)), _errors.get(head)
+    if seen is None or seen[0] != key:
+        dense = dense_weight(head)
+        computable = dense is not None and dense.device.type != "meta" and not is_dtensor(dense)
+        _errors[head] = (key, _distance(head, dense) if computable else float("inf"))
+    return _errors[head][1] <= 1.0
+
+
+def _distance(head: nn.Module, dense: Tensor) -> float:
+    """rms of the difference over what rounding of the operands to their dtype explains."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(_PROBES, dense.shape[1], generator=generator, device="cpu").to(dense.device, dense.dtype)
+    bias = 0.0 if head.bias is None else head.bias.double()
+    forward = getattr(head, "_old_forward", head.forward)
+    training, distances = head.training, []
+    # A head that normalises or bends is a product at one size of its input at most.
+    scales = (1.0,) if is_packed(head.weight) else (1.0, 1e-2, 1e2)
+    kind = dense.device.type
+    with torch.random.fork_rng([dense.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
+        for mode in (False, True):
+            head.training = mode
+            for scale in scales:
+                # bitsandbytes packs its weight anew where nobody wants gradients
+                given = (scale * hidden).requires_grad_()
+                truth = given.double() @ dense.double().t() + bias
+                try:
+                    error = forward(given).double() - truth
+                except Exception:
+                    error = torch.full_like(truth, float("inf"))
+                allowed = max(1e-4, 0.5 * torch.finfo(dense.dtype).eps)
+                distances.append((error.square().mean().sqrt() / truth.square().mean().sqrt() / allowed).item())
+    head.training = training
+    return max(distances)
 
 
 @dataclass(frozen=True)

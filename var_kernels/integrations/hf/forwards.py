@@ -1,5 +1,7 @@
-"""Another forward, attribute or mode in place of a module's own, for the time of a block."""
+"""A module's forward: whose code it is, and another one in its place for the time of a block."""
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +10,57 @@ from typing import Any
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+_LIBRARIES = frozenset(("transformers", "torch", "accelerate", "peft", "deepspeed", "var_kernels"))
 _ABSENT = object()
+
+
+def known_arguments(inner: nn.Module) -> set[str]:
+    """Names of the arguments of its class's forward and those that this one extends: a forward that someone wrapped,
+    in a subclass or on the instance, may name none.
+    """
+    forwards = [vars(cls)["forward"] for cls in type(inner).__mro__ if "forward" in vars(cls) and cls is not nn.Module]
+    return {name for forward in forwards for name in inspect.signature(forward).parameters}
+
+
+def of_a_library(function: Any) -> bool:
+    """Return whether a function and all wrappers around it are a library's code."""
+    while function is not None:
+        layer, names = _layer(function)
+        called = [names[n] for n in getattr(layer, "__code__", _layer.__code__).co_names if n in names]
+        homes = [home_of(function), *(_root(c.__globals__["__name__"]) for c in called if hasattr(c, "__globals__"))]
+        if not _LIBRARIES.issuperset(homes):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def home_of(function: Any) -> str:
+    """The package whose code the outermost layer of a function is."""
+    layer, names = _layer(function)
+    return _root(names.get("__name__", type(layer).__module__))
+
+
+def _layer(function: Any) -> tuple[Any, dict[str, Any]]:
+    """(the function under a partial or a bound method, its globals)."""
+    layer = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", function)
+    return layer, getattr(layer, "__globals__", {})
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def own_forward(head: nn.Module) -> Callable | None:
+    """The function that replaces nn.Linear's forward, in the class or on the instance; None where none does, or where
+    a library put its own around it (tensor parallelism, offloading), which the head's trial shows.
+    """
+    hooked = hasattr(head, "_hf_hook") and hasattr(head, "_old_forward")  # accelerate's, which calls the old one
+    forward = head._old_forward if hooked else vars(head).get("forward")
+    if forward is None or (of_a_library(forward) and home_of(forward) != "torch"):
+        forward = type(head).forward
+    if getattr(forward, "__self__", head) is head:
+        forward = getattr(forward, "__func__", forward)
+    return None if forward is nn.Linear.forward else forward
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob, linear_token_kl
 from var_kernels.kernels import rows_native, rows_torch
-from var_kernels.ops import plan, vocab_parallel_logprob, vocab_parallel_token_kl
+from var_kernels.ops import plan, vocab_parallel, vocab_parallel_logprob, vocab_parallel_token_kl
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.signatures import DIRECTIONS
 from var_kernels.reference import linear_logprob_ref, linear_token_kl_ref
@@ -138,6 +138,7 @@ def run_rank(rank, world, folder):
     except ValueError as error:
         results["refusal"] = str(error)
     results["DTensor"] = refused_dtensors(world)
+    results["sizes"] = sizes_read(rank, world)
     torch.save(results, f"{folder}/{world}-{rank}.pt")
 
 
@@ -156,6 +157,30 @@ def refused_dtensors(world):
         return str(refused.value)
 
     return {name: message(call) for name, call in calls.items()}
+
+
+def sizes_read(rank, world):
+    """Host reads of three calls where values are not free to read, then the error where rank 0 has lost a row."""
+    weight, reads, tolist = torch.ones(3 + rank, 8), [], torch.Tensor.tolist
+
+    def counting(t):
+        reads.append(t.numel())
+        return tolist(t)
+
+    def sizes():
+        return vocab_parallel._sizes(weight, dist.group.WORLD)
+
+    with (
+        mock.patch.object(vocab_parallel, "values_readable", return_value=False),
+        mock.patch.object(torch.Tensor, "tolist", counting),
+    ):
+        found = [sizes() for _ in range(3)]
+        weight = weight[1:] if rank == 0 else weight
+        try:
+            error = str(sizes())
+        except RuntimeError as refused:
+            error = str(refused)
+    return found, reads, error
 
 
 @contextlib.contextmanager
@@ -265,6 +290,19 @@ def test_every_rank_has_the_same_results(ranks, world):
         first = ranks[world][0][name, backend]
         for other in ranks[world][1:]:
             assert all(torch.equal(a, b) for a, b in zip(first[0], other[name, backend][0], strict=True))
+
+
+@pytest.mark.parametrize("world", SPLITS)
+def test_sizes_are_read_from_the_device_once(ranks, world):
+    for rank, found in enumerate(ranks[world]):
+        sizes, reads, error = found["sizes"]
+        assert sizes == [[3 + r for r in range(world)]] * 3
+        assert reads[:1] == [world]
+        if rank == 0:  # a new size: read again
+            assert (reads, error) == ([world] * 2, str([2, *range(4, 3 + world)]))
+        else:
+            assert reads == [world]
+            assert "lm_head_weight must keep its rows on every rank" in error
 
 
 def test_labels_beyond_the_whole_vocabulary_are_refused(ranks):

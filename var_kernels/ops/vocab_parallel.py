@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from typing_extensions import Unpack
 
 from var_kernels.kernels.pairs import raise_maxima_
 from var_kernels.kernels.rows import RowStats
-from var_kernels.ops.checks import complete_options
+from var_kernels.ops.checks import complete_options, values_readable
 from var_kernels.ops.define import Forward, define_op, outside_of_graphs
 from var_kernels.ops.engines import Gradients, forward_pass, vocabulary_pass
 from var_kernels.ops.head import Head, HeadPair, Tensors, prepare
@@ -141,20 +143,36 @@ def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard
     return replace(stats, **merged, shifted_sum_N=shifted_N, argmax_N=argmax_N)
 
 
+# Group -> (rows here, device) -> the rows on each rank, as numbers and on the device.
+_known_sizes: WeakKeyDictionary[dist.ProcessGroup, dict[Any, Any]] = WeakKeyDictionary()
+
+
 def _sizes(lm_head_weight: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """Rows of the lm_head on each rank."""
+    """Rows of the lm_head on each rank. An accelerator is waited for at the first call with a group and a size alone;
+    later ones compare there, since a rank that left out the exchange would leave the others waiting.
+    """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"process_group must be a ProcessGroup, got {type(group).__name__}; torch.distributed.group.WORLD, or a "
             "device mesh's get_group()"
         )
-    own = torch.tensor([lm_head_weight.shape[0]], device=lm_head_weight.device)
-    sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, own, group=group)
-    # Read on the host: they decide which labels are this rank's, and a rank without rows must be named on every rank.
-    sizes = torch.cat(sizes).tolist()
+    rows, device = lm_head_weight.shape[0], lm_head_weight.device
+    own = torch.full((1,), rows, device=device)
+    parts = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    gathered, known = torch.cat(parts), _known_sizes.setdefault(group, {})
+    if (rows, device) in known and not values_readable(own):
+        sizes, expected = known[rows, device]
+        changed = "lm_head_weight must keep its rows on every rank of process_group, got another size on one"
+        torch._assert_async((gathered == expected).all(), f"{changed}; make a new group for another head")
+        return sizes
+    sizes = gathered.tolist()
     if not all(sizes):
-        raise ValueError(f"lm_head_weight must hold rows on every rank of process_group, got {sizes}")
+        raise ValueError(
+            f"lm_head_weight must hold rows on every rank of process_group, got {sizes}; leave ranks without rows out "
+            "of the group"
+        )
+    known[rows, device] = sizes, gathered
     return sizes
 
 

@@ -142,6 +142,15 @@ def _places(rows, groups: list[list[int]]) -> str:
     return ", ".join(places) + (", ..." if len(groups) > _NAMED else "")
 
 
+def _warn_left_out(rows, groups: list[list[int]], which: str) -> None:
+    if groups:
+        text = "%d of %d %s and are left out: %s"
+        logger.warning(text, len(groups), len(rows.groups), which, _places(rows, groups))
+
+
+_EQUAL = "pairs hold the same tokens twice, at most max_length = {} of them,"
+
+
 def single_rows(rows, config) -> list[list[int]]:
     return [[row] for row in range(len(rows))]
 
@@ -156,11 +165,7 @@ def whole_prompts(rows, config) -> list[list[int]]:
             "); the data need rows of prompt + completions + rewards"
             + (", or take advantages='batch' or 'given'" if hasattr(config, "advantages") else "")
         )
-    if lonely:
-        logger.warning(
-            "%d of %d prompts have a single completion, which cannot be compared, and are left out: %s",
-            len(lonely), len(rows.groups), _places(rows, lonely),
-        )  # fmt: skip
+    _warn_left_out(rows, lonely, "prompts have a single completion, which cannot be compared,")
     return items
 
 
@@ -206,12 +211,8 @@ def pairs(rows, config) -> list[list[int]]:
             f"({_places(rows, ties + equal)}); the data need rows of prompt + chosen + rejected, or of prompt + "
             "completions + rewards, that still differ within max_length"
         )
-    _warn_of_equal(rows, equal, config)
-    if ties:
-        logger.warning(
-            "%d of %d prompts have no two completions with different rewards, make no pair and are left out: %s",
-            len(ties), len(rows.groups), _places(rows, ties),
-        )  # fmt: skip
+    _warn_left_out(rows, equal, _EQUAL.format(config.max_length))
+    _warn_left_out(rows, ties, "prompts have no two completions with different rewards, make no pair")
     return items
 
 
@@ -221,7 +222,7 @@ def judged_rows(rows, config) -> list[list[int]]:
         raise ValueError(f"method {config.method!r} needs rewards or pairs: which completions are desirable?")
     entries = zip(rows.groups, rows.is_pair, strict=True)
     equal = [group for group, is_pair in entries if is_pair and equal_pair(rows, group, config)]
-    _warn_of_equal(rows, equal, config)
+    _warn_left_out(rows, equal, _EQUAL.format(config.max_length))
     left_out = {row for group in equal for row in group}
     items = [item for item in single_rows(rows, config) if item[0] not in left_out]
     if not items:
@@ -239,11 +240,3 @@ def equal_pair(rows, pair: list[int], config) -> bool:
         return False
     ids = [rows.token_ids[rows.offset[row] : rows.offset[row + 1]] for row in pair]
     return torch.equal(*ids)
-
-
-def _warn_of_equal(rows, equal: list[list[int]], config) -> None:
-    if equal:
-        logger.warning(
-            "%d of %d pairs hold the same tokens twice, at most max_length = %d of them, and are left out: %s",
-            len(equal), len(rows.groups), config.max_length, _places(rows, equal),
-        )  # fmt: skip

@@ -213,7 +213,7 @@ COMMAND_LINES = {
     "LoRA of rank 0": ({"lora": "r=0"}, {}, "lora: r must be at least 1, got 0"),
     "reward without colon": ({"reward": "json"}, {}, "reward must be module:function, got 'json'"),
     "reward of no module": ({"reward": "no_such_module:f"}, {}, "reward: module 'no_such_module' cannot be imported"),
-    "reward of no function": ({"reward": "json:f"}, {}, "reward: module 'json' has no function 'f'"),
+    "reward of no function": ({"reward": "json:f"}, {}, "reward: module 'json' must have a function 'f', got none"),
     "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir: rows.jsonl is a file; choose another"),
     "output in a file": ({"output-dir": "rows.jsonl/run"}, {}, "output-dir: rows.jsonl is a file; choose another"),
     "output in no place": ({"output-dir": "/proc/none"}, {}, "/proc/none: No such file or directory"),

@@ -117,7 +117,7 @@ def test_another_release_s_positions_are_refused_by_name():
 
 def test_what_cut_cross_entropy_is_refused():
     hidden, weight, bias, target = tensors(B, T)
-    with pytest.raises(ValueError, match="shift: expected 0 to 7, got 8"):
+    with pytest.raises(ValueError, match="shift must be from 0 to 7, got 8"):
         cce.linear_cross_entropy(hidden, weight, target, shift=8)
     with pytest.raises(TypeError, match="bias must be a tensor or None, got int -100"):
         cce.linear_cross_entropy(hidden, weight, target, -100)

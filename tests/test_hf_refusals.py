@@ -413,5 +413,5 @@ def test_capture_where_the_model_skips_its_head(model):
     inputs = {"input_ids": batch()["input_ids"]}
     capture(skips, lambda hidden, head: hidden.sum(), inputs)
     skips.skip = True
-    with pytest.raises(ValueError, match="did not call its output embedding"):
+    with pytest.raises(ValueError, match="must call its output embedding in this forward pass, and did not"):
         capture(skips, lambda hidden, head: hidden.sum(), inputs)

@@ -329,7 +329,7 @@ def test_refusals():
         LigerFusedLinearDPOLoss(loss_type="ipo")
     with pytest.raises(ValueError, match=r"label_smoothing must be in \(0, 0\.5\) for loss_type='exo_pair'"):
         LigerFusedLinearDPOLoss(loss_type="exo_pair")
-    with pytest.raises(ValueError, match="ref_input: expected the reference's tensor"):
+    with pytest.raises(ValueError, match="ref_input must be the reference's tensor"):
         LigerFusedLinearDPOLoss()(weight, hidden, target, bias)
     with pytest.raises(ValueError, match="chosen before rejected"):
         LigerFusedLinearCPOLoss()(weight, hidden[:3], target[:3], bias)

@@ -121,7 +121,9 @@ def test_both_engines_serve_classes_a_and_b(name, engine):
 @pytest.mark.parametrize("name", TWO_PASS)
 def test_one_pass_is_refused_for_classes_c_and_d(name):
     hidden, weight, labels, inputs, item_weight, options = problem(name)
-    with pytest.raises(ValueError, match=f"engine='one_pass' cannot serve '{name}', a loss of class"):
+    with pytest.raises(
+        ValueError, match=f"engine must be 'auto' or 'two_pass' for '{name}', got 'one_pass'; a gradient of class"
+    ):
         linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, engine="one_pass", **options)
 
 

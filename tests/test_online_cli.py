@@ -47,7 +47,7 @@ REFUSED = {
     "one completion where pairs are needed": (
         {"generations_per_prompt": 1},
         {},
-        "generations_per_prompt: dpo compares completions of a prompt and needs at least 2, got 1",
+        "generations_per_prompt must be at least 2 for dpo, got 1; it compares completions of a prompt",
     ),
     "one completion where groups are compared": (
         {"method": "grpo", "generations_per_prompt": 1},
@@ -57,7 +57,7 @@ REFUSED = {
     "three for SAIL": (
         {"method": "sail_pp", "generations_per_prompt": 3},
         {},
-        "generations_per_prompt: sail_pp takes 2 (a pair is two draws of the policy as they come), got 3",
+        "generations_per_prompt must be 2 for sail_pp, got 3; a pair is two draws of the policy as they come",
     ),
     "SAIL on a data set's responses": ({"method": "sail_dp"}, {}, "'sail_dp' learns from the responses of a data set"),
     "a reward model's method": ({"method": "ava_p"}, {}, "'ava_p' learns a reward model from demonstrations or pairs"),
@@ -195,4 +195,4 @@ def test_several_rewards_and_a_sampler_by_name(place, capsys):
     assert main(words(**{**settings, "sampler": None, "output_dir": "other"})) == 2
     assert "importance_cap must be None without a sampler, got 2.0" in capsys.readouterr().err
     assert main(words(**{**settings, "sampler": "engine:missing", "output_dir": "other"})) == 2
-    assert "sampler: module 'engine' has no function 'missing'" in capsys.readouterr().err
+    assert "sampler: module 'engine' must have a function 'missing', got none" in capsys.readouterr().err

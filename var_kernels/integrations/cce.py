@@ -72,7 +72,9 @@ def linear_cross_entropy(
     _check_places(flags, bias, ignore_index, softcap, reduction, shift, filter_eps, impl)
     steps = int(shift)
     if not 0 <= steps < targets.shape[-1]:
-        raise ValueError(f"shift: expected 0 to {targets.shape[-1] - 1}, got {shift}")
+        raise ValueError(
+            f"shift must be from 0 to {targets.shape[-1] - 1}, got {shift}; True or 1 predicts the next token"
+        )
     if steps:
         e, targets = e[..., :-steps, :], targets[..., steps:]
     head: Any = {"ignore_index": ignore_index, "softcap": softcap}

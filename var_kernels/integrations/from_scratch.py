@@ -18,11 +18,11 @@ class ScratchSpec:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value < 1:
-                raise ValueError(f"from-scratch: {name} must be at least 1, got {value}")
+                raise ValueError(f"from-scratch: {name} must be at least 1, got {value}; leave it out for the default")
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"from-scratch: hidden must be a multiple of 2 x heads (rotary halves), got hidden={self.hidden}, "
-                f"heads={self.heads}"
+                f"heads={self.heads}; change one"
             )
 
 

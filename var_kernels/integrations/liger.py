@@ -231,7 +231,8 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
             return None
         if self.ce_weight.shape != lin_weight.shape[:1]:
             raise ValueError(
-                f"ce_weight must be ({lin_weight.shape[0]},), one per class, got {tuple(self.ce_weight.shape)}"
+                f"ce_weight must be ({lin_weight.shape[0]},), one per class, got {tuple(self.ce_weight.shape)}; a "
+                "weight for each row of lin_weight"
             )
         return self.ce_weight.detach().to(lin_weight.device, torch.promote_types(lin_weight.dtype, torch.float32))
 

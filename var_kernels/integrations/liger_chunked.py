@@ -196,7 +196,8 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         lowest = self.label_smoothing > 0 or (self.label_smoothing == 0 and self.loss_type == "robust")
         if interval is not None and not (lowest and self.label_smoothing < 0.5):
             raise ValueError(
-                f"label_smoothing must be in {interval} for loss_type={self.loss_type!r}, got {self.label_smoothing}"
+                f"label_smoothing must be in {interval} for loss_type={self.loss_type!r}, got "
+                f"{self.label_smoothing}; it is the share of flipped labels"
             )
 
     def pair_loss(self, a: Tensor, b: Tensor) -> Tensor:
@@ -329,7 +330,7 @@ class LigerFusedLinearKTOLoss(OptionsModule):
         kl: Tensor | float | None = None,
     ) -> Any:
         if preference_labels is None:
-            raise ValueError("preference_labels: expected (B,) bool, True where the sequence is desirable, got None")
+            raise ValueError("preference_labels must be (B,) bool, got None; True where the sequence is desirable")
         how: Any = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
         token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
         logp = _sequence_logp(token_logp, target, **how)
@@ -353,5 +354,8 @@ def _reference(loss, ref_input, ref_weight, ref_bias) -> tuple | None:
         return None
     if ref_input is None or ref_weight is None:
         missing = "ref_input" if ref_input is None else "ref_weight"
-        raise ValueError(f"{missing}: expected the reference's tensor with use_ref_model=True, got None")
+        raise ValueError(
+            f"{missing} must be the reference's tensor with use_ref_model=True, got None; pass it, or "
+            "use_ref_model=False"
+        )
     return ref_input, ref_weight, ref_bias

@@ -119,7 +119,10 @@ def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
 
     def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
         if unknown := set(outputs) - _FIELDS:
-            raise ValueError(f"outputs: this version of TRL asks for {sorted(unknown)}, known are {sorted(_FIELDS)}")
+            raise ValueError(
+                f"outputs must be among {sorted(_FIELDS)}, got {sorted(unknown)}; this version of TRL is newer than "
+                "what FusedHeadMixin knows: use its own head, or an older one"
+            )
         fields = frozenset(outputs)
         if added:  # a reference, by the policy's kernel: equal weights then differ by 0, not by a rounding
             fields |= added[0].fields & {"entropy"}

@@ -124,14 +124,17 @@ def linear_loss(
         raise ValueError(f"{', '.join(misplaced)}: an option of the head and not of {name!r}; pass it in head_options")
     loss.check_options(options)
     if engine not in ("auto", "one_pass", "two_pass"):
-        raise ValueError(f"engine must be 'auto', 'one_pass' or 'two_pass', got {engine!r}")
+        raise ValueError(
+            f"engine must be 'auto', 'one_pass' or 'two_pass', got {engine!r}; leave it out to let it choose"
+        )
     if engine == "one_pass" and loss.pass_class in "CD":
         raise ValueError(
-            f"engine='one_pass' cannot serve {name!r}, a loss of class {loss.pass_class}: its gradient needs whole "
-            "sequences before any token's is known; pass engine='auto'"
+            f"engine must be 'auto' or 'two_pass' for {name!r}, got 'one_pass'; a gradient of class "
+            f"{loss.pass_class} needs whole sequences before any token's is known"
         )
     if not isinstance(inputs, Mapping | None):
-        raise TypeError(f"inputs must be a mapping from names to tensors, got {type(inputs).__name__}")
+        got = type(inputs).__name__
+        raise TypeError(f"inputs must be a mapping from names to tensors, got {got}; {{'reward': reward_B}}")
     rows = _Rows(loss, dict(inputs or {}), item_weight, labels, cu_seqlens, ignore_index)
     head: dict[str, Any] = {"ignore_index": ignore_index, **(head_options or {})}
     asked: dict[str, Any] = {"return_logp": return_logp, "return_argmax": return_argmax}
@@ -181,7 +184,7 @@ class _Rows:
         if missing := [name for name in loss.inputs if name not in inputs]:
             raise ValueError(
                 f"{loss.name!r} needs inputs {', '.join(map(repr, missing))}, got "
-                f"{', '.join(map(repr, inputs)) or 'none'}"
+                f"{', '.join(map(repr, inputs)) or 'none'}; one value a row, or a token, under each name"
             )
         known = {name for name, _ in loss.single_names.values()}
         if unknown := sorted(set(inputs) - known):
@@ -189,13 +192,16 @@ class _Rows:
             raise ValueError(f"{loss.name!r} takes no inputs {', '.join(map(repr, unknown))}; it reads {reads}")
         self.num_rows = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if loss.item == "pair" and self.num_rows % 2:
-            raise ValueError(f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows")
+            raise ValueError(
+                f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows; drop the one "
+                "without a partner"
+            )
         num_items = self.num_rows // 2 if loss.item == "pair" else self.num_rows
         of_tokens = loss.item == "token" and item_weight is not None and item_weight.shape == labels.shape
         if item_weight is not None and item_weight.shape != (num_items,) and not of_tokens:
             raise ValueError(
                 f"item_weight must be ({num_items},), one per {loss.item if loss.item == 'pair' else 'row'} of "
-                f"{loss.name!r}, got {tuple(item_weight.shape)}"
+                f"{loss.name!r}, got {tuple(item_weight.shape)}; weigh items, not what they are made of"
             )
 
     def token_weight(self, options: dict[str, Any], operand: torch.dtype) -> tuple[Tensor, Tensor]:

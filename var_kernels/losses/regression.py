@@ -134,9 +134,14 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
     check_rows(reward=reward)
     if not isinstance(ref_rewards, Tensor) or ref_rewards.dim() != 2 or ref_rewards.shape[0] != reward.shape[0]:
         got = tuple(ref_rewards.shape) if isinstance(ref_rewards, Tensor) else type(ref_rewards).__name__
-        raise ValueError(f"ref_rewards must be (B, M) with B = {reward.shape[0]} rows like reward, got {got}")
+        raise ValueError(
+            f"ref_rewards must be (B, M) with B = {reward.shape[0]} rows like reward, got {got}; M rewards of the "
+            "reference's own completions a prompt"
+        )
     if ref_rewards.shape[1] == 0:
-        raise ValueError("ref_rewards must hold at least one completion a prompt, got M = 0")
+        raise ValueError(
+            "ref_rewards must hold at least one completion a prompt, got M = 0; draw some from the reference"
+        )
     not_above = ref_rewards.detach() <= reward.detach().unsqueeze(1)
     return not_above.to(wide(reward).dtype).mean(1)  # (B, M) -> (B,)
 

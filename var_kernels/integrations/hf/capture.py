@@ -49,6 +49,7 @@ def capture(
         output = model(**without_cache(inner, inputs))
     if not results:
         raise ValueError(
-            f"{type(inner).__name__} did not call its output embedding in this forward pass: there is no loss to take"
+            f"{type(inner).__name__} must call its output embedding in this forward pass, and did not; pass inputs "
+            "from which it makes logits"
         )
     return tied(results, logits_of(output)), output

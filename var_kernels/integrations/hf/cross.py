@@ -54,7 +54,7 @@ def cross_reference_logprobs(
     prompt_ids = [_token_ids("prompts", i, ids) for i, ids in enumerate(prompts)]
     completion_ids = [_token_ids("completions", j, ids) for j, ids in enumerate(completions)]
     if max_tokens < 1:
-        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}; it bounds the tokens of one forward pass")
     inner = inner_model(model)
     calibrate(model)  # an encoder-decoder is refused: its completions do not continue its prompts
     scorer = _Scorer(model, completion_ids, max_tokens, workspace_mb, input_device(inner))
@@ -70,7 +70,8 @@ def cross_reference_logprobs(
 def _token_ids(argument: str, index: int, ids: Sequence[int] | Tensor) -> tuple[int, ...]:
     if isinstance(ids, Tensor) and (ids.dim() != 1 or ids.is_floating_point()):
         raise ValueError(
-            f"{argument}[{index}]: expected a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
+            f"{argument}[{index}] must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}; give "
+            "each sequence by itself, without padding"
         )
     ids = tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
     if not ids:

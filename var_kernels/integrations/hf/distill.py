@@ -152,7 +152,7 @@ def _divergence(model, teacher, batch: Mapping[str, Any], *, mean: bool, **optio
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch.get("labels")
     if labels is None:
-        raise ValueError("batch must hold labels (B, T), -100 where there is nothing to learn, got none")
+        raise ValueError("batch must hold labels (B, T), -100 where there is nothing to learn, got none; add them")
     told = head_inputs(teacher, inputs)
 
     def in_head(hidden: Tensor, head: HeadParams) -> Tensor:

@@ -72,7 +72,8 @@ def head_results(
             )
         if results:
             raise ValueError(
-                f"{type(inner).__name__} calls its lm_head more than once a forward pass, which is not understood"
+                f"{type(inner).__name__} must call its lm_head once a forward pass, got a second call; use the "
+                "model's own loss"
             )
         if is_dtensor(head.weight) and not sharded:
             raise ValueError(

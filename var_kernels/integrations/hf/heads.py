@@ -132,10 +132,13 @@ class ValueHead(_TokenHead):
             return self._outputs(hidden).squeeze(-1)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor (B, T) for a head per sequence, got {got}")
+            raise TypeError(
+                f"mask must be a bool tensor (B, T) for a head per sequence, got {got}; attention_mask.bool()"
+            )
         if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
             raise ValueError(
-                f"mask must be (B, T) of a hidden (B, T, D), got {tuple(mask.shape)} and {tuple(hidden.shape)}"
+                f"mask must be (B, T) of a hidden (B, T, D), got {tuple(mask.shape)} and {tuple(hidden.shape)}; True "
+                "where a token is"
             )
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask  # (B, T), 0 where the mask is off
         last_B = position.amax(1)
@@ -209,7 +212,8 @@ def attach_head(model: nn.Module, head: _TokenHead, name: str = _NAME) -> _Token
     width = head_sizes(unwrapped(lm_head))[1] if hasattr(lm_head, "in_features") else None
     if width is not None and width != head.hidden_size:
         raise ValueError(
-            f"head must have hidden_size={width}, the width of {type(inner).__name__}'s lm_head, got {head.hidden_size}"
+            f"head must have hidden_size={width}, the width of {type(inner).__name__}'s lm_head, got "
+            f"{head.hidden_size}; make the head for this model"
         )
     if hasattr(inner, name) and getattr(inner, name) is not head:
         raise ValueError(

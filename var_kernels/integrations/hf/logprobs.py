@@ -175,4 +175,4 @@ def _decoder_inputs_and_labels(inner: nn.Module, batch: Mapping[str, Any]) -> tu
 
 def _check_int64(labels: Tensor) -> None:
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected int64, got {labels.dtype}")
+        raise TypeError(f"labels must be int64, got {labels.dtype}; use .long()")

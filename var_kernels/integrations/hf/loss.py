@@ -196,7 +196,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             with swapped(self.inner, "_loss_function", loss_function):
                 output = self._plain_forward(*args, **kwargs)
         if not losses:
-            raise ValueError(f"{type(self.inner).__name__} computed no loss though it was given labels")
+            raise ValueError(
+                f"{type(self.inner).__name__} must compute a loss of labels, and did not; see what its forward does "
+                "with them, or use token_logprobs"
+            )
         return _without_logits(output, self._transform.vocab)
 
     def _own_loss(self, *args, **kwargs) -> Any:
@@ -304,7 +307,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         moved = own_shift or (labels is not None and labels.shape != rows[0].shape)
         if moved or not results:
             raise ValueError(
-                f"{name} scores other positions than its lm_head computed, which fused_lm_head does not understand"
+                f"{name} must score the positions that its lm_head computed, got others; use the model's own loss"
             )
         (loss,) = tied(results, logits)
         if self.loss_without_labels != 0.0:

@@ -20,7 +20,10 @@ _SAMPLED = 2**20  # weights of a matrix that are looked at
 
 def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) -> None:
     if not isinstance(args, AlignConfig):
-        raise TypeError(f"args must be a VARConfig or a method_config(...), got {type(args).__name__}")
+        got = type(args).__name__
+        raise TypeError(
+            f"args must be a VARConfig or a method's config, got {got}; method_config(name) gives its class"
+        )
     if isinstance(train_dataset, str | os.PathLike):
         raise TypeError(
             f"train_dataset must be rows, got the name {str(train_dataset)!r}; load_examples(name) reads it"

@@ -219,7 +219,9 @@ def pairs(rows, config) -> list[list[int]]:
 def judged_rows(rows, config) -> list[list[int]]:
     """Single rows for KTO; each must be known to be desirable or not."""
     if rows.reward is None and not all(rows.is_pair):
-        raise ValueError(f"method {config.method!r} needs rewards or pairs: which completions are desirable?")
+        raise ValueError(
+            f"method {config.method!r} must have rewards or pairs, got neither; they say which are desirable"
+        )
     entries = zip(rows.groups, rows.is_pair, strict=True)
     equal = [group for group, is_pair in entries if is_pair and equal_pair(rows, group, config)]
     _warn_left_out(rows, equal, _EQUAL.format(config.max_length))

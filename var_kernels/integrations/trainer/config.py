@@ -191,7 +191,8 @@ def _read_numbers(config: AlignConfig) -> None:
             try:
                 setattr(config, name, wanted(value))
             except ValueError:
-                raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}") from None
+                text = f"{name} must be of type {wanted.__name__}, got {value!r}; write a number"
+                raise ValueError(text) from None
 
 
 def _check_range(name: str, value: object, good: bool, wanted: str) -> None:
@@ -307,12 +308,12 @@ def resolve(config, method) -> None:
     count, temperature = config.generations_per_prompt, config.sampling_temperature
     if pairs and count != 2:
         raise ValueError(
-            f"generations_per_prompt: {name} takes 2 (a pair is two draws of the policy as they come), got {count}"
+            f"generations_per_prompt must be 2 for {name}, got {count}; a pair is two draws of the policy as they come"
         )
     compares = compared_with(method, config) == "prompt" and getattr(config, "normalizer", "") != "self_normalised"
     if (method.loss.item == "pair" or method.items is whole_prompts or compares) and count < 2:
         raise ValueError(
-            f"generations_per_prompt: {name} compares completions of a prompt and needs at least 2, got {count}"
+            f"generations_per_prompt must be at least 2 for {name}, got {count}; it compares completions of a prompt"
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
@@ -323,7 +324,7 @@ def resolve(config, method) -> None:
     if config.max_new_tokens >= config.max_length:
         raise ValueError(
             f"max_new_tokens must be < max_length = {config.max_length}, which holds prompt and completion, got "
-            f"{config.max_new_tokens}"
+            f"{config.max_new_tokens}; raise max_length"
         )
     if config.sync_ref_model:
         raise ValueError("sync_ref_model: online, the reference moves by refresh_reference=True; drop sync_ref_model")

@@ -299,7 +299,7 @@ def _distillation(
     if not 0 < beta < 1:
         raise ValueError(f"beta must lie between 0 and 1, got {beta}; its limits are direction 'forward' and 'reverse'")
     if not teacher_temperature > 0:
-        raise ValueError(f"teacher_temperature must be positive, got {teacher_temperature}")
+        raise ValueError(f"teacher_temperature must be positive, got {teacher_temperature}; 1.0 is the teacher itself")
     return token_logp
 
 

@@ -65,7 +65,7 @@ class RewardModel:
             )
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < (1 if name == "batch_size" else 2):
-                raise ValueError(f"reward model: {name} must be positive (max_length at least 2), got {value}")
+                raise ValueError(f"reward model: {name} must be positive, got {value}; max_length at least 2")
         if as_chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError("reward model: as_chat needs a tokenizer with a chat template; drop as_chat")
         self.pad_token_id = pad_token(tokenizer)

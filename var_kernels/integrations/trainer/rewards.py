@@ -28,7 +28,7 @@ def load_function(spec: str, option: str = "reward") -> Callable:
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and module_name and name):
-        raise ValueError(f"{option} must be module:function, got {spec!r}")
+        raise ValueError(f"{option} must be module:function, got {spec!r}; my_rewards:score is score in my_rewards.py")
     if "" not in sys.path:
         sys.path.insert(0, "")  # where the command is run, as for `python -m`
     try:
@@ -39,7 +39,7 @@ def load_function(spec: str, option: str = "reward") -> Callable:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{option}: module {module_name!r} has no function {name!r}")
+        raise ValueError(f"{option}: module {module_name!r} must have a function {name!r}, got none; see its spelling")
     return function
 
 
@@ -53,7 +53,7 @@ def load_rewards(spec: str) -> "RewardFunction | RewardSum":
     for part in spec.split(","):
         name, star, weight = part.strip().partition("*")
         if star and as_number(weight) is None:
-            raise ValueError(f"reward must be module:function*weight, got {part!r}")
+            raise ValueError(f"reward must be module:function*weight, got {part!r}; the weight is a number")
         parts.append((load_function(name.strip()), as_number(weight) if star else 1.0))
     return RewardSum(parts) if len(parts) > 1 or parts[0][1] != 1.0 else parts[0][0]
 
@@ -73,7 +73,7 @@ class RewardSum:
     def __init__(self, parts: Iterable) -> None:
         self.parts = [part if isinstance(part, tuple) else (part, 1.0) for part in parts]
         if not self.parts:
-            raise ValueError("reward_func must hold one function or more, got none")
+            raise ValueError("reward_func must hold one function or more, got none; None takes the rewards of the data")
         for function, weight in self.parts:
             if not callable(function):
                 raise TypeError(

@@ -118,10 +118,12 @@ def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: i
     made, logps = made if isinstance(made, Samples) else (made, None)
     if not isinstance(made, list) or len(made) != len(prompts):
         got = f"{len(made)}" if isinstance(made, list) else type(made).__name__
-        raise ValueError(f"sampler must return a list with an entry for each of {len(prompts)} prompts, got {got}")
+        raise ValueError(f"sampler must return {len(prompts)} lists, one a prompt, got {got}; in the prompts' order")
     for number, completions in enumerate(made):
         if len(completions) != n:
-            raise ValueError(f"sampler must return {n} completions of prompt {number}, got {len(completions)}")
+            raise ValueError(
+                f"sampler must return {n} completions of prompt {number}, got {len(completions)}; draw n of each"
+            )
         for ids in completions:
             if not 1 <= len(ids) <= max_new_tokens:
                 raise ValueError(
@@ -131,7 +133,8 @@ def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: i
             wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocabulary)]
             if wrong:
                 raise ValueError(
-                    f"sampler must return token ids from 0 to {vocabulary - 1}, got {wrong[0]!r} for prompt {number}"
+                    f"sampler must return token ids from 0 to {vocabulary - 1}, got {wrong[0]!r} for prompt {number}; "
+                    "draw with this model's tokenizer"
                 )
     if logps is not None:
         _check_logps(logps, made)
@@ -143,7 +146,7 @@ def _check_logps(logps: list[list[list[float]]], made: list[list[list[int]]]) ->
         lengths = [len(ids) for ids in completions]
         got = [len(values) for values in logps[number]] if number < len(logps) else "none"
         if got != lengths:
-            raise ValueError(f"sampler: logps of prompt {number} must be {lengths} numbers, one a token, got {got}")
+            raise ValueError(f"sampler: logps of prompt {number} must be {lengths} numbers, got {got}; one a token")
         if wrong := [value for values in logps[number] for value in values if not -math.inf < value <= 1e-3]:
             raise ValueError(f"sampler: logps of prompt {number} must be finite and <= 0, got {wrong[0]}; nats")
 

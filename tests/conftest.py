@@ -1,5 +1,6 @@
 """Shared fixtures: devices, small tiles, no network."""
 
+import gc
 import importlib.util
 import os
 from typing import NamedTuple
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_collection_finish(session):
+    """What is there by now stays. transformers' Trainer collects garbage at every start, and each time would look
+    through the 800,000 objects of ten thousand tests and their libraries.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import multiprocessing
 import os
 import time
@@ -63,6 +64,7 @@ def _run_rank(function, rank, world, folder, store, args, environment, timeout) 
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": "", **environment})
     torch.set_num_threads(1)
+    gc.freeze()  # garbage is no more looked for in what was imported before the fork, whose pages stay shared
     limit = datetime.timedelta(seconds=timeout)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)

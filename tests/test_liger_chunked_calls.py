@@ -333,7 +333,7 @@ def test_refusals():
         LigerFusedLinearDPOLoss()(weight, hidden, target, bias)
     with pytest.raises(ValueError, match="chosen before rejected"):
         LigerFusedLinearCPOLoss()(weight, hidden[:3], target[:3], bias)
-    with pytest.raises(ValueError, match="preference_labels: expected"):
+    with pytest.raises(ValueError, match="preference_labels must be"):
         LigerFusedLinearKTOLoss()(hidden, weight, target, bias)
     with pytest.raises(ImportError, match=r"LigerFusedLinearGRPOLoss is not among .*linear_loss"):
         from var_kernels.integrations.liger_chunked import LigerFusedLinearGRPOLoss  # noqa: F401

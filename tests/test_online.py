@@ -110,7 +110,7 @@ def test_what_pads_a_completion_is_no_part_of_it(drawn, kept, tmp_path):
     ("made", "message"),
     [
         (lambda p: None, "sampler must return 2 lists, one a prompt, got NoneType"),
-        (lambda p: [[[1]] * 3], "for each of 2 prompts, got 1"),
+        (lambda p: [[[1]] * 3], "must return 2 lists, one a prompt, got 1"),
         (lambda p: [[[1]] * 3, [[1]]], "must return 3 completions of prompt 1, got 1"),
         (lambda p: [[[1], [1], []]] * 2, "must return completions of 1 to 5 tokens, got 0"),
         (lambda p: [[[1] * 6] * 3] * 2, "must return completions of 1 to 5 tokens, got 6"),

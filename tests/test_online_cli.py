@@ -52,7 +52,7 @@ REFUSED = {
     "one completion where groups are compared": (
         {"method": "grpo", "generations_per_prompt": 1},
         {},
-        "generations_per_prompt: grpo compares completions",
+        "generations_per_prompt must be at least 2 for grpo, got 1",
     ),
     "three for SAIL": (
         {"method": "sail_pp", "generations_per_prompt": 3},

@@ -22,7 +22,7 @@ def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) ->
     if not isinstance(args, AlignConfig):
         got = type(args).__name__
         raise TypeError(
-            f"args must be a VARConfig or a method's config, got {got}; method_config(name) gives its class"
+            f"args must be a VARConfig or a method_config(...), got {got}; VARConfig(output_dir=..., lam=...) is VAR's"
         )
     if isinstance(train_dataset, str | os.PathLike):
         raise TypeError(

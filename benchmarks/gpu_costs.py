@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from var_kernels import kernels, linear_logprob, linear_weighted_nll
+from var_kernels import kernels, linear_logprob, linear_token_kl, linear_weighted_nll
 from var_kernels.kernels import gemm_torch
 from var_kernels.ops import head
 
@@ -37,7 +37,7 @@ BF16 = torch.bfloat16
 RESULTS = Path(__file__).parent / "results" / "computed" / "h200.csv"
 SHAPES = ((8192, 4096, 128256), (8192, 896, 151936), (8192, 2304, 256000), (8192, 768, 50257))
 RANK = 64
-ROW_KERNELS = ("row_stats", "row_exp", "row_grad")
+ROW_KERNELS = ("row_stats", "row_exp", "row_grad", "pair_stats", "pair_mixture", "pair_grad")
 
 
 class Pretended(torch.Tensor):
@@ -140,6 +140,11 @@ KERNEL_BYTES: dict[str, Callable[[dict, tuple], int]] = {
     "_row_stats_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "logits_ptr"),
     "_row_exp_kernel": lambda a, grid: grid[0] * a["C"] * (_size(a, "logits_ptr") + a["STORE"] * _size(a, "out_ptr")),
     "_row_grad_kernel": lambda a, grid: grid[0] * a["C"] * (_size(a, "logits_ptr") + a["OUT"].primitive_bitwidth // 8),
+    "_pair_stats_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "z_ptr", "w_ptr"),
+    "_pair_mixture_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "z_ptr", "w_ptr"),
+    "_pair_grad_kernel": lambda a, grid: (
+        grid[0] * a["C"] * (_size(a, "z_ptr", "w_ptr") + a["OUT"].primitive_bitwidth // 8)
+    ),
     "_start_rows_kernel": lambda a, grid: grid[0] * a["D"] * _size(a, "hidden_ptr", "weight_ptr"),
     "_finish_rows_kernel": lambda a, grid: 0,
     "_row_scales_kernel": lambda a, grid: 0,
@@ -199,6 +204,7 @@ class Case:
     gemms: int  # that its method cannot do without: the bare ones that ``ratio`` divides by
     learns: tuple[str, ...] = ("hidden", "weight")
     engine: str | None = None  # of linear_weighted_nll; None: linear_logprob
+    divergence: str | None = None  # of linear_token_kl, a sum, the reference as wide as the policy
     workspace_mb: Callable[[int, int, int], float | None] = lambda n, d, v: None
 
 
@@ -222,6 +228,9 @@ CASES = (
     Case("frozen head, one pass", 2, ("hidden",), engine="one_pass"),
     Case("low rank, weight frozen", 2, ("hidden", "left", "right"), engine="one_pass"),
     Case("bias learns", 3, ("hidden", "weight", "bias"), engine="one_pass"),
+    Case("KL of two models", 4, divergence="reverse"),
+    Case("JSD of two models", 4, divergence="jsd"),
+    Case("KL of two models, frozen head", 3, ("hidden",), divergence="reverse"),
 )
 
 
@@ -233,7 +242,10 @@ def run(case: Case, n: int, d: int, v: int) -> Counts:
     factors = [pretended(size, RANK, learns=True) for size in (n, v)]
     options = {"workspace_mb": case.workspace_mb(n, d, v), "low_rank": factors if "left" in case.learns else None}
     with counted() as counts:
-        if case.engine is None:
+        if case.divergence is not None:
+            ref = {"ref_hidden": pretended(n, d), "ref_lm_head_weight": pretended(v, d)}
+            loss, upstream = linear_token_kl(hidden, weight, **ref, direction=case.divergence, reduction="sum"), None
+        elif case.engine is None:
             loss = linear_logprob(hidden, weight, labels, bias, **options)
             upstream = torch.empty_like(loss)
         else:

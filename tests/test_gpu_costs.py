@@ -29,6 +29,15 @@ def test_ratios_are_what_the_design_says(name, shape):
     assert row["row_bytes_a_logit"] == "6"
 
 
+@pytest.mark.parametrize("shape", [LARGE, SMALL, LONG])
+@pytest.mark.parametrize(("name", "gemms", "moved"), [("KL", 4, 18), ("JSD", 4, 26), ("KL, frozen head", 3, 18)])
+def test_two_models_read_each_logit_twice(name, gemms, moved, shape):
+    """8 bytes for the statistics (JSD: twice), 8 for the gradient, which is written in 2."""
+    kind, _, rest = name.partition(",")
+    row = computed(BY_NAME[f"{kind} of two models{',' * bool(rest)}{rest}"], shape)
+    assert (row["gemms"], row["row_bytes_a_logit"]) == (str(gemms), str(moved))
+
+
 @pytest.mark.parametrize("name", ["one pass, default budget", "two passes, default budget", "bias learns"])
 def test_one_product_writes_dweight_where_the_exponentials_fit(name):
     """No fp32 dW: every result in it is of the operands' dtype, and none is cast."""

@@ -64,9 +64,9 @@ def test_distillation_takes_the_gemms_that_are_said(workspace_mb, dtype, monkeyp
     ("shape", "held"),
     [
         ((1024, 1024, 32000), "126 MiB hold the gradient in all logits"),
-        ((4096, 512, 50257), "162 MiB hold chunks"),
+        ((4096, 512, 50257), "226 MiB hold chunks"),
         ((512, 2048, 128256), "375 MiB hold the gradient in all logits"),
-        ((2048, 896, 151936), "MiB hold chunks"),  # 648, in plain torch more
+        ((2048, 896, 151936), "777 MiB hold chunks"),
         ((4096, 64, 262144), "MiB hold chunks"),  # more than half of the head
     ],
 )

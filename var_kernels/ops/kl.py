@@ -89,8 +89,8 @@ def linear_token_kl(
         logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
         workspace_mb: MiB for tiles of both models' logits; None: as ``linear_logprob``'s. Where a head of 16 bit
-            learns, "sum" has an fp32 dW more, 4 V D bytes; both reductions the gradient in all logits, 2 N V bytes,
-            where that is less.
+            learns, the gradient in all logits more, 2 N V bytes, or where an fp32 dW (4 V D bytes) is less and the
+            reduction "sum", that and on a CPU twice the tiles.
         num_active, precision: see ``linear_logprob``.
         ref_grad: gradients go to the reference's tensors too. A second call with the roles exchanged makes them, so
             that each of the two takes the GEMMs above.

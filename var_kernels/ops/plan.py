@@ -283,7 +283,8 @@ def one_pass_rows(head: Head) -> int:
 
 def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     """The pair with what 4 GEMMs hold in addition to tiles where dW is narrower than its sums: those, for a sum with
-    ``known`` weights, or the gradient in all logits where that is less. Without, logits are computed twice.
+    ``known`` weights, or the gradient in all logits where that is less. Without, logits are computed twice. A row of
+    two heads takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
     """
     head, sums, stored = pair.policy, _pair_accumulator(pair), _stored_bytes(pair)
     less = _stores_logit_gradients(head) and stored <= sums
@@ -292,7 +293,8 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     chunk = _pair_chunk_cost(pair, 0).of_tile(shortest_chunk(pair.device, gemms_saved=2), pair.v)
     if _pair_cost(pair, gradient=True).column:  # copies take a quarter
         chunk = 4 * chunk // 3 + 4
-    options = replace(head.options, budget=max(pair.budget, chunk) + (stored if less else sums))
+    tiles = pair.budget if less or pair.device.type != "cpu" else 2 * pair.budget
+    options = replace(head.options, budget=max(tiles, chunk) + (stored if less else sums))
     return replace(pair, policy=replace(head, options=options))
 
 

@@ -335,3 +335,23 @@ def test_mixed_sail_is_dpo_but_for_its_own_share(tmp_path):
     half = weights("sail_dp", own_share=0.5)
     assert not torch.allclose(half, dpo, atol=1e-9)
     assert not torch.allclose(half, pure, atol=1e-9)
+
+
+def test_the_study_on_a_real_model_with_a_tiny_one(tmp_path, monkeypatch):
+    """``benchmarks.real study``: a row a method and seed, those that are done left out; VAR's lam is its own."""
+    pytest.importorskip("peft", reason="adapters need peft")
+    from benchmarks.real import study
+
+    tokenizer().save_pretrained(tmp_path)
+    words = type(tokenizer()).from_pretrained(tmp_path)
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(study, "load", lambda *_: (tiny_model(1, torch.float32), words))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in ROWS))
+    sizes = study.Sizes(steps=2, completions=2, max_length=32, held_out=3, sampled=2, lam=1.0)
+    done = {("reference", "0", str(sizes)), ("SFT", "3", str(sizes))}
+    rows = list(study.runs(file, [3], sizes, done))
+    assert [row["method"] for row in rows] == ["Best-of-n SFT", "DPO", "VAR", study.SHARP]
+    assert all(row.keys() <= set(study.COLUMNS) for row in rows)
+    assert rows[3]["ess_share"] < rows[2]["ess_share"] <= 1
+    assert rows[3]["lift"] != rows[2]["lift"]

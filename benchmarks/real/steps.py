@@ -79,6 +79,7 @@ def prepared(head: str, model):
         return loss
 
     if head == BODY:
+        model.get_output_embeddings().weight.detach().sum()  # else the file's pages of it are not in memory
         yield on_hidden(lambda h, w, labels: h.float().mean())
     elif head == "var_kernels":
         with fused_lm_head(model):

@@ -64,6 +64,8 @@ def sparsity(rows: list[Row]) -> str:
 def steps(rows: list[Row]) -> str:
     """A line of each model, dtype, checkpointing and number of tokens: every head's highest MiB and its tokens/s."""
     heads = list(dict.fromkeys(row["head"] for row in rows if row["peak_mib"]))
+    heads.sort(key=lambda head: (head != "none", head == "var_kernels"))
+    rows = sorted(rows, key=lambda row: (row["model"] == "gemma", row["dtype"] != "float32", row["checkpointing"]))
     settings: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         key = (*_setting(row), f"{int(row['tokens']):,}", "yes" if row["checkpointing"] == "1" else "no")

@@ -1,4 +1,4 @@
-# make demo | test | bench | docs | lint | study | wheel | sanitize: each sets up .venv on the first call and never again until
+# make demo | test | bench | docs | lint | study | wheel | matrix | sanitize: each sets up .venv on the first call and never again until
 # the dependencies change. ARGS goes to the command: make demo ARGS=--quick, make test ARGS="-k memory".
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SHELL  := /bin/bash
 
-.PHONY: demo test bench docs lint study wheel sanitize setup clean
+.PHONY: demo test bench docs lint study wheel matrix sanitize setup clean
 
 demo: $(STAMP)
 	$(BIN)/var-kernels demo $(ARGS)
@@ -31,9 +31,19 @@ docs: $(STAMP)
 study: $(STAMP)
 	$(BIN)/python -m benchmarks.study $(ARGS)
 
-# A wheel for this platform with the C++ kernels in it, for Python 3.10 and torch 2.11 onwards.
+# Into dist/: an sdist, and from it a wheel with the C++ kernels for Python 3.10 and torch 2.11 onwards, named after the oldest
+# glibc that it runs on.
 wheel: $(STAMP)
-	VAR_KERNELS_BUILD_EXT=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf dist
+	VAR_KERNELS_BUILD_EXT=1 $(BIN)/python -m uv build -q --no-build-isolation --python $(BIN)/python -o dist .
+	if ls dist/*-linux_*.whl >/dev/null 2>&1; then \
+	  PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/*-linux_*.whl \
+	  && rm dist/*-linux_*.whl; \
+	fi
+
+# Both into clean environments of several versions of Python and of the packages: benchmarks/results/matrix.csv, docs/start.md.
+matrix: wheel
+	$(BIN)/python -m benchmarks.matrix dist
 
 # The C++ kernels' tests under the address and undefined-behaviour sanitizers.
 sanitize: $(STAMP)

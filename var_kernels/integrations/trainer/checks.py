@@ -120,11 +120,8 @@ def check_learns(model: nn.Module) -> None:
 
 
 def check_steps(model: nn.Module, args: AlignConfig) -> None:
-    """Refuse fp16 weights, in which Adam divides by 0; warn where a step rounds to nothing in most bf16 weights.
-
-    DeepSpeed and FSDP keep fp32 weights for the optimiser.
-    """
-    if "adam" not in args.optim.lower() or args.deepspeed or args.fsdp:
+    """Refuse fp16 weights, in which Adam divides by 0; warn where a step rounds to nothing in most bf16 weights."""
+    if "adam" not in args.optim.lower():
         return
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weight = max(learning, key=lambda parameter: parameter.numel()).detach()

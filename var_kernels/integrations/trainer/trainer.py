@@ -187,8 +187,6 @@ class VARTrainer(Trainer):
             freeze_head(model)
         if train_dataset is not None:
             check_learns(model)
-            if optimizers[0] is None:
-                check_steps(model, args)
         existed = os.path.exists(args.output_dir)
         super().__init__(
             model=model,
@@ -206,6 +204,9 @@ class VARTrainer(Trainer):
         self.reference_policy = ReferencePolicy(self, ref_model, fingerprint)
         self.step_metrics = {mode: StepMetrics(self, mode) for mode in ("train", "eval")}
         try:
+            fp32_kept = self.is_fsdp_enabled or self.is_deepspeed_enabled  # for the optimiser
+            if train_dataset is not None and optimizers[0] is None and not fp32_kept:
+                check_steps(model, args)
             check_layout(self, ref_model)
             self.reference_policy.prepare([] if args.online else tables_of(data))
         except BaseException:

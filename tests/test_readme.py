@@ -125,9 +125,11 @@ def test_figures_of_the_demo_are_measured():
 
 def test_figures_on_real_weights_are_measured():
     """``python -m benchmarks.real page`` writes them."""
-    from benchmarks.real.tables import PAGE, tables
+    from benchmarks.real.tables import PAGE, headline, read, tables
 
     page = PAGE.read_text()
+    steps = ROOT / "benchmarks" / "results" / "cpu-avx-512-bf16" / "real-steps.csv"
+    assert f"<!-- real-steps -->\n{headline(read(steps))}<!-- end of real-steps -->\n" in README
     for name, table in tables(ROOT / "benchmarks" / "results" / "cpu-avx-512-bf16").items():
         assert f"<!-- {name} -->\n{table}<!-- end of {name} -->\n" in page
     peak = {

@@ -5,9 +5,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "real.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, README = ROOT / "docs" / "real.md", ROOT / "README.md"
 _AVERAGED = ("weighted_nll", "lift", "pair_accuracy", "kl", "ess_share", "seconds")
 NAMES = {"smollm2": "SmolLM2", "gemma": "Gemma", "float32": "fp32", "bfloat16": "bf16"}
+LONG_NAMES = {
+    "smollm2": "SmolLM2-135M, a vocabulary of 49,152",
+    "gemma": "Gemma-3-270M, a vocabulary of 262,144",
+}
 
 Row = dict[str, str]
 
@@ -33,12 +38,31 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def write(folder: Path) -> None:
-    """Put the tables between their marks."""
-    text = PAGE.read_text()
-    for name, table in tables(folder).items():
-        before, mark, rest = text.partition(f"<!-- {name} -->\n")
-        text = before + mark + table + rest[rest.index(f"<!-- end of {name} -->") :]
-    PAGE.write_text(text)
+    """Put the tables between their marks, on the page and in the README."""
+    for page, found in ((PAGE, tables(folder)), (README, {"real-steps": headline(read(folder / "real-steps.csv"))})):
+        text = page.read_text()
+        for name, table in found.items():
+            before, mark, rest = text.partition(f"<!-- {name} -->\n")
+            text = before + mark + table + rest[rest.index(f"<!-- end of {name} -->") :]
+        page.write_text(text)
+
+
+def headline(rows: list[Row]) -> str:
+    """Of each model in bf16 the longest step that was measured with and without a head."""
+    columns = {"none": "without any head", "transformers": "transformers' loss", "var_kernels": "var_kernels"}
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["dtype"] == "bfloat16" and row["checkpointing"] == "0" and row["peak_mib"]:
+            found.setdefault((row["model"], int(row["tokens"])), {})[row["head"]] = row
+    longest = {model: tokens for (model, tokens), heads in sorted(found.items()) if columns.keys() <= heads.keys()}
+    lines = []
+    for model, tokens in reversed(longest.items()):
+        peaks = {head: float(found[model, tokens][head]["peak_mib"]) for head in columns}
+        cells = [f"{peak:,.0f} MiB" for peak in peaks.values()]
+        added = [f" (+{peaks[head] - peaks['none']:,.0f})" for head in ("transformers", "var_kernels")]
+        name = f"{LONG_NAMES[model]}, {tokens:,} tokens"
+        lines.append((name, cells[0], cells[1] + added[0], f"**{cells[2]}{added[1]}**"))
+    return _table(("training step in bf16, highest memory of the process", *columns.values()), lines) + "\n"
 
 
 def errors(rows: list[Row]) -> str:

@@ -80,6 +80,7 @@ def test_distillation_computes_logits_once_by_default(backend, shape, held):
     assert held in said
 
 
+@pytest.mark.skipif(rows_native.obstacle() is not None, reason="plain torch needs more than the budget")
 @pytest.mark.parametrize("d", [896, 2048, 4096, 1 << 14])
 def test_a_deep_head_has_room_for_the_sums_of_a_slice(d):
     """More rows than a block of the C++ GEMM: dW of a slice is summed up in fp32, in addition to a cached tile."""

@@ -29,7 +29,7 @@ def write(rows: Sequence[dict[str, str]]) -> None:
                 axis.scatter([place] * len(values), values, s=30, color=color, alpha=0.7, linewidths=0)
                 axis.hlines(sum(values) / len(values), place - 0.25, place + 0.25, color=color)
             axis.set(title=title, ylabel=label, xticks=range(len(names)), xlim=(-0.6, len(names) - 0.4))
-            short = [name.removesuffix("-of-n SFT").replace("VAR, lambda", "VAR\nat") for name in names]
+            short = [name.replace("Best-of-n SFT", "Best\nof n").replace("VAR, lambda", "VAR\nat") for name in names]
             axis.set_xticklabels(short)
             axis.grid(axis="x", visible=False)
         figure.savefig(PICTURE, dpi=120)

@@ -179,7 +179,7 @@ def test_an_iteration_of_equal_rewards_is_named(method, tmp_path, caplog):
 
 @pytest.mark.parametrize("options", [{"method": "var", **GROUP}, {"method": "qrpo"}])
 def test_one_draw_a_prompt_is_refused_where_they_are_compared(options, tmp_path):
-    with pytest.raises(ValueError, match=r"generations_per_prompt: .* compares completions"):
+    with pytest.raises(ValueError, match=r"generations_per_prompt must be at least 2 .* compares completions"):
         online_trainer(tmp_path, generations_per_prompt=1, **options)
 
 

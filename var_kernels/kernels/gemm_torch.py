@@ -88,6 +88,7 @@ def wide_products_fault(operand: torch.dtype, device: torch.device) -> str | Non
             torch.mm(left, right, out_dtype=torch.float32, out=once)
             twice = once.clone()
             torch.addmm(twice, left, right, out_dtype=torch.float32, out=twice)
+            # Read on the host: once a device and dtype, before the first product.
             if not torch.equal(once.cpu(), a @ b) or not torch.equal(twice.cpu(), 2 * (a @ b)):
                 return f"{name}: {(once.cpu() - a @ b).abs().max():g} off"
     except RuntimeError as error:

@@ -166,6 +166,7 @@ def _sizes(lm_head_weight: Tensor, group: dist.ProcessGroup) -> list[int]:
         changed = "lm_head_weight must keep its rows on every rank of process_group, got another size on one"
         torch._assert_async((gathered == expected).all(), f"{changed}; make a new group for another head")
         return sizes
+    # Read on the host: they decide which labels are this rank's, and a rank without rows must be named on every rank.
     sizes = gathered.tolist()
     if not all(sizes):
         raise ValueError(

@@ -37,7 +37,7 @@ class Plan:
     lam: float
     eval_samples: int  # per held-out prompt
     memory_rows: tuple[int, ...]
-    kept: int | None = None  # completions of a prompt, the best ones, that VAR trains on; None: all
+    kept: int | None = None  # completions of a prompt, the heaviest by VAR's weights, that it trains on; None: all
     kl_samples: int | None = None  # per held-out prompt; None: eval_samples
     methods: tuple[str, ...] = ("VAR",)
     lora: int | None = None  # rank of an adapter; None: every weight learns

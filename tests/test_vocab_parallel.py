@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kl_cases import KLCase
 from tests.op_cases import Case
@@ -16,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob, linear_token_kl
 from var_kernels.kernels import rows_native, rows_torch
-from var_kernels.ops import plan, vocab_parallel, vocab_parallel_logprob, vocab_parallel_token_kl
+from var_kernels.ops import checks, plan, vocab_parallel, vocab_parallel_logprob, vocab_parallel_token_kl
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.signatures import DIRECTIONS
 from var_kernels.reference import linear_logprob_ref, linear_token_kl_ref
@@ -35,6 +36,7 @@ CASES = {
 # with factors in fp32, a slice of ``right`` on each rank
 CASES |= {f"{name}, low rank": CASES[name] for name in ("plain", "every option", "frozen weight", "bf16")}
 SPLITS = {2: (500, 7), 3: (100, 1, 406)}
+OTHER_SPLITS = {2: (500, 3), 3: (100, 300, 60)}  # rank 0 has as many rows
 BACKENDS = ["torch", *([] if rows_native.obstacle() else ["native"])]
 
 
@@ -138,7 +140,7 @@ def run_rank(rank, world, folder):
     except ValueError as error:
         results["refusal"] = str(error)
     results["DTensor"] = refused_dtensors(world)
-    results["sizes"] = sizes_read(rank, world)
+    results["accelerator"] = on_an_accelerator(rank, world)
     torch.save(results, f"{folder}/{world}-{rank}.pt")
 
 
@@ -159,28 +161,39 @@ def refused_dtensors(world):
     return {name: message(call) for name, call in calls.items()}
 
 
-def sizes_read(rank, world):
-    """Host reads of three calls where values are not free to read, then the error where rank 0 has lost a row."""
-    weight, reads, tolist = torch.ones(3 + rank, 8), [], torch.Tensor.tolist
+class HostReads(TorchDispatchMode):
+    """``count``: numbers of tensors that the block reads."""
 
-    def counting(t):
-        reads.append(t.numel())
-        return tolist(t)
+    count = 0
 
-    def sizes():
-        return vocab_parallel._sizes(weight, dist.group.WORLD)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def on_an_accelerator(rank, world):
+    """Where values are not free to read: log-probs of two heads of one group in turn, equal on rank 0 in size; host
+    reads for a rank's place; what each rank is told where the last one has no rows.
+    """
+    hidden, weight, labels, _ = Case("").inputs()
+
+    def logprob(sizes):
+        rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        known = labels.where(labels < sum(sizes), -100)
+        return vocab_parallel_logprob(hidden, weight[rows], known, process_group=dist.group.WORLD).detach()
 
     with (
         mock.patch.object(vocab_parallel, "values_readable", return_value=False),
-        mock.patch.object(torch.Tensor, "tolist", counting),
+        mock.patch.object(checks, "values_readable", return_value=False),
     ):
-        found = [sizes() for _ in range(3)]
-        weight = weight[1:] if rank == 0 else weight
+        heads = [logprob(sizes) for sizes in (SPLITS[world], OTHER_SPLITS[world], SPLITS[world])]
+        with HostReads() as reads:
+            start, _ = vocab_parallel._place(weight[: 3 + rank], dist.group.WORLD)
         try:
-            error = str(sizes())
-        except RuntimeError as refused:
-            error = str(refused)
-    return found, reads, error
+            logprob((*SPLITS[world][:-1], 0))
+        except (ValueError, RuntimeError) as refused:
+            error = f"{type(refused).__name__}: {refused}"
+    return heads, int(start), reads.count, error
 
 
 @contextlib.contextmanager
@@ -293,16 +306,19 @@ def test_every_rank_has_the_same_results(ranks, world):
 
 
 @pytest.mark.parametrize("world", SPLITS)
-def test_sizes_are_read_from_the_device_once(ranks, world):
+def test_an_accelerator_is_not_waited_for_and_heads_may_change(ranks, world):
+    hidden, weight, labels, _ = Case("").inputs()
     for rank, found in enumerate(ranks[world]):
-        sizes, reads, error = found["sizes"]
-        assert sizes == [[3 + r for r in range(world)]] * 3
-        assert reads[:1] == [world]
-        if rank == 0:  # a new size: read again
-            assert (reads, error) == ([world] * 2, str([2, *range(4, 3 + world)]))
-        else:
-            assert reads == [world]
-            assert "lm_head_weight must keep its rows on every rank" in error
+        heads, start, reads, error = found["accelerator"]
+        assert (start, reads) == (sum(range(3, 3 + rank)), 0)
+        for logp, sizes in zip(heads, (SPLITS[world], OTHER_SPLITS[world], SPLITS[world]), strict=True):
+            v = sum(sizes)
+            truth = linear_logprob_ref(hidden.double(), weight[:v].double(), labels.where(labels < v, -100))
+            assert_result(logp, truth, f"{sizes}")
+        assert "lm_head_weight must hold rows on every rank of process_group" in error
+        if rank == world - 1:
+            assert error.startswith("ValueError")
+            assert str([*SPLITS[world][:-1], 0]) in error
 
 
 def test_labels_beyond_the_whole_vocabulary_are_refused(ranks):

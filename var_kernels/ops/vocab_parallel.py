@@ -1,9 +1,6 @@
 """``vocab_parallel_logprob`` and ``vocab_parallel_token_kl``: of an lm_head whose vocabulary is sharded over ranks."""
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -63,37 +60,29 @@ def vocab_parallel_logprob(
     Raises:
         TypeError, ValueError: as ``linear_logprob``; labels beyond the whole vocabulary on a CPU.
     """
-    sizes = _sizes(lm_head_weight, process_group)
-    start = ([0, *accumulate(sizes)])[dist.get_rank(process_group)]
+    start, vocabulary = _place(lm_head_weight, process_group)
     options = complete_options("vocab_parallel_logprob", options, RowKeywords)
     asked = {"lse": return_lse, "entropy": return_entropy, "argmax": return_argmax}
-    call = prepare(hidden, lm_head_weight, labels, bias, options, vocabulary=sum(sizes), **asked)
+    call = prepare(hidden, lm_head_weight, labels, bias, options, vocabulary=vocabulary, **asked)
     call.head.labels_NK = call.head.labels_NK - start
-    arguments = VocabParallelArguments(call.head, Shard(start, process_group))
+    arguments = VocabParallelArguments(call.head, start, process_group)
     logp_NK, lse_N, entropy_N, argmax_N = _vocab_parallel_logprob(arguments)
     logp = call.restore(logp_NK.where(call.active_NK, 0.0))
     return call.outputs(logp, lse_N, entropy_N, argmax_N=argmax_N)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Start of this rank's slice of the vocabulary, and the group that has the others."""
-
-    start: int
-    group: dist.ProcessGroup
-
-
 @dataclass
 class VocabParallelArguments:
-    """head: this rank's slice; its labels count from there."""
+    """head: this rank's slice, which begins at ``start`` of the vocabulary; its labels count from there."""
 
     head: Head
-    shard: Shard
+    start: Tensor
+    group: dist.ProcessGroup
 
 
 def _forward(arguments: VocabParallelArguments) -> Forward:
     head = arguments.head
-    stats = _merged(forward_pass(head), head.labels_NK, head.v, arguments.shard)
+    stats = _merged(forward_pass(head), arguments)
     lse_N = stats.lse_N if head.options.lse else None
     entropy_N = stats.entropy_N if head.options.entropy else None
     outputs = stats.logp_NK(0.0, head.v), lse_N, entropy_N, stats.argmax_N
@@ -103,7 +92,7 @@ def _forward(arguments: VocabParallelArguments) -> Forward:
 def _backward(arguments: VocabParallelArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
     head, (norms_2N, entropy_N) = arguments.head, saved
     gradients = vocabulary_pass(head, norms_2N, coefficients_of(head, upstream, norms_2N, entropy_N))
-    return _of_all_ranks(gradients, head, arguments.shard.group)
+    return _of_all_ranks(gradients, head, arguments.group)
 
 
 def _of_all_ranks(gradients: Gradients, head: Head, group: dist.ProcessGroup) -> Tensors:
@@ -118,24 +107,24 @@ _vocab_parallel_logprob = define_op(
 )
 
 
-def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard) -> RowStats:
+def _merged(stats: RowStats, arguments: VocabParallelArguments) -> RowStats:
     """Statistics of the whole vocabulary from those of each rank's slice."""
-    max_N = stats.max_N.clone()
-    dist.all_reduce(max_N, dist.ReduceOp.MAX, group=shard.group)
+    labels_NK, group, max_N = arguments.head.labels_NK, arguments.group, stats.max_N.clone()
+    dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
     drop_N = (stats.max_N - max_N.masked_fill(max_N == -torch.inf, 0.0)).clamp(min=-1e30)
     scale_N = drop_N.exp()
-    inside_NK = (local_labels_NK >= 0) & (local_labels_NK < columns)
+    inside_NK = (labels_NK >= 0) & (labels_NK < arguments.head.v)
     parts = [stats.label_logit_NK.where(inside_NK, 0.0), inside_NK.to(max_N.dtype), (scale_N * stats.sumexp_N)[:, None]]
     if stats.shifted_sum_N is not None:
         parts.append((scale_N * (stats.shifted_sum_N + drop_N * stats.sumexp_N))[:, None])
     table = torch.cat(parts, 1)  # (N, 2K + 1 or 2)
-    dist.all_reduce(table, group=shard.group)
+    dist.all_reduce(table, group=group)
     k = inside_NK.shape[1]
     argmax_N = stats.argmax_N
     if argmax_N is not None:
         nowhere = torch.iinfo(torch.int64).max
-        argmax_N = (argmax_N + shard.start).where(stats.max_N == max_N, nowhere)
-        dist.all_reduce(argmax_N, dist.ReduceOp.MIN, group=shard.group)
+        argmax_N = (argmax_N + arguments.start).where(stats.max_N == max_N, nowhere)
+        dist.all_reduce(argmax_N, dist.ReduceOp.MIN, group=group)
     # a label on no rank stays NaN, as in one process
     label_logit_NK = table[:, :k].where(table[:, k : 2 * k] > 0, torch.nan)
     shifted_N = None if stats.shifted_sum_N is None else table[:, -1].contiguous()
@@ -143,38 +132,31 @@ def _merged(stats: RowStats, local_labels_NK: Tensor, columns: int, shard: Shard
     return replace(stats, **merged, shifted_sum_N=shifted_N, argmax_N=argmax_N)
 
 
-# Group -> (rows here, device) -> the rows on each rank, as numbers and on the device.
-_known_sizes: WeakKeyDictionary[dist.ProcessGroup, dict[Any, Any]] = WeakKeyDictionary()
-
-
-def _sizes(lm_head_weight: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """Rows of the lm_head on each rank. An accelerator is waited for at the first call with a group and a size alone;
-    later ones compare there, since a rank that left out the exchange would leave the others waiting.
+def _place(lm_head_weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int | None]:
+    """Start of this rank's rows in the whole vocabulary, a number on the device, and the whole's size, or None on an
+    accelerator, which is not waited for.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"process_group must be a ProcessGroup, got {type(group).__name__}; torch.distributed.group.WORLD, or a "
             "device mesh's get_group()"
         )
-    rows, device = lm_head_weight.shape[0], lm_head_weight.device
-    own = torch.full((1,), rows, device=device)
+    rows = lm_head_weight.shape[0]
+    own = torch.full((1,), rows, device=lm_head_weight.device)
     parts = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
-    gathered, known = torch.cat(parts), _known_sizes.setdefault(group, {})
-    if (rows, device) in known and not values_readable(own):
-        sizes, expected = known[rows, device]
-        changed = "lm_head_weight must keep its rows on every rank of process_group, got another size on one"
-        torch._assert_async((gathered == expected).all(), f"{changed}; make a new group for another head")
-        return sizes
-    # Read on the host: they decide which labels are this rank's, and a rank without rows must be named on every rank.
-    sizes = gathered.tolist()
+    sizes_R = torch.cat(parts)
+    start = sizes_R[: dist.get_rank(group)].sum()
+    if rows and not values_readable(sizes_R):
+        torch._assert_async((sizes_R > 0).all(), "lm_head_weight must hold rows on every rank of process_group")
+        return start, None
+    sizes = sizes_R.tolist()
     if not all(sizes):
         raise ValueError(
             f"lm_head_weight must hold rows on every rank of process_group, got {sizes}; leave ranks without rows out "
             "of the group"
         )
-    known[rows, device] = sizes, gathered
-    return sizes
+    return start, sum(sizes)
 
 
 @outside_of_graphs(_NO_GRAPH.format("vocab_parallel_token_kl"))
@@ -215,12 +197,12 @@ def vocab_parallel_token_kl(
     Raises:
         TypeError, ValueError: as ``linear_token_kl``; a rank without rows.
     """
-    sizes = _sizes(lm_head_weight, process_group)
+    _, vocabulary = _place(lm_head_weight, process_group)
     options = complete_options("vocab_parallel_token_kl", options, RowKeywords)
     of_ref = {"logit_scale": ref_logit_scale, "softcap": ref_softcap, "temperature": ref_temperature}
     of_ref["low_rank"] = ref_low_rank
     tensors = (hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, labels, bias, ref_bias)
-    call, pair, active_N = prepare_pair(*tensors, options, of_ref, direction, beta, vocabulary=sum(sizes))
+    call, pair, active_N = prepare_pair(*tensors, options, of_ref, direction, beta, vocabulary=vocabulary)
     (kl_N,) = _vocab_parallel_kl(VocabParallelKLArguments(pair.policy, pair.ref, direction, pair.beta, process_group))
     return call.restore(kl_N.where(active_N, 0.0))
 

@@ -102,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"  reference  {_reads(method)}")
     if method.head:
         print(f"  head       {method.head}, beside the lm_head")
-    print(f"  source     {loss.source} (evidence: {loss.evidence})")
     for name, (kind, default, meaning) in method.own_settings.items():
         shown = getattr(kind, "__name__", str(kind))
         print(f"  --{name.replace('_', '-')} {shown.upper()}  {meaning} (default {default})")

@@ -66,10 +66,7 @@ def alol_loss(
     Returns:
         (B,) loss of each sequence, nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
 
-    Raises:
-        TypeError, ValueError: clip_range out of range, shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718; ratio, sum over tokens and e = 0.9 as in the authors' code.
+    Ratio, sum over tokens and e = 0.9 are those of the authors' code.
     """
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
     check_constants(ref_logp=ref_logp, reward=reward, value=value)
@@ -101,11 +98,6 @@ def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor,
 
     Returns:
         The shape of token_logp, nats times reward units a token; the loss of a sequence is the sum over its tokens.
-
-    Raises:
-        TypeError, ValueError: clip_range out of range, shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
     check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp, advantage=advantage)
     ratio = _clipped_ratio(token_logp, ref_token_logp, clip_range)
@@ -132,11 +124,6 @@ def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, sq
 
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
     check_rows(policy_logp=policy_logp, reward=reward, value=value)
     check_constants(reward=reward, value=value)
@@ -169,11 +156,6 @@ def alol_kl_loss(
 
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: beta out of range, shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718; as in the authors' code.
     """
     check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
@@ -207,11 +189,6 @@ def rlol_loss(
 
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: clip_range out of range, shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718 (its baseline R-LoL); as in the authors' code.
     """
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     check_constants(ref_logp=ref_logp, reward=reward)
@@ -243,10 +220,7 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
     Returns:
         The shape of token_logp, nats times reward units a token; the loss of a sequence is the sum over its tokens.
 
-    Raises:
-        TypeError, ValueError: min_prob out of range, shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718 (its baseline R-GOLD, after GOLD, arXiv 2009.07839); as in the authors' code.
+    GOLD is arXiv 2009.07839.
     """
     if not 0 <= min_prob <= 1:
         raise ValueError(f"min_prob must be in [0, 1], got {min_prob}; it bounds a probability from below")
@@ -275,11 +249,6 @@ def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True
 
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: shapes that differ, integer tensors.
-
-    Source: A-LoL, arXiv 2305.14718 (its baseline weighted BC); as in the authors' code.
     """
     check_rows(policy_logp=policy_logp, reward=reward)
     check_constants(reward=reward)

@@ -69,11 +69,7 @@ def ava_d_loss(
     Returns:
         (B,) loss of each sequence, nats, fp32 (fp64 for fp64); the caller reduces over sequences.
 
-    Raises:
-        TypeError, ValueError: options out of range, shapes that differ, a mask that is not bool.
-
-    Source: arXiv 2411.09341, main text. lam = beta = gamma = 1 and nothing detached as in AVRIL's code; the values that
-    AVA used are not known.
+    The values that AVA used for lam, beta and gamma are not known.
     """
     _check_options(beta=beta, lam=lam, gamma=gamma)
     _check("", token_logp=token_logp, mu=mu, log_sigma=log_sigma, mask=mask)
@@ -122,11 +118,6 @@ def ava_p_loss(
 
     Returns:
         (P,) loss of each pair, nats, fp32 (fp64 for fp64); the caller reduces over pairs.
-
-    Raises:
-        TypeError, ValueError: options out of range, shapes that differ, masks that are not bool.
-
-    Source: arXiv 2411.09341, main text; weights as for ``ava_d_loss``.
     """
     _check_options(beta=beta, lam=lam, gamma=gamma, contrast=contrast)
     check_choice("regularise", regularise, REGULARISED)
@@ -193,8 +184,6 @@ def bradley_terry_loss(chosen_mu: Tensor, rejected_mu: Tensor) -> Tensor:
 
     mu: the score of a completion, of any reward model; for ``VARTrainer`` that of the reward head at the last token.
     The lm_head is not computed there, and its weight, if it is not the embedding's too, is left as it is.
-
-    Raises TypeError, ValueError for integer tensors and shapes that differ. Source: Bradley and Terry (1952).
     """
     check_rows("pair", chosen_mu=chosen_mu, rejected_mu=rejected_mu)
     return -logsigmoid(wide(chosen_mu) - wide(rejected_mu))

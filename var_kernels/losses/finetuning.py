@@ -36,11 +36,6 @@ def iw_sft_loss(
 
     Returns:
         (B,) nats per sequence, fp32 (fp64 for fp64 inputs); the authors divide by the batch's tokens.
-
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2507.12856; weight and clip as in the authors' code, which runs temperature 1.
     """
     check_range("temperature", temperature, closed=True, remedy="0 is SFT")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
@@ -74,11 +69,6 @@ def iw_sft_token_loss(
 
     Returns:
         The shape of token_logp, nats a token, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: bounds, shapes that differ, integer tensors.
-
-    Source: arXiv 2507.12856; the other form in the authors' code.
     """
     check_range("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
     check_range("ratio_max", ratio_max, ratio_min, closed=True, remedy="1e9 hardly clips")
@@ -110,11 +100,6 @@ def psft_loss(token_logp: Tensor, old_token_logp: Tensor, *, clip_high: float = 
 
     Returns:
         The shape of token_logp, without unit, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: clip_high, shapes that differ, integer tensors.
-
-    Source: arXiv 2508.17784, from its summaries; the clip range is PPO's.
     """
     check_range("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp)
@@ -146,11 +131,6 @@ def eaft_loss(token_logp: Tensor, entropy: Tensor, *, alpha: float = 1.0, max_en
 
     Returns:
         The shape of token_logp, nats a token, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: options out of range, shapes that differ, integer tensors.
-
-    Source: arXiv 2601.02151; as LLaMA-Factory and axolotl implement it, but for the entropy's 20 tokens.
     """
     check_range("alpha", alpha, closed=True, remedy="0 is SFT")
     check_range("max_entropy", max_entropy, remedy="3 is about the log of the authors' 20 tokens")
@@ -179,11 +159,6 @@ def chord_phi_loss(token_logp: Tensor) -> Tensor:
 
     Returns:
         The shape of token_logp, nats a token, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError: token_logp of integers.
-
-    Source: arXiv 2508.11408; as Trinity-RFT and ms-swift implement it.
     """
     check_tokens(token_logp=token_logp)
     logp = wide(token_logp)

@@ -53,11 +53,6 @@ def exo_loss(
 
     Returns:
         (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
-
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2402.00856; the authors' code.
     """
     check_range("beta", beta, remedy="negate the rewards to minimise them")
     check_range("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
@@ -107,12 +102,6 @@ def lire_loss(
 
     Returns:
         (B,) the rows' terms, each in [-1, 0], fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
-
-    Raises:
-        TypeError, ValueError: options out of range, "mean" without lengths, shapes and dtypes; on the CPU also rewards
-            that are not finite.
-
-    Source: arXiv 2405.13516; the authors' code.
     """
     check_range("temperature", temperature, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, reward=reward)
@@ -157,11 +146,8 @@ def raft_loss(
     Returns:
         (B,) nats per sequence or per token, fp32 (fp64 for fp64 inputs); one row of each group is not 0.
 
-    Raises:
-        TypeError, ValueError: as ``lire_loss``.
-
-    Source: arXiv 2304.06767; the best of each prompt's K samples as in the authors' code (LMFlow, local ranking; its
-    other strategy takes the best 1 / K of all samples together).
+    The best of each prompt's K samples is the local ranking of the authors' code (LMFlow); its other strategy takes the
+    best 1 / K of all samples together.
     """
     check_rows(policy_logp=policy_logp, reward=reward)
     nll_B = -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")

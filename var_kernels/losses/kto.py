@@ -50,11 +50,6 @@ def kto_loss(
 
     Returns:
         (B,) per sequence, between 0 and its weight, fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2402.01306; the formula as in third-party code.
     """
     check_range("beta", beta, remedy="negate `desirable` to reverse the preference")
     check_range("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")

@@ -44,10 +44,7 @@ def info_nca_loss(
     Returns:
         (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
 
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2402.05369; of a pair with a hard preference it is DPO.
+    Of a pair with a hard preference it is DPO.
     """
     groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
     return times(-_reward_softmax(reward, reward_temperature, groups), group_log_softmax(scaled_B, groups))
@@ -77,9 +74,7 @@ def nca_loss(
 
     Args: as ``info_nca_loss``; a group of one costs log 2 or more.
 
-    Returns, Raises: as ``info_nca_loss``.
-
-    Source: arXiv 2402.05369.
+    Returns: as ``info_nca_loss``.
     """
     groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
     size_B = groups.sum(torch.ones_like(scaled_B))
@@ -113,10 +108,7 @@ def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: 
     Returns:
         (B,) the rows' terms, reward units^2, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
 
-    Raises:
-        TypeError, ValueError: beta out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2504.19599 (its loss divided by beta has the same gradient).
+    Divided by beta, as the paper has it, the loss has the same gradient.
     """
     groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
     missed_B = scaled_B - wide(reward.detach())
@@ -153,11 +145,6 @@ def target_po_loss(
 
     Returns:
         (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
-
-    Raises:
-        TypeError, ValueError: eta out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2604.06159.
     """
     check_range("eta", eta, remedy=_NEGATE)
     check_rows(policy_logp=policy_logp, old_logp=old_logp)

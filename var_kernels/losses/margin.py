@@ -38,10 +38,7 @@ def slic_loss(
     Returns:
         (P,) nats per pair, fp32 (fp64 for fp64 inputs).
 
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes.
-
-    Source: arXiv 2305.10425 (SLiC-HF); the formula as in third-party code. Values of delta and lambda: open.
+    Which delta and lambda the paper takes is open.
     """
     check_range("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
     check_range("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
@@ -85,11 +82,6 @@ def simpo_loss(
 
     Returns:
         (P,) nats per pair, fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: options out of range, no lengths, shapes and dtypes.
-
-    Source: arXiv 2405.14734; the formula as in third-party code.
     """
     check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
     check_range("gamma", gamma, closed=True, remedy="0 is no margin")
@@ -130,11 +122,6 @@ def orpo_loss(
     Returns:
         (P,) nats per pair, fp32 (fp64 for fp64 inputs). The SFT part is the mean over each sequence's own tokens; code
         that averages over all tokens of the batch weighs long sequences more.
-
-    Raises:
-        TypeError, ValueError: odds_weight out of range, no lengths, shapes and dtypes.
-
-    Source: arXiv 2403.07691; the formula as in third-party code.
     """
     check_range("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
     chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)

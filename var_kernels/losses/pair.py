@@ -45,12 +45,6 @@ def dpo_loss(
 
     Returns:
         (P,) loss of each pair, nats, fp32 (fp64 for fp64 inputs); the caller reduces over pairs.
-
-    Raises:
-        TypeError, ValueError: beta or label_smoothing out of range, shapes that differ, integer tensors; on the CPU
-            also reference log-probs that are not finite.
-
-    Source: arXiv 2305.18290 eq. 7; label smoothing as in the authors' code (cDPO).
     """
     _check_smoothing(label_smoothing)
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -91,11 +85,6 @@ def robust_dpo_loss(
 
     Returns:
         (P,) nats per pair, fp32 (fp64 for fp64 inputs); may be negative.
-
-    Raises:
-        TypeError, ValueError: as ``dpo_loss``.
-
-    Source: arXiv 2403.00409; the formula as in third-party code.
     """
     _check_smoothing(label_smoothing)
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -141,11 +130,6 @@ def ipo_loss(
 
     Returns:
         (P,) nats^2 per pair (per token^2 for "mean"), fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: tau or token_reduction out of range, "mean" without lengths, shapes and dtypes.
-
-    Source: arXiv 2310.12036; reductions as in the DPO authors' code (sum) and in third-party code (mean).
     """
     check_range("tau", tau, remedy=_SWAP)
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -188,10 +172,7 @@ def hinge_loss(
     Returns:
         (P,) per pair, in units of beta x nats, fp32 (fp64 for fp64 inputs).
 
-    Raises:
-        TypeError, ValueError: as ``dpo_loss``.
-
-    Source: arXiv 2309.06657 (RSO's hinge); the formula as TRL's "hinge".
+    RSO's hinge, TRL's "hinge".
     """
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     return torch.relu(1 - margin_P)

@@ -47,11 +47,6 @@ def cispo_loss(
 
     Returns:
         The shape of token_logp, nats times units of the advantage, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: bounds, shapes that differ, integer tensors.
-
-    Source: arXiv 2506.13585 eq. 4; as other trainers implement it.
     """
     check_range("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
     check_range("ratio_max", ratio_max, ratio_min, closed=True, remedy="ratio_min is the lower of the two")
@@ -90,11 +85,6 @@ def sapo_loss(
 
     Returns:
         The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: temperatures, shapes that differ, integer tensors.
-
-    Source: arXiv 2511.20347; as TRL implements it.
     """
     for name, value in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
         check_range(name, value, remedy="1 is the paper's for positive advantages, 1.05 for negative ones")
@@ -141,10 +131,7 @@ def gspo_loss(
     Returns:
         (B,) in units of the advantage, fp32 (fp64 for fp64); the caller takes the mean over sequences.
 
-    Raises:
-        TypeError, ValueError: clip range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2507.18071; as TRL implements it (``importance_sampling_level="sequence"``).
+    TRL's ``importance_sampling_level="sequence"``.
     """
     _check_sequences(policy_logp, old_logp, advantage)
     means = [per_token(wide(s), lengths, "mean", name="lengths", like="policy_logp") for s in (policy_logp, old_logp)]
@@ -176,11 +163,6 @@ def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
 
     Returns:
         (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: shapes and dtypes; on the CPU also advantages that are not finite.
-
-    Source: Williams (1992); arXiv 2402.14740, 2501.03262, as other trainers implement them on fresh draws.
     """
     check_rows(policy_logp=policy_logp, advantage=advantage)
     check_constants(advantage=advantage)
@@ -220,10 +202,7 @@ def vespo_loss(
     Returns:
         (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
 
-    Raises:
-        TypeError, ValueError: options, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2602.10693; as TRL implements it, but for its floor of w at 1e-8, where phi is below 1e-14.
+    TRL floors w at 1e-8, where phi is below 1e-14.
     """
     for name, value in (("k_pos", k_pos), ("lam_pos", lam_pos), ("k_neg", k_neg), ("lam_neg", lam_neg)):
         check_range(name, value, remedy="the defaults are the authors'")
@@ -257,10 +236,7 @@ def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tenso
     Returns:
         (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
 
-    Raises:
-        TypeError, ValueError: shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2503.14286; as Trinity-RFT implements it, with the ratio of the whole sequence as in the paper.
+    The ratio is that of the whole sequence, as in the paper.
     """
     _check_sequences(policy_logp, old_logp, advantage)
     advantage_B = wide(advantage.detach())

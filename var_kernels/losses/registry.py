@@ -104,6 +104,11 @@ class Loss:
 _PARAMETER_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # What is no floating-point number.
 _KINDS = {"lengths": torch.int64, "group_ids": torch.int64, "desirable": torch.bool, "mask": torch.bool}
+# Of every loss here, as its checks have it.
+_RAISES = """
+
+Raises:
+    TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also constants that are not finite."""
 # From the head and the labels themselves.
 _KNOWN = frozenset(["policy_logp", "token_logp", "entropy", "lengths", "mask"])
 
@@ -140,7 +145,8 @@ def register(
     of_log_probs: bool = True,
 ) -> Callable[[Function], Function]:
     """Decorator: enter the function into ``LOSSES`` under ``name``, for ``linear_loss`` and, by ``method_config``, for
-    ``VARTrainer``; the function itself is returned as it is. Its signature is the declaration, see ``Loss``.
+    ``VARTrainer``; the function itself is returned as it is, its docstring with the source. Its signature is the
+    declaration, see ``Loss``.
 
     Args:
         pass_class: a key of ``PASS_CLASSES``: what its gradient in a token's log-prob depends on. The weaker, the fewer
@@ -175,6 +181,9 @@ def register(
         if unknown := sorted(set(loss.defaults) - set(loss.options)):
             raise ValueError(f"defaults must name options of the loss {name!r}, got {', '.join(unknown)}")
         table[name] = loss
+        if source and function.__doc__:
+            raises = _RAISES if function.__module__.startswith("var_kernels.") else ""
+            function.__doc__ = f"{inspect.getdoc(function)}{raises}\n\nSource: {source} (evidence: {evidence})."
         return function
 
     return enter

@@ -47,11 +47,6 @@ def rebel_loss(
 
     Returns:
         (P,) nats^2 per pair, fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: eta out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2404.16767; the scaling of the authors' code.
     """
     check_range("eta", eta, remedy="negate the rewards to minimise them")
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -100,11 +95,6 @@ def qrpo_loss(
 
     Returns:
         (B,) per sequence, in squared units of T(q), fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: beta out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2507.08068; the loss as in the authors' code.
     """
     check_range("beta", beta, remedy="negate the rewards to minimise them")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
@@ -175,11 +165,6 @@ def astar_po_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: 
 
     Returns:
         (B,) reward units^2 per sequence, fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: beta out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2505.20686 eq. 4, 2602.19362.
     """
     _check_dro(policy_logp, ref_logp, reward, value, "beta", beta)
     return _dro_residual(policy_logp, ref_logp, reward, value.detach(), beta).square()
@@ -241,11 +226,6 @@ def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tenso
 
     Returns:
         (B,) reward units x nats per sequence, fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        TypeError, ValueError: tau out of range, shapes and dtypes; on the CPU also constants that are not finite.
-
-    Source: arXiv 2405.19107.
     """
     _check_dro(policy_logp, ref_logp, reward, value, "tau", tau)
     residual_B = _dro_residual(policy_logp, ref_logp, reward, value.detach(), tau)

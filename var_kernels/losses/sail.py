@@ -58,12 +58,7 @@ def sail_dp_loss(
     Returns:
         (P,) per pair, fp32 (fp64 for fp64 inputs); not bounded below: of use for its gradient.
 
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also reference log-probs that are not
-            finite.
-
-    Source: arXiv 2406.15567; the first author's code; arXiv 2606.31524 (SAIL-RevKL). The exactness, without revkl_coef,
-    is checked by enumeration.
+    The exactness, without revkl_coef, is checked by enumeration. SAIL-RevKL: arXiv 2606.31524.
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     return _sail(*logps, chosen_lengths, rejected_lengths, beta=beta, squared_coef=squared_coef, revkl_coef=revkl_coef)
@@ -115,7 +110,9 @@ def sail_pp_loss(
         baseline: "none", as derived, b = 0; or "leave_one_out", b_i = sum_{j != i} F_j / (P - 1), 0 for a single pair.
             It couples the pairs of a call (of a micro-batch of a rank); each call by itself stays unbiased.
 
-    Returns, Raises, Source: as ``sail_dp_loss``; the baseline is REINFORCE's, left one out (arXiv 2402.14740).
+    Returns: as ``sail_dp_loss``.
+
+    The baseline is REINFORCE's, left one out (arXiv 2402.14740).
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     return _sail(
@@ -164,7 +161,7 @@ def sail_pr_loss(
     Args:
         policy_*, ref_*, *_lengths, beta, score_coef, baseline, revkl_coef: see ``sail_pp_loss``.
 
-    Returns, Raises, Source: as ``sail_dp_loss``.
+    Returns: as ``sail_dp_loss``.
     """
     logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     return _sail(

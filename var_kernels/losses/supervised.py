@@ -29,11 +29,6 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
 
     Returns:
         (B,), nats per sequence ("sum") or per token ("mean"), fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: unknown reduction, "mean" without lengths, shapes that differ, integer log-probs.
-
-    Source: maximum likelihood.
     """
     check_rows(policy_logp=policy_logp)
     return -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
@@ -65,11 +60,6 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
 
     Returns:
         (B,) nats per sequence, fp32 (fp64 for fp64 inputs); the caller reduces over sequences.
-
-    Raises:
-        TypeError, ValueError: options out of range, shapes and dtypes; on the CPU also advantages that are not finite.
-
-    Source: arXiv 1910.00177; weight, clip and standardisation as in the authors' code.
     """
     check_range("beta", beta, remedy="negate the advantage to minimise the reward")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
@@ -102,10 +92,7 @@ def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
     Returns:
         (B,) nats per sequence, fp32 (fp64 for fp64 inputs).
 
-    Raises:
-        TypeError, ValueError: shapes and dtypes; on the CPU also weights that are not finite.
-
-    Source: arXiv 2502.11026; which estimator of Z the paper runs is open (docs/var.md).
+    Which estimator of Z the paper runs is open (docs/var.md).
     """
     check_rows(policy_logp=policy_logp, sample_weight=sample_weight)
     check_constants(sample_weight=sample_weight)

@@ -38,11 +38,6 @@ def dft_loss(token_logp: Tensor) -> Tensor:
 
     Returns:
         The shape of token_logp, nats a token, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError: token_logp of integers.
-
-    Source: DFT, arXiv 2508.05629; the detached factor as in the authors' code.
     """
     check_tokens(token_logp=token_logp)
     logp = wide(token_logp)
@@ -88,12 +83,6 @@ def ppo_loss(
 
     Returns:
         The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: clip range, shapes that differ, integer tensors.
-
-    Source: arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476; dual clip, arXiv 1912.09729; all as other
-    trainers implement them.
     """
     check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
     ratio = importance_ratio(token_logp, old_token_logp)
@@ -160,11 +149,6 @@ def grpo_loss(
 
     Returns:
         The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: beta or clip range, shapes that differ, integer tensors.
-
-    Source: arXiv 2402.03300, as other trainers implement it.
     """
     check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     clips: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}

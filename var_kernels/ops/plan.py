@@ -282,13 +282,14 @@ def one_pass_rows(head: Head) -> int:
 
 
 def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
-    """The pair with what 4 GEMMs hold in addition to tiles where dW is narrower than its sums: those, for a sum with
-    ``known`` weights, or the gradient in all logits where that is less. Without, logits are computed twice. A row of
-    two heads takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
+    """The pair with what 4 GEMMs hold in addition to tiles: the fp32 sums of dW, for a sum with ``known`` weights, or the
+    gradient in all logits where that is no more than an fp32 dW. Without, logits are computed twice. A row of two heads
+    takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
     """
     head, sums, stored = pair.policy, _pair_accumulator(pair), _stored_bytes(pair)
-    less = _stores_logit_gradients(head) and stored <= sums
-    if sums == 0 or underflows(head.operand) or not (known or less):
+    most = head.v * head.d * head.wide.itemsize if head.needs.lm_head_weight else 0
+    less = _stores_logit_gradients(head) and stored <= (sums if known else most)
+    if underflows(head.operand) or not (less or (known and sums)):
         return pair
     chunk = _pair_chunk_cost(pair, 0).of_tile(shortest_chunk(pair.device, gemms_saved=2), pair.v)
     if _pair_cost(pair, gradient=True).column:  # copies take a quarter

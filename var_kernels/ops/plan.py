@@ -282,8 +282,8 @@ def one_pass_rows(head: Head) -> int:
 
 
 def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
-    """The pair with what 4 GEMMs hold in addition to tiles: the fp32 sums of dW, for a sum with ``known`` weights, or the
-    gradient in all logits where that is no more than an fp32 dW. Without, logits are computed twice. A row of two heads
+    """The pair with what 4 GEMMs hold in addition to tiles: for a sum with ``known`` weights the fp32 sums of dW, or
+    the gradient in all logits where an fp32 dW is not less. Without, logits are computed twice. A row of two heads
     takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
     """
     head, sums, stored = pair.policy, _pair_accumulator(pair), _stored_bytes(pair)

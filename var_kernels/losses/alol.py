@@ -69,7 +69,7 @@ def alol_loss(
     Ratio, sum over tokens and e = 0.9 are those of the authors' code.
     """
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
-    check_constants(ref_logp=ref_logp, reward=reward, value=value)
+    check_constants(ref_logp=ref_logp)
     advantage_B = alol_advantage(reward, value, squash=squash)
     return times(-advantage_B * _clipped_ratio(policy_logp, ref_logp, clip_range), wide(policy_logp))
 
@@ -126,7 +126,6 @@ def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, sq
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
     check_rows(policy_logp=policy_logp, reward=reward, value=value)
-    check_constants(reward=reward, value=value)
     return times(-alol_advantage(reward, value, squash=squash), wide(policy_logp))
 
 
@@ -159,7 +158,7 @@ def alol_kl_loss(
     """
     check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
-    check_constants(ref_logp=ref_logp, reward=reward, value=value)
+    check_constants(ref_logp=ref_logp)
     slope_B = beta - alol_advantage(reward, value, squash=squash)
     return times(slope_B, wide(policy_logp)) - beta * wide(ref_logp.detach())
 

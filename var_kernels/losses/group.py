@@ -16,6 +16,8 @@ from var_kernels.losses.checks import (
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
 
+NEGATE = "negate the rewards to minimise them"
+
 
 @register(
     "exo",
@@ -54,14 +56,9 @@ def exo_loss(
     Returns:
         (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
     """
-    check_range("beta", beta, remedy="negate the rewards to minimise them")
-    check_range("reward_temperature", reward_temperature, remedy="negate the rewards to minimise them")
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
-    check_integers("policy_logp", policy_logp, group_ids=group_ids)
-    check_constants(ref_logp=ref_logp, reward=reward)
-    groups = group_rows(group_ids)
-    log_f_B = group_log_softmax(beta * (wide(policy_logp) - wide(ref_logp.detach())), groups)
-    log_p_B = group_log_softmax(wide(reward.detach()) / reward_temperature, groups)
+    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    log_f_B = group_log_softmax(scaled_B, groups)
+    log_p_B = reward_log_softmax(reward, reward_temperature, groups)
     f_B = log_f_B.exp()
     return f_B * (log_f_B - log_p_B).where(f_B > 0, 0.0)
 
@@ -103,12 +100,9 @@ def lire_loss(
     Returns:
         (B,) the rows' terms, each in [-1, 0], fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
     """
-    check_range("temperature", temperature, remedy="negate the rewards to minimise them")
-    check_rows(policy_logp=policy_logp, reward=reward)
-    check_integers("policy_logp", policy_logp, group_ids=group_ids)
-    check_constants(reward=reward)
+    check_range("temperature", temperature, remedy=NEGATE)
+    groups = check_groups(policy_logp, reward, group_ids)
     s_B = per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
-    groups = group_rows(group_ids)
     log_f_B = group_log_softmax(s_B / temperature, groups)
     log_r_B = group_log_softmax(wide(reward.detach()), groups)
     return -(log_f_B + log_r_B).exp()
@@ -172,3 +166,26 @@ def group_log_softmax(score_B: Tensor, groups: Groups) -> Tensor:
     # the difference to the maximum is formed first: fp32 sums of a thousand nats would lose four digits in an LSE
     below_top_B = (score_B - top_B).where(top_B > -torch.inf, 0.0)  # rows that are all -inf count alike
     return below_top_B - groups.sum(below_top_B.exp()).log()
+
+
+def scaled_log_ratio(
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, beta: float
+) -> tuple[Groups, Tensor]:
+    """The groups and beta (s - sr), (B,), checked; no gradient to the reference."""
+    check_range("beta", beta, remedy=NEGATE)
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
+    groups = check_groups(policy_logp, reward, group_ids)
+    check_constants(ref_logp=ref_logp)
+    return groups, beta * (wide(policy_logp) - wide(ref_logp.detach()))
+
+
+def check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Groups:
+    check_rows(policy_logp=policy_logp, reward=reward)
+    check_integers("policy_logp", policy_logp, group_ids=group_ids)
+    check_constants(reward=reward)
+    return group_rows(group_ids)
+
+
+def reward_log_softmax(reward: Tensor, reward_temperature: float, groups: Groups) -> Tensor:
+    check_range("reward_temperature", reward_temperature, remedy=NEGATE)
+    return group_log_softmax(wide(reward.detach()) / reward_temperature, groups)

@@ -6,12 +6,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from var_kernels.losses.advantages import group_advantage
-from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, times, wide
-from var_kernels.losses.group import group_log_softmax
+from var_kernels.losses.checks import check_constants, check_range, check_rows, times, wide
+from var_kernels.losses.group import NEGATE, check_groups, group_log_softmax, reward_log_softmax, scaled_log_ratio
 from var_kernels.losses.registry import register
-from var_kernels.losses.segments import Groups, group_rows
-
-_NEGATE = "negate the rewards to minimise them"
 
 
 @register(
@@ -46,8 +43,9 @@ def info_nca_loss(
 
     Of a pair with a hard preference it is DPO.
     """
-    groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
-    return times(-_reward_softmax(reward, reward_temperature, groups), group_log_softmax(scaled_B, groups))
+    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    target_B = reward_log_softmax(reward, reward_temperature, groups).exp()
+    return times(-target_B, group_log_softmax(scaled_B, groups))
 
 
 @register(
@@ -76,9 +74,9 @@ def nca_loss(
 
     Returns: as ``info_nca_loss``.
     """
-    groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
     size_B = groups.sum(torch.ones_like(scaled_B))
-    target_B = _reward_softmax(reward, reward_temperature, groups)
+    target_B = reward_log_softmax(reward, reward_temperature, groups).exp()
     return -logsigmoid(-scaled_B) / size_B - times(target_B, logsigmoid(scaled_B))
 
 
@@ -108,9 +106,9 @@ def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: 
     Returns:
         (B,) the rows' terms, reward units^2, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
 
-    Divided by beta, as the paper has it, the loss has the same gradient.
+    The paper's loss, divided by beta, has the same gradient.
     """
-    groups, scaled_B = _scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
     missed_B = scaled_B - wide(reward.detach())
     size_B = groups.sum(torch.ones_like(missed_B))
     missed_B = missed_B - groups.sum(missed_B) / size_B
@@ -146,32 +144,9 @@ def target_po_loss(
     Returns:
         (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
     """
-    check_range("eta", eta, remedy=_NEGATE)
+    check_range("eta", eta, remedy=NEGATE)
     check_rows(policy_logp=policy_logp, old_logp=old_logp)
-    groups = _check_groups(policy_logp, reward, group_ids)
+    groups = check_groups(policy_logp, reward, group_ids)
     check_constants(old_logp=old_logp)
     tilted_B = wide(old_logp.detach()) + group_advantage(reward, group_ids) / eta
     return times(-group_log_softmax(tilted_B, groups).exp(), group_log_softmax(wide(policy_logp), groups))
-
-
-def _scaled_log_ratio(
-    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, beta: float
-) -> tuple[Groups, Tensor]:
-    """The groups and beta (s - sr), (B,), checked; no gradient to the reference."""
-    check_range("beta", beta, remedy=_NEGATE)
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
-    groups = _check_groups(policy_logp, reward, group_ids)
-    check_constants(ref_logp=ref_logp)
-    return groups, beta * (wide(policy_logp) - wide(ref_logp.detach()))
-
-
-def _check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Groups:
-    check_rows(policy_logp=policy_logp, reward=reward)
-    check_integers("policy_logp", policy_logp, group_ids=group_ids)
-    check_constants(reward=reward)
-    return group_rows(group_ids)
-
-
-def _reward_softmax(reward: Tensor, reward_temperature: float, groups: Groups) -> Tensor:
-    check_range("reward_temperature", reward_temperature, remedy=_NEGATE)
-    return group_log_softmax(wide(reward.detach()) / reward_temperature, groups).exp()

@@ -355,7 +355,8 @@ def _row_number(extra, logits, dim=None, keepdim=False):
     return value.unsqueeze(view.axis) if keepdim else value
 
 
-def _cross_entropy(
+def _nll(
+    name,
     logits,
     target,
     weight=None,
@@ -365,23 +366,12 @@ def _cross_entropy(
     reduction="mean",
     label_smoothing=0.0,
 ):
-    name = "cross_entropy"
+    """cross_entropy of logits or their log_softmax, or nll_loss of the latter."""
     view = _read(logits, name) if isinstance(logits, FusedLogits) else refuse(target, name, " as targets")
-    if view.kind == "p" or (view.kind == "logp" and view.factor != 1.0):
-        refuse(logits, name, " of probabilities")
-    return _nll(logits, view, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, name)
-
-
-def _nll_loss(logits, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
-    name = "nll_loss"
-    view = _read(logits, name) if isinstance(logits, FusedLogits) else refuse(target, name, " as targets")
-    if view.kind != "logp":
+    if name == "nll_loss" and view.kind != "logp":
         refuse(logits, name, " of what is no log_softmax")
-    loss = _nll(logits, view, target, weight, size_average, ignore_index, reduce, reduction, 0.0, name)
-    return loss if view.factor == 1.0 else view.factor * loss
-
-
-def _nll(logits, view, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, name):
+    if name == "cross_entropy" and (view.kind == "p" or (view.kind == "logp" and view.factor != 1.0)):
+        refuse(logits, name, " of probabilities")
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if target.is_floating_point() or isinstance(target, FusedLogits):
@@ -402,7 +392,7 @@ def _nll(logits, view, target, weight, size_average, ignore_index, reduce, reduc
     with _quietly(view):
         if reduction == "none":
             loss = -view.source.logp(rows, known, view.unique, label_smoothing, ignore_index=-100)
-            return (loss if factor is None else loss * factor).to(view.device)
+            return view.factor * (loss if factor is None else loss * factor).to(view.device)
         total = 1.0
         if reduction == "mean":
             total = counted.sum() if factor is None else factor.sum()
@@ -411,7 +401,7 @@ def _nll(logits, view, target, weight, size_average, ignore_index, reduce, reduc
         loss = view.source.nll_sum(rows, known, view.unique, factor, total, label_smoothing)
         if reduction == "mean":
             loss = loss.masked_fill(empty, math.nan)  # as torch: 0 / 0, with gradients of 0
-    return loss.to(view.device)
+    return view.factor * loss.to(view.device)
 
 
 _VIEWS = (
@@ -481,8 +471,8 @@ FusedLogits.handlers |= {
     **{f: _take_along_dim for f in (torch.take_along_dim, Tensor.take_along_dim)},
     **{f: partial(_row_number, "lse") for f in (torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp)},
     **{f: partial(_row_number, "argmax") for f in (torch.argmax, Tensor.argmax)},
-    F.cross_entropy: _cross_entropy,
-    F.nll_loss: _nll_loss,
+    F.cross_entropy: partial(_nll, "cross_entropy"),
+    F.nll_loss: partial(_nll, "nll_loss"),
 }
 _ELEMENTWISE = ("mul", "multiply", "div", "divide", "true_divide", "add", "sub", "subtract", "neg", "tanh", "clamp")
 _OPERATORS = ("__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__rsub__", "__neg__")

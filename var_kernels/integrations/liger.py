@@ -9,14 +9,14 @@ accuracy of a batch without a label is 0, not NaN.
 """
 
 from dataclasses import dataclass, fields
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
-from var_kernels.ops.define import first_order
-from var_kernels.ops.engines import spans
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -44,53 +44,29 @@ class CrossEntropyOutput:
 _TILE_ELEMENTS = 1 << 24
 
 
-class _WeightedLogits(torch.autograd.Function):
-    """(N,) sum_v c_v z_v of the capped logits z, in the dtype of c, which is a constant; tiles of 16 M logits, computed
-    again in the backward.
+def _weighted_logits(
+    hidden_ND: Tensor, lin_weight: Tensor, bias: Tensor | None, class_weight: Tensor, softcap: float | None
+) -> Tensor:
+    """(N,) sum_v c_v z_v of the capped logits z, in the dtype of c; tiles of 16 M logits, computed again in the
+    backward.
     """
-
-    @staticmethod
-    def forward(ctx, hidden_ND, lin_weight, bias, class_weight, softcap):
-        ctx.save_for_backward(hidden_ND, lin_weight, bias, class_weight)
-        ctx.softcap = softcap
-        total_N = class_weight.new_zeros(len(hidden_ND))
-        for part, _, z_nv, _ in _tiles(hidden_ND, lin_weight, bias, class_weight.dtype, softcap):
-            total_N += z_nv @ class_weight[part]
-        return total_N
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dtotal_N):
-        hidden_ND, lin_weight, bias, class_weight = ctx.saved_tensors
-        wide_ND = hidden_ND.to(class_weight.dtype)
-        dhidden_ND = torch.zeros_like(wide_ND)
-        dweight_VD, dbias_V = (
-            torch.empty_like(t) if needed else None
-            for t, needed in zip((lin_weight, bias), ctx.needs_input_grad[1:3], strict=True)
-        )
-        for part, weight_vd, _, slope_nv in _tiles(hidden_ND, lin_weight, bias, class_weight.dtype, ctx.softcap):
-            dx_nv = dtotal_N.unsqueeze(1) * class_weight[part] * slope_nv
-            dhidden_ND += dx_nv @ weight_vd
-            if dweight_VD is not None:
-                dweight_VD[part] = dx_nv.t() @ wide_ND
-            if dbias_V is not None:
-                dbias_V[part] = dx_nv.sum(0)
-        return dhidden_ND.to(hidden_ND.dtype), dweight_VD, dbias_V, None, None
+    columns = max(1, _TILE_ELEMENTS // max(1, len(hidden_ND)))
+    biases = repeat(None) if bias is None else bias.split(columns)
+    tiles = zip(lin_weight.split(columns), biases, class_weight.split(columns), strict=False)
+    wide_ND = hidden_ND.to(class_weight.dtype)
+    return sum(
+        checkpoint(_weighted_tile, wide_ND, *tile, softcap, use_reentrant=False, preserve_rng_state=False)
+        for tile in tiles
+    )
 
 
-def _tiles(hidden_ND, lin_weight, bias, dtype: torch.dtype, softcap: float | None):
-    """Vocabulary slices: (slice, rows of lin_weight, capped logits, their slope in the raw ones), in ``dtype``."""
-    wide_ND = hidden_ND.to(dtype)
-    for span in spans(0, len(lin_weight), max(1, _TILE_ELEMENTS // max(1, len(hidden_ND)))):
-        part = slice(*span)
-        weight_vd = lin_weight[part].to(dtype)
-        z_nv, slope_nv = wide_ND @ weight_vd.t(), 1.0
-        if bias is not None:
-            z_nv += bias[part].to(dtype)
-        if softcap is not None:
-            share_nv = (z_nv / softcap).tanh_()
-            z_nv, slope_nv = softcap * share_nv, 1 - share_nv.square()
-        yield part, weight_vd, z_nv, slope_nv
+def _weighted_tile(hidden_ND, weight_vd, bias_v, class_weight_v, softcap) -> Tensor:
+    z_nv = hidden_ND @ weight_vd.to(hidden_ND.dtype).t()
+    if bias_v is not None:
+        z_nv = z_nv + bias_v.to(z_nv.dtype)
+    if softcap is not None:
+        z_nv = softcap * (z_nv / softcap).tanh()
+    return z_nv @ class_weight_v
 
 
 @dataclass(eq=False, repr=False)
@@ -223,7 +199,7 @@ class LigerFusedLinearCrossEntropyLoss(OptionsModule):
         kept = target != self.ignore_index
         rows = hidden.where(kept.unsqueeze(-1), 0.0)
         with torch.autocast(rows.device.type, enabled=False):
-            weighted = _WeightedLogits.apply(rows, lin_weight, bias, class_weight, self.softcap)
+            weighted = _weighted_logits(rows, lin_weight, bias, class_weight, self.softcap)
         return ((lse * class_weight.sum() - weighted) / len(lin_weight)).where(kept, 0.0)
 
     def _class_weight(self, lin_weight: Tensor) -> Tensor | None:

@@ -30,7 +30,8 @@ def write_csv(folder: Path, run: Path) -> None:
         f"# var-kernels demo, {metrics['subject']['name']}, seed {metrics['seed']}: {metrics['environment']['device']}"
         f"; {environment} commit={commit}\n"
         f"# prompts={data['prompts']} completions={plan['completions']} held_out={data['held_out']} "
-        f"eval_samples={plan['eval_samples']} lam={plan['lam']:g} seconds={metrics['seconds']['all']:.0f}"
+        f"eval_samples={plan['eval_samples']} lam={plan['lam']:g} dtype={metrics['subject']['dtype']} "
+        f"seconds={metrics['seconds']['all']:.0f}"
     )
     with (folder / "demo-models.csv").open("w", newline="") as out:
         print(head, file=out)
@@ -105,7 +106,8 @@ def block(folder: Path) -> str:
         "",
         "![Rewards of the answers before and after VAR, and the mean reward of every prompt](docs/demo.svg)",
         "",
-        f"Highest memory of the process in one training step of this model, fp32, a vocabulary of {vocabulary:,}:",
+        "Highest memory of the process in one training step of this model, "
+        f"{settings(folder)['dtype']}, a vocabulary of {vocabulary:,}:",
         f"{steps(folder)}",
         f"([demo-steps.csv]({_link(folder)}/demo-steps.csv)).",
         "",

@@ -220,8 +220,7 @@ def test_saved_models_give_the_saved_samples_and_kl(finished):
     """What is on disk is what was measured; the KL summands equal those of plain logits."""
     results, folder, at, _ = finished
     (policy, tokenizer), reference, sampling = load(folder, "var"), at.model, QUICK.sampling
-    place = list(results["table"]).index("VAR")
-    drawn = replies.draw(policy, tokenizer, at.held_out, QUICK.eval_samples, sampling, at.reward, 4 + place)
+    drawn = replies.draw(policy, tokenizer, at.held_out, QUICK.eval_samples, sampling, at.reward, 4)
     saved = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert drawn.texts == [row["reply"] for row in saved if row["model"] == "VAR"]
     assert replies.rewards_of(drawn).mean().item() == pytest.approx(results["table"]["VAR"]["reward"])
@@ -313,6 +312,13 @@ def test_vader_scores_the_text():
     assert kind > 0.5
     assert unkind < -0.5
     assert flat == 0
+
+
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_the_model_is_in_the_dtype_that_the_processor_multiplies_faster(faster, monkeypatch):
+    now = iter(step for dtype in (torch.float32, torch.bfloat16) for step in [0.0, 1.0 + (dtype != faster)] * 9)
+    monkeypatch.setattr(subject.time, "perf_counter", lambda: next(now))
+    assert subject.fast_dtype(CPU) == faster
 
 
 def test_shipped_prompts():

@@ -216,7 +216,7 @@ def test_demo_figures_are_written_from_a_run(tmp_path):
     step = {"peak_mib": 1300.0, "seconds": 2.0}
     metrics = {
         "seed": 0,
-        "subject": {"name": "a model", "vocabulary": 49152},
+        "subject": {"name": "a model", "vocabulary": 49152, "dtype": "bfloat16"},
         "environment": {"device": "a CPU", "torch": "2", "transformers": "5", "python": "3"},
         "plan": {"completions": 8, "eval_samples": 1, "lam": 0.2},
         "data": {"prompts": 32, "held_out": 24},

@@ -19,12 +19,14 @@ _LENGTH = 256  # tokens of a sequence
 _WARM_UP = 32  # tokens of the step before those that are measured: it brings the gradients' memory
 
 
-def compare(folder: Path, rows: tuple[int, ...], device: torch.device, advance: Callable[[], None]) -> list[dict]:
+def compare(
+    folder: Path, rows: tuple[int, ...], device: torch.device, dtype: str, advance: Callable[[], None]
+) -> list[dict]:
     """For each number of tokens {"tokens", "plain", "fused"}: the figures of ``steps`` on either side, None where the
     process was ended for want of memory."""
     points: list[dict[str, Any]] = [{"tokens": tokens, "plain": None, "fused": None} for tokens in rows]
     for loss in ("plain", "fused"):
-        for point, figures in zip(points, steps(folder, loss, device.type, "float32", rows), strict=False):
+        for point, figures in zip(points, steps(folder, loss, device.type, dtype, rows), strict=False):
             point[loss] = figures
             advance()
     return points

@@ -54,6 +54,7 @@ def _values(results: dict) -> dict[str, str]:
         "memory": plots.step_bars(results),
         "memory_table": _memory_table(results["memory"]),
         "memory_how": "the CUDA allocator's highest" if on_gpu else "the highest that the whole process held",
+        "dtype": subject["dtype"],
         "vocabulary": f"{subject['vocabulary']:,}",
         "load": _load(results["samples"][0]["question"], subject["chat"]),
         "seed": str(results["seed"]),

@@ -156,7 +156,8 @@ def _experiment(run: Run, subject: Subject, phases: Phases) -> dict:
     policies, history, seconds = _align_all(run, subject, rows, phases)
     replies, table = _evaluate(run, subject, policies, phases)
     with phases.phase(_MEMORY, 2 * len(plan.memory_rows)) as advance:
-        memory = compare(folder / "models" / "var", plan.memory_rows, run.device, advance)
+        dtype = str(subject.model.dtype).removeprefix("torch.")
+        memory = compare(folder / "models" / "var", plan.memory_rows, run.device, dtype, advance)
     config = subject.model.config.get_text_config()
     return {
         "seed": run.seed,
@@ -164,6 +165,7 @@ def _experiment(run: Run, subject: Subject, phases: Phases) -> dict:
             "name": subject.name,
             "says": subject.says,
             "vocabulary": config.vocab_size,
+            "dtype": dtype,
             "chat": not isinstance(subject.prompts[0], str),
         },
         "environment": _environment(run.device),
@@ -205,8 +207,8 @@ def _evaluate(run: Run, subject: Subject, policies: dict, phases: Phases) -> tup
     steps = draws(held_out, k, sampling) * len(policies)
     steps += scorings(len(held_out), plan.kl_samples or k, sampling) * (len(policies) - 1)
     with phases.phase(_EVALUATE, steps) as advance:
-        for i, (name, policy) in enumerate(policies.items()):
-            found[name] = draw(policy, tokenizer, held_out, k, sampling, subject.reward, run.seed + 4 + i, advance)
+        for name, policy in policies.items():  # of one seed: luck that both have is no gain
+            found[name] = draw(policy, tokenizer, held_out, k, sampling, subject.reward, run.seed + 4, advance)
             kl = torch.zeros(len(held_out), 1)
             if name != "reference":
                 scored = first(found[name], plan.kl_samples)

@@ -1,6 +1,7 @@
 """The subject of the demo: a pretrained model, everyday prompts, and a public reward."""
 
 import functools
+import time
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def pretrained(model: str | None, reward: Reward | None, plan: Plan, device: tor
     """
     name = model or str(fetch())
     try:
-        loaded = load_causal_lm(name).to(device)
+        loaded = load_causal_lm(name, fast_dtype(device)).to(device)
         tokenizer = load_tokenizer(name, loaded)
     except OSError as error:
         raise no_such_model("--model", name, error) from error
@@ -39,6 +40,21 @@ def pretrained(model: str | None, reward: Reward | None, plan: Plan, device: tor
         "published word list with rules for negation and emphasis.",
     )
     return Subject(shown, loaded, tokenizer, prompts, held_out, reward or vader, says)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where this device multiplies in it faster than in fp32, else fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b, runs = torch.ones(64, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype), []
+        for _ in range(9):
+            began = time.perf_counter()
+            a @ b
+            runs.append(time.perf_counter() - began)
+        seconds[dtype] = min(runs)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def vader(prompts: list[Prompt], completions: list[str]) -> list[float]:

@@ -7,6 +7,8 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 ROCM   ?= /opt/rocm
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Byte code is written for what is imported, at its first import: half of an installation's processor time.
+PIP    := -q --no-compile
 # PyTorch's own index of CPU builds, asked only when pip's configured index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SHELL  := /bin/bash
@@ -67,12 +69,12 @@ $(STAMP): pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	  echo "setup: keeping the torch of $(PYTHON)"; \
 	  $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"; \
-	  $(BIN)/python -m pip install -q -e '.[dev]' || { \
+	  $(BIN)/python -m pip install $(PIP) -e '.[dev]' || { \
 	    echo "setup: no package index answered; going on with the packages that are here"; \
 	    $(BIN)/python -m pip install -q --no-index --no-deps --no-build-isolation -e .; }; \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "setup: NVIDIA driver found, installing the CUDA build of torch"; \
-	  $(BIN)/python -m pip install -q -e '.[dev]'; \
+	  $(BIN)/python -m pip install $(PIP) -e '.[dev]'; \
 	else \
 	  if command -v rocm-smi >/dev/null || [ -d $(ROCM) ]; then \
 	    echo "setup: found ROCm, but no torch in $(PYTHON): installing the CPU build, which leaves the GPU alone"; \
@@ -80,8 +82,8 @@ $(STAMP): pyproject.toml setup.py constraints/cpu.txt $(wildcard csrc/*)
 	  else \
 	    echo "setup: no NVIDIA GPU found, installing the CPU build of torch (one to three minutes)"; \
 	  fi; \
-	  $(BIN)/python -m pip install -q -c constraints/cpu.txt -e '.[dev]' \
-	    || $(BIN)/python -m pip install -q -c constraints/cpu.txt --extra-index-url $(TORCH_CPU_INDEX) -e '.[dev]' || { \
+	  $(BIN)/python -m pip install $(PIP) -c constraints/cpu.txt -e '.[dev]' \
+	    || $(BIN)/python -m pip install $(PIP) -c constraints/cpu.txt --extra-index-url $(TORCH_CPU_INDEX) -e '.[dev]' || { \
 	    echo "setup: failed. Give an index that holds the '+cpu' build of torch: make $(MAKECMDGOALS) TORCH_CPU_INDEX=URL"; exit 1; }; \
 	fi
 	@if ! command -v $(CXX) >/dev/null; then \

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -36,6 +36,19 @@ class EncodedRows:
     columns: dict[str, Tensor] = field(default_factory=dict, compare=False)  # (rows,), made for the method: "ref_logp"
     token_columns: dict[str, Tensor] = field(default_factory=dict, compare=False)  # (tokens,), beside token_ids
     others: Tensor | None = None  # (tokens,) bool: in a completion, but not the assistant's; None: there are none
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Any, Any]], counts: Sequence[int], **known: Any) -> "EncodedRows":
+        """From the token ids of each row, (prompt, completion), and the number of rows of each example."""
+        sizes = [(len(prompt), len(completion)) for prompt, completion in rows]
+        return cls(
+            token_ids=torch.cat([torch.as_tensor(ids, dtype=torch.int32) for row in rows for ids in row]),
+            offset=torch.tensor([0, *map(sum, sizes)]).cumsum(0),
+            prompt_length=torch.tensor([prompt for prompt, _ in sizes]),
+            group=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+            groups=[list(range(end - count, end)) for count, end in zip(counts, accumulate(counts), strict=True)],
+            **known,
+        )
 
     def __len__(self) -> int:
         return len(self.prompt_length)
@@ -103,7 +116,7 @@ def encode_examples(
         whole.append((prompt, kept, completion, of_others, where))
         key = prompt.numpy().tobytes()
         longest[key] = max(longest.get(key, 0), len(completion))
-    rows, others, lengths, problems, cut_prompts, cut_completions = [], [], [], [], 0, 0
+    rows, others, problems, cut_prompts, cut_completions = [], [], [], 0, 0
     for prompt, kept, completion, of_others, where in whole:
         room = max(max_length // 2, max_length - longest[prompt.numpy().tobytes()])
         cut_prompts += len(prompt) > room
@@ -113,8 +126,7 @@ def encode_examples(
         completion, of_others = completion[:room], of_others[:room]
         if of_others.all():
             problems.append(Problem(where, "the completion keeps no token that the chat template gives the assistant"))
-        lengths.append((len(prompt), len(completion)))
-        rows += [prompt, completion]
+        rows.append((prompt, completion))
         others += [torch.zeros(len(prompt), dtype=torch.bool), of_others]
     if problems:
         raise DataError(
@@ -126,18 +138,11 @@ def encode_examples(
             "max_length %d: of %d rows, %d lost the beginning of the prompt and %d the end of the completion",
             *(max_length, len(whole), cut_prompts, cut_completions),
         )
-    groups, first = [], 0
-    for example in examples:
-        groups.append(list(range(first, first + len(example.completions))))
-        first += len(example.completions)
     of_others = torch.cat(others)
-    return EncodedRows(
-        token_ids=torch.cat(rows),
-        offset=torch.tensor([0] + [sum(pair) for pair in lengths]).cumsum(0),
-        prompt_length=torch.tensor([prompt for prompt, _ in lengths]),
+    return EncodedRows.of(
+        rows,
+        [len(example.completions) for example in examples],
         reward=rewards_of(examples),
-        group=torch.tensor([number for number, rows_of in enumerate(groups) for _ in rows_of]),
-        groups=groups,
         is_pair=[example.is_pair for example in examples],
         where=[where for example in examples for where in example.where],
         cut_prompts=cut_prompts,

@@ -109,16 +109,6 @@ def distinct_prompts(rows: EncodedRows) -> tuple[EncodedRows, Tensor]:
     index = [
         found.setdefault(tuple(rows.token_ids[start : start + size].tolist()), len(found)) for start, size in spans
     ]
-    length = torch.tensor([len(ids) for ids in found])
     size = len(found)
-    prompts = EncodedRows(
-        token_ids=torch.tensor([token for ids in found for token in ids], dtype=rows.token_ids.dtype),
-        offset=torch.nn.functional.pad(length.cumsum(0), (1, 0)),
-        prompt_length=length,
-        reward=None,
-        group=torch.arange(size),
-        groups=[[row] for row in range(size)],
-        is_pair=[False] * size,
-        where=[""] * size,
-    )
-    return prompts, torch.tensor(index)
+    known = {"reward": None, "is_pair": [False] * size, "where": [""] * size}
+    return EncodedRows.of([(ids, ()) for ids in found], [1] * size, **known), torch.tensor(index)

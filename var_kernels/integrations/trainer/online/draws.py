@@ -65,22 +65,14 @@ class FixedLengthItems(Items):
 def encode_drawn(drawn: list[Drawn], *, pairs: bool) -> EncodedRows:
     """The token ids as they were drawn: a text may be tokenised otherwise. pairs: two completions are (chosen,
     rejected)."""
-    rows, groups = [], []
-    for entry in drawn:
-        groups.append(list(range(len(rows), len(rows) + len(entry.completion_ids))))
-        rows += [(entry.prompt_ids, ids) for ids in entry.completion_ids]
     rewards = None
     if drawn[0].rewards is not None:
         rewards = torch.tensor([reward for entry in drawn for reward in entry.rewards], dtype=torch.float32)
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    return EncodedRows(
-        token_ids=torch.tensor([token for row in rows for ids in row for token in ids], dtype=torch.int32),
-        offset=torch.tensor([0, *lengths]).cumsum(0),
-        prompt_length=torch.tensor([len(prompt) for prompt, _ in rows]),
+    return EncodedRows.of(
+        [(entry.prompt_ids, ids) for entry in drawn for ids in entry.completion_ids],
+        [len(entry.completion_ids) for entry in drawn],
         reward=rewards,
-        group=torch.tensor([number for number, members in enumerate(groups) for _ in members]),
-        groups=groups,
-        is_pair=[pairs] * len(groups),
+        is_pair=[pairs] * len(drawn),
         where=[f"{entry.where}, sample {number + 1}" for entry in drawn for number in range(len(entry.completions))],
     )
 

@@ -108,36 +108,23 @@ class AlignConfig(OnlineSettings, TrainingArguments):
         if self.method not in METHODS:
             raise TypeError("AlignConfig belongs to no method; take VARConfig, or method_config(name)")
         self._check_method()
-        _check_range("max_length", self.max_length, self.max_length >= 2, ">= 2 tokens")
-        _check_range(
-            "workspace_mb", self.workspace_mb, self.workspace_mb is None or self.workspace_mb > 0, "> 0, or None"
+        _check_ranges(
+            self,
+            ("max_length", self.max_length >= 2, ">= 2 tokens"),
+            ("workspace_mb", self.workspace_mb is None or self.workspace_mb > 0, "> 0, or None"),
+            ("learning_rate", self.learning_rate >= 0, ">= 0"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, ">= 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, ">= 1"),
+            ("max_steps", self.max_steps != 0, ">= 1, or -1 for num_train_epochs"),
+            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "> 0"),
+            ("ref_model_mixup_alpha", not self.sync_ref_model or 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]"),
+            ("ref_model_sync_steps", not self.sync_ref_model or self.ref_model_sync_steps >= 1, ">= 1"),
         )
-        _check_range("learning_rate", self.learning_rate, self.learning_rate >= 0, ">= 0")
-        _check_range(
-            "per_device_train_batch_size",
-            self.per_device_train_batch_size,
-            self.per_device_train_batch_size >= 1,
-            ">= 1",
-        )
-        _check_range(
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            self.gradient_accumulation_steps >= 1,
-            ">= 1",
-        )
-        _check_range("max_steps", self.max_steps, self.max_steps != 0, ">= 1, or -1 for num_train_epochs")
-        _check_range("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0 or self.max_steps > 0, "> 0")
-        if self.sync_ref_model:
-            if self.precompute_ref_log_probs:
-                raise ValueError(
-                    "sync_ref_model: a reference that moves makes precomputed log-probs wrong; pass "
-                    "precompute_ref_log_probs=False "
-                    "with it (a frozen copy of the model then stays in memory)"
-                )
-            _check_range(
-                "ref_model_mixup_alpha", self.ref_model_mixup_alpha, 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]"
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model: a reference that moves makes precomputed log-probs wrong; pass "
+                "precompute_ref_log_probs=False with it (a frozen copy of the model then stays in memory)"
             )
-            _check_range("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps >= 1, ">= 1")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}; the losses here are those of "
@@ -157,8 +144,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             resolve(self, METHODS[self.method])
             self.num_train_epochs: float = float(self.iterations)
         self.logp_temperature = 1.0 if self.logp_temperature is None else self.logp_temperature
-        good = math.isfinite(self.logp_temperature) and self.logp_temperature > 0
-        _check_range("logp_temperature", self.logp_temperature, good, "finite and > 0")
+        _check_ranges(self, ("logp_temperature", _positive(self.logp_temperature), "finite and > 0"))
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # torch warns about it at every start
         try:
@@ -195,9 +181,15 @@ def _read_numbers(config: AlignConfig) -> None:
                 raise ValueError(text) from None
 
 
-def _check_range(name: str, value: object, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
+def _check_ranges(config, *rows: tuple[str, bool, str]) -> None:
+    """rows: the name of a setting, whether it is in range, and what is."""
+    for name, good, wanted in rows:
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)}")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
 
 
 @dataclass
@@ -299,12 +291,13 @@ def resolve(config, method) -> None:
         config.logp_temperature = config.sampling_temperature
     if config.refresh_reference is None:
         config.refresh_reference = name not in _FROZEN_REFERENCE
-    for setting in ("iterations", "prompts_per_iteration", "generations_per_prompt", "max_new_tokens",
-                  "sampling_batch_size"):  # fmt: skip
-        if getattr(config, setting) < 1:
-            raise ValueError(f"{setting} must be >= 1, got {getattr(config, setting)}")
-    if config.steps_per_iteration is not None and config.steps_per_iteration < 1:
-        raise ValueError(f"steps_per_iteration must be >= 1, or None, got {config.steps_per_iteration}")
+    counts = ("iterations", "prompts_per_iteration", "generations_per_prompt", "max_new_tokens", "sampling_batch_size")
+    steps = config.steps_per_iteration
+    _check_ranges(
+        config,
+        *((setting, getattr(config, setting) >= 1, ">= 1") for setting in counts),
+        ("steps_per_iteration", steps is None or steps >= 1, ">= 1, or None"),
+    )
     count, temperature = config.generations_per_prompt, config.sampling_temperature
     if pairs and count != 2:
         raise ValueError(
@@ -315,7 +308,7 @@ def resolve(config, method) -> None:
         raise ValueError(
             f"generations_per_prompt must be at least 2 for {name}, got {count}; it compares completions of a prompt"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not _positive(temperature):
         raise ValueError(
             f"sampling_temperature must be finite and > 0, got {temperature}; 1.0 draws from the policy itself"
         )
@@ -370,7 +363,7 @@ def say_temperatures(config, generation_config) -> None:
 
 
 def _check_importance(config, method) -> None:
-    if not (math.isfinite(config.importance_cap) and config.importance_cap > 0):
+    if not _positive(config.importance_cap):
         raise ValueError(f"importance_cap must be finite and > 0, got {config.importance_cap}; 2.0 is usual")
     if method.loss.item != "token":
         raise ValueError(

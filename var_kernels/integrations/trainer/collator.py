@@ -116,9 +116,11 @@ def parsed_examples(rows, name: str, need_rewards: RewardNeed) -> list[Example]:
     return parsed
 
 
-def read_items(rows, name: str, args, method, tokenizer, reward_function, end_token_ids: Sequence[int]) -> Items:
+def read_items(
+    rows, name: str, args, method, tokenizer, reward_function, end_token_ids: Sequence[int], train: EncodedRows | None
+) -> Items:
     """Rows of data, or what ``load_examples`` returned, as the method's items: checked, scored by the reward function
-    if there is one, and tokenised.
+    if there is one, tokenised, with the columns that the method makes of ``train`` (None: of these rows).
 
     Raises:
         DataError, ValueError: rows that the method, the tokenizer or the reward function cannot use.
@@ -130,22 +132,25 @@ def read_items(rows, name: str, args, method, tokenizer, reward_function, end_to
     table = encode_examples(examples, tokenizer, args.max_length, end_token_ids)
     if reward_function is not None:
         table.reward = rewards_of(apply_reward_function(reward_function, examples, args, table.completion_ids))
-    return Items(table, method.items(table, args))
+    items = Items(table, method.items(table, args))
+    if method.columns is not None:
+        table.columns |= method.columns(table, args, table if train is None else train)
+    return items
 
 
 # ---- items: lists of row numbers that stay in one micro-batch -------------------------------------------------------
 
 
-def _places(rows, groups: list[list[int]]) -> str:
+def places(rows, groups: list[list[int]]) -> str:
     """The places in the data of the first of these prompts."""
-    places = [rows.where[group[0]] for group in groups[:_NAMED]]
-    return ", ".join(places) + (", ..." if len(groups) > _NAMED else "")
+    found = [rows.where[group[0]] for group in groups[:_NAMED]]
+    return ", ".join(found) + (", ..." if len(groups) > _NAMED else "")
 
 
 def _warn_left_out(rows, groups: list[list[int]], which: str) -> None:
     if groups:
         text = "%d of %d %s and are left out: %s"
-        logger.warning(text, len(groups), len(rows.groups), which, _places(rows, groups))
+        logger.warning(text, len(groups), len(rows.groups), which, places(rows, groups))
 
 
 _EQUAL = "pairs hold the same tokens twice, at most max_length = {} of them,"
@@ -161,7 +166,7 @@ def whole_prompts(rows, config) -> list[list[int]]:
     lonely = [group for group in rows.groups if len(group) == 1]
     if not items:
         raise ValueError(
-            f"method {config.method!r} compares the completions of a prompt: no prompt has two ({_places(rows, lonely)}"
+            f"method {config.method!r} compares the completions of a prompt: no prompt has two ({places(rows, lonely)}"
             "); the data need rows of prompt + completions + rewards"
             + (", or take advantages='batch' or 'given'" if hasattr(config, "advantages") else "")
         )
@@ -208,7 +213,7 @@ def pairs(rows, config) -> list[list[int]]:
     if not items:
         raise ValueError(
             f"method {config.method!r} needs pairs: no prompt has two completions with different rewards "
-            f"({_places(rows, ties + equal)}); the data need rows of prompt + chosen + rejected, or of prompt + "
+            f"({places(rows, ties + equal)}); the data need rows of prompt + chosen + rejected, or of prompt + "
             "completions + rewards, that still differ within max_length"
         )
     _warn_left_out(rows, equal, _EQUAL.format(config.max_length))
@@ -230,7 +235,7 @@ def judged_rows(rows, config) -> list[list[int]]:
     if not items:
         raise ValueError(
             f"method {config.method!r} needs pairs whose halves differ within max_length = {config.max_length}, got "
-            f"none ({_places(rows, equal)}); raise max_length"
+            f"none ({places(rows, equal)}); raise max_length"
         )
     return items
 

@@ -29,15 +29,8 @@ _SHOWN_TOKENS = 48  # of a run of tokens with or without labels
 _LAM_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 _STEPS = 50  # that effective sample sizes are averaged over
 _SCORED_TOKENS = 8192  # that the reference scores for them
-_STATES = {
-    "adamw": 2,
-    "adam": 2,
-    "sgd": 0,
-    "adafactor": 0,
-    "lion": 1,
-    "rmsprop": 1,
-    "adagrad": 1,
-}  # of a parameter's size
+# Of an optimizer, in units of the parameters' size.
+_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 
 
 def preview(
@@ -79,24 +72,19 @@ def preview(
         loop.check_model(model)
         sections = [_prompt_lines(loop, tokenizer, config, shown)]
         longest = max(len(prompt.ids) for prompt in loop.prompts) + config.max_new_tokens
-        steps, batch = (loop.steps, config.iterations), (config.per_device_train_batch_size, longest)
-        batch = (loop.rows_an_item * batch[0], longest)
+        steps = (loop.steps, config.iterations)
+        batch = (loop.rows_an_item * config.per_device_train_batch_size, longest)
         live_reference = loop.reads_initial_model
     else:
         ends = end_tokens(tokenizer, inner_model(model))
-        items = read_items(rows, "train_dataset", config, method, tokenizer, reward_func, ends)
-        table = items.rows
-        if method.columns is not None:
-            table.columns |= method.columns(table, config, table)
+        items = read_items(rows, "train_dataset", config, method, tokenizer, reward_func, ends, None)
         sections = [_row_lines(items, tokenizer, shown), _data_lines(items, config, ends, malformed)]
         stops = _stop_lines(model, items, config, method)
         sections += [_reward_lines(items), *([stops] if stops else [])]
         if config.method == "var" and (config.reference == "none" or not stops):
             sections.append(_sample_size_lines(model, items, config))
-        steps, batch = (
-            (math.ceil(len(items) / config.items_per_step), config.num_train_epochs),
-            _largest_batch(items, config),
-        )
+        steps = (math.ceil(len(items) / config.items_per_step), config.num_train_epochs)
+        batch = _largest_batch(items, config)
         live_reference = bool(method.reference) and not config.precompute_ref_log_probs
         live_reference |= method.teacher == "reference"
     sections.append(_step_lines(steps, config, "iteration" if config.online else "epoch"))
@@ -173,8 +161,8 @@ def _data_lines(items: Items, config, ends: tuple[int, ...], malformed: int) -> 
     prompt = table.prompt_length.tolist()
     completion = [table.length(row) - size for row, size in enumerate(prompt)]
     trained = {row for item in items.items for row in item}
-    kind = {1: "completions", 2: "pairs"}.get(len(items.items[0]), "prompts with their completions")
-    kind = "prompts with their completions" if len({len(item) for item in items.items}) > 1 else kind
+    sizes = {len(item) for item in items.items}
+    kind = "completions" if sizes == {1} else "pairs" if sizes == {2} else "prompts with their completions"
     open_ended = sum(not set(ends) & set(table.completion_ids(row)) for row in range(len(table)))
     equal = sum(equal_pair(table, group, config) for group, is_pair in _pairs(table) if is_pair)
     return [

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,14 +31,15 @@ _SMALL_PART = 8  # below this share of the data only the rows that a run reads a
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of every weight and of the configuration: equal for equal models, wherever they were loaded from. Under
     ZeRO-3 a collective."""
-    digest = hashlib.sha256()
-    config = {
-        k: v
-        for k, v in model.config.to_dict().items()
-        if k not in ("_name_or_path", "transformers_version", "use_cache")
-    }
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in whole_tensors(model):
+    left_out = ("_name_or_path", "transformers_version", "use_cache")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in left_out}
+    return hash_tensors(whole_tensors(model), json.dumps(config, sort_keys=True, default=str).encode())
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
+    """Hash of names, dtypes, shapes and values, after ``start``."""
+    digest = hashlib.sha256(start)
+    for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

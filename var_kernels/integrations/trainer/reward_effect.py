@@ -4,13 +4,12 @@ import logging
 
 import torch
 
-from var_kernels.integrations.trainer.collator import advantage_items, whole_prompts
+from var_kernels.integrations.trainer.collator import advantage_items, places, whole_prompts
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weights import MIN_REWARD_SPREAD, PER_PROMPT
 
 logger = logging.getLogger(__name__)
-_NAMED = 3
 
 
 def z_over_batch(rows, config, train) -> dict[str, torch.Tensor]:
@@ -112,24 +111,14 @@ def _within_prompts(rows, config, method, who: str, name: str, partly: bool) -> 
             f"{other}normalizer='batch', which compares those of a step"
         )
     if found and partly:
-        without = [*alone, *tied]
-        logger.warning(
-            "%s: %s, on which rewards have no effect (%s compares the completions of a prompt): %s%s",
-            name, found, who, ", ".join(rows.where[group[0]] for group in without[:_NAMED]),
-            ", ..." if len(without) > _NAMED else "",
-        )  # fmt: skip
+        text = "%s: %s, on which rewards have no effect (%s compares the completions of a prompt): %s"
+        logger.warning(text, name, found, who, places(rows, [*alone, *tied]))
     _check_scale(max((spread[group[0]] for group in groups), default=0.0), "a prompt", rows, config, name)
     return ""
 
 
 # Of the methods that weigh by exp(reward / scale): the setting that is the scale.
-_SCALES = {
-    "var": "lam",
-    "exo": "reward_temperature",
-    "info_nca": "reward_temperature",
-    "nca": "reward_temperature",
-    "awr": "beta",
-}
+_SCALES = {"var": "lam", "awr": "beta", **dict.fromkeys(("exo", "info_nca", "nca"), "reward_temperature")}
 
 
 def _check_scale(spread: float, where: str, rows, config, name: str) -> None:

@@ -1,7 +1,6 @@
 """VARTrainer: transformers.Trainer with the loss computed inside the lm_head and normalised over the global batch."""
 
 import contextlib
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -15,10 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.data import (
-    Example,
-    end_tokens,
-)
+from var_kernels.integrations.data import EncodedRows, Example, end_tokens
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.model import inner_model, next_labels
@@ -49,6 +45,7 @@ from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method
 from var_kernels.integrations.trainer.metrics import StepMetrics, stop_unless_finite
 from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
+from var_kernels.integrations.trainer.online.loop import seed_of
 from var_kernels.integrations.trainer.reference import ReferencePolicy, model_fingerprint
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.reward_model import judge_pairs
@@ -107,7 +104,8 @@ class VARTrainer(Trainer):
     extra_head: nn.Module | None  # beside the lm_head: a value, or AVA's reward
     step_metrics: dict[str, StepMetrics]  # of "train" and "eval", since the last log
     reference_policy: ReferencePolicy
-    _reading: tuple  # what turns further rows into items
+    _reading: tuple[AlignConfig, Method, Any, Any, tuple[int, ...]]  # what turns rows into items
+    _statistics: EncodedRows | None = None  # the rows that the method's columns are made of
     _evaluating = False
 
     def __init__(
@@ -156,19 +154,13 @@ class VARTrainer(Trainer):
             data: list[Any] = [self.online.dataset, self.online.eval_prompts]
         else:
             ends = end_tokens(processing_class, inner_model(model))
-            others = (args, self.method, processing_class, reward_function, ends)
-            self._reading = others
-            data = [None if train_dataset is None else read_items(train_dataset, "train_dataset", *others)]
+            self._reading = (args, self.method, processing_class, reward_function, ends)
+            data = [None if train_dataset is None else self._read(model, train_dataset, "train_dataset")]
             if isinstance(eval_dataset, dict):
                 sets = eval_dataset.items()
-                data.append({name: read_items(rows, f"eval_dataset {name}", *others) for name, rows in sets})
+                data.append({name: self._read(model, rows, f"eval_dataset {name}") for name, rows in sets})
             else:
-                data.append(None if eval_dataset is None else read_items(eval_dataset, "eval_dataset", *others))
-            for rows in tables_of(data):
-                if self.method.columns is not None:  # made of the training set's statistics
-                    rows.columns |= self.method.columns(rows, args, tables_of(data)[0])
-                check_positions(model, rows)
-            self._check_rewards(args, data)
+                data.append(None if eval_dataset is None else self._read(model, eval_dataset, "eval_dataset"))
         if args.disable_dropout:
             disable_dropout(model)
         fingerprint = ""
@@ -227,12 +219,15 @@ class VARTrainer(Trainer):
         """The reference, while it is a model of its own in memory."""
         return self.reference_policy.model
 
-    def _check_rewards(self, args, data: list) -> None:
-        """Refuse rewards without effect; of an evaluation set, which changes no weight, warn."""
-        if data[0] is not None:
-            check_rewards(data[0].rows, args, self.method, "train_dataset")
-        for rows in tables_of(data[1:]):
-            check_rewards(rows, args, self.method, "eval_dataset", refuse=False)
+    def _read(self, model: nn.Module, dataset: Any, name: str) -> Items:
+        """The rows of a set as items. Rewards without effect are refused; of an evaluation set, which changes no
+        weight, they are warned of."""
+        items = read_items(dataset, name, *self._reading, self._statistics)
+        if self._statistics is None:
+            self._statistics = items.rows
+        check_positions(model, items.rows)
+        check_rewards(items.rows, *self._reading[:2], name, refuse=name == "train_dataset")
+        return items
 
     # ---- one optimiser step ------------------------------------------------------------------------------------------
 
@@ -294,8 +289,7 @@ class VARTrainer(Trainer):
     def _label_generator(self, inputs: dict[str, Tensor]) -> torch.Generator:
         """The random stream of the policy's labels: one for each micro-batch of each rank, the same after a resume."""
         place = (self.args.seed, self.state.global_step, self.args.process_index, int(inputs["micro_batch"]))
-        digest = hashlib.sha256(repr(place).encode()).digest()
-        return torch.Generator(inputs["labels"].device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator(inputs["labels"].device).manual_seed(seed_of(*place))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -422,13 +416,8 @@ class VARTrainer(Trainer):
                 "eval_dataset must be None, a name, or rows in a form of docs/data.md, got "
                 f"{type(dataset).__name__}; load_examples(path) reads a file"
             )
-        items = read_items(dataset, "eval_dataset", *self._reading)
-        rows, tables = items.rows, tables_of([self.train_dataset, self.eval_dataset])
-        if self.method.columns is not None:
-            rows.columns |= self.method.columns(rows, self.args, tables[0] if tables else rows)
-        check_positions(self.model, rows)
-        check_rewards(rows, self.args, self.method, "eval_dataset", refuse=False)
-        self.reference_policy.score_new_rows(rows)
+        items = self._read(self.model, dataset, "eval_dataset")
+        self.reference_policy.score_new_rows(items.rows)
         return items
 
     def evaluation_loop(

@@ -37,6 +37,7 @@ from var_kernels.integrations.trainer.online.sampler import (
     without_padding,
 )
 from var_kernels.integrations.trainer.progress import progress_bar
+from var_kernels.integrations.trainer.reference import hash_tensors
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
 from var_kernels.integrations.trainer.scoring import score_rows
@@ -221,7 +222,7 @@ class OnlineLoop(TrainerCallback):
                 n=count,
                 temperature=args.sampling_temperature,
                 max_new_tokens=args.max_new_tokens,
-                seed=_seed(args.seed, *place),
+                seed=seed_of(args.seed, *place),
             )
         vocabulary = model.get_input_embeddings().weight.shape[0]
         made, logps = check_completions(made, prompt_ids, count, args.max_new_tokens, vocabulary)
@@ -339,7 +340,7 @@ class OnlineLoop(TrainerCallback):
         return chosen
 
     def _generator(self, *place) -> torch.Generator:
-        return torch.Generator().manual_seed(_seed(self.args.seed, *place))
+        return torch.Generator().manual_seed(seed_of(self.args.seed, *place))
 
     def _settings(self, iteration: int) -> dict:
         args = self.args
@@ -352,12 +353,8 @@ class OnlineLoop(TrainerCallback):
 
     def _policy(self) -> str:
         """Hash of the weights that training moves."""
-        digest = hashlib.sha256()
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.requires_grad:
-                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        named = self.trainer.model.named_parameters()
+        return hash_tensors((name, weight.detach()) for name, weight in named if weight.requires_grad)
 
     def _count_items(self) -> tuple[int, int]:
         """Items of an iteration in which no two completions of a prompt have the same reward, and rows of an item."""
@@ -396,6 +393,6 @@ def _digest(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _seed(*place) -> int:
+def seed_of(*place) -> int:
     """56 bits, apart for every place: what is drawn for two places has nothing in common."""
     return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7], "big")

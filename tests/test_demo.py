@@ -367,7 +367,14 @@ def numbers(results: dict) -> dict:
     return {name: {key: row[key] for key in row if key != "seconds"} for name, row in results["table"].items()}
 
 
-def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path):
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Without the figures of memory, for which two processes are started: ``finished`` measures them."""
+    step = {"peak_mib": 2.0, "seconds": 1.0, "before_mib": 1.0}
+    monkeypatch.setattr(story, "compare", lambda *_: [{"tokens": 256, "plain": step, "fused": step}])
+
+
+def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path, no_memory):
     first = tell(tmp_path / "a", TINY, seed=5)
     (tmp_path / "a" / "mine.txt").write_text("kept")
     (tmp_path / "a" / "models" / "var" / "stale").write_text("gone")
@@ -378,12 +385,12 @@ def test_a_second_run_replaces_the_first_and_repeats_it(tmp_path):
     assert not (tmp_path / "a" / "models" / "var" / "stale").exists()
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request, no_memory):
     # a shell that runs this in the background has it ignore SIGINT
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr("var_kernels.cli.demo.story.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(story, "_choose", lambda *_: (small_world.subject, TINY))
+    monkeypatch.setattr(story, "_choose", lambda *_: (small_world.subject, dataclasses.replace(TINY, methods=("VAR",))))
     assert main(["demo", "--quick", "--cpu", "--output", str(tmp_path / "new" / "run")]) == 130
     assert tree(tmp_path) == []
 
@@ -400,7 +407,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request):
         (["--model", "no/such/folder"], "model: no such directory: no/such/folder"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
+def test_bad_input_is_refused_before_anything_is_fetched_or_written(tmp_path, capsys, monkeypatch, arguments, message):
+    def fetched(*_):
+        raise AssertionError("a model was fetched")
+
+    monkeypatch.setattr("var_kernels.integrations.pretrained.fetch", fetched)
     (tmp_path / "file").write_text("")
     (tmp_path / "theirs" / "data").mkdir(parents=True)
     before = tree(tmp_path)

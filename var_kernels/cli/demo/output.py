@@ -20,19 +20,22 @@ _OWN = (
 _MARK = "var-kernels demo"
 
 
-@contextmanager
-def staged(output: str) -> Iterator[Path]:
-    """A folder to write into. On success its entries replace an earlier run's in ``output``, else nothing changes.
+def check_output(target: Path) -> None:
+    """Refuse a folder that the demo may not write into.
 
     Raises:
-        ValueError: ``output`` holds something that no demo wrote under a name that the demo uses.
+        ValueError: ``target`` is a file, or holds something that no demo wrote under a name that the demo uses.
     """
-    target = Path(output)
     if target.exists() and not target.is_dir():
         raise ValueError(f"--output: expected a directory, {target} is a file; choose another")
     taken = [name for name in _OWN if (target / name).exists()]
     if taken and not _is_ours(target):
         raise ValueError(f"--output: {target} holds {taken[0]}, which no demo wrote; choose another directory")
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder to write into. On success its entries replace an earlier run's in ``target``, else nothing changes."""
     created = [folder for folder in (target, *target.parents) if not folder.exists()]
     target.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(target)

@@ -17,7 +17,7 @@ import var_kernels
 from var_kernels.cli.demo import experiment
 from var_kernels.cli.demo.experiment import Plan, Run, Subject
 from var_kernels.cli.demo.memory import compare
-from var_kernels.cli.demo.output import REPORT, staged, write_jsonl, write_metrics
+from var_kernels.cli.demo.output import REPORT, check_output, staged, write_jsonl, write_metrics
 from var_kernels.cli.demo.progress import Phases
 from var_kernels.cli.demo.replies import (
     Drawn,
@@ -62,6 +62,7 @@ def tell(
     model, reward: as the command's options. make: what is aligned, in place of these.
     """
     console = console or Console()
+    check_output(Path(output))  # before a model is fetched
     if make is None:
         make, plan = _choose(model, reward, plan, device, console)
     with _quiet():
@@ -127,7 +128,7 @@ def _tell(output: str, plan: Plan, seed: int, device: torch.device, make: Make, 
         f"[bold]var-kernels demo[/bold] on {_machine(device)}: sample, align by {trained}, sample again{about}",
         highlight=False,
     )
-    with staged(output) as folder:
+    with staged(Path(output)) as folder:
         with Phases(console, expected) as phases:
             with phases.phase(_LOAD, steps) as advance:
                 subject = make(Run(plan, seed, folder, device), advance)

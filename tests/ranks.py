@@ -1,10 +1,14 @@
-"""Several CPU processes with gloo, forked from one that has imported everything: a start costs a tenth of a second."""
+"""CPU processes, alone or several with gloo, forked from one that has imported everything: a start costs a tenth of a
+second.
+"""
 
 import contextlib
 import datetime
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,13 +21,37 @@ HANG = 1800.0  # seconds after which what is waited for hangs: no bound on how s
 PRELOADED = ("torch.distributed.fsdp", "transformers", "tests.tiny_training")
 
 
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
+def run_alone(function, folder: Path, *args) -> subprocess.CompletedProcess:
+    """``function(*args)`` in a process of its own, to its end: exit status, standard output and error."""
+    streams = [folder / f"{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+    process = _context().Process(target=_run_alone, args=(function, streams, args), daemon=True)
+    process.start()
+    (code,) = end_of_ranks([process], HANG)
+    return subprocess.CompletedProcess(function, code, *(path.read_text() for path in streams))
+
+
+def _run_alone(function, streams: list[Path], args) -> None:
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+    torch.set_num_threads(1)
+    gc.freeze()
+    code = function(*args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 def start_ranks(
     function, world: int, folder: Path, *args, environment: dict[str, str] | None = None, timeout: float = HANG
 ) -> list:
     """Processes that run ``function(rank, world, folder, *args)`` in a process group of that timeout, in seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    store = folder / f"store-{time.monotonic_ns()}"
+    context, store = _context(), folder / f"store-{time.monotonic_ns()}"
     processes = [
         context.Process(
             target=_run_rank, args=(function, rank, world, folder, store, args, environment or {}, timeout), daemon=True

@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import conftest
 from tests.ranks import HANG
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +39,20 @@ def test_bench_prints_names_memory_and_a_shape_of_ones_own():
     assert {name.strip() for name, _ in rows} >= {"plain", "fused", "fused, as called", "fused, one pass"}
 
 
-@pytest.mark.parametrize("shape", ["64,32", "64,32,x", "64,32,0"])
-def test_a_wrong_shape_is_refused(shape):
-    done = bench("--shape", shape, "-p", "no:cacheprovider")
+WRONG = "--shape must be N,D,V: three positive integers, got "
+
+
+def test_a_wrong_shape_is_refused():
+    done = bench("--shape", "64,32,x", "-p", "no:cacheprovider")
     assert done.returncode != 0
-    assert f"--shape must be N,D,V: three positive integers, got {shape}" in done.stdout + done.stderr
+    assert f"{WRONG}64,32,x" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("shape", ["64,32", "64,32,x", "64,32,0", "64,32,-1"])
+def test_what_a_shape_must_be(shape):
+    config = SimpleNamespace(getoption=lambda _: [shape])
+    with pytest.raises(pytest.UsageError, match=f"{WRONG}{shape}$"):
+        conftest.pytest_generate_tests(SimpleNamespace(fixturenames=["shape"], config=config))
 
 
 def test_cpu_losses_prints_what_it_wrote(tmp_path, capsys):

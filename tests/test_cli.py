@@ -16,10 +16,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.ranks import HANG
+import transformers
+
+from tests.ranks import HANG, run_alone
 from tests.tiny_training import ROWS
 from var_kernels.cli import main, train
 from var_kernels.cli.options import coerce, key_values, pair_up
+from var_kernels.integrations import from_scratch
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = "hidden=16,layers=1,heads=2,vocab=270"
@@ -166,25 +169,24 @@ def test_the_example_config_is_understood(tmp_path, dataset):
     assert len(metrics(tmp_path)) == 2
 
 
-KILLED_AFTER_12_STEPS = """
-import os, signal, sys, transformers
-training_step = transformers.Trainer.training_step
-def killed(self, *args, **options):
-    if self.state.global_step == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return training_step(self, *args, **options)
-transformers.Trainer.training_step = killed
-from var_kernels.cli import main
-main(sys.argv[1:])
-"""
+def killed_after_12_steps(options):
+    training_step = transformers.Trainer.training_step
+
+    def killed(self, *args, **given):
+        if self.state.global_step == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, *args, **given)
+
+    transformers.Trainer.training_step = killed
+    main(options)
 
 
 def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
     steps = {"max_steps": 40, "save_steps": 5, "save_total_limit": 2}
     assert main(words(tmp_path, dataset, output="straight", **steps)) == 0
     options = words(tmp_path, dataset, output="killed", **steps)
-    process = subprocess.run([sys.executable, "-c", KILLED_AFTER_12_STEPS, *options], cwd=ROOT, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    process = run_alone(killed_after_12_steps, tmp_path, options)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     assert len(metrics(tmp_path, "killed")) == 12
     assert main([*options, "--resume"]) == 0
     straight, resumed = metrics(tmp_path, "straight"), metrics(tmp_path, "killed")
@@ -193,19 +195,17 @@ def test_a_killed_run_resumes_to_the_same_curve(tmp_path, dataset):
     assert [entry["ess"] for entry in resumed] == [entry["ess"] for entry in straight]
 
 
-TIED = """
-import sys
-from var_kernels.integrations import from_scratch
-make = from_scratch.make_model
-def tied(*args, **options):
-    model = make(*args, **options)
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    return model
-from_scratch.make_model = tied
-from var_kernels.cli import main
-main(sys.argv[1:])
-"""
+def tied(options):
+    make = from_scratch.make_model
+
+    def make_tied(*args, **given):
+        model = make(*args, **given)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        return model
+
+    from_scratch.make_model = make_tied
+    main(options)
 
 
 def test_a_run_without_a_terminal_speaks_into_its_log(tmp_path, dataset):
@@ -213,16 +213,14 @@ def test_a_run_without_a_terminal_speaks_into_its_log(tmp_path, dataset):
     options = words(tmp_path, dataset, save_steps=2, disable_tqdm=False)
     options.remove("False")
     options.remove("--disable-tqdm")
-    made = subprocess.run([sys.executable, "-c", TIED, *options], cwd=ROOT, capture_output=True, text=True)
+    made = run_alone(tied, tmp_path, options)
     assert made.returncode == 0, made.stderr
     assert "[var-kernels] scoring 24 rows (" in made.stderr
     assert "[var-kernels] method var: 8 prompts, 24 completions, 8 items; " in made.stderr
     assert "parameters; 4 steps of 4 items\n" in made.stderr
     for newest in (tmp_path / "run" / "checkpoint-4").glob("trainer_state.json"):
         newest.write_text("{")
-    resumed = subprocess.run(
-        [sys.executable, "-c", TIED, *options, "--resume"], cwd=ROOT, capture_output=True, text=True
-    )
+    resumed = run_alone(tied, tmp_path, [*options, "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert "4 steps of 4 items, from step 2 on\n" in resumed.stderr
     assert "missing keys" not in resumed.stderr

@@ -1,6 +1,7 @@
 """What a newcomer asks of the command line: what is installed and missing, what the machine has, what a batch needs,
 which methods there are."""
 
+import json
 import re
 import subprocess
 import sys
@@ -19,10 +20,20 @@ from var_kernels.ops import backend
 ROOT = Path(__file__).parents[1]
 
 
-def without(packages, code: str) -> subprocess.CompletedProcess:
-    """Run in a process in which these packages are not installed."""
-    program = f"import sys\nsys.modules.update(dict.fromkeys({list(packages)!r}))\n{code}"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=HANG)
+# Runs code in processes in which packages are not installed, forked from one that has imported torch, which needs none.
+WITHOUT = """
+import json, os, sys
+import torch
+for number, (packages, code) in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():
+        assert not set(packages) & set(sys.modules), "torch imports them"
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{sys.argv[2]}/{number}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.modules.update(dict.fromkeys(packages))
+        exec(code)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
 
 
 # ---- names of the command --------------------------------------------------------------------------------------------
@@ -49,44 +60,60 @@ def test_every_package_of_an_extra_is_known():
                 assert integrations.EXTRAS[modules.get(name, name)] in (extra, "hf"), requirement
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["methods"],
-        ["methods", "grpo"],
-        ["methods", "--markdown"],
-        ["doctor"],
-        ["memory", "--hidden", "64", "--vocab", "1000"],
-        ["memory", "--model", "qwen3-4b"],
-    ],
-    ids=" ".join,
+TORCH_ALONE = (
+    "methods",
+    "methods grpo",
+    "methods --markdown",
+    "doctor",
+    "memory --hidden 64 --vocab 1000",
+    "memory --model qwen3-4b",
 )
-def test_runs_with_torch_alone(words):
-    run = without(integrations.EXTRAS, f"from var_kernels.cli import main; sys.exit(main({words!r}))")
-    assert (run.returncode, run.stderr) == (0, "")
+MISSING = {
+    "train --model m --dataset d.jsonl --output-dir o": "transformers",
+    "train --config c.yaml": "yaml",
+    "memory --model ./": "transformers",
+    "demo": "rich",
+    "bench": "rich",
+}
+TRAINER = "from var_kernels.integrations.trainer import VARTrainer"
 
 
-@pytest.mark.parametrize(
-    ("words", "package", "extra"),
-    [
-        (["train", "--model", "m", "--dataset", "d.jsonl", "--output-dir", "o"], "transformers", "hf"),
-        (["train", "--config", "c.yaml"], "yaml", "hf"),
-        (["memory", "--model", "./"], "transformers", "hf"),
-        (["demo"], "rich", "hf"),
-        (["bench"], "rich", "hf"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
-)
-def test_a_missing_package_is_named_with_its_command(words, package, extra):
-    run = without([package], f"from var_kernels.cli import main; sys.exit(main({words!r}))")
-    assert run.returncode == 2
-    wanted = f"var-kernels {words[0]}: {package} is not installed; pip install -e '{ROOT}[{extra}]'\n"
-    assert run.stderr == wanted
+@pytest.fixture(scope="module")
+def without_packages(tmp_path_factory):
+    """(exit status, standard error) by command: of ``TORCH_ALONE`` without every extra, of ``MISSING`` without one."""
+    folder = tmp_path_factory.mktemp("without")
+    commands = {words: list(integrations.EXTRAS) for words in TORCH_ALONE}
+    commands |= {words: [package] for words, package in MISSING.items()}
+    programs = [
+        (packages, f"from var_kernels.cli import main; sys.exit(main({words.split()!r}))")
+        for words, packages in commands.items()
+    ]
+    programs.append((list(integrations.EXTRAS), TRAINER))
+    command = [sys.executable, "-c", WITHOUT, json.dumps(programs), str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG)
+    assert run.returncode == 0, run.stderr
+    codes = [int(line) for line in run.stdout.splitlines()]
+    return {
+        name: (code, (folder / f"{number}.err").read_text())
+        for number, (name, code) in enumerate(zip([*commands, TRAINER], codes, strict=True))
+    }
 
 
-def test_the_trainer_names_its_extra_too():
-    run = without(integrations.EXTRAS, "from var_kernels.integrations.trainer import VARTrainer")
-    assert f"ModuleNotFoundError: transformers is not installed; pip install -e '{ROOT}[hf]'" in run.stderr
+@pytest.mark.parametrize("words", TORCH_ALONE)
+def test_runs_with_torch_alone(words, without_packages):
+    assert without_packages[words] == (0, "")
+
+
+@pytest.mark.parametrize("words", MISSING)
+def test_a_missing_package_is_named_with_its_command(words, without_packages):
+    package, command = MISSING[words], words.split()[0]
+    wanted = f"var-kernels {command}: {package} is not installed; pip install -e '{ROOT}[hf]'\n"
+    assert without_packages[words] == (2, wanted)
+
+
+def test_the_trainer_names_its_extra_too(without_packages):
+    _, said = without_packages[TRAINER]
+    assert f"ModuleNotFoundError: transformers is not installed; pip install -e '{ROOT}[hf]'" in said
 
 
 def test_an_installed_package_names_its_requirements(monkeypatch, tmp_path):

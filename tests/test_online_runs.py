@@ -2,17 +2,17 @@
 fit, two ranks."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from tests.ranks import HANG, run_ranks
+from transformers import TrainerCallback
+
+from tests.ranks import run_alone, run_ranks
 from tests.tiny_online import Recording, buffered, online_trainer, reward, trained
 from tests.tiny_training import ROWS, losses, tiny_trainer
 from var_kernels.integrations.data import DataError
@@ -20,7 +20,6 @@ from var_kernels.integrations.trainer.callbacks import METRICS_FILE
 from var_kernels.integrations.trainer.online import Buffer, GenerateSampler
 from var_kernels.integrations.trainer.online.buffer import Drawn, Iteration
 
-ROOT = Path(__file__).parents[1]
 SAMPLER = GenerateSampler(pad_token_id=2, end_token_ids=(1,))
 # Three iterations of three steps; a checkpoint after steps 2, 4, ...: in the middle and at the end of iterations.
 RUN = {"sampling_batch_size": 4, "steps_per_iteration": 3, "save_strategy": "steps", "save_steps": 2}
@@ -38,28 +37,28 @@ def comparable(entries: list[dict]) -> list[dict]:
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from transformers import TrainerCallback
-from tests.test_online_runs import RUN, SAMPLER
-from tests.ranks import HANG, run_ranks
-from tests.tiny_online import Recording, online_trainer
 
 class Kill(TrainerCallback):
+    """Ends the process after this step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == {step}:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-def count(model):
-    if len(sampler.calls) == {calls}:
-        os.kill(os.getpid(), signal.SIGKILL)
 
-sampler = Recording(SAMPLER, count)
-options = {{"sampler": sampler, "callbacks": [Kill()]}}
-online_trainer(Path({folder!r}), method={method!r}, trainer_options=options, **RUN).train()
-"""
+def train_killed(folder, method: str, calls: int, step: int) -> None:
+    """Ends at this call of the sampler or after this step, whichever is not 0."""
+
+    def count(model):
+        if len(sampler.calls) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sampler = Recording(SAMPLER, count)
+    options = {"sampler": sampler, "callbacks": [Kill(step)]}
+    online_trainer(folder, method=method, trainer_options=options, **RUN).train()
 
 
 @pytest.mark.parametrize(
@@ -74,9 +73,8 @@ online_trainer(Path({folder!r}), method={method!r}, trainer_options=options, **R
 def test_a_killed_run_resumes_to_the_same_curve(method, calls, step, checkpoint, calls_left, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     trained(straight, method=method, **RUN)
-    script = KILLED.format(root=str(ROOT), folder=str(killed), method=method, calls=calls, step=step)
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=HANG)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    ended = run_alone(train_killed, tmp_path, killed, method, calls, step)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
     folders = sorted((killed / "run").glob("checkpoint-*"))
     for later in folders:
         if int(later.name.split("-")[1]) > (checkpoint or 0):

@@ -21,6 +21,8 @@ SHAPES = [(512, 64, 20000), (256, 256, 12000), (1024, 32, 8000), (128, 512, 9000
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_predictions_are_what_is_measured(shape, dtype, workspace_mb):
     n, d, v = shape
+    if dtype == torch.float16:
+        v //= 4  # CPUs multiply it slowly
     hidden, weight = torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_()
     labels = torch.randint(v, (n,))
     losses = {

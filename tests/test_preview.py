@@ -106,13 +106,13 @@ def test_the_sample_size_is_that_of_the_first_step(normalizer, reference, tmp_pa
     line = next(line for line in text.splitlines() if "(the setting)" in line)
     shown = dict(re.findall(r"lam ([\d.]+): (\d+)%", line))
     assert list(shown) == ["0.05", "0.15", "0.5", "1.5", "5"]
-    for lam, share in shown.items():
+    for lam in ("0.05", "0.5", "5"):
         trainer = tiny_trainer(tmp_path / lam, lam=float(lam), **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.train()
         logged = next(entry["ess_share"] for entry in trainer.state.log_history if "ess_share" in entry)
-        assert int(share) == pytest.approx(100 * logged, abs=0.51)
+        assert int(shown[lam]) == pytest.approx(100 * logged, abs=0.51)
 
 
 def test_steps_are_those_that_the_trainer_makes(tmp_path):

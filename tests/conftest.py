@@ -19,6 +19,8 @@ from var_kernels.kernels import rows_native, rows_torch
 from var_kernels.ops import plan
 from var_kernels.ops.backend import use_backend
 
+os.fsync = lambda _: None  # of every line of a run's log; what is written outlives its process as it is
+
 # (device, backend): the same test bodies run over all that the machine has; Triton on a CPU is interpreted.
 TARGETS = [
     pytest.param(("cpu", "torch"), id="cpu-torch"),
@@ -44,6 +46,14 @@ def pytest_collection_finish(session):
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_look_through():
+    """What tests have imported and compiled since then stays too: a start of the Trainer costs a tenth less."""
+    if len(gc.get_objects()) > 20_000:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -61,11 +61,11 @@ class Probe:
                 if name.endswith(("_id", "_index")):
                     special.update(value if isinstance(value, (list, tuple)) else [value])
         self.plain = [token for token in range(min(ids, 4096)) if token not in special] or [0]
+        self.ids_name = "decoder_input_ids" if is_encoder_decoder(inner) else "input_ids"
         self.given = inputs is not None
         self.inputs = self._inputs(inputs) if self.given else self._few_tokens(_TOKENS)
         if any(value.device.type == "meta" for value in self.inputs.values() if isinstance(value, Tensor)):
             self.refuse("its weights are on the meta device, and it is run on a few tokens first: load them")
-        self.ids_name = "decoder_input_ids" if is_encoder_decoder(inner) else "input_ids"
         self.after_head = lambda: None
         self.body: _Body | None = None
 
@@ -84,11 +84,11 @@ class Probe:
         inputs = {name: value for name, value in given.items() if name not in _NOT_INPUTS and value is not None}
         if is_encoder_decoder(self.inner) and inputs.get("decoder_input_ids") is None and "labels" in given:
             inputs.update(decoder_inputs(self.inner, given["labels"]))
-        ids_name = "decoder_input_ids" if is_encoder_decoder(self.inner) else "input_ids"
-        if not isinstance(inputs.get(ids_name), Tensor):
-            self.refuse(f"a trial forward pass needs {ids_name}", error=TrialFailedError)
-        if inputs[ids_name].dim() not in (2, 3):
-            self.refuse(f"its {ids_name} are {tuple(inputs[ids_name].shape)}, expected (B, T) or (B, T, streams)")
+        ids = inputs.get(self.ids_name)
+        if not isinstance(ids, Tensor):
+            self.refuse(f"a trial forward pass needs {self.ids_name}", error=TrialFailedError)
+        if ids.dim() not in (2, 3):
+            self.refuse(f"its {self.ids_name} are {tuple(ids.shape)}, expected (B, T) or (B, T, streams)")
         tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
         if len({len(value) for value in tensors}) == 1:  # else something is not one entry a row: patches of images
             inputs = {n: v[:1] if isinstance(v, Tensor) and v.dim() else v for n, v in inputs.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .pairs import KINDS, PairOptions
-from .rows_native import _level, _ops, _scalars
+from .rows_native import _cap_slope, _level, _ops, _scalars, packed
 
 # A narrower gradient lies in the tile's own storage.
 COPIES_GRADIENT = False
@@ -40,12 +40,12 @@ def pair_rows(
         KINDS.index(pair.kind),
         pair.beta,
         stats + 2 * mixture + 4 * (upstream_n is not None),
-        None if bias_v is None else bias_v.contiguous(),
+        packed(bias_v),
         *_scalars(transform),
-        None if ref_bias_v is None else ref_bias_v.contiguous(),
+        packed(ref_bias_v),
         *_scalars(pair.ref_transform),
         None if upstream_n is None else upstream_n.float().contiguous(),
-        0.0 if transform.softcap is None else transform.temperature / transform.softcap,
+        _cap_slope(transform),
         out_dtype,
         out_nv,
         _level(),

@@ -107,6 +107,5 @@ def _gradient(z_nv: Tensor, w_nv: Tensor, state_6: Tensor, pair: PairOptions, up
         above_nv = _log_share(p_nv, q_nv, mixture_nv, pair.beta).sub_(state_6[4].to(math).unsqueeze(1))
         grad_nv = above_nv.mul_(p_nv).mul_(1 - pair.beta)
     grad_nv.mul_((upstream_n.to(math) * transform.slope).unsqueeze(1))
-    if transform.softcap is not None:
-        grad_nv.mul_((z_nv * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0))
-    return grad_nv
+    cap_slope_nv = transform.cap_slope(z_nv)
+    return grad_nv if cap_slope_nv is None else grad_nv.mul_(cap_slope_nv)

@@ -63,6 +63,15 @@ def _scalars(transform: LogitTransform) -> tuple[float, float, float]:
     return transform.slope, transform.softcap / transform.temperature, transform.logit_scale / transform.softcap
 
 
+def _cap_slope(transform: LogitTransform) -> float:
+    """tanh(inner * x) is this times z; 0 without a softcap."""
+    return 0.0 if transform.softcap is None else transform.temperature / transform.softcap
+
+
+def packed(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
     """Bytes that one call allocates in addition to an (n, columns) tile: none."""
     return 0
@@ -94,7 +103,7 @@ def row_stats(
         stats.logit_sum_N,
         stats.argmax_N,
         v_start,
-        None if bias_v is None else bias_v.contiguous(),
+        packed(bias_v),
         *_scalars(transform),
         _level(),
     )
@@ -107,11 +116,9 @@ def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
 
 def exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc):
     """Arguments of ``row_exp`` and of gemm_native's ``product_exp``: statistics, place, transform, memory, level."""
-    softcap = transform.softcap
-    cap_slope = 0.0 if softcap is None else transform.temperature / softcap
-    bias_v = None if bias_v is None else bias_v.contiguous()
     given = labels_nk.contiguous(), stats.max_N, stats.others_N
-    return given, (v_start, bias_v, *_scalars(transform), cap_slope), (out_nv, earlier_nc), _level()
+    place = (v_start, packed(bias_v), *_scalars(transform), _cap_slope(transform))
+    return given, place, (out_nv, earlier_nc), _level()
 
 
 def row_exp(
@@ -140,11 +147,6 @@ def row_grad(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The gradient in the raw logits, (n, columns) in ``out_dtype``, rounded once, in the tile's own storage."""
-
-    def packed(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.contiguous()
-
-    softcap = transform.softcap
     _ops().row_grad(
         logits_nv,
         packed(labels_nk),
@@ -156,7 +158,7 @@ def row_grad(
         v_start,
         packed(bias_v),
         *_scalars(transform),
-        0.0 if softcap is None else transform.temperature / softcap,
+        _cap_slope(transform),
         out_dtype,
         _level(),
     )

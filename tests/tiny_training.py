@@ -7,12 +7,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from accelerate.utils import imports
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from var_kernels.integrations.data import encode_examples, parse_row
 from var_kernels.integrations.from_scratch import train_tokenizer
 from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config
 from var_kernels.integrations.trainer.methods import find_method
+
+# The Trainer asks several times a step whether PEFT and DeepSpeed are there, and reads their metadata each time.
+imports._is_package_available = functools.cache(imports._is_package_available)
 
 torch.set_num_threads(1)  # two threads a process that fight for the same cores are many times slower than one
 

@@ -72,6 +72,15 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(plan, "_MIN_CACHED_DEPTH", 1)
 
 
+@pytest.fixture
+def poisoned():
+    """Every torch.empty is full of NaN: what the kernels leave unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(params=TARGETS)
 def target(request):
     """Runs the test on one device and backend; yields the device and the dtypes that the backend takes."""

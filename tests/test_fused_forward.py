@@ -19,20 +19,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from var_kernels.kernels import forward_triton  # noqa: E402
 from var_kernels.kernels.forward_triton import TILES, Tile, choose_splits, fused_forward  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 on_triton = pytest.mark.parametrize("target", [p for p in TARGETS if "triton" in p.id], indirect=True)
 interpreted = pytest.mark.parametrize("target", [p for p in TARGETS if p.id == "cpu-triton"], indirect=True)
 # Small enough for SMALL to need several blocks of rows, tiles of columns, steps of depth and parts, all ragged.
 TINY = Tile(32, 64, 32, 32, 4, 2)
 EVERYTHING = {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3}
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Every torch.empty is full of NaN: what the kernels leave unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def raw_inputs(case: Case, device: str):

@@ -35,7 +35,6 @@ def alol_advantage(reward: Tensor, value: Tensor, *, squash: bool = True) -> Ten
 @register(
     "alol",
     pass_class="C",
-    item="sequence",
     formula="-A+ sg(clip(exp(s - sr), 1 - e, 1 + e)) s",
     source=_SOURCE,
     evidence="code",
@@ -77,7 +76,6 @@ def alol_loss(
 @register(
     "alol_seq",
     pass_class="B",
-    item="token",
     formula="-A+ sg(clip(exp(lp - lpr), 1 - e, 1 + e)) lp",
     source=_SOURCE,
     evidence="code",
@@ -132,7 +130,6 @@ def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, sq
 @register(
     "alol_kl",
     pass_class="A",
-    item="sequence",
     formula="-A+ s + beta (s - sr)",
     source=_SOURCE,
     evidence="code",
@@ -166,7 +163,6 @@ def alol_kl_loss(
 @register(
     "rlol",
     pass_class="C",
-    item="sequence",
     formula="-R sg(clip(exp(s - sr), 1 - e, 1 + e)) s",
     source=_SOURCE,
     evidence="code",

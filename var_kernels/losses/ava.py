@@ -81,7 +81,6 @@ def ava_d_loss(
 @register(
     "ava_p",
     pass_class="C",
-    item="pair",
     formula="-[beta (sum Q+ - sum Q-) + sum (-KL + lam TD) + sigmoid(mu_last+ - mu_last-)]",
     source=_SOURCE,
     evidence="paper",
@@ -173,7 +172,6 @@ def literal_q(token_logp: Tensor, prob_lse: Tensor, *, alpha: float) -> Tensor:
 @register(
     "bradley_terry",
     pass_class="C",
-    item="pair",
     formula="-log sigmoid(r_w - r_l), r = mu of the reward head at the last token",
     source="Bradley and Terry (1952)",
     evidence="derived",

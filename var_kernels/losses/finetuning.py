@@ -14,7 +14,6 @@ _IW_SFT = "iw-SFT, arXiv 2507.12856, and its authors' code"
 @register(
     "iw_sft",
     pass_class="C",
-    item="sequence",
     formula="-sg(min(exp(temperature (s - sr) / len), max_weight)) s",
     source=_IW_SFT,
     evidence="code",
@@ -50,7 +49,6 @@ def iw_sft_loss(
 @register(
     "iw_sft_token",
     pass_class="B",
-    item="token",
     formula="-sg(clip(exp(lp - lp_ref), ratio_min, ratio_max)) lp",
     source=_IW_SFT,
     evidence="code",
@@ -80,7 +78,6 @@ def iw_sft_token_loss(
 @register(
     "psft",
     pass_class="B",
-    item="token",
     formula="-min(ratio, 1 + clip_high), ratio = exp(lp - lp_old)",
     source="PSFT, arXiv 2508.17784",
     evidence="summary",
@@ -109,7 +106,6 @@ def psft_loss(token_logp: Tensor, old_token_logp: Tensor, *, clip_high: float = 
 @register(
     "eaft",
     pass_class="B",
-    item="token",
     formula="-sg((H / max_entropy)^alpha) lp",
     source="EAFT, arXiv 2601.02151",
     evidence="third-party code",
@@ -142,7 +138,6 @@ def eaft_loss(token_logp: Tensor, entropy: Tensor, *, alpha: float = 1.0, max_en
 @register(
     "chord_phi",
     pass_class="B",
-    item="token",
     formula="-sg(p (1 - p)) lp",
     source="CHORD, arXiv 2508.11408",
     evidence="third-party code",

@@ -22,7 +22,6 @@ NEGATE = "negate the rewards to minimise them"
 @register(
     "exo",
     pass_class="C",
-    item="group",
     formula="KL(softmax(beta (s - sr)) || softmax(r / reward_temperature)) over a prompt's completions",
     source="arXiv 2402.00856",
     evidence="code",
@@ -66,7 +65,6 @@ def exo_loss(
 @register(
     "lire",
     pass_class="C",
-    item="group",
     formula="-softmax_k(s / temperature) softmax_k(r), summed over a prompt's completions",
     source="arXiv 2405.13516",
     evidence="code",
@@ -111,7 +109,6 @@ def lire_loss(
 @register(
     "raft",
     pass_class="A",
-    item="group",
     formula="-s of each prompt's completion of the highest reward, 0 for its others",
     source="arXiv 2304.06767",
     evidence="code",

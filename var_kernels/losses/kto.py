@@ -10,7 +10,6 @@ from var_kernels.losses.registry import register
 @register(
     "kto",
     pass_class="D",
-    item="sequence",
     formula="w (1 - sigmoid(+-beta (s - sr - z0))), + and w = desirable_weight where desirable",
     source="arXiv 2402.01306",
     evidence="third-party code",

@@ -14,7 +14,6 @@ from var_kernels.losses.registry import register
 @register(
     "info_nca",
     pass_class="C",
-    item="group",
     formula="-softmax_k(r / reward_temperature) log softmax_k(beta (s - sr)), summed over a prompt's completions",
     source="InfoNCA, arXiv 2402.05369",
     evidence="third-party code",
@@ -51,7 +50,6 @@ def info_nca_loss(
 @register(
     "nca",
     pass_class="C",
-    item="group",
     formula="-log sigmoid(-beta (s - sr)) / K - softmax_k(r / reward_temperature) log sigmoid(beta (s - sr)), summed "
     "over a prompt's completions",
     source="NCA, arXiv 2402.05369",
@@ -83,7 +81,6 @@ def nca_loss(
 @register(
     "gvpo",
     pass_class="C",
-    item="group",
     formula="(beta (rho - mean rho) - (r - mean r))^2 / (2 (K - 1)), rho = s - sr, summed over a prompt's completions",
     source="GVPO, arXiv 2504.19599",
     evidence="third-party code",
@@ -118,7 +115,6 @@ def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: 
 @register(
     "target_po",
     pass_class="C",
-    item="group",
     formula="-softmax_k(s_old + A / eta) log softmax_k(s), A = (r - mean r) / std r, over a prompt's completions",
     source="Target policy optimisation, arXiv 2604.06159",
     evidence="paper",

@@ -11,7 +11,6 @@ from var_kernels.losses.registry import register
 @register(
     "slic",
     pass_class="C",
-    item="pair",
     formula="max(0, delta - s_w + s_l) - target_weight s_target",
     source="arXiv 2305.10425",
     evidence="third-party code",
@@ -55,7 +54,6 @@ def slic_loss(
 @register(
     "simpo",
     pass_class="C",
-    item="pair",
     formula="-log sigmoid(beta (s_w / len_w - s_l / len_l) - gamma)",
     source="arXiv 2405.14734",
     evidence="third-party code",
@@ -92,7 +90,6 @@ def simpo_loss(
 @register(
     "orpo",
     pass_class="C",
-    item="pair",
     formula="-lp_w - odds_weight log sigmoid(logit(exp lp_w) - logit(exp lp_l)), lp = s / len",
     source="arXiv 2403.07691",
     evidence="third-party code",

@@ -14,7 +14,6 @@ _SWAP = "swap chosen and rejected to reverse the preference"
 @register(
     "dpo",
     pass_class="C",
-    item="pair",
     formula="-(1-e) log sigmoid(beta D) - e log sigmoid(-beta D)",
     source="arXiv 2305.18290 eq. 7; e: the authors' code (cDPO)",
     evidence="code",
@@ -54,7 +53,6 @@ def dpo_loss(
 @register(
     "robust_dpo",
     pass_class="C",
-    item="pair",
     formula="[-(1-e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1-2e)",
     source="arXiv 2403.00409",
     evidence="third-party code",
@@ -95,7 +93,6 @@ def robust_dpo_loss(
 @register(
     "ipo",
     pass_class="C",
-    item="pair",
     formula="(D - 1/(2 tau))^2, D of per-token means (default) or of sums",
     source="arXiv 2310.12036",
     evidence="code",
@@ -143,7 +140,6 @@ def ipo_loss(
 @register(
     "hinge",
     pass_class="C",
-    item="pair",
     formula="relu(1 - beta D)",
     source="arXiv 2309.06657",
     evidence="third-party code",

@@ -15,7 +15,6 @@ from var_kernels.losses.token import clipped_surrogate, importance_ratio
 @register(
     "cispo",
     pass_class="B",
-    item="token",
     formula="-sg(clip(ratio, ratio_min, ratio_max)) A lp, ratio = exp(lp - lp_old)",
     source="CISPO, arXiv 2506.13585",
     evidence="third-party code",
@@ -58,7 +57,6 @@ def cispo_loss(
 @register(
     "sapo",
     pass_class="B",
-    item="token",
     formula="-A (4 / t) sigmoid(t (ratio - 1)), ratio = exp(lp - lp_old), t by the sign of A",
     source="SAPO, arXiv 2511.20347",
     evidence="third-party code",
@@ -98,7 +96,6 @@ def sapo_loss(
 @register(
     "gspo",
     pass_class="C",
-    item="sequence",
     formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp((s - s_old) / len)",
     source="GSPO, arXiv 2507.18071",
     evidence="third-party code",
@@ -141,7 +138,6 @@ def gspo_loss(
 @register(
     "reinforce",
     pass_class="A",
-    item="sequence",
     formula="-A s, A of any sign",
     source="Williams (1992); RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262",
     evidence="third-party code",
@@ -172,7 +168,6 @@ def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
 @register(
     "vespo",
     pass_class="C",
-    item="sequence",
     formula="-sg(phi) A s, phi = w^k exp(lam (1 - w)), w = exp(s - s_old); k, lam by the sign of A",
     source="VESPO, arXiv 2602.10693",
     evidence="third-party code",
@@ -217,7 +212,6 @@ def vespo_loss(
 @register(
     "topr",
     pass_class="C",
-    item="sequence",
     formula="-sg(c) A s, c = 1 where A >= 0, else min(exp(s - s_old), 1)",
     source="TOPR, arXiv 2503.14286",
     evidence="third-party code",

@@ -1,7 +1,7 @@
 """The losses by name: what each one reads, what an item of its batch is, and which passes over the head it may take."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -123,6 +123,13 @@ def single_name(name: str) -> tuple[str, int | None]:
     return name, None
 
 
+def _item_of(names: Collection[str]) -> str:
+    """The item of a loss of tensors with these names."""
+    if any(single_name(name)[1] is not None for name in names):
+        return "pair"
+    return "group" if "group_ids" in names else "token" if "token_logp" in names else "sequence"
+
+
 def find_loss(name: str) -> Loss:
     """The registry's entry. Raises ValueError for an unknown name, with the known ones."""
     if name not in LOSSES:
@@ -134,8 +141,8 @@ def register(
     name: str,
     *,
     pass_class: str,
-    item: str,
     formula: str,
+    item: str | None = None,
     source: str = "",
     evidence: str = "unverified",
     defaults: Mapping[str, object] | None = None,
@@ -151,7 +158,8 @@ def register(
     Args:
         pass_class: a key of ``PASS_CLASSES``: what its gradient in a token's log-prob depends on. The weaker, the fewer
             passes over the head; one that promises too much trains on wrong gradients.
-        item: "sequence", "pair", "group" or "token".
+        item: "sequence", "pair", "group" or "token". None: as the names of the tensors have it, a pair where one is
+            chosen, a group with group_ids, a token with token_logp.
         formula, source: for the table. evidence: where the formula was read: "paper", "summary" (of the paper), "code"
             (the authors'), "third-party code", "derived" or "unverified".
         defaults: what the trainer sets for options that have no default in the signature.
@@ -167,7 +175,7 @@ def register(
     """
     table = LOSSES if of_log_probs else MODEL_LOSSES
     entered = LOSSES.get(name) or MODEL_LOSSES.get(name)
-    if entered or pass_class not in PASS_CLASSES or item not in ITEMS:
+    if entered or pass_class not in PASS_CLASSES or item not in (None, *ITEMS):
         taken = f"; {name!r} is {entered.function.__qualname__} already" if entered else ""
         raise ValueError(
             f"loss {name!r} must have a new name, a pass_class of {', '.join(PASS_CLASSES)} and an item of "
@@ -175,9 +183,10 @@ def register(
         )
 
     def enter(function: Function) -> Function:
-        compared = compares if compares is not None else "prompt" if item == "group" else ""
+        kind = item or _item_of(inspect.signature(function).parameters)
+        compared = compares if compares is not None else "prompt" if kind == "group" else ""
         facts = (dict(defaults or {}), compared, reads_draws, policy_labels)
-        loss = Loss(name, function, pass_class, item, formula, source, evidence, *facts)
+        loss = Loss(name, function, pass_class, kind, formula, source, evidence, *facts)
         if unknown := sorted(set(loss.defaults) - set(loss.options)):
             raise ValueError(f"defaults must name options of the loss {name!r}, got {', '.join(unknown)}")
         table[name] = loss

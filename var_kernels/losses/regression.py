@@ -15,7 +15,6 @@ from var_kernels.losses.segments import group_rows
 @register(
     "rebel",
     pass_class="C",
-    item="pair",
     formula="(D - eta (r_w - r_l))^2",
     source="arXiv 2404.16767",
     evidence="code",
@@ -61,7 +60,6 @@ def rebel_loss(
 @register(
     "qrpo",
     pass_class="C",
-    item="sequence",
     formula="(T(q) - beta log Z - beta (s - sr))^2",
     source="arXiv 2507.08068",
     evidence="code",
@@ -139,7 +137,6 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
 @register(
     "astar_po",
     pass_class="C",
-    item="sequence",
     formula="(r - V - beta (s - sr))^2, V = T log mean exp(r / T) over the prompt's completions, T = value_temperature",
     source="A*-PO, arXiv 2505.20686; OAPL, arXiv 2602.19362",
     evidence="paper",
@@ -201,7 +198,6 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
 @register(
     "dro",
     pass_class="C",
-    item="sequence",
     formula="(r - V - tau (s - sr))^2 / (2 tau), V constant",
     source="arXiv 2405.19107",
     evidence="paper",

@@ -16,7 +16,6 @@ BASELINES = ("none", "leave_one_out")
 @register(
     "sail_dp",
     pass_class="C",
-    item="pair",
     formula="-F - squared_coef/2 F^2, F = log sigmoid(beta D)",
     source="arXiv 2406.15567",
     evidence="code",
@@ -67,7 +66,6 @@ def sail_dp_loss(
 @register(
     "sail_pp",
     pass_class="C",
-    item="pair",
     formula="-F - squared_coef/2 F^2 - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",
@@ -130,7 +128,6 @@ def sail_pp_loss(
 @register(
     "sail_pr",
     pass_class="C",
-    item="pair",
     formula="-F - score_coef sg(F - b) (s_w + s_l), F = log sigmoid(beta D), b = 0 or others' F",
     source="arXiv 2406.15567",
     evidence="code",

@@ -37,7 +37,6 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
 @register(
     "awr",
     pass_class="A",
-    item="sequence",
     formula="-min(exp(A / beta), max_weight) s",
     source="arXiv 1910.00177",
     evidence="code",
@@ -72,7 +71,6 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
 @register(
     "var",
     pass_class="A",
-    item="sequence",
     formula="-w s, w = var_weights(rewards, ref_logp), a constant",
     source="arXiv 2502.11026",
     evidence="summary",

@@ -47,7 +47,6 @@ def dft_loss(token_logp: Tensor) -> Tensor:
 @register(
     "ppo",
     pass_class="B",
-    item="token",
     formula="-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(lp - lp_old); if A < 0 at most -dual_clip A",
     source="PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729",
     evidence="third-party code",
@@ -116,7 +115,6 @@ def ppo_clipped(
 @register(
     "grpo",
     pass_class="B",
-    item="token",
     formula="ppo + beta k3,  k3 = exp(lp_ref - lp) - 1 - (lp_ref - lp)",
     source="GRPO, arXiv 2402.03300",
     evidence="third-party code",

@@ -283,7 +283,6 @@ def _of_loss(loss: Loss) -> dict:
 @register(
     "distill",
     pass_class="B",
-    item="token",
     formula="KL(pi_T || pi), KL(pi || pi_T) or beta KL(pi_T || mix) + (1 - beta) KL(pi || mix), "
     "mix = beta pi_T + (1 - beta) pi",
     source="GKD, arXiv 2306.13649",
@@ -306,7 +305,6 @@ def _distillation(
 @register(
     "asft",
     pass_class="B",
-    item="token",
     formula="dft + kl_coef KL(pi_ref || pi)",
     source="ASFT, arXiv 2509.23753",
     evidence="code",

@@ -30,14 +30,7 @@ from var_kernels.losses.linear import linear_loss
 from var_kernels.losses.listwise import gvpo_loss, info_nca_loss, nca_loss, target_po_loss
 from var_kernels.losses.margin import orpo_loss, simpo_loss, slic_loss
 from var_kernels.losses.pair import dpo_loss, hinge_loss, implicit_reward, ipo_loss, robust_dpo_loss
-from var_kernels.losses.policy_gradient import (
-    cispo_loss,
-    gspo_loss,
-    reinforce_loss,
-    sapo_loss,
-    topr_loss,
-    vespo_loss,
-)
+from var_kernels.losses.policy_gradient import cispo_loss, gspo_loss, reinforce_loss, sapo_loss, topr_loss, vespo_loss
 from var_kernels.losses.registry import LOSSES, MODEL_LOSSES, PASS_CLASSES, Loss, find_loss, register, single_name
 from var_kernels.losses.regression import (
     astar_po_loss,

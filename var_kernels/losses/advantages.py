@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_constants, check_integers, check_rows, wide
+from var_kernels.losses.checks import check_choice, check_integers, check_sequences, wide
 from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weights import warn_if_advantages_vanish
 
@@ -43,8 +43,7 @@ def advantages_by_name(
     """
     check_choice("advantages", name, ADVANTAGES)
     if name == "given":
-        check_rows(reward=reward)
-        check_constants(reward=reward)
+        check_sequences(reward=reward)
         return wide(reward.detach())
     if name == "batch":
         return standardised_advantage(reward, process_group=process_group)
@@ -75,9 +74,8 @@ def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = 
 
     Source: arXiv 2402.03300 and 2503.20783, as other trainers implement them.
     """
-    check_rows(reward=reward)
+    check_sequences(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
-    check_constants(reward=reward)
     groups, exact_B = group_rows(group_ids), reward.detach().double()
     size_B = groups.sum(torch.ones_like(exact_B))
     advantage_B = exact_B - groups.sum(exact_B) / size_B
@@ -121,8 +119,7 @@ def standardised_advantage(
     Source: arXiv 1910.00177, the authors' code.
     """
     tensors: dict[str, Any] = {"reward": reward} if value is None else {"reward": reward, "value": value}
-    check_rows(**tensors)
-    check_constants(**tensors)
+    check_sequences(**tensors)
     advantage_B = wide(reward.detach())
     if value is not None:
         advantage_B = advantage_B - wide(value.detach())

@@ -4,7 +4,15 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_range, check_rows, check_tokens, times, wide
+from var_kernels.losses.checks import (
+    check_constants,
+    check_range,
+    check_rows,
+    check_sequences,
+    check_tokens,
+    times,
+    wide,
+)
 from var_kernels.losses.registry import register
 
 _SOURCE = "A-LoL, arXiv 2305.14718, and its authors' code"
@@ -27,8 +35,7 @@ def alol_advantage(reward: Tensor, value: Tensor, *, squash: bool = True) -> Ten
 
     Source: A-LoL, arXiv 2305.14718; the sigmoid as in the authors' code.
     """
-    check_rows(reward=reward, value=value)
-    check_constants(reward=reward, value=value)
+    check_sequences(reward=reward, value=value)
     return (_squashed(reward, squash) - wide(value.detach())).clamp(min=0.0)
 
 
@@ -102,15 +109,7 @@ def alol_seq_loss(token_logp: Tensor, ref_token_logp: Tensor, advantage: Tensor,
     return times(-wide(advantage.detach()) * ratio, wide(token_logp))
 
 
-@register(
-    "alol_ref_free",
-    pass_class="A",
-    item="sequence",
-    formula="-A+ s",
-    source=_SOURCE,
-    evidence="code",
-    compares="data",
-)
+@register("alol_ref_free", pass_class="A", formula="-A+ s", source=_SOURCE, evidence="code", compares="data")
 def alol_ref_free_loss(policy_logp: Tensor, reward: Tensor, value: Tensor, *, squash: bool = True) -> Tensor:
     """A-LoL without a reference policy: the ratio is 1, loss = -A+ s.
 
@@ -185,20 +184,11 @@ def rlol_loss(
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
-    check_constants(ref_logp=ref_logp, reward=reward)
+    check_sequences(policy_logp, ref_logp=ref_logp, reward=reward)
     return times(-_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range), wide(policy_logp))
 
 
-@register(
-    "rgold",
-    pass_class="B",
-    item="token",
-    formula="-R sg(max(p, 0.1)) lp",
-    source=_SOURCE,
-    evidence="code",
-    reads_draws=True,
-)
+@register("rgold", pass_class="B", formula="-R sg(max(p, 0.1)) lp", source=_SOURCE, evidence="code", reads_draws=True)
 def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) -> Tensor:
     """Reward GOLD: the policy's own probability, bounded from below, stands for the importance ratio of each token.
 
@@ -224,15 +214,7 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
     return times(-wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob), logp)
 
 
-@register(
-    "weighted_bc",
-    pass_class="A",
-    item="sequence",
-    formula="-R s",
-    source=_SOURCE,
-    evidence="code",
-    reads_draws=True,
-)
+@register("weighted_bc", pass_class="A", formula="-R s", source=_SOURCE, evidence="code", reads_draws=True)
 def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True) -> Tensor:
     """Behaviour cloning weighted by the reward R = sigmoid(reward): loss = -R s.
 
@@ -245,8 +227,7 @@ def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_rows(policy_logp=policy_logp, reward=reward)
-    check_constants(reward=reward)
+    check_sequences(policy_logp, reward=reward)
     return times(-_squashed(reward, squash), wide(policy_logp))
 
 

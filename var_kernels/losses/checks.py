@@ -39,6 +39,12 @@ def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
         check_like(name, tensors[name], first, tensors[first])
 
 
+def check_sequences(policy_logp: Tensor | None = None, **constants: Tensor) -> None:
+    """(B,) of one shape and device; the constants are also finite (read on the CPU only)."""
+    check_rows("sequence", **(constants if policy_logp is None else {"policy_logp": policy_logp, **constants}))
+    check_constants(**constants)
+
+
 def check_tokens(**tensors: Tensor) -> None:
     """Floating-point tensors of one shape, any, and one device, one value a token."""
     check_floating(tensors, "(...)", "pass one value a token")

@@ -10,6 +10,7 @@ from var_kernels.losses.checks import (
     check_integers,
     check_range,
     check_rows,
+    check_sequences,
     per_token,
     wide,
 )
@@ -28,13 +29,7 @@ NEGATE = "negate the rewards to minimise them"
     defaults={"beta": 0.1, "reward_temperature": 1.0},
 )
 def exo_loss(
-    policy_logp: Tensor,
-    ref_logp: Tensor,
-    reward: Tensor,
-    group_ids: Tensor,
-    *,
-    beta: float,
-    reward_temperature: float,
+    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float, reward_temperature: float
 ) -> Tensor:
     """Efficient exact optimisation: reverse KL between two softmaxes over the completions of a prompt.
 
@@ -148,9 +143,8 @@ def raft_loss(
 
 def best_of_group(reward: Tensor, group_ids: Tensor) -> Tensor:
     """(B,) bool: the row with the highest reward of its group, the first one where several have it."""
-    check_rows(reward=reward)
+    check_sequences(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
-    check_constants(reward=reward)
     groups = group_rows(group_ids)
     row_B = torch.arange(reward.shape[0], device=reward.device)
     earliest_first_B = (-row_B.double()).where(reward == groups.max(reward), -torch.inf)
@@ -177,9 +171,8 @@ def scaled_log_ratio(
 
 
 def check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Groups:
-    check_rows(policy_logp=policy_logp, reward=reward)
+    check_sequences(policy_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
-    check_constants(reward=reward)
     return group_rows(group_ids)
 
 

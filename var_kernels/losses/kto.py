@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_like, check_range, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_like, check_range, check_rows, check_sequences, wide
 from var_kernels.losses.registry import register
 
 
@@ -53,8 +53,7 @@ def kto_loss(
     check_range("beta", beta, remedy="negate `desirable` to reverse the preference")
     check_range("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")
     check_range("undesirable_weight", undesirable_weight, closed=True, remedy="negate `desirable` instead")
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
-    check_constants(ref_logp=ref_logp)
+    check_sequences(policy_logp, ref_logp=ref_logp)
     _check_desirable(desirable, policy_logp)
     if kl_baseline is None:
         kl_baseline = kto_baseline(policy_logp, ref_logp)

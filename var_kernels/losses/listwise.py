@@ -30,12 +30,7 @@ def info_nca_loss(
     full candidate set is pi_ref exp(r / (beta reward_temperature)) / Z. Only differences of log-ratios matter.
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the frozen reference, nats; constants.
-        reward: (B,) reward units; constants.
-        group_ids: (B,) integers, equal for the same prompt. A group of one row costs nothing.
-        beta: > 0, on the policy's log-ratio.
-        reward_temperature: > 0, reward units.
+        policy_logp, ref_logp, reward, group_ids, beta, reward_temperature: see ``exo_loss``.
 
     Returns:
         (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.

@@ -76,9 +76,7 @@ def robust_dpo_loss(
     for large m its slope stays -e / (1 - 2e).
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
-        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
-        beta: > 0.
+        policy_*, ref_*, beta: see ``dpo_loss``.
         label_smoothing: e, in [0, 0.5): the rate of flipped labels.
 
     Returns:
@@ -161,9 +159,7 @@ def hinge_loss(
     only after both sums: class C all the same. ``slic_loss`` is SLiC-HF's own, without a reference.
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
-        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
-        beta: > 0.
+        policy_*, ref_*, beta: see ``dpo_loss``.
 
     Returns:
         (P,) per pair, in units of beta x nats, fp32 (fp64 for fp64 inputs).

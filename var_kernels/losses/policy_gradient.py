@@ -7,7 +7,7 @@ PPO and GRPO, and the ratio and the clip that all share, are in ``token``.
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_range, check_rows, check_tokens, per_token, times, wide
+from var_kernels.losses.checks import check_range, check_sequences, check_tokens, per_token, times, wide
 from var_kernels.losses.registry import register
 from var_kernels.losses.token import clipped_surrogate, importance_ratio
 
@@ -22,12 +22,7 @@ from var_kernels.losses.token import clipped_surrogate, importance_ratio
     reads_draws=True,
 )
 def cispo_loss(
-    token_logp: Tensor,
-    old_token_logp: Tensor,
-    advantage: Tensor,
-    *,
-    ratio_min: float = 0.0,
-    ratio_max: float = 5.0,
+    token_logp: Tensor, old_token_logp: Tensor, advantage: Tensor, *, ratio_min: float = 0.0, ratio_max: float = 5.0
 ) -> Tensor:
     """CISPO: the importance ratio is clipped and held constant, so that every token keeps a gradient.
 
@@ -38,9 +33,7 @@ def cispo_loss(
     1 + high).
 
     Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
-        old_token_logp: (...) the same under the policy that drew the tokens; a constant.
-        advantage: (...) a constant; for an outcome reward the sequence's, repeated over its tokens.
+        token_logp, old_token_logp, advantage: see ``ppo_loss``.
         ratio_min: >= 0.
         ratio_max: >= ratio_min.
 
@@ -78,7 +71,7 @@ def sapo_loss(
     At ratio 1 the slope in the ratio is -A, as PPO's.
 
     Args:
-        token_logp, old_token_logp, advantage: see ``cispo_loss``.
+        token_logp, old_token_logp, advantage: see ``ppo_loss``.
         temperature_pos, temperature_neg: > 0; larger ones fade sooner.
 
     Returns:
@@ -130,7 +123,7 @@ def gspo_loss(
 
     TRL's ``importance_sampling_level="sequence"``.
     """
-    _check_sequences(policy_logp, old_logp, advantage)
+    check_sequences(policy_logp, old_logp=old_logp, advantage=advantage)
     means = [per_token(wide(s), lengths, "mean", name="lengths", like="policy_logp") for s in (policy_logp, old_logp)]
     return clipped_surrogate(importance_ratio(*means), wide(advantage.detach()), clip_low, clip_high)
 
@@ -160,8 +153,7 @@ def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     Returns:
         (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_rows(policy_logp=policy_logp, advantage=advantage)
-    check_constants(advantage=advantage)
+    check_sequences(policy_logp, advantage=advantage)
     return times(-wide(advantage.detach()), wide(policy_logp))
 
 
@@ -201,7 +193,7 @@ def vespo_loss(
     """
     for name, value in (("k_pos", k_pos), ("lam_pos", lam_pos), ("k_neg", k_neg), ("lam_neg", lam_neg)):
         check_range(name, value, remedy="the defaults are the authors'")
-    _check_sequences(policy_logp, old_logp, advantage)
+    check_sequences(policy_logp, old_logp=old_logp, advantage=advantage)
     advantage_B = wide(advantage.detach())
     k_B, lam_B = (torch.where(advantage_B >= 0, *pair) for pair in ((k_pos, k_neg), (lam_pos, lam_neg)))
     log_w_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=20.0)  # phi is 0 long before
@@ -232,12 +224,7 @@ def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tenso
 
     The ratio is that of the whole sequence, as in the paper.
     """
-    _check_sequences(policy_logp, old_logp, advantage)
+    check_sequences(policy_logp, old_logp=old_logp, advantage=advantage)
     advantage_B = wide(advantage.detach())
     ratio_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=0.0).exp()
     return times(-torch.where(advantage_B >= 0, 1.0, ratio_B) * advantage_B, wide(policy_logp))
-
-
-def _check_sequences(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> None:
-    check_rows(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
-    check_constants(old_logp=old_logp, advantage=advantage)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, wide
+from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, check_sequences, wide
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import group_rows
@@ -95,8 +95,7 @@ def qrpo_loss(
         (B,) per sequence, in squared units of T(q), fp32 (fp64 for fp64 inputs).
     """
     check_range("beta", beta, remedy="negate the rewards to minimise them")
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
-    check_constants(ref_logp=ref_logp, reward=reward)
+    check_sequences(policy_logp, ref_logp=ref_logp, reward=reward)
     if log_z is None:
         log_z = math.log(beta) + 1 / beta + math.log(-math.expm1(-1 / beta))  # exp(1 / beta) overflows below 0.0015
     check_range("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
@@ -186,9 +185,8 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
     Source: arXiv 2505.20686.
     """
     check_range("temperature", temperature, remedy="negate the rewards to minimise them")
-    check_rows(reward=reward)
+    check_sequences(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
-    check_constants(reward=reward)
     groups, exact_B = group_rows(group_ids), reward.detach().double()
     best_B = groups.max(exact_B)
     mass_B = groups.sum(((exact_B - best_B) / temperature).exp()) / groups.sum(torch.ones_like(exact_B))
@@ -214,9 +212,7 @@ def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tenso
     rewards and learns one value per token; this function takes one value per sequence.
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the frozen reference, nats; constants.
-        reward: (B,) reward units; constants.
+        policy_logp, ref_logp, reward: see ``astar_po_loss``.
         value: (B,) V(x), the learned value of the prompt, reward units; a constant here.
         tau: > 0, the KL temperature, reward units per nat.
 
@@ -253,8 +249,7 @@ def _check_dro(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, name: str, temperature: float
 ) -> None:
     check_range(name, temperature, remedy="negate the rewards to minimise them")
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
-    check_constants(ref_logp=ref_logp, reward=reward, value=value)
+    check_sequences(policy_logp, ref_logp=ref_logp, reward=reward, value=value)
 
 
 def _dro_residual(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> Tensor:

@@ -4,18 +4,11 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import TokenReduction, check_constants, check_range, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_range, check_rows, check_sequences, per_token, times, wide
 from var_kernels.losses.registry import register
 
 
-@register(
-    "sft",
-    pass_class="A",
-    item="sequence",
-    formula="-s, or -s / len",
-    source="maximum likelihood",
-    evidence="derived",
-)
+@register("sft", pass_class="A", formula="-s, or -s / len", source="maximum likelihood", evidence="derived")
 def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduction: TokenReduction = "sum") -> Tensor:
     """Negative log-likelihood of each sequence: -s ("sum") or -s / len ("mean"). VAR with all weights 1.
 
@@ -62,8 +55,7 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     """
     check_range("beta", beta, remedy="negate the advantage to minimise the reward")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
-    check_rows(policy_logp=policy_logp, advantage=advantage)
-    check_constants(advantage=advantage)
+    check_sequences(policy_logp, advantage=advantage)
     log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
     return times(-log_weight_B.exp(), wide(policy_logp))
 
@@ -92,6 +84,5 @@ def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
 
     Which estimator of Z the paper runs is open (docs/var.md).
     """
-    check_rows(policy_logp=policy_logp, sample_weight=sample_weight)
-    check_constants(sample_weight=sample_weight)
+    check_sequences(policy_logp, sample_weight=sample_weight)
     return times(-wide(sample_weight.detach()), wide(policy_logp))

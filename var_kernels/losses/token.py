@@ -25,7 +25,7 @@ LENGTH_NORMALIZATIONS = ("sequence", "token", "constant", "sum")
 _LARGEST_LOG_RATIO = 20.0
 
 
-@register("dft", pass_class="B", item="token", formula="-sg(p) lp", source="DFT, arXiv 2508.05629", evidence="code")
+@register("dft", pass_class="B", formula="-sg(p) lp", source="DFT, arXiv 2508.05629", evidence="code")
 def dft_loss(token_logp: Tensor) -> Tensor:
     """Dynamic fine-tuning: each token's negative log-likelihood times its own probability, which is a constant.
 

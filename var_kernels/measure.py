@@ -1,9 +1,10 @@
-"""Peak memory of a piece of work, exact to the byte."""
+"""Peak memory: of a piece of work, exact to the byte, and of the whole process."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,6 +32,23 @@ def peak_extra_bytes(step: Callable[[], object], device: torch.device | str = "c
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def peak_resident_mb() -> float:
+    """MiB, the highest resident size of this process since it began, or since it wrote to /proc/self/clear_refs."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        high = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if high is not None:
+            return int(high.split()[1]) / 2**10
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # accelerate needs it, too
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 @contextmanager

@@ -81,17 +81,22 @@ def cores() -> int:
 
 def memory_line() -> str:
     """Memory that is there and that is free, and a container's limit where it is lower."""
-    kib = {words[0]: int(words[1]) for line in _lines("/proc/meminfo") if len(words := line.split()) > 1}
-    if "MemTotal:" in kib:
-        total = 1024 * kib["MemTotal:"]
+    known = meminfo()
+    if "MemTotal:" in known:
+        total = known["MemTotal:"]
     elif hasattr(os, "sysconf"):  # a Mac
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return "not known on this system"
-    free = f", {kib['MemAvailable:'] * 1024 / GIB:.1f} GiB free" if "MemAvailable:" in kib else ""
+    free = f", {known['MemAvailable:'] / GIB:.1f} GiB free" if "MemAvailable:" in known else ""
     limit = memory_limit()
     limited = f", of which this process may have {limit / GIB:.1f} GiB" if limit and limit < total else ""
     return f"{total / GIB:.1f} GiB{free}{limited}"
+
+
+def meminfo() -> dict[str, int]:
+    """The kernel's figures of memory, in bytes; none on other systems than Linux."""
+    return {words[0]: 1024 * int(words[1]) for line in _lines("/proc/meminfo") if len(words := line.split()) > 1}
 
 
 def _lines(path: str | Path) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def _measure(console, args: argparse.Namespace, deadline: float) -> dict[str, An
     from var_kernels import __version__
     from var_kernels.cli.bench.measure import MODES, Operands, measure
     from var_kernels.cli.bench.sides import find_sides
+    from var_kernels.cli.doctor import backend_lines
     from var_kernels.cli.heads import find_head_size
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +99,7 @@ def _measure(console, args: argparse.Namespace, deadline: float) -> dict[str, An
         "masked": args.masked,
         "dtype": str(dtype).removeprefix("torch."),
         "machine": _machine(torch, device),
-        "backend": _backend(device),
+        "backend": backend_lines(torch, device)[0],
         "versions": f"var_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -119,7 +121,7 @@ def _measure(console, args: argparse.Namespace, deadline: float) -> dict[str, An
             progress.update(task, description=f"{text}; at most {args.seconds:.0f} s in all")
 
         rows = measure(operands, sides, deadline, _free_bytes(torch, device), advance)
-    return {"about": about, "rows": [row.as_dict() for row in rows], "missing": missing}
+    return {"about": about, "rows": [asdict(row) for row in rows], "missing": missing}
 
 
 def _machine(torch, device) -> str:
@@ -130,20 +132,9 @@ def _machine(torch, device) -> str:
     return f"{processor()}, {count(torch.get_num_threads(), 'thread')}"
 
 
-def _backend(device) -> str:
-    import torch
-
-    from var_kernels.ops.backend import choose_backend
-
-    backend, reason = choose_backend(device, torch.float32)
-    return f"{backend} ({reason})"
-
-
 def _free_bytes(torch, device) -> int | None:
-    from var_kernels.cli.doctor import memory_limit
+    from var_kernels.cli.doctor import meminfo, memory_limit
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return min([*free, *filter(None, [memory_limit()])], default=None)
+    return min(filter(None, (meminfo().get("MemAvailable:"), memory_limit())), default=None)

@@ -5,7 +5,6 @@ python -m var_kernels.cli.demo.memory FOLDER plain|fused cpu|cuda DTYPE TOKENS .
 
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from var_kernels.measure import peak_resident_mb
 
 _LENGTH = 256  # tokens of a sequence
 _WARM_UP = 32  # tokens of the step before those that are measured: it brings the gradients' memory
@@ -85,18 +86,9 @@ def peak_reader(device: str) -> Callable[[], float]:
             return torch.cuda.max_memory_allocated() / 2**20
 
         return read
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-        def read() -> float:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-        read()
-        return read
-    except (OSError, IndexError):
-        unit = 2**20 if sys.platform == "darwin" else 1024
-        return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return peak_resident_mb
 
 
 if __name__ == "__main__":

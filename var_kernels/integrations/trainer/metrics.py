@@ -3,10 +3,8 @@ infinite, before it reaches the weights, with the rows to blame.
 """
 
 import math
-import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from var_kernels.losses import kl_k3, ppo_clipped
 from var_kernels.losses.weights import PER_PROMPT, warn_if_collapsed
+from var_kernels.measure import peak_resident_mb
 
 SHOWN_ROWS = 10
 
@@ -126,21 +125,7 @@ class StepMetrics:
 def peak_memory_mb(device: torch.device) -> float:
     """MiB: the CUDA allocator's peak since training began, or on the CPU the highest resident size of the whole
     process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        high = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if high is not None:
-            return int(high.split()[1]) / 2**10
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil  # accelerate needs it, too
-
-        return psutil.Process().memory_info().peak_wset / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_resident_mb()
 
 
 class NonFiniteLossError(ValueError):

@@ -96,6 +96,13 @@ CASES = {
 }
 
 
+# Arguments that are None where a call has no use for them; the kernels are compiled without.
+OPTIONAL = (
+    *("bias_ptr", "ref_bias_ptr", "cap", "inner", "ref_cap", "ref_inner", "cap_slope", "shifted_ptr", "logit_sum_ptr"),
+    *("argmax_ptr", "top_ptr", "logp_slope_ptr", "constant_ptr", "earlier_ptr", "left_ptr", "right_ptr"),
+)
+
+
 def row_configurations() -> list[Configuration]:
     """The row kernels: each storage dtype, bare, bare at a V that is a multiple of nothing, and with every option."""
     found = []
@@ -104,12 +111,11 @@ def row_configurations() -> list[Configuration]:
     for storage, (case, (everything, aligned, known)) in itertools.product(("fp32", "bf16", "fp16"), CASES.items()):
         suffix = f"{storage}, {case}"
         vectors = dict.fromkeys(("max_ptr", "sumexp_ptr", "label_logit_ptr", "shifted_ptr", "logit_sum_ptr"), "*fp32")
-        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "ENTROPY"), everything) | known
-        flags["PADDED"] = case != "bare"
+        known = known | ({} if everything else dict.fromkeys(OPTIONAL)) | {"PADDED": case != "bare"}
         common = {"bias_ptr": f"*{storage}", "labels_ptr": "*i64", **integers, **scalars}
         kernel = rows_triton._row_stats_kernel
         types = {"logits_ptr": f"*{storage}", "argmax_ptr": "*i64", **vectors, **common}
-        constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, **flags, "MEAN": everything, "ARGMAX": everything}
+        constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, **known}
         name = f"row_stats {suffix}"
         found.append(_configuration(name, kernel, types, constants, aligned, instructions=MOVES_16_BYTES[:1]))
 
@@ -119,8 +125,7 @@ def row_configurations() -> list[Configuration]:
         )
         for out in ("bf16", "fp16", "fp32") if storage == "fp32" else (storage,):
             types = {"logits_ptr": f"*{storage}", **vectors, **common, "bias_ptr": f"*{out}"}
-            constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, "OUT": getattr(tl, _LONG[out]), **flags}
-            constants["CONSTANT"] = everything
+            constants = {"BLOCK": rows_triton.BLOCK_COLUMNS, "OUT": getattr(tl, _LONG[out]), **known}
             name = f"row_grad {suffix}, to {out}"
             found.append(_configuration(name, kernel, types, constants, aligned, instructions=MOVES_16_BYTES))
 
@@ -131,8 +136,7 @@ def row_configurations() -> list[Configuration]:
             types |= {"out_ptr": f"*{out}", "earlier_ptr": f"*{out}", "largest_sum": "fp32"}
             types |= {"earlier_stride": "i32", "earlier_columns": "i32"}
             block = rows_triton.EXP_BLOCK_COLUMNS // (2 if everything else 1)
-            constants = {"BLOCK": block, "PADDED": case != "bare", "HAS_BIAS": everything, "HAS_CAP": everything}
-            constants |= {"MEAN": everything, "ARGMAX": everything, "STORE": True, "EARLIER": everything}
+            constants = {"BLOCK": block, **known}
             before = ("earlier_stride", "earlier_columns")
             name, aligned_too = f"row_exp {suffix}, to {out}", (*aligned, *before)
             needed = () if everything else MOVES_16_BYTES  # half a block: 8 bytes of bf16
@@ -151,13 +155,11 @@ def pair_configurations() -> list[Configuration]:
         types |= dict.fromkeys(("out_ptr", "bias_ptr", "ref_bias_ptr"), f"*{out}")
         types |= dict.fromkeys((*strides, "C"), "i32") | dict.fromkeys(scalars, "fp32")
         constants = {"BLOCK": pairs_triton.BLOCK_COLUMNS, "KIND": kind, "OUT": getattr(tl, _LONG[out])}
-        constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP", "HAS_REF_BIAS", "HAS_REF_CAP"), everything)
-        constants["IN_PLACE"] = case != "bare"
+        constants |= ({} if everything else dict.fromkeys(OPTIONAL)) | {"IN_PLACE": case != "bare"}
         aligned = (*strides, "C") if case == "bare" else strides[:3]
         for name in ("stats", "grad", *(("mixture",) if KINDS[kind] == "jsd" else ())):
             kernel = getattr(pairs_triton, f"_pair_{name}_kernel")
-            known = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
-            known["BLOCK"] //= 2 if name == "mixture" else 1
+            known = constants | {"BLOCK": constants["BLOCK"] // (2 if name == "mixture" else 1)}
             found.append(_configuration(f"pair_{name} {KINDS[kind]}, {case}", kernel, types, known, aligned))
     return found
 
@@ -177,8 +179,7 @@ def label_configurations() -> list[Configuration]:
         types = dict.fromkeys(operands, f"*{operand}") | dict.fromkeys((*sizes, *strides, "n"), "i32")
         types |= dict.fromkeys(("labels_ptr", "sorted_ptr", "order_ptr", "argmax_ptr"), "*i64")
         types |= dict.fromkeys(("scale", "cap", "inner", "slope", "cap_slope"), "fp32")
-        flags = ("HAS_BIAS", "HAS_CAP", "LOW_RANK", "MEAN", "ARGMAX", "HAS_CONSTANT")
-        constants = dict.fromkeys(flags, everything) | {"HAS_LABEL": True, "BLOCK_R": 16}
+        constants: dict = {"BLOCK_R": 16} | ({} if everything else dict.fromkeys(OPTIONAL))
         constants |= dict.fromkeys([name for name in strides if name[-1] in "dr"], 1)
         for name, block, num_warps in (
             ("start_rows", labels_triton.BLOCK_DEPTH, labels_triton.NUM_WARPS),
@@ -193,7 +194,6 @@ def label_configurations() -> list[Configuration]:
             if name == "label_rows":
                 given["total_ptr"] = f"*{operand}"
             known = constants | {"BLOCK": block, "ROWS": labels_triton.LABEL_ROWS}
-            known = {arg: value for arg, value in known.items() if arg in kernel.arg_names}
             title = f"labels: {name} {operand}, {'every option' if everything else 'bare'}"
             aligned = () if everything else (*sizes, *strides)
             found.append(_configuration(title, kernel, given, known, aligned, num_warps))
@@ -206,6 +206,7 @@ _LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def _configuration(
     name, kernel, types, constants, aligned, num_warps=rows_triton.NUM_WARPS, instructions=()
 ) -> Configuration:
+    constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
     types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names and arg not in constants}
     needed = {target: instructions for target in TARGETS if target.startswith("sm_")}
     return Configuration(name, kernel, types, constants, num_warps, multiples_of_16=aligned, instructions=needed)
@@ -230,7 +231,6 @@ def forward_configurations() -> list[Configuration]:
     multiples of nothing.
     """
     found = []
-    flags = ("HAS_BIAS", "HAS_CAP", "ENTROPY", "MEAN", "ARGMAX")
     integers = ("N", "V", "D", "K", "S", "hidden_stride_n", "weight_stride_v", "split_columns")
     statistics = ("label_logit_ptr", "max_ptr", "sumexp_ptr", "shifted_ptr", "logit_sum_ptr")
     for (name, tile), everything in itertools.product(forward_triton.TILES.items(), (False, True)):
@@ -245,8 +245,7 @@ def forward_configurations() -> list[Configuration]:
             "EVEN_D": not everything,
             "hidden_stride_d": 1,
             "weight_stride_d": 1,
-            **({} if everything else {"K": 1}),
-            **dict.fromkeys(flags, everything),
+            **({} if everything else {"K": 1, **dict.fromkeys(OPTIONAL)}),
         }
         for operand in ("bf16", "fp32") if name == "small" else ("bf16", "fp16") if everything else ("bf16",):
             hidden, weight = f"*{operand}", f"*{operand}"
@@ -262,6 +261,8 @@ def forward_configurations() -> list[Configuration]:
                 **dict.fromkeys(integers, "i32"),
                 **dict.fromkeys(("scale", "cap", "inner"), "fp32"),
             }
+            kernel = forward_triton._fused_forward_kernel
+            constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names}
             types = {arg: kind for arg, kind in types.items() if arg not in constants}
             shape = f"{tile.rows}x{tile.columns}x{tile.depth}"
             instructions = {} if operand == "fp32" else dict(MATRIX_INSTRUCTIONS)
@@ -270,7 +271,7 @@ def forward_configurations() -> list[Configuration]:
             found.append(
                 Configuration(
                     f"fused_forward {operand}, {shape} ({name}), {'every option' if everything else 'bare'}",
-                    forward_triton._fused_forward_kernel,
+                    kernel,
                     types,
                     constants,
                     tile.num_warps,
@@ -285,7 +286,6 @@ def forward_configurations() -> list[Configuration]:
     types = {**vectors, "split_argmax_ptr": "*i32", "argmax_ptr": "*i64", **dict.fromkeys(("N", "S", "V"), "i32")}
     for splits in (8, forward_triton.MAX_SPLITS):
         constants = {"ROWS": forward_triton.MERGE_ELEMENTS // splits, "SPLITS": splits}
-        constants |= dict.fromkeys(("ENTROPY", "MEAN", "ARGMAX"), True)
         name = f"merge_splits {splits}, every option"
         found.append(Configuration(name, kernel, types, constants, 4, multiples_of_16=("N", "V")))
     return found
@@ -310,9 +310,9 @@ def weight_configurations() -> list[Configuration]:
         "cu_seqlens_ptr": "*i32",
         "inverse_lam_bits": "i64",
     }
-    from_tokens = {"TOKENS": True, "TOKEN_REF": True, "HAS_LENGTHS": False, "PACKED": True}
-    from_tokens |= {"ROWS": few, "TIME": weights_triton.TOKEN_TILE // few}
-    from_sums = {"TOKENS": False, "TOKEN_REF": False, "HAS_LENGTHS": True, "PACKED": False, "ROWS": largest, "TIME": 1}
+    from_tokens = {"TOKEN_REF": True, "lengths_ptr": None, "ROWS": few, "TIME": weights_triton.TOKEN_TILE // few}
+    from_sums = {"TOKEN_REF": False, **dict.fromkeys(("labels_ptr", "cu_seqlens_ptr", "token_weight_ptr"))}
+    from_sums |= {"ROWS": largest, "TIME": 1}
     every = {"MEAN": True, "REFERENCE": "mean"}
     return [
         _configuration(name, kernel, inputs, form | every, ("B", "T"), num_warps)

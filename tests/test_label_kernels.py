@@ -193,7 +193,7 @@ def test_torchs_operations_equal_fp64(check):
 # what goes wrong: text, what replaces it, the check that shows it
 MISTAKES = {
     "the tail of a row is left out": ("range(0, D, BLOCK)", "range(0, D - 31, BLOCK)", "start"),
-    "no bias": ("scale, cap, inner, HAS_BIAS, HAS_CAP)", "scale, cap, inner, False, HAS_CAP)", "start, bf16"),
+    "no bias": ("_transformed(x, bias_ptr, label", "_transformed(x, None, label", "start, bf16"),
     "no low rank": ("x += _dot(", "_dot(", "start, low rank"),
     "a label beyond the vocabulary is one": ('tl.where(known, z, float("nan"))', "z", "start"),
     "a pivot of NaN": ('tl.where(tl.abs(z) < float("inf"), z, float("-inf"))', "z", "start"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .rows import LogitTransform, RowStats
-from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of, packed
 
 # Below every finite logit that a network makes, and finite, so that differences are never NaN.
 LOWEST = tl.constexpr(-1e38)
@@ -79,7 +79,7 @@ def _absorb(
     first,
     rows,
     running,  # max, sumexp, shifted sum, logit sum, argmax: (ROWS,) each
-    pointers,  # bias, labels, label_logit
+    pointers,  # bias, labels, label_logit; None or not: shifted sum, logit sum, argmax
     N,
     V,
     K,
@@ -88,11 +88,6 @@ def _absorb(
     inner,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
-    ARGMAX: tl.constexpr,
 ):
     """Merge the tile's columns from ``first`` on into the running statistics, PART of them at a time."""
     if COLUMNS > PART:
@@ -100,18 +95,18 @@ def _absorb(
         left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, COLUMNS // 2)), (0, 2, 1)))
         running = _absorb(
             left, first, rows, running, pointers, N, V, K, scale, cap, inner,
-            COLUMNS // 2, PART, HAS_BIAS, HAS_CAP, ENTROPY, MEAN, ARGMAX,
+            COLUMNS // 2, PART,
         )  # fmt: skip
         running = _absorb(
             right, first + COLUMNS // 2, rows, running, pointers, N, V, K, scale, cap, inner,
-            COLUMNS // 2, PART, HAS_BIAS, HAS_CAP, ENTROPY, MEAN, ARGMAX,
+            COLUMNS // 2, PART,
         )  # fmt: skip
     else:
         max_n, sum_n, shifted_n, total_n, argmax_n = running
-        bias_ptr, labels_ptr, label_logit_ptr = pointers
+        bias_ptr, labels_ptr, label_logit_ptr, shifted_ptr, logit_sum_ptr, argmax_ptr = pointers
         columns = first + tl.arange(0, COLUMNS)
         inside = (columns < V)[None, :]
-        z = _transformed(x, bias_ptr, columns[None, :], inside, scale, cap, inner, HAS_BIAS, HAS_CAP)
+        z = _transformed(x, bias_ptr, columns[None, :], inside, scale, cap, inner)
         # The labels' logits come from the same accumulators as the sum: logp is never above 0. The branch also keeps
         # the compiler from working on several parts at once, which would spill.
         for k in tl.range(0, K, num_stages=1):
@@ -120,19 +115,19 @@ def _absorb(
             if tl.max(here_n.to(tl.int32), 0) > 0:
                 picked = tl.where(columns[None, :] == label_n[:, None], z, 0.0)
                 tl.store(label_logit_ptr + rows * K + k, tl.sum(picked, 1), mask=here_n)
-        if MEAN:
+        if logit_sum_ptr is not None:
             total_n += tl.sum(tl.where(inside, z, 0.0), 1)
         z = tl.where(inside, z, float("-inf"))
         part_max = tl.max(z, 1)
         new_max = tl.maximum(max_n, part_max)
-        if ARGMAX:
+        if argmax_ptr is not None:
             first_max = tl.min(tl.where(z == part_max[:, None], columns[None, :], V), 1)
             argmax_n = tl.where(part_max > max_n, first_max, argmax_n)
         drop_n = max_n - new_max
         decay_n = tl.exp(drop_n)
         below = z - new_max[:, None]
         exp_below = tl.exp(below)
-        if ENTROPY:
+        if shifted_ptr is not None:
             # 0 times -inf is NaN: the exponential of -1e30 is 0 as well.
             part_shifted = tl.sum(exp_below * tl.maximum(below, -1e30), 1)
             shifted_n = decay_n * (shifted_n + tl.maximum(drop_n, -1e30) * sum_n) + part_shifted
@@ -173,11 +168,6 @@ def _fused_forward_kernel(
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
-    ARGMAX: tl.constexpr,
 ):
     group = tl.program_id(0) // (GROUP * S)
     within = tl.program_id(0) % (GROUP * S)
@@ -193,6 +183,7 @@ def _fused_forward_kernel(
     shifted_n = tl.zeros((ROWS,), tl.float32)
     total_n = tl.zeros((ROWS,), tl.float32)
     argmax_n = tl.zeros((ROWS,), tl.int32)
+    pointers = (bias_ptr, labels_ptr, label_logit_ptr, shifted_ptr, logit_sum_ptr, argmax_ptr)
     start = split * split_columns
     for first in tl.range(start, tl.minimum(start + split_columns, V), COLUMNS):
         held_columns = tl.minimum((first + tl.arange(0, COLUMNS)).to(tl.int64), V - 1)
@@ -206,19 +197,19 @@ def _fused_forward_kernel(
             )
             acc_nv = tl.dot(hidden_nd, weight_vd.T, acc_nv, input_precision="ieee")
         max_n, sum_n, shifted_n, total_n, argmax_n = _absorb(
-            acc_nv, first, rows, (max_n, sum_n, shifted_n, total_n, argmax_n), (bias_ptr, labels_ptr, label_logit_ptr),
-            N, V, K, scale, cap, inner, COLUMNS, PART, HAS_BIAS, HAS_CAP, ENTROPY, MEAN, ARGMAX,
+            acc_nv, first, rows, (max_n, sum_n, shifted_n, total_n, argmax_n), pointers, N, V, K, scale, cap, inner,
+            COLUMNS, PART,
         )  # fmt: skip
 
     kept = rows < N
     out = split.to(tl.int64) * N + rows
     tl.store(max_ptr + out, max_n, mask=kept)
     tl.store(sumexp_ptr + out, sum_n, mask=kept)
-    if ENTROPY:
+    if shifted_ptr is not None:
         tl.store(shifted_ptr + out, shifted_n, mask=kept)
-    if MEAN:
+    if logit_sum_ptr is not None:
         tl.store(logit_sum_ptr + out, total_n, mask=kept)
-    if ARGMAX:
+    if argmax_ptr is not None:
         tl.store(argmax_ptr + out, argmax_n, mask=kept)
 
 
@@ -239,9 +230,6 @@ def _merge_splits_kernel(
     V,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
-    ARGMAX: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     splits = tl.arange(0, SPLITS).to(tl.int64)
@@ -256,14 +244,14 @@ def _merge_splits_kernel(
     # Nothing but -inf: no maximum either.
     tl.store(max_ptr + rows, tl.where(max_n == LOWEST, float("-inf"), max_n), mask=kept)
     tl.store(sumexp_ptr + rows, tl.sum(decay_sn * sum_sn, 0), mask=kept)
-    if ENTROPY:
+    if shifted_ptr is not None:
         shifted_sn = tl.load(split_shifted_ptr + tile, mask=mask, other=0.0)
         shifted_sn = decay_sn * (shifted_sn + tl.maximum(drop_sn, -1e30) * sum_sn)
         tl.store(shifted_ptr + rows, tl.sum(shifted_sn, 0), mask=kept)
-    if MEAN:
+    if logit_sum_ptr is not None:
         total_sn = tl.load(split_logit_sum_ptr + tile, mask=mask, other=0.0)
         tl.store(logit_sum_ptr + rows, tl.sum(total_sn, 0), mask=kept)
-    if ARGMAX:
+    if argmax_ptr is not None:
         argmax_sn = tl.load(split_argmax_ptr + tile, mask=mask, other=0)
         first_max = tl.min(tl.where(mask & (max_sn == max_n[None, :]), argmax_sn, V), 0)
         tl.store(argmax_ptr + rows, first_max.to(tl.int64), mask=kept)
@@ -342,9 +330,7 @@ def fused_forward(
     if tile.descriptors:
         hidden = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
         weight = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth])
-    optional = {"ENTROPY": shifted_SN is not None, "MEAN": logit_sum_SN is not None, "ARGMAX": argmax_SN is not None}
-    unused = max_SN
-    partial = (max_SN, sumexp_SN, *(unused if t is None else t for t in (shifted_SN, logit_sum_SN, argmax_SN)))
+    partial = (max_SN, sumexp_SN, shifted_SN, logit_sum_SN, argmax_SN)
     whole = (stats.max_N, stats.sumexp_N, stats.shifted_sum_N, stats.logit_sum_N, stats.argmax_N)
     merged_splits = triton.next_power_of_2(splits)
     merged_rows = MERGE_ELEMENTS // merged_splits
@@ -352,7 +338,7 @@ def fused_forward(
         _fused_forward_kernel[(row_blocks * splits,)](
             hidden,
             weight,
-            hidden_ND if bias_V is None else bias_V.contiguous(),
+            packed(bias_V),
             labels_NK.contiguous(),
             stats.label_logit_NK,
             *partial,
@@ -372,22 +358,18 @@ def fused_forward(
             GROUP=GROUP_BLOCKS,
             DESCRIPTORS=tile.descriptors,
             EVEN_D=d % tile.depth == 0,
-            HAS_BIAS=bias_V is not None,
-            HAS_CAP=transform.softcap is not None,
-            **optional,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **LAUNCH_OPTIONS,
         )
         _merge_splits_kernel[(triton.cdiv(n, merged_rows),)](
             *partial,
-            *(unused if t is None else t for t in whole),
+            *whole,
             n,
             splits,
             v,
             ROWS=merged_rows,
             SPLITS=merged_splits,
-            **optional,
             num_warps=4,
             **LAUNCH_OPTIONS,
         )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import LogitTransform, RowStats
-from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, _block, _cap_slope, _scalars, _transformed, on_device_of, packed
 
 # Elements of a row that a program holds at a time, and its warps.
 BLOCK_DEPTH = 1024
@@ -71,11 +71,6 @@ def _start_rows_kernel(
     inner,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    MEAN: tl.constexpr,
-    ARGMAX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
@@ -83,17 +78,17 @@ def _start_rows_kernel(
     label = tl.where(known, label, 0)
     hidden_ptr += row * hidden_stride_n
     x = _dot(hidden_ptr, hidden_stride_d, weight_ptr + label * weight_stride_v, weight_stride_d, D, BLOCK)
-    if LOW_RANK:
+    if left_ptr is not None:
         left_ptr += row * left_stride_n
         x += _dot(left_ptr, left_stride_r, right_ptr + label * right_stride_v, right_stride_r, R, BLOCK_R)
-    z = _transformed(x, bias_ptr, label, known, scale, cap, inner, HAS_BIAS, HAS_CAP)
+    z = _transformed(x, bias_ptr, label, known, scale, cap, inner)
     z = tl.where(known, z, float("nan"))
     tl.store(label_logit_ptr + row, z)
     tl.store(pivot_ptr + row, tl.where(tl.abs(z) < float("inf"), z, float("-inf")))
     tl.store(others_ptr + row, 0.0)
-    if MEAN:
+    if logit_sum_ptr is not None:
         tl.store(logit_sum_ptr + row, 0.0)
-    if ARGMAX:
+    if argmax_ptr is not None:
         tl.store(argmax_ptr + row, tl.zeros((), tl.int64))
         tl.store(top_ptr + row, float("-inf"))
 
@@ -150,7 +145,6 @@ def _row_scales_kernel(
     slope,
     cap_slope,
     BLOCK: tl.constexpr,
-    HAS_CAP: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < n
@@ -162,7 +156,7 @@ def _row_scales_kernel(
     small = logp * (1.0 + logp * (0.5 + logp * (1.0 / 6 + logp * (1.0 / 24 + logp * (1.0 / 120)))))
     p_less_1 = tl.where(logp > -0.125, small, tl.exp(logp) - 1.0)
     entry = prob + tl.load(entry_ptr + rows, mask=mask, other=0.0) + prob * p_less_1
-    if HAS_CAP:
+    if cap_slope is not None:
         tanh = tl.load(label_logit_ptr + rows, mask=mask, other=0.0) * cap_slope
         entry *= 1.0 - tanh * tanh
     tl.store(label_ptr + rows, tl.where(known, entry * slope, 0.0), mask=mask)
@@ -188,22 +182,20 @@ def _combine_rows_kernel(
     V,
     D,
     BLOCK: tl.constexpr,
-    HAS_LABEL: tl.constexpr,
-    HAS_CONSTANT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_d < D
     sums = tl.load(sums_ptr + row * sums_stride_n + offs_d * sums_stride_d, mask=mask, other=0.0).to(tl.float32)
     out = sums * tl.load(scale_ptr + row)
-    if HAS_LABEL:
+    if label_ptr is not None:
         label = tl.load(labels_ptr + row)
         known = (label >= 0) & (label < V)
         label = tl.where(known, label, 0)
         there = offs_d < tl.where(known, D, 0)  # the interpreter of Triton 3.9 takes no block and scalar together
         vector = tl.load(matrix_ptr + label * matrix_stride_v + offs_d * matrix_stride_d, mask=there, other=0.0)
         out += tl.load(label_ptr + row) * vector.to(tl.float32)
-    if HAS_CONSTANT:
+    if constant_ptr is not None:
         out += tl.load(constant_ptr + row) * tl.load(total_ptr + offs_d, mask=mask, other=0.0)
     tl.store(out_ptr + row * out_stride_n + offs_d * out_stride_d, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -274,10 +266,6 @@ def gathered_bytes(budget: int, d: int, wide: torch.dtype, device: torch.device)
     return 0
 
 
-def _block(size: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(size)))
-
-
 def start_rows(
     hidden_ND: Tensor,
     lm_head_weight_VD: Tensor,
@@ -292,37 +280,31 @@ def start_rows(
     (n, d), v = hidden_ND.shape, lm_head_weight_VD.shape[0]
     if n == 0:
         return
-    left_NR, right_VR = (hidden_ND, lm_head_weight_VD) if low_rank is None else low_rank
-    unused = stats.max_N
+    left_NR, right_VR = (None, None) if low_rank is None else low_rank
+    ranks, strides = (0, (0,) * 4) if low_rank is None else (left_NR.shape[1], (*left_NR.stride(), *right_VR.stride()))
     with on_device_of(hidden_ND):
         _start_rows_kernel[(n,)](
             hidden_ND,
             lm_head_weight_VD,
-            hidden_ND if bias_V is None else bias_V.contiguous(),
+            packed(bias_V),
             left_NR,
             right_VR,
             labels_N.contiguous(),
             stats.label_logit_NK,
             stats.max_N,
             stats.others_N,
-            unused if stats.logit_sum_N is None else stats.logit_sum_N,
-            unused if stats.argmax_N is None else stats.argmax_N,
-            unused if stats.top_N is None else stats.top_N,
+            stats.logit_sum_N,
+            stats.argmax_N,
+            stats.top_N,
             *hidden_ND.stride(),
             *lm_head_weight_VD.stride(),
-            *left_NR.stride(),
-            *right_VR.stride(),
+            *strides,
             v,
             d,
-            left_NR.shape[1],
+            ranks,
             **_scalars(transform),
             BLOCK=_block(d, BLOCK_DEPTH),
-            BLOCK_R=_block(left_NR.shape[1], BLOCK_DEPTH),
-            HAS_BIAS=bias_V is not None,
-            HAS_CAP=transform.softcap is not None,
-            LOW_RANK=low_rank is not None,
-            MEAN=stats.logit_sum_N is not None,
-            ARGMAX=stats.argmax_N is not None,
+            BLOCK_R=_block(ranks, BLOCK_DEPTH),
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )
@@ -364,7 +346,6 @@ def row_scales(
     scale_n, label_n = (torch.empty(n, dtype=torch.float32, device=labels_n.device) for _ in range(2))
     if n == 0:
         return scale_n, label_n
-    softcap = transform.softcap
     with on_device_of(labels_n):
         _row_scales_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
             labels_n.contiguous(),
@@ -378,9 +359,8 @@ def row_scales(
             n,
             v,
             slope=transform.slope,
-            cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
+            cap_slope=_cap_slope(transform),
             BLOCK=BLOCK_ROWS,
-            HAS_CAP=softcap is not None,
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )
@@ -401,8 +381,8 @@ def combine_rows(
     n, d = out_nd.shape
     if n == 0 or d == 0:
         return
-    matrix_VD, labels_n, label_n = (sums_nd, scale_n, scale_n) if label is None else label
-    constant_n, total_D = (scale_n, scale_n) if constant is None else constant
+    matrix_VD, labels_n, label_n = (None, None, None) if label is None else label
+    constant_n, total_D = (None, None) if constant is None else constant
     block = _block(d, BLOCK_DEPTH)
     with on_device_of(out_nd):
         _combine_rows_kernel[(n, triton.cdiv(d, block))](
@@ -410,18 +390,16 @@ def combine_rows(
             sums_nd,
             scale_n.contiguous(),
             matrix_VD,
-            labels_n.contiguous(),
-            label_n.contiguous(),
-            constant_n.contiguous(),
+            packed(labels_n),
+            packed(label_n),
+            packed(constant_n),
             total_D,
             *out_nd.stride(),
             *sums_nd.stride(),
-            *matrix_VD.stride(),
-            matrix_VD.shape[0],
+            *(matrix_VD.stride() if label else (0, 0)),
+            matrix_VD.shape[0] if label else 0,
             d,
             BLOCK=block,
-            HAS_LABEL=label is not None,
-            HAS_CONSTANT=constant is not None,
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )

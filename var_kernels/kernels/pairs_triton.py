@@ -6,7 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .pairs import KINDS, NEGLIGIBLE, PairOptions
-from .rows_triton import _TRITON_DTYPE, LAUNCH_OPTIONS, NUM_WARPS, _block, _scalars, _transformed, on_device_of
+from .rows_triton import (
+    _TRITON_DTYPE,
+    LAUNCH_OPTIONS,
+    NUM_WARPS,
+    _block,
+    _cap_slope,
+    _scalars,
+    _transformed,
+    on_device_of,
+    packed,
+)
 
 # A narrower gradient lies in the tile's own storage.
 COPIES_GRADIENT = False
@@ -34,16 +44,15 @@ def _log_share(p, q, m, beta):
 @triton.jit
 def _pair_of(
     z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner,
-    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_REF_BIAS: tl.constexpr, HAS_REF_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(columns, mask, z, w) of one block; -inf beyond the tile."""
     columns = start + tl.arange(0, BLOCK)
     mask = columns < C
     z = tl.load(z_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    z = _transformed(z, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
-    w = _transformed(w, ref_bias_ptr, columns, mask, ref_scale, ref_cap, ref_inner, HAS_REF_BIAS, HAS_REF_CAP)
+    z = _transformed(z, bias_ptr, columns, mask, scale, cap, inner)
+    w = _transformed(w, ref_bias_ptr, columns, mask, ref_scale, ref_cap, ref_inner)
     return columns, mask, tl.where(mask, z, float("-inf")), tl.where(mask, w, float("-inf"))
 
 
@@ -74,10 +83,6 @@ def _pair_stats_kernel(
     ref_inner,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_REF_BIAS: tl.constexpr,
-    HAS_REF_CAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
@@ -95,9 +100,8 @@ def _pair_stats_kernel(
     shifted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, C, BLOCK):
         _, _, z, w = _pair_of(
-            z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner,
-            BLOCK, HAS_BIAS, HAS_CAP, HAS_REF_BIAS, HAS_REF_CAP,
-        )  # fmt: skip
+            z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner, BLOCK
+        )
         if KIND == FORWARD:
             a, b = w, z
         else:
@@ -159,10 +163,6 @@ def _pair_mixture_kernel(
     ref_inner,
     beta,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_REF_BIAS: tl.constexpr,
-    HAS_REF_CAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
@@ -176,9 +176,8 @@ def _pair_mixture_kernel(
     of_q = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, C, BLOCK):
         _, _, z, w = _pair_of(
-            z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner,
-            BLOCK, HAS_BIAS, HAS_CAP, HAS_REF_BIAS, HAS_REF_CAP,
-        )  # fmt: skip
+            z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner, BLOCK
+        )
         p = tl.exp(z - pivot_z) * inverse_z
         q = tl.exp(w - pivot_w) * inverse_w
         m = beta * q + (1.0 - beta) * p
@@ -215,10 +214,6 @@ def _pair_grad_kernel(
     KIND: tl.constexpr,
     OUT: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_REF_BIAS: tl.constexpr,
-    HAS_REF_CAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if IN_PLACE:
@@ -238,9 +233,8 @@ def _pair_grad_kernel(
     # In order: a narrower output overwrites only columns that were read before.
     for start in range(0, C, BLOCK):
         columns, mask, z, w = _pair_of(
-            z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner,
-            BLOCK, HAS_BIAS, HAS_CAP, HAS_REF_BIAS, HAS_REF_CAP,
-        )  # fmt: skip
+            z_ptr, w_ptr, bias_ptr, ref_bias_ptr, start, C, scale, cap, inner, ref_scale, ref_cap, ref_inner, BLOCK
+        )
         p = tl.exp(z - pivot_z) * inverse_z
         if KIND == REVERSE:
             grad = tl.where(p == 0.0, 0.0, p * (((z - pivot_z) - (w - pivot_w)) - mean))
@@ -251,7 +245,7 @@ def _pair_grad_kernel(
             else:
                 m = beta * q + (1.0 - beta) * p
                 grad = (1.0 - beta) * p * (_log_share(p, q, m, beta) - mean)
-        if HAS_CAP:
+        if cap is not None:
             tanh = z * cap_slope
             grad *= 1.0 - tanh * tanh
         # Every thread has read its columns before any writes into the storage that they share.
@@ -292,8 +286,8 @@ def pair_rows(
     tiles = (
         z_nv,
         w_nv,
-        z_nv if bias_v is None else bias_v.contiguous(),
-        z_nv if ref_bias_v is None else ref_bias_v.contiguous(),
+        packed(bias_v),
+        packed(ref_bias_v),
         state_6n,
     )
     options = {
@@ -304,10 +298,6 @@ def pair_rows(
         **_scalars(transform),
         **{f"ref_{name}": value for name, value in _scalars(pair.ref_transform).items()},
         "BLOCK": _block(columns, BLOCK_COLUMNS),
-        "HAS_BIAS": bias_v is not None,
-        "HAS_CAP": transform.softcap is not None,
-        "HAS_REF_BIAS": ref_bias_v is not None,
-        "HAS_REF_CAP": pair.ref_transform.softcap is not None,
         "num_warps": NUM_WARPS,
         **LAUNCH_OPTIONS,
     }
@@ -325,7 +315,7 @@ def pair_rows(
                 upstream_n.contiguous(),
                 z_nv if in_place else out_nv,
                 out_stride=out_nv.stride(0),
-                cap_slope=0.0 if transform.softcap is None else transform.temperature / float(transform.softcap),
+                cap_slope=_cap_slope(transform),
                 beta=pair.beta,
                 KIND=kind,
                 OUT=_TRITON_DTYPE[out_nv.dtype],

@@ -38,11 +38,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+def _transformed(x, bias_ptr, columns, mask, scale, cap, inner):
     """z = scale * x, or cap * tanh(inner * x), of the raw logits plus the bias."""
-    if HAS_BIAS:
+    if bias_ptr is not None:
         x += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(x.dtype)
-    if HAS_CAP:
+    if cap is not None:
         return cap * _tanh(inner * x)
     return scale * x
 
@@ -76,11 +76,6 @@ def _row_stats_kernel(
     inner,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
-    ARGMAX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -96,24 +91,24 @@ def _row_stats_kernel(
         columns = start + tl.arange(0, BLOCK)
         mask = columns < C
         x = tl.load(logits_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
-        z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
-        if MEAN:
+        z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner)
+        if logit_sum_ptr is not None:
             lane_total += tl.where(mask, z, 0.0)
         z = tl.where(mask, z, float("-inf"))
         above = z > lane_max
         # One exponential an element, of minus the distance to the lane's maximum, whichever side is the larger.
         distance = tl.abs(z - lane_max)  # NaN where z is: a maximum with 0 would make it 0
         decay = tl.exp(-distance)
-        if ENTROPY:
+        if shifted_ptr is not None:
             finite = tl.minimum(distance, 1e30)
             lane_shifted = tl.where(above, decay * (lane_shifted - finite * lane_sum), lane_shifted - decay * finite)
         lane_sum = tl.where(above, lane_sum * decay + 1.0, lane_sum + decay)
-        if ARGMAX:
+        if argmax_ptr is not None:
             lane_argmax = tl.where(above, columns, lane_argmax)
         lane_max = tl.where(above, z, lane_max)
 
     slice_max = tl.max(lane_max, 0)
-    if ARGMAX:
+    if argmax_ptr is not None:
         slice_argmax = tl.min(tl.where(lane_max == slice_max, lane_argmax, C), 0)
     old_max = tl.load(max_ptr + row)
     new_max = tl.maximum(old_max, slice_max)
@@ -122,16 +117,16 @@ def _row_stats_kernel(
     old_drop = tl.maximum(old_max, lowest) - new_max
     old_decay = tl.exp(old_drop)
     old_sum = tl.load(sumexp_ptr + row)
-    if ENTROPY:
+    if shifted_ptr is not None:
         old_shifted = tl.load(shifted_ptr + row)
         shifted = tl.sum(lane_decay * (lane_shifted + tl.maximum(lane_drop, -1e30) * lane_sum), 0)
         tl.store(shifted_ptr + row, shifted + old_decay * (old_shifted + tl.maximum(old_drop, -1e30) * old_sum))
     tl.store(sumexp_ptr + row, tl.sum(lane_sum * lane_decay, 0) + old_decay * old_sum)
     # Nothing but -inf so far: no maximum either.
     tl.store(max_ptr + row, tl.where(new_max == lowest, float("-inf"), new_max))
-    if MEAN:
+    if logit_sum_ptr is not None:
         tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(lane_total, 0))
-    if ARGMAX:
+    if argmax_ptr is not None:
         old_argmax = tl.load(argmax_ptr + row)
         tl.store(argmax_ptr + row, tl.where(slice_max > old_max, slice_argmax.to(tl.int64) + v_start, old_argmax))
 
@@ -139,7 +134,7 @@ def _row_stats_kernel(
         column = tl.load(labels_ptr + row * K + k) - v_start
         inside = (column >= 0) & (column < C)
         x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        z = _transformed(x, bias_ptr, column, inside, scale, cap, inner, HAS_BIAS, HAS_CAP)
+        z = _transformed(x, bias_ptr, column, inside, scale, cap, inner)
         tl.store(label_logit_ptr + row * K + k, z, mask=inside)
 
 
@@ -166,10 +161,6 @@ def _row_grad_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     OUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    CONSTANT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     out_ptr = logits_ptr.to(tl.pointer_type(OUT), bitcast=True) + row * out_stride
@@ -177,9 +168,9 @@ def _row_grad_kernel(
     top = tl.load(max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     prob = tl.load(prob_ptr + row)
-    if ENTROPY:
+    if logp_slope_ptr is not None:
         logp_slope = tl.load(logp_slope_ptr + row)
-    if CONSTANT:
+    if constant_ptr is not None:
         constant = tl.load(constant_ptr + row)
     end = _end(C, PADDED)
     # In order: a narrower output overwrites only columns that were read before.
@@ -187,19 +178,19 @@ def _row_grad_kernel(
         columns = start + tl.arange(0, BLOCK)
         mask = columns < C
         x = tl.load(logits_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
-        z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
+        z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner)
         logp = (z - top) - log_sum
         p = tl.exp(logp)
-        if ENTROPY:
+        if logp_slope_ptr is not None:
             grad = p * (prob + logp_slope * tl.maximum(logp, -1e30))
         else:
             grad = p * prob
-        if CONSTANT:
+        if constant_ptr is not None:
             grad += constant
         for k in range(0, K):
             column = tl.load(labels_ptr + row * K + k) - v_start
             grad += tl.where(columns == column, tl.load(label_ptr + row * K + k), 0.0)
-        if HAS_CAP:
+        if cap is not None:
             tanh = z * cap_slope
             grad *= 1.0 - tanh * tanh
         # Every thread has read its columns before any writes into the storage that they share.
@@ -210,24 +201,21 @@ def _row_grad_kernel(
 
 
 @triton.jit
-def _exp_tile(
-    logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner,
-    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
+def _exp_tile(logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK: tl.constexpr):
     """(columns, mask, z, z without the label, exp(z - shift) without it) of one block; -inf beyond the tile."""
     columns = start + tl.arange(0, BLOCK)
     mask = columns < C
     x = tl.load(logits_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
-    z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner, HAS_BIAS, HAS_CAP)
+    z = _transformed(x, bias_ptr, columns, mask, scale, cap, inner)
     z = tl.where(mask, z, float("-inf"))
     others = tl.where(columns == label, float("-inf"), z)
     return columns, mask, z, others, tl.exp(others - shift)
 
 
 @triton.jit
-def _store_exp(out_ptr, columns, end, z, e, cap_slope, HAS_CAP: tl.constexpr):
+def _store_exp(out_ptr, columns, end, z, e, cap_slope):
     """0 beyond the tile."""
-    if HAS_CAP:
+    if cap_slope is not None:
         tanh = tl.where(e == 0.0, 0.0, z * cap_slope)
         e *= 1.0 - tanh * tanh
     tl.store(out_ptr + columns, e.to(out_ptr.dtype.element_ty), mask=columns < end)
@@ -244,7 +232,7 @@ def _row_exp_kernel(
     argmax_ptr,
     top_ptr,
     out_ptr,  # (n, C), the exponentials
-    earlier_ptr,  # (n, EARLIER), those of the row's earlier slices
+    earlier_ptr,  # (n, earlier_columns), those of the row's earlier slices
     row_stride,
     out_stride,
     earlier_stride,
@@ -258,16 +246,11 @@ def _row_exp_kernel(
     largest_sum,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    MEAN: tl.constexpr,
-    ARGMAX: tl.constexpr,
-    STORE: tl.constexpr,
-    EARLIER: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
-    out_ptr += row * out_stride
+    if out_ptr is not None:
+        out_ptr += row * out_stride
     pivot = tl.load(pivot_ptr + row)
     unset = pivot == float("-inf")
     shift = tl.where(unset, 0.0, pivot)
@@ -279,32 +262,28 @@ def _row_exp_kernel(
     lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     lane_argmax = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, C, BLOCK):
-        columns, mask, z, _, e = _exp_tile(
-            logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
-        )
-        if MEAN:
+        columns, mask, z, _, e = _exp_tile(logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK)
+        if logit_sum_ptr is not None:
             lane_total += tl.where(mask, z, 0.0)
-        if ARGMAX:
+        if argmax_ptr is not None:
             lane_argmax = tl.where(z > lane_max, columns, lane_argmax)
             lane_max = tl.where(z > lane_max, z, lane_max)
         lane_sum += e
-        if STORE:
-            _store_exp(out_ptr, columns, end, z, e, cap_slope, HAS_CAP)
+        if out_ptr is not None:
+            _store_exp(out_ptr, columns, end, z, e, cap_slope)
     total = tl.sum(lane_sum, 0)
     others = tl.load(others_ptr + row)
     # Rare: the exponentials are made again over a pivot that is the slice's maximum.
     if (total > largest_sum) | unset:
         lane_top = tl.full((BLOCK,), float("-inf"), tl.float32)
         for start in range(0, C, BLOCK):
-            _, _, _, z, _ = _exp_tile(
-                logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
-            )
+            _, _, _, z, _ = _exp_tile(logits_ptr, bias_ptr, start, label, C, end, shift, scale, cap, inner, BLOCK)
             lane_top = tl.maximum(lane_top, z)
         top = tl.max(lane_top, 0)
         if top > pivot:
             decay = tl.exp(pivot - top)
             others *= decay
-            if EARLIER:
+            if earlier_ptr is not None:
                 earlier_ptr += row * earlier_stride
                 for start in range(0, earlier_columns, BLOCK):
                     columns = start + tl.arange(0, BLOCK)
@@ -315,17 +294,17 @@ def _row_exp_kernel(
             lane_sum = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, C, BLOCK):
                 columns, mask, z, _, e = _exp_tile(
-                    logits_ptr, bias_ptr, start, label, C, end, pivot, scale, cap, inner, BLOCK, HAS_BIAS, HAS_CAP
+                    logits_ptr, bias_ptr, start, label, C, end, pivot, scale, cap, inner, BLOCK
                 )
                 lane_sum += e
-                if STORE:
-                    _store_exp(out_ptr, columns, end, z, e, cap_slope, HAS_CAP)
+                if out_ptr is not None:
+                    _store_exp(out_ptr, columns, end, z, e, cap_slope)
             total = tl.sum(lane_sum, 0)
     tl.store(pivot_ptr + row, pivot)
     tl.store(others_ptr + row, others + total)
-    if MEAN:
+    if logit_sum_ptr is not None:
         tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(lane_total, 0))
-    if ARGMAX:
+    if argmax_ptr is not None:
         slice_max = tl.max(lane_max, 0)
         slice_argmax = tl.min(tl.where(lane_max == slice_max, lane_argmax, C), 0)
         old_top = tl.load(top_ptr + row)
@@ -341,14 +320,25 @@ _TRITON_DTYPE = {
 }
 
 
-def _scalars(transform: LogitTransform) -> dict[str, float]:
-    """scale: dz/dx without the cap's derivative. cap, inner, cap_slope: z = cap tanh(inner x), tanh = cap_slope z."""
-    softcap = float(transform.softcap or 1.0)  # a launch takes no numpy.float32
+def _scalars(transform: LogitTransform) -> dict[str, float | None]:
+    """scale: dz/dx without the cap's derivative. cap, inner: z = cap tanh(inner x), None without one."""
+    if transform.softcap is None:
+        return {"scale": transform.slope, "cap": None, "inner": None}
+    softcap = float(transform.softcap)  # a launch takes no numpy.float32
     return {
         "scale": transform.slope,
         "cap": softcap / transform.temperature,
         "inner": transform.logit_scale / softcap,
     }
+
+
+def _cap_slope(transform: LogitTransform) -> float | None:
+    """tanh(inner x) is this times z."""
+    return None if transform.softcap is None else transform.temperature / float(transform.softcap)
+
+
+def packed(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def on_device_of(t: Tensor):
@@ -386,18 +376,17 @@ def row_stats(
     n, columns = logits_nv.shape
     if n == 0:
         return
-    unused = stats.max_N
     with on_device_of(logits_nv):
         _row_stats_kernel[(n,)](
             logits_nv,
-            logits_nv if bias_v is None else bias_v.contiguous(),
+            packed(bias_v),
             labels_nk.contiguous(),
             stats.max_N,
             stats.sumexp_N,
             stats.label_logit_NK,
-            unused if stats.shifted_sum_N is None else stats.shifted_sum_N,
-            unused if stats.logit_sum_N is None else stats.logit_sum_N,
-            unused if stats.argmax_N is None else stats.argmax_N,
+            stats.shifted_sum_N,
+            stats.logit_sum_N,
+            stats.argmax_N,
             logits_nv.stride(0),
             columns,
             labels_nk.shape[1],
@@ -405,11 +394,6 @@ def row_stats(
             **_scalars(transform),
             BLOCK=_block(columns, BLOCK_COLUMNS),
             PADDED=_padded(logits_nv),
-            HAS_BIAS=bias_v is not None,
-            HAS_CAP=transform.softcap is not None,
-            ENTROPY=stats.shifted_sum_N is not None,
-            MEAN=stats.logit_sum_N is not None,
-            ARGMAX=stats.argmax_N is not None,
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )
@@ -434,20 +418,19 @@ def row_exp(
     n, columns = logits_nv.shape
     if n == 0:
         return
-    unused, softcap = stats.max_N, transform.softcap
-    block = EXP_BLOCK_COLUMNS if bias_v is None and softcap is None else EXP_BLOCK_COLUMNS // 2
+    block = EXP_BLOCK_COLUMNS if bias_v is None and transform.softcap is None else EXP_BLOCK_COLUMNS // 2
     with on_device_of(logits_nv):
         _row_exp_kernel[(n,)](
             logits_nv,
-            logits_nv if bias_v is None else bias_v.contiguous(),
+            packed(bias_v),
             labels_nk.contiguous(),
             stats.max_N,
             stats.others_N,
-            unused if stats.logit_sum_N is None else stats.logit_sum_N,
-            unused if stats.argmax_N is None else stats.argmax_N,
-            unused if stats.top_N is None else stats.top_N,
-            unused if out_nv is None else out_nv,
-            unused if earlier_nc is None else earlier_nc,
+            stats.logit_sum_N,
+            stats.argmax_N,
+            stats.top_N,
+            out_nv,
+            earlier_nc,
             logits_nv.stride(0),
             0 if out_nv is None else out_nv.stride(0),
             0 if earlier_nc is None else earlier_nc.stride(0),
@@ -455,16 +438,10 @@ def row_exp(
             0 if earlier_nc is None else earlier_nc.shape[1],
             v_start,
             **_scalars(transform),
-            cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
+            cap_slope=_cap_slope(transform),
             largest_sum=LARGEST_SUM,
             BLOCK=_block(columns, block),
             PADDED=_padded(logits_nv) and (out_nv is None or _padded(out_nv)),
-            HAS_BIAS=bias_v is not None,
-            HAS_CAP=softcap is not None,
-            MEAN=stats.logit_sum_N is not None,
-            ARGMAX=stats.argmax_N is not None,
-            STORE=out_nv is not None,
-            EARLIER=earlier_nc is not None,
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )
@@ -486,37 +463,28 @@ def row_grad(
     out_nv = logits_nv.view(out_dtype)[:, :columns]
     if n == 0:
         return out_nv
-    softcap = transform.softcap
     max_n, log_sum_n = norms_2n
-
-    def vector(t: Tensor | None) -> Tensor:
-        return norms_2n if t is None else t.contiguous()
-
     with on_device_of(logits_nv):
         _row_grad_kernel[(n,)](
             logits_nv,
-            vector(bias_v),
-            vector(labels_nk),
+            packed(bias_v),
+            packed(labels_nk),
             max_n.contiguous(),
             log_sum_n.contiguous(),
-            vector(coefficients.prob_N),
-            vector(coefficients.logp_slope_N),
-            vector(coefficients.constant_N),
-            vector(coefficients.label_NK),
+            packed(coefficients.prob_N),
+            packed(coefficients.logp_slope_N),
+            packed(coefficients.constant_N),
+            packed(coefficients.label_NK),
             logits_nv.stride(0),
             logits_nv.stride(0) * ratio,
             columns,
             labels_nk.shape[1],
             v_start,
             **_scalars(transform),
-            cap_slope=0.0 if softcap is None else transform.temperature / float(softcap),
+            cap_slope=_cap_slope(transform),
             BLOCK=_block(columns, BLOCK_COLUMNS),
             PADDED=_padded(logits_nv),
             OUT=_TRITON_DTYPE[out_dtype],
-            HAS_BIAS=bias_v is not None,
-            HAS_CAP=softcap is not None,
-            ENTROPY=coefficients.logp_slope_N is not None,
-            CONSTANT=coefficients.constant_N is not None,
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import LAUNCH_OPTIONS, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, on_device_of, packed
 
 MAX_SEQUENCES = 4096
 # From tokens to tokens in the same launch.
@@ -26,9 +26,9 @@ LOWEST = tl.constexpr(-1.7e308)
 
 
 @triton.jit
-def _segments(cu_seqlens_ptr, rows, inside, T, PACKED: tl.constexpr):
+def _segments(cu_seqlens_ptr, rows, inside, T):
     """Start and number of the rows' tokens: padded (B, T), or packed."""
-    if PACKED:
+    if cu_seqlens_ptr is not None:
         begin = tl.load(cu_seqlens_ptr + rows, mask=inside, other=0).to(tl.int64)
         length = tl.load(cu_seqlens_ptr + rows + 1, mask=inside, other=0).to(tl.int64) - begin
     else:
@@ -40,10 +40,10 @@ def _segments(cu_seqlens_ptr, rows, inside, T, PACKED: tl.constexpr):
 @triton.jit
 def _token_sums(
     ref_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, T, ignore_index,
-    TIME: tl.constexpr, PACKED: tl.constexpr, TOKEN_REF: tl.constexpr,
+    TIME: tl.constexpr, TOKEN_REF: tl.constexpr,
 ):  # fmt: skip
     """Sums of each row: the reference's log-probs over the labels that count, and their number."""
-    begin, length = _segments(cu_seqlens_ptr, rows, inside, T, PACKED)
+    begin, length = _segments(cu_seqlens_ptr, rows, inside, T)
     total = tl.zeros(rows.shape, tl.float64)
     count = tl.zeros(rows.shape, tl.int64)
     for start in tl.range(0, tl.max(length, 0).to(tl.int32), TIME, num_stages=1):
@@ -61,10 +61,10 @@ def _token_sums(
 @triton.jit
 def _spread(
     token_weight_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, weight, T, ignore_index,
-    TIME: tl.constexpr, PACKED: tl.constexpr,
+    TIME: tl.constexpr,
 ):  # fmt: skip
     """Each row's weight at its tokens, 0 at those that are ignored."""
-    begin, length = _segments(cu_seqlens_ptr, rows, inside, T, PACKED)
+    begin, length = _segments(cu_seqlens_ptr, rows, inside, T)
     for start in tl.range(0, tl.max(length, 0).to(tl.int32), TIME, num_stages=1):
         time = start + tl.arange(0, TIME)[None, :]
         token = begin[:, None] + time
@@ -90,10 +90,7 @@ def _batch_weights_kernel(
     ignore_index,
     MEAN: tl.constexpr,
     REFERENCE: tl.constexpr,  # "none", "sum", "mean"
-    HAS_LENGTHS: tl.constexpr,
-    TOKENS: tl.constexpr,
     TOKEN_REF: tl.constexpr,
-    PACKED: tl.constexpr,
     ROWS: tl.constexpr,
     TIME: tl.constexpr,
 ):
@@ -101,13 +98,11 @@ def _batch_weights_kernel(
     inside = rows < B
     ref = tl.zeros((ROWS,), tl.float64)
     length = tl.full((ROWS,), 1, tl.int64)
-    if TOKENS:
-        ref, length = _token_sums(
-            ref_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, T, ignore_index, TIME, PACKED, TOKEN_REF
-        )
+    if labels_ptr is not None:
+        ref, length = _token_sums(ref_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, T, ignore_index, TIME, TOKEN_REF)
     if REFERENCE != "none" and not TOKEN_REF:
         ref = tl.load(ref_ptr + rows, mask=inside, other=0.0).to(tl.float64)
-    if HAS_LENGTHS:
+    if lengths_ptr is not None:
         length = tl.load(lengths_ptr + rows, mask=inside, other=0).to(tl.int64)
 
     # Few divisions: one in fp64 is a subroutine, whose calls make the compiler spill.
@@ -130,8 +125,8 @@ def _batch_weights_kernel(
     tl.store(log_z_ptr, top + tl.log(total))
     weight = share * (1.0 / tl.where(total == 0.0, 1.0, total))
     tl.store(weight_ptr + rows, weight, mask=inside)
-    if TOKENS:
-        _spread(token_weight_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, weight, T, ignore_index, TIME, PACKED)
+    if labels_ptr is not None:
+        _spread(token_weight_ptr, labels_ptr, cu_seqlens_ptr, rows, inside, weight, T, ignore_index, TIME)
 
 
 def var_weights(
@@ -154,31 +149,27 @@ def var_weights(
     MAX_TOKENS; they give the lengths where ``lengths`` is None. Rows of length 0 have weight 0 and no part in Z. B is
     at most MAX_SEQUENCES.
     """
-    num_rows, device, tokens, packed = rewards.shape[0], rewards.device, labels is not None, cu_seqlens is not None
+    num_rows, device, tokens = rewards.shape[0], rewards.device, labels is not None
     block = max(16, triton.next_power_of_2(num_rows))
     weight_B, log_z, ess = (torch.empty(size, dtype=dtype, device=device) for size in (num_rows, 1, 1))
-    unused = token_weight = weight_B
+    token_weight = None
     if tokens:
         # Rows behind the last packed sequence belong to none: they stay 0.
-        token_weight = (torch.zeros if packed else torch.empty)(labels.shape, dtype=dtype, device=device)
-    ref_logp = unused if reference == "none" else ref_logp
-    inputs = [unused if t is None else t.contiguous() for t in (rewards, ref_logp, lengths, labels, cu_seqlens)]
+        token_weight = (torch.empty if cu_seqlens is None else torch.zeros)(labels.shape, dtype=dtype, device=device)
+    ref_logp = None if reference == "none" else ref_logp
     with on_device_of(rewards):
         _batch_weights_kernel[(1,)](
-            *inputs, weight_B, log_z, ess, token_weight,
+            *map(packed, (rewards, ref_logp, lengths, labels, cu_seqlens)), weight_B, log_z, ess, token_weight,
             B=num_rows,
-            T=labels.shape[1] if tokens and not packed else 0,
+            T=labels.shape[1] if tokens and cu_seqlens is None else 0,
             inverse_lam_bits=struct.unpack("q", struct.pack("d", 1.0 / lam))[0],  # a scalar argument would be fp32
             ignore_index=int(ignore_index),
             MEAN=mean,
             REFERENCE=reference,
-            HAS_LENGTHS=lengths is not None,
-            TOKENS=tokens,
-            TOKEN_REF=tokens and reference != "none" and ref_logp.shape == labels.shape,
-            PACKED=packed,
+            TOKEN_REF=tokens and ref_logp is not None and ref_logp.shape == labels.shape,
             ROWS=block,
             TIME=max(1, TOKEN_TILE // block),
             num_warps=LARGE_BATCH_WARPS if block >= LARGE_BATCH else NUM_WARPS,
             **LAUNCH_OPTIONS,
         )  # fmt: skip
-    return weight_B, log_z.squeeze(0), ess.squeeze(0), token_weight if tokens else None
+    return weight_B, log_z.squeeze(0), ess.squeeze(0), token_weight

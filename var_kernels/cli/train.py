@@ -17,11 +17,7 @@ from var_kernels.cli.options import coerce, key_values, no_such_model, pair_up, 
 INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
 # name: (type, default, help). The defaults of _CONFIG are AlignConfig's own, shown here without importing it.
 _RUN = {
-    "method": (
-        str,
-        "var",
-        "the loss: var, sft, dpo, ipo, sail_pp, ...; `var-kernels methods` lists them",
-    ),
+    "method": (str, "var", "the loss: var, sft, dpo, ipo, sail_pp, ...; `var-kernels methods` lists them"),
     "model": (str, None, "name or path of a causal LM, or of an adapter, which is merged into its base"),
     "from_scratch": (str, None, "instead of --model: a new one, e.g. hidden=128,layers=2,heads=4,vocab=4096"),
     "teacher": (str, None, "name or path of the teacher of --method distill, with the model's tokenizer"),
@@ -30,18 +26,9 @@ _RUN = {
     "subset": (str, None, "configuration of a hub data set"),
     "eval_dataset": (str, None, "file or name to evaluate on, with --eval-strategy epoch or steps"),
     "eval_split": (str, None, "split of a hub --eval-dataset (default test)"),
-    "reward": (
-        str,
-        None,
-        "module:function, called with (prompts, completions, **columns); replaces rewards in the data; several, with "
-        "weights: a:f,b:g*0.5",
-    ),
+    "reward": (str, None, "module:function of (prompts, completions, **columns), for the data's; several: a:f,b:g*0.5"),
     "sampler": (str, None, "module:name of what draws completions, for --online in place of the model's own generate"),
-    "reward_model": (
-        str,
-        None,
-        "sequence classifier with one label, or what ava_p or bradley_terry saved, for --reward",
-    ),
+    "reward_model": (str, None, "for --reward: sequence classifier with one label, or what ava_p, bradley_terry saved"),
     "reward_model_chat": (bool, False, "wrap plain text in messages for --reward-model"),
     "columns": (str, None, "names in the data for the columns wanted, e.g. prompt=question,completion=answer"),
     "skip_malformed": (bool, False, "leave out malformed rows (and say how many) in place of stopping"),
@@ -96,16 +83,8 @@ _ONLINE = {
         None,
         "of the log-probs that the loss reads (by default the draws' for policy gradients)",
     ),
-    "importance_cap": (
-        float,
-        None,
-        "of min(exp(lp_old - lp_sampler), cap), with --sampler: truncated importance weights of tokens",
-    ),
-    "refresh_reference": (
-        bool,
-        None,
-        "the reference is the policy at the iteration's start (by default all but sail, grpo)",
-    ),
+    "importance_cap": (float, None, "of tokens' importance weights min(exp(lp_old - lp_sampler), cap), with --sampler"),
+    "refresh_reference": (bool, None, "the reference is the policy at the iteration's start (default: not sail, grpo)"),
 }
 
 
@@ -451,7 +430,7 @@ def last_complete_checkpoint(output_dir: Path) -> str | None:
 def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str | None):
     from transformers import AutoTokenizer
 
-    from var_kernels.integrations.trainer.loading import load_causal_lm
+    from var_kernels.integrations.trainer.loading import check_folder, load_causal_lm
 
     if settings["from_scratch"]:
         from var_kernels.integrations.from_scratch import ScratchSpec, make_model, train_tokenizer
@@ -463,8 +442,7 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
         tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else train_tokenizer(texts, spec.vocab)
         return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
     name = settings["model"]
-    if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"model: no such directory: {name}")
+    check_folder("model", name)
     try:
         model = load_causal_lm(name, settings["dtype"])
         return model, AutoTokenizer.from_pretrained(name)

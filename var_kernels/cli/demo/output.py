@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil  # accelerate needs it, too
+
 METRICS = "metrics.json"
 REPORT = "report.html"
-_OWN = (
-    METRICS,
-    "data",
-    "models",
-    "samples.jsonl",
-    "history.jsonl",
-    REPORT,
-)  # the mark first; the report, which speaks of all, last
+# The mark first; the report, which speaks of all, last.
+_OWN = (METRICS, "data", "models", "samples.jsonl", "history.jsonl", REPORT)
 _MARK = "var-kernels demo"
 
 
@@ -59,19 +55,8 @@ def _clear_abandoned(target: Path) -> None:
     """Remove the staging folders of runs that were killed."""
     for folder in target.glob(".partial-*"):
         pid = folder.name.removeprefix(".partial-")
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        if os.name == "posix":
-            os.kill(pid, 0)  # asks only; elsewhere it would end the process
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _is_ours(target: Path) -> bool:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from var_kernels.integrations.trainer.progress import duration
+
 LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
@@ -67,9 +69,5 @@ class Phases:
         all_done = sum(self.expected[earlier] for earlier in self.seconds) + self.expected[name] * done / steps
         rest = (sum(self.expected.values()) - all_done) * (self._clock() - self._begun) / all_done
         left = (steps - done) * seconds / done
-        text = f"  {name}: {done} of {steps}, {_clock_time(left)} left; all {_clock_time(rest)} left"
+        text = f"  {name}: {done} of {steps}, {duration(left)} left; all {duration(rest)} left"
         self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def _clock_time(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

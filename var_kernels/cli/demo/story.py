@@ -33,6 +33,7 @@ from var_kernels.cli.demo.replies import (
 from var_kernels.cli.demo.report import write_report
 from var_kernels.cli.demo.subject import pretrained, question
 from var_kernels.cli.demo.table import print_results
+from var_kernels.integrations.trainer.loading import check_folder
 from var_kernels.integrations.trainer.rewards import load_function
 from var_kernels.losses import var_weights
 
@@ -72,8 +73,7 @@ def tell(
 def _choose(model, reward, plan: Plan, device, console: Console) -> tuple[Make, Plan]:
     """The pretrained model; where none can be had and none was asked for, the small world of a checkout."""
     reward_function = load_function(reward) if reward else None
-    if model is not None and model.count("/") > 1 and not Path(model).exists():
-        raise FileNotFoundError(f"model: no such directory: {model}")
+    check_folder("model", model or "")
     if model is None:
         from var_kernels.integrations.pretrained import fetch
 
@@ -132,7 +132,8 @@ def _tell(output: str, plan: Plan, seed: int, device: torch.device, make: Make, 
         with Phases(console, expected) as phases:
             with phases.phase(_LOAD, steps) as advance:
                 subject = make(Run(plan, seed, folder, device), advance)
-            run = Run(plan, seed, folder, device, min(experiment.longest_row(subject, plan), _positions(subject)))
+            positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+            run = Run(plan, seed, folder, device, min(experiment.longest_row(subject, plan), positions))
             results = _experiment(run, subject, phases)
             with phases.phase(_REPORT):
                 results["seconds"] = {**phases.seconds, "all": time.monotonic() - began}
@@ -193,7 +194,7 @@ def _align_all(run: Run, subject: Subject, rows: list[dict], phases: Phases):
             began = time.monotonic()
             policies[name], history[name] = experiment.align(name, subject, rows, run, advance)
             seconds[name] = time.monotonic() - began
-            folder = run.folder / "models" / _slug(name)
+            folder = run.folder / "models" / name.lower().replace(" ", "-")
             policies[name].save_pretrained(folder)
             subject.tokenizer.save_pretrained(folder)
     lines = ({"model": name, **entry} for name, log in history.items() for entry in log)
@@ -267,16 +268,8 @@ def _first_replies(replies: dict[str, Drawn]) -> list[dict]:
     ]
 
 
-def _positions(subject: Subject) -> int:
-    return getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
-
 def _align(name: str) -> str:
     return f"Align by {name}" if name in ("VAR", "DPO") else f"Train by {name}"
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
 
 
 def _machine(device: torch.device) -> str:

@@ -1,11 +1,18 @@
 """A causal LM, and a tokenizer, by name or path."""
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
+
+
+def check_folder(option: str, name: str) -> None:
+    """Refuse a path that leads nowhere; names on the hub have one slash at most."""
+    if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{option}: no such directory: {name}")
 
 
 def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:

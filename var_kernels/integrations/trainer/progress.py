@@ -45,7 +45,7 @@ class ProgressLines:
         left = (self.total - self.done) / rate if rate else 0.0
         logger.info(
             "%s: %d of %d %ss (%.0f %%), %s, %s left", self.title, self.done, self.total, self.unit,
-            100 * self.done / self.total, _rate(rate, self.unit), _duration(left),
+            100 * self.done / self.total, _rate(rate, self.unit), duration(left),
         )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def _rate(rate: float, unit: str) -> str:
     return f"{rate:.3g} {unit}s/s" if rate >= 1 or not rate else f"{1 / rate:.3g} s/{unit}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -17,7 +17,7 @@ from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.model import next_labels
 from var_kernels.integrations.trainer.collator import Items, RowCollator
-from var_kernels.integrations.trainer.loading import load_causal_lm, pad_token
+from var_kernels.integrations.trainer.loading import check_folder, load_causal_lm, pad_token
 from var_kernels.integrations.trainer.scoring import over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
 
@@ -89,8 +89,7 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         path = str(path)
-        if os.sep in path and not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-            raise FileNotFoundError(f"reward model: no such directory: {path}")
+        check_folder("reward model", path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         head = None
         if (Path(path) / _HEAD_FILE).is_file():

@@ -7,6 +7,7 @@ from string import Template
 from var_kernels.cli.demo import plots
 
 _MINUS = "\N{MINUS SIGN}"
+_POSITIVE = 0.05  # VADER's own threshold of a positive text
 
 
 def write_report(path: Path, results: dict) -> None:
@@ -134,13 +135,9 @@ def _sample(row: dict) -> str:
     cells = [escape(row["question"])]
     for name in ("reference", "VAR"):
         reply = row["replies"][name]
-        kind = "good" if reward_is_good(reply["reward"]) else "bad" if reply["reward"] < 0 else "points"
+        kind = "good" if reply["reward"] > _POSITIVE else "bad" if reply["reward"] < 0 else "points"
         cells.append(f'{escape(reply["text"])}<br><span class="tag {kind}">{signed(reply["reward"])}</span>')
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def reward_is_good(reward: float) -> bool:
-    return reward > 0.05  # VADER's own threshold of a positive text
 
 
 def _load(question: str, chat: bool) -> str:

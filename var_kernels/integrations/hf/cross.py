@@ -166,12 +166,7 @@ class _Scorer:
             if head.low_rank is not None:
                 options["low_rank"] = (rows_of(head.low_rank[0]), head.low_rank[1])
             return linear_logprob(
-                rows_of(hidden),
-                head.lm_head_weight,
-                labels_here,
-                head.bias,
-                **options,
-                workspace_mb=self.workspace_mb,
+                rows_of(hidden), head.lm_head_weight, labels_here, head.bias, **options, workspace_mb=self.workspace_mb
             )
 
         if "output_router_logits" in inspect.signature(inner_model(self.model).forward).parameters:

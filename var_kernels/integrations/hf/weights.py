@@ -35,11 +35,7 @@ _REMEDY = (
     "merge it first (merge_and_unload(), right only where the lm_head is not tied to the embedding)"
 )
 # Around nn.Linear and around quantised layers; all add the same term.
-_LORA_LAYERS = (
-    "tuners.lora.layer.Linear",
-    "tuners.lora.bnb.Linear4bit",
-    "tuners.lora.torchao.TorchaoLoraLinear",
-)
+_LORA_LAYERS = ("tuners.lora.layer.Linear", "tuners.lora.bnb.Linear4bit", "tuners.lora.torchao.TorchaoLoraLinear")
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -247,12 +247,7 @@ _VAR = {
     "reference": (str, DEFAULT_REFERENCE, "reference term in VAR's weights: none, mean or sum"),
 }
 _SFT_ON = {"sft_on": (str, "best", "likelihood of the best completion of each prompt (or the chosen one), or of all")}
-_SFT = {
-    "items": collator.sft_items,
-    "need_rewards": "optional",
-    "prepare": row_weights.tokens,
-    "settings": _SFT_ON,
-}
+_SFT = {"items": collator.sft_items, "need_rewards": "optional", "prepare": row_weights.tokens, "settings": _SFT_ON}
 _ALOL = {"head": "fitted", "prepare": row_weights.alol}
 
 

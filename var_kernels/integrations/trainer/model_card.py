@@ -11,16 +11,9 @@ from var_kernels.integrations.files import atomic_write
 from var_kernels.integrations.trainer.callbacks import METRICS_FILE, complete_lines
 
 _SHOWN = (
-    *("max_length", "learning_rate", "lr_scheduler_type"),
-    *(
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_steps",
-        "warmup_steps",
-        "weight_decay",
-    ),
-    *("max_grad_norm", "seed", "bf16", "fp16", "disable_dropout", "precompute_ref_log_probs", "sync_ref_model"),
+    *("max_length", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "bf16", "fp16"),
+    *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model"),
 )
 
 
@@ -51,9 +44,8 @@ def write_model_card(trainer) -> None:
             "",
             f"# {Path(args.output_dir).resolve().name}",
             "",
-            f"{type(model).__name__} with {count:,} parameters{only}, trained from "
-            f"{base} by "
-            f"{args.method.upper()} on {rows:,} completions ({items:,} items), {trainer.state.global_step} steps.",
+            f"{type(model).__name__} with {count:,} parameters{only}, trained from {base} by {args.method.upper()} on "
+            f"{rows:,} completions ({items:,} items), {trainer.state.global_step} steps.",
             "",
             "## Settings",
             "",

@@ -337,10 +337,7 @@ def _memory_lines(model, config, batch: tuple[int, int], live_reference: bool) -
         f"activations of {batch[0]} x {batch[1]:,} tokens": _activations(model, config, batch),
     }
     known = [size for size in parts.values() if size is not None]
-    lines = [
-        "memory, an estimate",
-        f"  parameters {_count(parameters):,}, of which {_count(learned):,} are trained",
-    ]
+    lines = ["memory, an estimate", f"  parameters {_count(parameters):,}, of which {_count(learned):,} are trained"]
     for part, size in parts.items():
         if size != 0:
             lines.append(f"  {part:<40}" + ("unknown" if size is None else f"{size / MIB:>10,.1f} MiB"))

@@ -71,7 +71,7 @@ def _without_effect(rows, config, method, name: str, *, partly: bool) -> str:
         if float(reward[0]) == 0 and multiplies:
             return f"{equal}, by which {who} multiplies: nothing would be learnt; give rewards that differ from 0"
         logger.warning("%s: rewards tell no completion from another: %s", name, equal)
-    elif _squashes(method, config) and _spread(reward.sigmoid()) < MIN_REWARD_SPREAD:
+    elif getattr(config, "squash", method.loss.name == "rgold") and _spread(reward.sigmoid()) < MIN_REWARD_SPREAD:
         logger.warning(
             "%s: rewards have hardly an effect: %s reads their sigmoid, which differs by %.2g at most from %g to %g; "
             "scale them to about -2 to 2%s", name, who, _spread(reward.sigmoid()), float(reward.min()),
@@ -134,11 +134,6 @@ def _check_scale(spread: float, where: str, rows, config, name: str) -> None:
             "a thousandth; at half that spread the better one counts seven times as much",
             name, setting, scale, where, spread,
         )  # fmt: skip
-
-
-def _squashes(method, config) -> bool:
-    """True where the loss reads the sigmoid of a reward."""
-    return getattr(config, "squash", method.loss.name == "rgold")
 
 
 def _spread(reward: torch.Tensor) -> float:

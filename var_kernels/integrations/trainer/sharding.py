@@ -18,11 +18,6 @@ from var_kernels.integrations.hf.model import find_head, inner_model
 from var_kernels.integrations.hf.weights import is_dtensor
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """True where ZeRO-3 holds the weights in parts already: they are empty tensors here."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def rows_of(weight: Tensor) -> int:
     """The first dimension of a weight, also of one that ZeRO-3 holds in parts."""
     return getattr(weight, "ds_shape", weight.shape)[0]
@@ -63,7 +58,7 @@ def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> N
             "model: its weights are spread over ranks already (tensor parallelism, a distributed_config), but every "
             "rank must hold rows of its own: load it plain, and let accelerate spread it (FSDP, ZeRO)"
         )
-    if is_partitioned(model):
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # empty here, ZeRO-3 holds them in parts
         find_head(inner_model(model))
         return
     found: Any = None

@@ -349,7 +349,11 @@ class OnlineLoop(TrainerCallback):
                  "importance_cap")  # fmt: skip
         settings = {name: getattr(args, name) for name in names}
         prompts = [(prompt.ids, prompt.columns) for prompt in self._prompts_of(iteration)]
-        return {**settings, "steps_per_iteration": self.steps, "prompts": _digest(prompts)}
+        return {
+            **settings,
+            "steps_per_iteration": self.steps,
+            "prompts": hashlib.sha256(repr((prompts,)).encode()).hexdigest(),
+        }
 
     def _policy(self) -> str:
         """Hash of the weights that training moves."""
@@ -387,10 +391,6 @@ class OnlineLoop(TrainerCallback):
         if problems:
             raise DataError(problems, remedy=failures[0][2]) from failure
         raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
-
-
-def _digest(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def seed_of(*place) -> int:

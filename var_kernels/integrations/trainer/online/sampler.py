@@ -1,8 +1,7 @@
 """Completions from a policy: the interface, and transformers' ``generate`` behind it."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -93,7 +92,9 @@ class GenerateSampler:
             use_cache=True,
         )
         # generate fills what the settings leave open from the model's own, which may cut the distribution
-        with evaluating(inner), random_state(device, seed), swapped(inner, "generation_config", settings):
+        seeded = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with evaluating(inner), seeded, swapped(inner, "generation_config", settings):
+            torch.manual_seed(seed)
             output = inner.generate(
                 input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
@@ -103,14 +104,6 @@ class GenerateSampler:
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = [place for place, token in enumerate(ids) if token in self.end_token_ids]
         return ids[: ends[0] + 1] if ends else ids
-
-
-@contextmanager
-def random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """torch's generators (CPU and this device) seeded inside; afterwards as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> Samples:

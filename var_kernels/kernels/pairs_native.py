@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .pairs import KINDS, PairOptions
-from .rows_native import _cap_slope, _level, _ops, _scalars, packed
+from .rows_native import _level, _ops, packed
 
 # A narrower gradient lies in the tile's own storage.
 COPIES_GRADIENT = False
@@ -41,11 +41,11 @@ def pair_rows(
         pair.beta,
         stats + 2 * mixture + 4 * (upstream_n is not None),
         packed(bias_v),
-        *_scalars(transform),
+        *transform.scalars.values(),
         packed(ref_bias_v),
-        *_scalars(pair.ref_transform),
+        *pair.ref_transform.scalars.values(),
         None if upstream_n is None else upstream_n.float().contiguous(),
-        _cap_slope(transform),
+        transform.inverse_cap,
         out_dtype,
         out_nv,
         _level(),

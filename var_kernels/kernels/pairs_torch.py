@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import rows_torch
 from .pairs import NEGLIGIBLE, PairOptions, raise_maxima_
-from .rows_torch import _blocks, _math_dtype, _transformed
+from .rows_torch import _blocks, _transformed
 
 # A gradient in another dtype than the tile's is a copy.
 COPIES_GRADIENT = True
@@ -13,7 +13,8 @@ COPIES_GRADIENT = True
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
     """Upper bound of what one call allocates beside two (n, columns) tiles: six temporaries of a block each."""
-    return 6 * min(max(rows_torch.BLOCK_ELEMENTS, columns), n * columns) * _math_dtype(tile).itemsize
+    block = min(max(rows_torch.BLOCK_ELEMENTS, columns), n * columns)
+    return 6 * block * torch.promote_types(tile, torch.float32).itemsize
 
 
 def pair_rows(
@@ -32,7 +33,7 @@ def pair_rows(
 ) -> Tensor | None:
     """See ``kernels/pairs.py``."""
     n, columns = z_nv.shape
-    math = torch.promote_types(_math_dtype(z_nv.dtype), _math_dtype(w_nv.dtype))
+    math = torch.promote_types(torch.promote_types(z_nv.dtype, w_nv.dtype), torch.float32)
     for start, stop in _blocks(n, columns):
         state_6 = state_6n[:, start:stop]
         block_nv = z_nv[start:stop]

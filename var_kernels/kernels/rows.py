@@ -21,26 +21,36 @@ from torch import Tensor
 LARGEST_SUM = 1e17
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogitTransform:
     """c(): z = softcap * tanh(logit_scale * x / softcap) / temperature; without a softcap z = logit_scale * x /
     temperature.
+
+    ``scalars`` of the kernels: z = scale x, or cap tanh(inner x), 0 without a softcap. slope: dz/dx without the
+    softcap's own derivative, which is 1 - (inverse_cap z)^2.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
 
+    def __post_init__(self):
+        self.slope, self.cap, self.inner, self.inverse_cap = self.logit_scale / self.temperature, 0.0, 0.0, 0.0
+        if self.softcap is not None:
+            softcap = float(self.softcap)  # a launch takes no numpy.float32
+            self.cap, self.inner = softcap / self.temperature, self.logit_scale / softcap
+            self.inverse_cap = self.temperature / softcap
+        self.scalars = {"scale": self.slope, "cap": self.cap, "inner": self.inner}
+
     @property
-    def slope(self) -> float:
-        """dz/dx without the softcap's own derivative."""
-        return self.logit_scale / self.temperature
+    def is_identity(self) -> bool:
+        return self.slope == 1.0 and self.softcap is None
 
     def apply(self, x: Tensor) -> Tensor:
         """z of raw logits x, bias included."""
         if self.softcap is None:
             return x * self.slope
-        return (x * (self.logit_scale / self.softcap)).tanh() * (self.softcap / self.temperature)
+        return (x * self.inner).tanh() * self.cap
 
     def apply_(self, x_nv: Tensor, bias_v: Tensor | None) -> Tensor:
         """z of raw logits x and a bias, in place."""
@@ -48,21 +58,17 @@ class LogitTransform:
             x_nv += bias_v
         if self.softcap is None:
             return x_nv if self.is_identity else x_nv.mul_(self.slope)
-        return x_nv.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return x_nv.mul_(self.inner).tanh_().mul_(self.cap)
 
     def cap_slope(self, z: Tensor) -> Tensor | None:
         """The softcap's own derivative where the transform gives z; None without a softcap."""
         if self.softcap is None:
             return None
-        return (z * (self.temperature / self.softcap)).square_().neg_().add_(1.0)
+        return (z * self.inverse_cap).square_().neg_().add_(1.0)
 
     def derivative(self, z: Tensor) -> Tensor | float:
         """dz/dx where the transform gives z."""
         return self.slope if self.softcap is None else self.cap_slope(z).mul_(self.slope)
-
-    @property
-    def is_identity(self) -> bool:
-        return self.logit_scale == 1.0 and self.softcap is None and self.temperature == 1.0
 
 
 @dataclass

@@ -56,18 +56,6 @@ def _level() -> int:
     return best_level() if LEVEL is None else LEVEL
 
 
-def _scalars(transform: LogitTransform) -> tuple[float, float, float]:
-    """(scale, cap, inner): z = scale * x, or cap * tanh(inner * x) where cap is not 0."""
-    if transform.softcap is None:
-        return transform.slope, 0.0, 0.0
-    return transform.slope, transform.softcap / transform.temperature, transform.logit_scale / transform.softcap
-
-
-def _cap_slope(transform: LogitTransform) -> float:
-    """tanh(inner * x) is this times z; 0 without a softcap."""
-    return 0.0 if transform.softcap is None else transform.temperature / transform.softcap
-
-
 def packed(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -104,7 +92,7 @@ def row_stats(
         stats.argmax_N,
         v_start,
         packed(bias_v),
-        *_scalars(transform),
+        *transform.scalars.values(),
         _level(),
     )
 
@@ -117,7 +105,7 @@ def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
 def exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc):
     """Arguments of ``row_exp`` and of gemm_native's ``product_exp``: statistics, place, transform, memory, level."""
     given = labels_nk.contiguous(), stats.max_N, stats.others_N
-    place = (v_start, packed(bias_v), *_scalars(transform), _cap_slope(transform))
+    place = v_start, packed(bias_v), *transform.scalars.values(), transform.inverse_cap
     return given, place, (out_nv, earlier_nc), _level()
 
 
@@ -157,8 +145,8 @@ def row_grad(
         packed(coefficients.constant_N),
         v_start,
         packed(bias_v),
-        *_scalars(transform),
-        _cap_slope(transform),
+        *transform.scalars.values(),
+        transform.inverse_cap,
         out_dtype,
         _level(),
     )

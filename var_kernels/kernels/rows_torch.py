@@ -19,11 +19,7 @@ _LOWEST = -1e30
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
     """Upper bound of what one call allocates beside an (n, columns) tile: four temporaries of a block each."""
-    return 4 * min(max(BLOCK_ELEMENTS, columns), n * columns) * _math_dtype(tile).itemsize
-
-
-def _math_dtype(tile: torch.dtype) -> torch.dtype:
-    return torch.float64 if tile == torch.float64 else torch.float32
+    return 4 * min(max(BLOCK_ELEMENTS, columns), n * columns) * torch.promote_types(tile, torch.float32).itemsize
 
 
 def _blocks(n: int, columns: int):
@@ -34,7 +30,7 @@ def _blocks(n: int, columns: int):
 
 def _transformed(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform, *, inplace: bool) -> Tensor:
     """z = c(x + b) in the arithmetic's dtype. In place it overwrites x, else x is left as it is."""
-    dtype = _math_dtype(x_nv.dtype)
+    dtype = torch.promote_types(x_nv.dtype, torch.float32)
     if bias_v is None and transform.is_identity:
         return x_nv.to(dtype)
     return transform.apply_(x_nv.to(dtype, copy=not inplace), bias_v)

@@ -321,20 +321,12 @@ _TRITON_DTYPE = {
 
 
 def _scalars(transform: LogitTransform) -> dict[str, float | None]:
-    """scale: dz/dx without the cap's derivative. cap, inner: z = cap tanh(inner x), None without one."""
-    if transform.softcap is None:
-        return {"scale": transform.slope, "cap": None, "inner": None}
-    softcap = float(transform.softcap)  # a launch takes no numpy.float32
-    return {
-        "scale": transform.slope,
-        "cap": softcap / transform.temperature,
-        "inner": transform.logit_scale / softcap,
-    }
+    """scale, cap and inner; those that a call without a softcap leaves out: None."""
+    return {name: value or None for name, value in transform.scalars.items()}
 
 
 def _cap_slope(transform: LogitTransform) -> float | None:
-    """tanh(inner x) is this times z."""
-    return None if transform.softcap is None else transform.temperature / float(transform.softcap)
+    return transform.inverse_cap or None
 
 
 def packed(t: Tensor | None) -> Tensor | None:

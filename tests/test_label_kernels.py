@@ -228,11 +228,11 @@ TORCH_MISTAKES = {
     "p - 1 rounded": ("logp_n.expm1()", "(logp_n.exp() - 1)", "scales"),
     "no slope of the cap": ("transform.derivative(label_logit_n)", "transform.slope", "scales, softcap"),
     "an unknown label has an entry": ("label_n.where(_known(labels_n, v), 0.0)\n", "label_n\n", "scales"),
-    "a step of rows is lost": ("min(start + step, n)", "min(start + step - 1, n)", "combine"),
+    "a step of rows is lost": ("spans(0, n, max(", "spans(0, n - 1, max(", "combine"),
     "the vector of an unknown label": ("label_n.where(_known(labels_n, v), 0.0).unsq", "label_n.unsq", "combine"),
     "no constant": ("if constant is not None:", "if False:", "combine, bf16"),
     "labels beyond the columns": (".where(_known(sorted_n, c), 0.0)", "", "rows, fewer columns"),
-    "a block of columns is lost": ("slice(start, start + width)", "slice(start, start + width - 1)", "rows"),
+    "a block of columns is lost": ("spans(0, d, width)", "spans(0, d - 1, width)", "rows"),
     "not scaled": ("values.mul_(factor)", "values.mul(factor)", "scale"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ Triton (``labels_triton``, the same functions) each is a launch.
 import torch
 from torch import Tensor
 
-from .rows import LogitTransform, RowStats
+from .rows import LogitTransform, RowStats, spans
 
 # Of gathered label vectors: what stays cached on a CPU; on an accelerator enough for few launches.
 _GATHERED_BYTES = 4 << 20
@@ -24,8 +24,7 @@ def gathered_bytes(budget: int, d: int, wide: torch.dtype, device: torch.device)
 
 
 def _steps(n: int, d: int, wide: torch.dtype, gathered: int) -> list[slice]:
-    step = max(1, gathered // max(1, 4 * d * wide.itemsize))
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    return spans(0, n, max(1, gathered // max(1, 4 * d * wide.itemsize)))
 
 
 def _known(labels_n: Tensor, v: int) -> Tensor:
@@ -137,8 +136,7 @@ def add_label_rows(
     offsets_n = torch.full_like(sorted_n, n).scatter_reduce_(0, segment_n, positions_n, "amin")
     # A block of columns: its vectors, its sums and what is written back, each with a row for each of the n.
     width = max(1, gathered // (6 * n * wide.itemsize))
-    for start in range(0, d, width):
-        columns = slice(start, start + width)
+    for columns in spans(0, d, width):
         block_nd = vectors_nd[:, columns].to(wide).contiguous()
         sums_nd = torch.nn.functional.embedding_bag(
             order_n, block_nd, offsets_n, mode="sum", per_sample_weights=weight_n

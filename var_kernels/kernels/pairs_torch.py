@@ -32,22 +32,20 @@ def pair_rows(
     out_nv: Tensor | None = None,
 ) -> Tensor | None:
     """See ``kernels/pairs.py``."""
-    n, columns = z_nv.shape
     math = torch.promote_types(torch.promote_types(z_nv.dtype, w_nv.dtype), torch.float32)
-    for start, stop in _blocks(n, columns):
-        state_6 = state_6n[:, start:stop]
-        block_nv = z_nv[start:stop]
+    for rows in _blocks(*z_nv.shape):
+        state_6, block_nv = state_6n[:, rows], z_nv[rows]
         both = (
             _transformed(block_nv.to(math), bias_v, pair.transform, inplace=False),
-            _transformed(w_nv[start:stop].to(math), ref_bias_v, pair.ref_transform, inplace=False),
+            _transformed(w_nv[rows].to(math), ref_bias_v, pair.ref_transform, inplace=False),
         )
         if stats:
             _merge(*both, state_6, pair.kind)
         if mixture:
             _add_mixture(*both, state_6, pair.beta)
         if upstream_n is not None:
-            grad_nv = _gradient(*both, state_6, pair, upstream_n[start:stop])
-            (block_nv if out_nv is None else out_nv[start:stop]).copy_(grad_nv)
+            grad_nv = _gradient(*both, state_6, pair, upstream_n[rows])
+            (block_nv if out_nv is None else out_nv[rows]).copy_(grad_nv)
     if upstream_n is None:
         return None
     return z_nv.to(out_dtype or z_nv.dtype) if out_nv is None else out_nv

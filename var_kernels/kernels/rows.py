@@ -21,6 +21,11 @@ from torch import Tensor
 LARGEST_SUM = 1e17
 
 
+def spans(start: int, stop: int, step: int) -> list[slice]:
+    """Consecutive pieces of a range."""
+    return [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
+
+
 @dataclass
 class LogitTransform:
     """c(): z = softcap * tanh(logit_scale * x / softcap) / temperature; without a softcap z = logit_scale * x /
@@ -126,9 +131,11 @@ class RowStats:
             logp_N=logp_N,
         )
 
-    def rows(self, start: int, stop: int) -> "RowStats":
+    def rows(self, rows: slice) -> "RowStats":
         """A view of some rows; updating it updates the whole."""
-        return RowStats(*[None if t is None else t[start:stop] for t in vars(self).values()])
+        if rows.start == 0 and rows.stop == len(self.max_N):
+            return self
+        return RowStats(*[None if t is None else t[rows] for t in vars(self).values()])
 
     def set_pivots(self, label_logit_N: Tensor) -> None:
         """Begin ``row_exp``: the label's logits are known, and are the pivots where they are finite."""
@@ -192,8 +199,10 @@ class RowCoefficients:
     logp_slope_N: Tensor | None = None
     constant_N: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> "RowCoefficients":
-        return RowCoefficients(*[None if t is None else t[start:stop] for t in vars(self).values()])
+    def rows(self, rows: slice) -> "RowCoefficients":
+        if rows.start == 0 and rows.stop == len(self.prob_N):
+            return self
+        return RowCoefficients(*[None if t is None else t[rows] for t in vars(self).values()])
 
     @classmethod
     def from_upstream(

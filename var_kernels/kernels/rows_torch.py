@@ -5,7 +5,7 @@ their temporaries are small.
 import torch
 from torch import Tensor
 
-from .rows import LARGEST_SUM, LogitTransform, RowCoefficients, RowStats
+from .rows import LARGEST_SUM, LogitTransform, RowCoefficients, RowStats, spans
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A gradient in another dtype than the tile's is a copy.
@@ -22,10 +22,8 @@ def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:
     return 4 * min(max(BLOCK_ELEMENTS, columns), n * columns) * torch.promote_types(tile, torch.float32).itemsize
 
 
-def _blocks(n: int, columns: int):
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for start in range(0, n, step):
-        yield start, min(n, start + step)
+def _blocks(n: int, columns: int) -> list[slice]:
+    return spans(0, n, max(1, BLOCK_ELEMENTS // max(1, columns)))
 
 
 def _transformed(x_nv: Tensor, bias_v: Tensor | None, transform: LogitTransform, *, inplace: bool) -> Tensor:
@@ -52,10 +50,9 @@ def row_stats(
     transform: LogitTransform,
 ) -> None:
     """Merge one vocabulary slice into the running statistics; the tile is left as it is."""
-    n, columns = logits_nv.shape
-    for start, stop in _blocks(n, columns):
-        z_nv = _transformed(logits_nv[start:stop], bias_v, transform, inplace=False)
-        _merge_block(z_nv, labels_nk[start:stop], stats.rows(start, stop), v_start)
+    for rows in _blocks(*logits_nv.shape):
+        z_nv = _transformed(logits_nv[rows], bias_v, transform, inplace=False)
+        _merge_block(z_nv, labels_nk[rows], stats.rows(rows), v_start)
 
 
 def _merge_block(z_nv: Tensor, labels_nk: Tensor, stats: RowStats, v_start: int) -> None:
@@ -106,19 +103,10 @@ def row_exp(
     A pivot that lies too low is raised to the slice's maximum, and ``earlier_nc``, the row's exponentials of earlier
     slices, are scaled with it.
     """
-    n, columns = logits_nv.shape
-    for start, stop in _blocks(n, columns):
-        z_nv = _transformed(logits_nv[start:stop], bias_v, transform, inplace=False)
-        rows = slice(start, stop)
-        _exp_block(
-            z_nv,
-            labels_nk[rows],
-            stats.rows(start, stop),
-            v_start,
-            transform,
-            None if out_nv is None else out_nv[rows],
-            None if earlier_nc is None else earlier_nc[rows],
-        )
+    for rows in _blocks(*logits_nv.shape):
+        z_nv = _transformed(logits_nv[rows], bias_v, transform, inplace=False)
+        memory = [None if t is None else t[rows] for t in (out_nv, earlier_nc)]
+        _exp_block(z_nv, labels_nk[rows], stats.rows(rows), v_start, transform, *memory)
 
 
 def _exp_block(z_nv, labels_nk, stats, v_start, transform, out_nv, earlier_nc) -> None:
@@ -165,17 +153,10 @@ def row_grad(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The gradient in the raw logits, (n, columns) in ``out_dtype``, rounded once; the tile is overwritten."""
-    n, columns = logits_nv.shape
-    for start, stop in _blocks(n, columns):
-        block_nv = logits_nv[start:stop]
-        grad_nv = _grad_block(
-            _transformed(block_nv, bias_v, transform, inplace=True),
-            labels_nk[start:stop],
-            norms_2n[:, start:stop],
-            coefficients.rows(start, stop),
-            v_start,
-            transform,
-        )
+    for rows in _blocks(*logits_nv.shape):
+        block_nv = logits_nv[rows]
+        z_nv = _transformed(block_nv, bias_v, transform, inplace=True)
+        grad_nv = _grad_block(z_nv, labels_nk[rows], norms_2n[:, rows], coefficients.rows(rows), v_start, transform)
         if grad_nv.data_ptr() != block_nv.data_ptr():
             block_nv.copy_(grad_nv)
     return logits_nv.to(out_dtype)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from var_kernels.kernels.rows import spans
 from var_kernels.ops.checks import complete_options
 from var_kernels.ops.define import Forward, define_op
-from var_kernels.ops.engines import Gradients, compute_logits, forward_pass, gradients_by_slices, new_tile, spans
+from var_kernels.ops.engines import Gradients, compute_logits, forward_pass, gradients_by_slices, new_tile
 from var_kernels.ops.head import Head, Tensors, prepare
 from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, cpu_tile_budget, operand_copies, plan_forward, plan_slices
 from var_kernels.ops.signatures import RowKeywords, names_options
@@ -101,11 +102,9 @@ class _Tiles:
         plan = plan_forward(head.n, head.v, cpu_tile_budget(head, min(head.n, MAX_FORWARD_ROWS), cost), cost)
         storage = new_tile(head, plan.rows, plan.columns)
         total_N, weighted_N = torch.zeros_like(self.max_N), torch.zeros_like(self.max_N)
-        for start, stop in spans(0, head.n, plan.rows):
-            rows = slice(start, stop)
-            for v_start, v_stop in spans(0, head.v, plan.columns):
-                z_nv = self.logits(storage, rows, slice(v_start, v_stop))
-                p_nv = self.probabilities_(z_nv, rows)
+        for rows in spans(0, head.n, plan.rows):
+            for columns in spans(0, head.v, plan.columns):
+                p_nv = self.probabilities_(self.logits(storage, rows, columns), rows)
                 shares_nv = self.shares(p_nv, rows)
                 total_N[rows] += shares_nv.sum(1)
                 weighted_N[rows] += shares_nv.mul_(p_nv).sum(1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from var_kernels.kernels.rows import RowCoefficients, RowStats
+from var_kernels.kernels.rows import RowCoefficients, RowStats, spans
 from var_kernels.ops.backend import fused_forward
 from var_kernels.ops.head import Head, Tensors
 from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
@@ -46,12 +46,6 @@ def zero_row_ends(values_nv: Tensor) -> None:
     end = min(-(-columns // 32) * 32, stride, last_row)
     if columns < end:
         values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
-
-
-def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
-    """(start, stop) of consecutive pieces of a range."""
-    begins = range(start, stop, step)
-    return list(zip(begins, (*begins[1:], stop), strict=False))
 
 
 def new_tile(head: Head, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -108,11 +102,11 @@ def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step
     hidden_nd, low_rank = head.hidden_ND[rows], head.left_NR is not None
     if head.traits.upcasts:
         hidden_nd = hidden_nd.to(head.tile)
-    for start, stop in spans(columns.start, columns.stop, step or head.v):
-        part_nv = logits_nv[:, start - columns.start : stop - columns.start]
+    for part in spans(columns.start, columns.stop, step or head.v):
+        part_nv = logits_nv[:, part.start - columns.start : part.stop - columns.start]
         if low_rank:  # first, so that the large product adds to it as it ends
-            low_rank_into(part_nv, head.left_NR[rows], head.right_VR[start:stop])
-        head.gemm.logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[start:stop], low_rank)
+            low_rank_into(part_nv, head.left_NR[rows], head.right_VR[part])
+        head.gemm.logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[part], low_rank)
     return logits_nv
 
 
@@ -168,9 +162,9 @@ def row_products(
         multiply = gemm.add_product if add else gemm.product_into
         multiply(dhidden_nd, tile_nc, head.lm_head_weight_VD[v_start : v_start + c])
     if dleft_nr is not None:
-        for start, stop in spans(0, c, step or c):
-            right_cr = head.right_VR[v_start + start : v_start + stop].to(head.operand)
-            gemm.add_product(dleft_nr, tile_nc[:, start:stop], right_cr)
+        for part in spans(0, c, step or c):
+            right_cr = head.right_VR[v_start + part.start : v_start + part.stop].to(head.operand)
+            gemm.add_product(dleft_nr, tile_nc[:, part], right_cr)
 
 
 def token_products(
@@ -182,29 +176,27 @@ def token_products(
     c, gemm = tile_nc.shape[1], head.gemm
     multiply = gemm.add_product if add else gemm.product_into
     left_nr = None if dright_cr is None else left_nr.to(head.operand)
-    for start, stop in spans(0, c, step or c):
-        tile_cn = tile_nc[:, start:stop].t()
+    for part in spans(0, c, step or c):
+        tile_cn = tile_nc[:, part].t()
         if dweight_cd is not None:
-            multiply(dweight_cd[start:stop], tile_cn, hidden_nd)
+            multiply(dweight_cd[part], tile_cn, hidden_nd)
         if dright_cr is not None:
-            gemm.add_product(dright_cr[start:stop], tile_cn, left_nr)
+            gemm.add_product(dright_cr[part], tile_cn, left_nr)
 
 
 def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable[[slice, slice], Tensor]) -> None:
-    """Adds what tiles give, slice of the vocabulary by slice: a slice of dW is written once. slices: (first column,
-    end, rows at a time). tile_gradient(rows, columns): the gradient in the raw logits.
+    """Adds what tiles give, slice of the vocabulary by slice: a slice of dW is written once. slices: (columns, rows at
+    a time). tile_gradient(rows, columns): the gradient in the raw logits.
     """
-    for v_start, v_stop, rows_at_once in slices:
-        columns = slice(v_start, v_stop)
+    for columns, rows_at_once in slices:
         dweight_vd, dbias_v, dright_vr = gradients.of_columns(columns)
         split = rows_at_once < head.n and dweight_vd is not None
         sums_vd = torch.empty_like(dweight_vd, dtype=head.wide) if split else dweight_vd
-        for start, stop in spans(0, head.n, rows_at_once):
-            rows = slice(start, stop)
+        for rows in spans(0, head.n, rows_at_once):
             dlogits_nv = rounded(head, tile_gradient(rows, columns), dbias_v)
             hidden_nd, left_nr, dhidden_nd, dleft_nr = *head.of_rows(rows), *gradients.of_rows(rows)
-            row_products(head, dlogits_nv, v_start, dhidden_nd, dleft_nr, add=True)
-            token_products(head, dlogits_nv, hidden_nd, sums_vd, left_nr, dright_vr, add=start > 0)
+            row_products(head, dlogits_nv, columns.start, dhidden_nd, dleft_nr, add=True)
+            token_products(head, dlogits_nv, hidden_nd, sums_vd, left_nr, dright_vr, add=rows.start > 0)
             del dlogits_nv  # a copy in 16 bit would live on beside the next tile
         if split:
             dweight_vd.copy_(sums_vd)
@@ -216,7 +208,7 @@ def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, 
     gradients = new_gradients(head, head.wide, head.operand)
     if head.needs.hidden:
         gradients.dhidden_ND.zero_()
-    add_slices(head, gradients, [(*span, plan.rows) for span in spans(0, head.v, plan.columns)], tile_gradient)
+    add_slices(head, gradients, [(columns, plan.rows) for columns in spans(0, head.v, plan.columns)], tile_gradient)
     return gradients
 
 
@@ -236,17 +228,17 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
     width = head.v if fused else plan.columns
     columns = [*spans(0, cached, width if exp else head.v), *spans(cached, head.v, width)]
     storage = new_tile(head, plan.rows, plan.columns) if not fused and (exp or cached < head.v) else None
-    for start, stop in spans(0, head.n, plan.rows):
-        rows, chunk = slice(start, stop), stats.rows(start, stop)
+    for rows in spans(0, head.n, plan.rows):
+        chunk = stats.rows(rows)
         if exp:
             _store_exp(head, storage, rows, columns, chunk, None if cached_NC is None else cached_NC[rows])
             continue
-        for v_start, v_stop in columns:
-            if v_stop <= cached:
-                logits_nv = fill_logits(head, cached_NC[rows], rows, slice(v_start, v_stop))
+        for part in columns:
+            if part.stop <= cached:
+                logits_nv = fill_logits(head, cached_NC[rows], rows, part)
             else:
-                logits_nv = compute_logits(head, storage, rows, slice(v_start, v_stop))
-            _row_stats(head, logits_nv, rows, chunk, v_start)
+                logits_nv = compute_logits(head, storage, rows, part)
+            _row_stats(head, logits_nv, rows, chunk, part.start)
     if exp:
         head.label_kernels.finish_rows(head.labels_NK.squeeze(1), stats, head.v)
     return stats
@@ -283,15 +275,16 @@ def _store_exp(
     column ``first`` on; through tiles of logits in ``storage``, or (None) as their GEMM ends.
     """
     c, labels_nk = 0 if exp_nc is None else exp_nc.shape[1], head.labels_NK[rows]
-    for v_start, v_stop in columns:
+    for part in columns:
+        v_start, v_stop = part.start, part.stop
         out_nv = exp_nc[:, v_start - first : v_stop - first] if v_stop - first <= c else None
         earlier_nc = exp_nc[:, : v_start - first] if c and v_start > first else None
         bias_v = head.bias_slice(v_start, v_stop)
         given = labels_nk, stats, v_start, bias_v, head.options.transform, out_nv, earlier_nc
         if storage is None:
-            head.gemm.product_exp(head.hidden_ND[rows], head.lm_head_weight_VD[v_start:v_stop], *given)
+            head.gemm.product_exp(head.hidden_ND[rows], head.lm_head_weight_VD[part], *given)
         else:
-            head.kernels.row_exp(compute_logits(head, storage, rows, slice(v_start, v_stop)), *given)
+            head.kernels.row_exp(compute_logits(head, storage, rows, part), *given)
 
 
 def _fused_forward(head: Head, stats: RowStats) -> None:
@@ -335,12 +328,13 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     sums_nd = None
     if head.needs.hidden and wide != head.operand:
         sums_nd = torch.empty(plan.rows, head.d, dtype=wide, device=head.device)
-    for start, stop in spans(0, head.n, plan.rows):
-        rows, chunk = slice(start, stop), stats.rows(start, stop)
+    for rows in spans(0, head.n, plan.rows):
+        chunk, height = stats.rows(rows), rows.stop - rows.start
         dhidden_nd, dleft_nr = gradients.of_rows(rows)
-        sum_nd = dhidden_nd if sums_nd is None else sums_nd[: stop - start]
-        for first, last in spans(0, head.v, plan.stored):
-            exp_nv = view_tile(stored, stop - start, last - first)
+        sum_nd = dhidden_nd if sums_nd is None else sums_nd[:height]
+        for part in spans(0, head.v, plan.stored):
+            first, last = part.start, part.stop
+            exp_nv = view_tile(stored, height, last - first)
             before_n = chunk.max_N.clone() if first else None
             _store_exp(head, storage, rows, spans(first, last, width), chunk, exp_nv, first)
             zero_row_ends(exp_nv)
@@ -359,7 +353,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
                 constant = coefficients.constant_N * slope, weight_sum_D
         if whole_rows:
             scaled_nd = torch.empty_like(head.hidden_ND[rows]) if dhidden_nd is None else dhidden_nd
-            _add_token_sums(head, gradients, exp_nv, rows, scales, scaled_nd, step, add=start > 0)
+            _add_token_sums(head, gradients, exp_nv, rows, scales, scaled_nd, step, add=rows.start > 0)
             row_products(head, exp_nv, 0, sum_nd, dleft_nr, add=False)
         _end_row_sums(head, gradients, rows, scales, sum_nd, head.v, constant)
     return stats, gradients
@@ -463,15 +457,15 @@ def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, G
     gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
     storage = new_tile(head, plan.rows, head.v)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, head.v))
-    for start, stop in spans(0, head.n, plan.rows):
-        rows, chunk = slice(start, stop), stats.rows(start, stop)
+    for rows in spans(0, head.n, plan.rows):
+        chunk = stats.rows(rows)
         logits_nv = compute_logits(head, storage, rows, slice(0, head.v), plan.columns)
         _row_stats(head, logits_nv, rows, chunk, 0)
         coefficients = coefficients_of(rows, chunk)
         dlogits_nv = rounded(head, row_grad(head, logits_nv, rows, chunk.norms_2N, coefficients, 0), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         row_products(head, dlogits_nv, 0, dhidden_nd, dleft_nr, plan.columns, add=False)
-        token_products(head, dlogits_nv, hidden_nd, dweight_VD, left_nr, dright_VR, plan.columns, add=start > 0)
+        token_products(head, dlogits_nv, hidden_nd, dweight_VD, left_nr, dright_VR, plan.columns, add=rows.start > 0)
         del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
     return stats, gradients
 
@@ -504,13 +498,12 @@ def vocabulary_pass(
         _end_row_sums(head, gradients, all_rows, scales, dhidden_ND, cached)
     elif head.needs.hidden:
         dhidden_ND.zero_()
-    # (first column, end, rows at a time)
-    slices = [(0, cached, head.n)] if cached and in_place and not exp else []
+    slices = [(slice(0, cached), head.n)] if cached and in_place and not exp else []
     if cached < head.v or not (exp or in_place):
         plan = backward_plan(head, cached)
         storage = new_tile(head, plan.rows, plan.columns)
         copied = spans(0, cached, plan.columns) if not (exp or in_place) else []
-        slices += [(*span, plan.rows) for span in (*copied, *spans(cached, head.v, plan.columns))]
+        slices += [(columns, plan.rows) for columns in (*copied, *spans(cached, head.v, plan.columns))]
 
     def tile_gradient(rows: slice, columns: slice) -> Tensor:
         if columns.start >= cached:
@@ -520,8 +513,7 @@ def vocabulary_pass(
         else:
             logits_nv = view_tile(storage, rows.stop - rows.start, columns.stop - columns.start)
             logits_nv.copy_(cached_NC[rows, columns])
-        chunk = coefficients.rows(rows.start, rows.stop)
-        return row_grad(head, logits_nv, rows, norms_2N[:, rows], chunk, columns.start)
+        return row_grad(head, logits_nv, rows, norms_2N[:, rows], coefficients.rows(rows), columns.start)
 
     if slices:
         add_slices(head, gradients, slices, tile_gradient)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from var_kernels.kernels.rows import spans
 from var_kernels.ops.engines import (
     Gradients,
     compute_logits,
@@ -22,7 +23,6 @@ from var_kernels.ops.engines import (
     new_tile,
     rounded,
     row_products,
-    spans,
     token_products,
 )
 from var_kernels.ops.head import Head, HeadPair, Tensors
@@ -81,11 +81,10 @@ def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None 
     width = plan.stored or plan.columns
     storages = _tiles(pair, plan.rows, width)
     for together in passes:
-        for start, stop in spans(0, pair.n, plan.rows):
-            rows = slice(start, stop)
-            for v_start, v_stop in spans(0, pair.v, width):
-                tiles = _logits(pair, storages, rows, slice(v_start, v_stop), plan.columns)
-                _pair_rows(pair, tiles, rows, v_start, state_6N, **dict.fromkeys(together, True))
+        for rows in spans(0, pair.n, plan.rows):
+            for columns in spans(0, pair.v, width):
+                tiles = _logits(pair, storages, rows, columns, plan.columns)
+                _pair_rows(pair, tiles, rows, columns.start, state_6N, **dict.fromkeys(together, True))
         if merge is not None:
             merge(state_6N, *together)
     return state_6N
@@ -98,15 +97,14 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Ten
     dweight = head.wide if plan.rows < head.n else head.operand
     state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, dweight)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
-    for start, stop in spans(0, pair.n, plan.rows):
-        rows = slice(start, stop)
+    for rows in spans(0, pair.n, plan.rows):
         tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
         grad_nv = rounded(head, _whole_rows(pair, tiles, rows, state_6N, upstream_N), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         if dhidden_nd is not None:
             _product_in_slices(head, dhidden_nd, grad_nv, step)
         row_products(head, grad_nv, 0, None, dleft_nr, step, add=True)
-        token_products(head, grad_nv, hidden_nd, dweight_VD, left_nr, dright_VR, step, add=start > 0)
+        token_products(head, grad_nv, hidden_nd, dweight_VD, left_nr, dright_VR, step, add=rows.start > 0)
         del grad_nv, tiles  # a copy in 16 bit would live on beside the next tile
     return pair.divergence(state_6N), gradients.like(head.tensors)
 
@@ -123,8 +121,8 @@ def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -
         head.gemm.product_into(out_nd, grad_nv, weight_VD)
         return
     total_nd = torch.zeros(out_nd.shape, dtype=torch.promote_types(out_nd.dtype, torch.float32), device=out_nd.device)
-    for start, stop in spans(0, head.v, step):
-        head.gemm.add_product(total_nd, grad_nv[:, start:stop], weight_VD[start:stop])
+    for columns in spans(0, head.v, step):
+        head.gemm.add_product(total_nd, grad_nv[:, columns], weight_VD[columns])
     out_nd.copy_(total_nd)
 
 
@@ -134,8 +132,7 @@ def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
     step, storages, state_6N = plan.columns, _tiles(pair, plan.rows, pair.v), pair.empty_state()
     ones_N = pair.zeros(pair.n).fill_(1.0)
     stored_NV = new_cached(pair.policy, pair.v, pair.policy.operand)
-    for start, stop in spans(0, pair.n, plan.rows):
-        rows = slice(start, stop)
+    for rows in spans(0, pair.n, plan.rows):
         tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
         _whole_rows(pair, tiles, rows, state_6N, ones_N, out_nv=stored_NV[rows, : pair.v])
     return pair.divergence(state_6N), stored_NV

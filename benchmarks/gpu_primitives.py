@@ -347,7 +347,7 @@ def _workspace_of_chunks(hidden, weight, labels, rows: int) -> float:
     needs = Needs(hidden=True, lm_head_weight=True)
 
     def held(kib: int) -> int:
-        options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(kib / 1024, weight), backend)
+        options = HeadOptions(LogitTransform(), 0.0, torch.float32, budget_bytes(kib / 1024, weight), backend)
         return one_pass_rows(Head(hidden, weight, None, labels.unsqueeze(1), options, needs))
 
     return bisect.bisect_left(range(1 << 30), rows, key=held) / 1024

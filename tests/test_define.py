@@ -15,7 +15,7 @@ N, D, V = 5, 4, 7
 
 
 def head(**tensors) -> Head:
-    options = HeadOptions(LogitTransform(0.5, 7.0, 1.3), 0.1, "fast", 1 << 20, "torch", True, False, True)
+    options = HeadOptions(LogitTransform(0.5, 7.0, 1.3), 0.1, torch.bfloat16, 1 << 20, "torch", True, False, True)
     given = {"bias_V": torch.randn(V), "left_NR": torch.randn(N, 2), "right_VR": torch.randn(V, 2), **tensors}
     labels = torch.randint(V, (N, 1))
     needs = Needs(hidden=True, bias=given["bias_V"] is not None, right=given["right_VR"] is not None)
@@ -96,7 +96,7 @@ toy = define_op("toy_of_the_tests", ToyArguments, forward, backward, shapes, out
 
 
 def step(hidden, weight, entropy, *, traced):
-    options = HeadOptions(LogitTransform(), 0.0, "fp32", 1 << 20, "torch", entropy=entropy)
+    options = HeadOptions(LogitTransform(), 0.0, torch.float32, 1 << 20, "torch", entropy=entropy)
     labels = torch.arange(N).unsqueeze(1)
     given = Head(hidden, torch.ones(V, D), None, labels, options, Needs(hidden=hidden.requires_grad))
     return toy(ToyArguments(given, 3.0, weight), traced)

@@ -40,7 +40,7 @@ def head_of(n, d, v) -> Head:
         weight,
         None,
         labels,
-        HeadOptions(LogitTransform(), 0.0, "fp32", head.budget_bytes(None, weight), "triton"),
+        HeadOptions(LogitTransform(), 0.0, torch.float32, head.budget_bytes(None, weight), "triton"),
         Needs(hidden=True, lm_head_weight=True),
     )
 

@@ -29,7 +29,7 @@ def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, 
 
     backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
     lm_head_weight = stand_in(v, d)
-    options = HeadOptions(LogitTransform(), 0.0, "fp32", budget_bytes(workspace_mb, lm_head_weight), backend)
+    options = HeadOptions(LogitTransform(), 0.0, torch.float32, budget_bytes(workspace_mb, lm_head_weight), backend)
     needs = Needs(hidden=True, lm_head_weight=True)
     return Head(stand_in(n, d), lm_head_weight, None, stand_in(n, 1, dtype=torch.int64), options, needs)
 

@@ -75,14 +75,16 @@ def row_scales(
     sumexp_n: Tensor,
     logp_n: Tensor,
     label_logit_n: Tensor,
-    v: int,
+    c: int,
     transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
-    """Two parts of the gradient in the raw logits, (n,) each: its factor of the exponentials, and the label's entry."""
+    """Two parts of the gradient in the raw logits, (n,) each: its factor of the exponentials, and the label's entry, 0
+    of a label that is none of the c leading ones.
+    """
     # p - 1 of a confident token is formed as such.
     label_n = prob_n + entry_n + prob_n * logp_n.expm1()
     label_n = label_n * transform.derivative(label_logit_n)
-    return prob_n * transform.slope / sumexp_n, label_n.where(_known(labels_n, v), 0.0)
+    return prob_n * transform.slope / sumexp_n, label_n.where(_known(labels_n, c), 0.0)
 
 
 def combine_rows(
@@ -94,8 +96,8 @@ def combine_rows(
     gathered: int = _GATHERED_BYTES,
 ) -> None:
     """out_n = scale_n sums_n + label_n matrix[labels_n] + constant_n total, rounded once; label: matrix_VD, whose
-    rows are the first of the vocabulary, labels_n, label_n; constant: constant_n, total_D. ``out_nd`` may be
-    ``sums_nd``.
+    rows are the first of the vocabulary, labels_n, label_n (0 of a label that is none of them); constant: constant_n,
+    total_D. ``out_nd`` may be ``sums_nd``.
     """
     in_place = out_nd is sums_nd
     for rows in _steps(*sums_nd.shape, scale_n.dtype, gathered):
@@ -104,9 +106,8 @@ def combine_rows(
         total_nd = sums_nd[rows].mul_(scale_n1) if in_place else sums_nd[rows] * scale_n1
         if label is not None:
             matrix_VD, labels_n, label_n = label[0], label[1][rows], label[2][rows]
-            v = matrix_VD.shape[0]
-            vectors_nd = matrix_VD[labels_n.clamp(0, v - 1)].to(total_nd.dtype)
-            total_nd.addcmul_(vectors_nd, label_n.where(_known(labels_n, v), 0.0).unsqueeze(1))
+            vectors_nd = matrix_VD[labels_n.clamp(0, matrix_VD.shape[0] - 1)].to(total_nd.dtype)
+            total_nd.addcmul_(vectors_nd, label_n.unsqueeze(1))
         if constant is not None:
             total_nd.addcmul_(constant[0][rows].unsqueeze(1), constant[1])
         if not in_place:
@@ -120,13 +121,14 @@ def add_label_rows(
     vectors_nd: Tensor,
     gathered: int = _GATHERED_BYTES,
 ) -> None:
-    """total[labels_n] += label_n vectors_n for labels below C, each row of the total rounded once; the same bits in
-    every run, and no value is read by the host. segments: the labels in ascending order, and the row of each.
+    """total[labels_n] += label_n vectors_n (label_n: 0 of labels from C on), each row of the total rounded once; the
+    same bits in every run, and no value is read by the host. segments: the labels in ascending order, and the row of
+    each.
     """
     (n, d), (sorted_n, order_n), c, wide = vectors_nd.shape, segments, total_CD.shape[0], label_n.dtype
     if n == 0:
         return
-    weight_n = label_n[order_n].where(_known(sorted_n, c), 0.0)
+    weight_n = label_n[order_n]
     sorted_n = sorted_n.clamp(0, c - 1)
     begins_n = torch.ones_like(sorted_n, dtype=torch.bool)
     begins_n[1:] = sorted_n[1:] != sorted_n[:-1]

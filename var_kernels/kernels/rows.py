@@ -7,8 +7,8 @@ transform. Three kernels, which know neither losses nor autograd:
     row_exp      does the same and stores exponentials that any gradient can be made of
     row_grad     overwrites it with the gradient in x
 
-A backend is a module of the three, and of what ops/plan.py asks: ``DTYPES`` of a tile, ``stores_exp(device, operand)``,
-``temporary_bytes(n, columns, tile)``, ``COPIES_GRADIENT``, ``CACHED_TILES``.
+A backend is a module of the three, and of what ops/plan.py asks: ``DTYPES`` of a tile, ``temporary_bytes(n,
+columns, tile)``, ``COPIES_GRADIENT``, ``CACHED_TILES``, ``READS_PIVOTS``.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from torch import Tensor
 LARGEST_SUM = 1e17
 
 
-def spans(start: int, stop: int, step: int) -> list[slice]:
-    """Consecutive pieces of a range."""
+def spans(start: int, stop: int, step: int | None) -> list[slice]:
+    """Consecutive pieces of a range; step: None: the whole."""
+    if step is None:
+        return [slice(start, stop)]
     return [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
 
 

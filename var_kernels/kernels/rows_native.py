@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPIES_GRADIENT = False
 # Tiles that stay in the last-level cache are faster than larger ones.
 CACHED_TILES = True
+READS_PIVOTS = False
 # Instruction set of the kernels: None for the best of this machine, else 0 (baseline), 1 (AVX2), 2 (AVX-512).
 LEVEL: int | None = None
 LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")
@@ -95,11 +96,6 @@ def row_stats(
         *transform.scalars.values(),
         _level(),
     )
-
-
-def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Return whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
-    return operand != torch.float16
 
 
 def exp_arguments(labels_nk, stats, v_start, bias_v, transform, out_nv, earlier_nc):

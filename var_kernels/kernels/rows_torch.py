@@ -12,6 +12,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COPIES_GRADIENT = True
 # Tiles that stay in the last-level cache are faster than larger ones.
 CACHED_TILES = False
+# The host reads which rows' pivots ``row_exp`` raises.
+READS_PIVOTS = True
 BLOCK_ELEMENTS = 1 << 17
 # exp() of it is 0 and 0 times it is 0, which -inf does not give.
 _LOWEST = -1e30
@@ -79,12 +81,6 @@ def _merge_block(z_nv: Tensor, labels_nk: Tensor, stats: RowStats, v_start: int)
         stats.shifted_sum_N.add_(drop_n * stats.sumexp_N).mul_(decay_n).add_(below_nv.mul_(exp_nv).sum(1))
         stats.sumexp_N.mul_(decay_n).add_(exp_nv.sum(1))
     stats.max_N.copy_(new_max_n)
-
-
-def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Return whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials, and
-    raised pivots are read on the host."""
-    return device.type == "cpu" and operand != torch.float16
 
 
 def row_exp(

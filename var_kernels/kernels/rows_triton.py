@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPIES_GRADIENT = False
 # Tiles that stay in the last-level cache are faster than larger ones.
 CACHED_TILES = False
+READS_PIVOTS = False
 # Columns a program holds at a time, and its warps: 16 elements a thread.
 BLOCK_COLUMNS = 4096
 NUM_WARPS = 8
@@ -389,11 +390,6 @@ def row_stats(
             num_warps=NUM_WARPS,
             **LAUNCH_OPTIONS,
         )
-
-
-def stores_exp(device: torch.device, operand: torch.dtype) -> bool:
-    """Return whether ``row_exp`` supports operands of this dtype: fp16 holds too narrow a range of exponentials."""
-    return operand != torch.float16
 
 
 def row_exp(

@@ -10,8 +10,8 @@ from var_kernels.kernels.rows import spans
 from var_kernels.ops.checks import complete_options
 from var_kernels.ops.define import Forward, define_op
 from var_kernels.ops.engines import Gradients, compute_logits, forward_pass, gradients_by_slices, new_tile
-from var_kernels.ops.head import Head, Tensors, prepare
-from var_kernels.ops.plan import MAX_FORWARD_ROWS, TileCost, cpu_tile_budget, operand_copies, plan_forward, plan_slices
+from var_kernels.ops.head import Head, Tensors, TileCost, prepare
+from var_kernels.ops.plan import MAX_FORWARD_ROWS, cpu_tile_budget, plan_forward, plan_slices
 from var_kernels.ops.signatures import RowKeywords, names_options
 
 
@@ -81,7 +81,7 @@ class _Tiles:
         head = self.head
         capped = 1 if gradient and head.options.transform.softcap is not None else 0
         raw = head.tile.itemsize if head.tile != self.math else 0
-        copies = operand_copies(head, gradient)
+        copies = head.gradient_copies if gradient else head.copies
         return TileCost((2 + capped) * self.math.itemsize + raw, copies, copies)
 
     def logits(self, storage: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -17,14 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    vocabulary: int | None = None,
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
 ) -> None:
-    """Types, shapes, dtypes, devices; label range on the CPU, of ``vocabulary`` ids where the head is a slice."""
+    """Types, shapes, dtypes, devices."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     if active is not None and active():  # it would refuse the autograd.Functions in words about their insides
         raise TypeError(
@@ -69,14 +64,18 @@ def check_tensors(
     for name, value in given.items():
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
-    if values_readable(labels) and labels.numel():
-        v = vocabulary or v
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
-        if wrong.any():
-            raise ValueError(
-                f"labels must be in [0, {v}) or ignore_index={ignore_index}, got {labels[wrong][0].item()} "
-                f"({int(wrong.sum())} such entries); a tokenizer larger than the head, or another ignore index?"
-            )
+
+
+def check_values(labels: Tensor, token_weight: Tensor | None, ignore_index: int, v: int) -> None:
+    """Labels of a vocabulary of v; weights that are finite where the label counts."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
+    if wrong.any():
+        raise ValueError(
+            f"labels must be in [0, {v}) or ignore_index={ignore_index}, got {labels[wrong][0].item()} "
+            f"({int(wrong.sum())} such entries); a tokenizer larger than the head, or another ignore index?"
+        )
+    if token_weight is not None and not bool((token_weight.isfinite() | (labels == ignore_index)).all()):
+        raise ValueError("token_weight must be finite, got NaN or inf; check the rewards it was made from")
 
 
 def check_number(name: str, value) -> None:
@@ -213,8 +212,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_token_weight(token_weight: Tensor | None, labels: Tensor, ignore_index: int) -> None:
-    """Metadata, and on a CPU finite values where the label counts."""
+def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
     if not isinstance(token_weight, Tensor):
         raise TypeError(
             f"token_weight must be a torch.Tensor or None (weight 1), got {type(token_weight).__name__}; "
@@ -229,8 +227,6 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor, ignore_index
         )
     if token_weight.device != labels.device:
         raise ValueError(f"token_weight is on {token_weight.device} but labels are on {labels.device}; move it there")
-    if values_readable(token_weight) and not bool((token_weight.isfinite() | (labels == ignore_index)).all()):
-        raise ValueError("token_weight must be finite, got NaN or inf; check the rewards it was made from")
 
 
 def check_num_items(num_items, active_NK: Tensor) -> None:

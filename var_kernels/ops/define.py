@@ -9,7 +9,7 @@ out: their number would have to be read from the device.
 import functools
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, is_dataclass
 from itertools import repeat
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -23,7 +23,7 @@ from var_kernels.ops.head import Head, Tensors
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LEARNING = ("hidden_ND", "lm_head_weight_VD", "bias_V", "left_NR", "right_VR")  # the order of ``Head.tensors``
-_SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
+_SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType"}
 
 
 @dataclass
@@ -161,7 +161,7 @@ def _registered(name: str, layout: "_Layout", paths, forward, backward, shapes, 
 
 def gradient_shapes(head: Head) -> Tensors:
     """Shapes of the gradients that are needed, in the dtypes of the head's tensors."""
-    pairs = zip(head.tensors, head.needs.flags, strict=True)
+    pairs = zip(head.tensors, head.needs, strict=True)
     return tuple(t.new_empty(t.shape) if needed else None for t, needed in pairs)
 
 
@@ -175,22 +175,21 @@ def _present(t: Tensor | None) -> Tensor | None:
 
 
 class _Layout:
-    """The leaves of a dataclass and of the dataclasses in it, in order: the one place that takes arguments apart and
-    puts them together.
+    """The leaves of a dataclass and of the records in it, in order: the one place that takes arguments apart and puts
+    them together.
     """
 
     def __init__(self, kind: type):
         self.kind, self.paths, self.types = kind, [], []
-        # (field, layout of the dataclass in it or None)
+        # (field, layout of what is in it or None)
         self.parts: list[tuple[str, _Layout | None]] = []
-        hints = get_type_hints(kind)
-        for field in fields(kind):
-            options = get_args(hints[field.name])
+        for name, hint in get_type_hints(kind).items():
+            options = get_args(hint)
             optional = type(None) in options
-            inner = options[options[0] is type(None)] if optional else hints[field.name]
-            part = _Layout(inner) if hasattr(inner, "__dataclass_fields__") else None
-            self.parts.append((field.name, part))
-            self.paths += [(field.name, *path) for path in ([()] if part is None else part.paths)]
+            inner = options[options[0] is type(None)] if optional else hint
+            part = _Layout(inner) if is_dataclass(inner) or hasattr(inner, "_fields") else None
+            self.parts.append((name, part))
+            self.paths += [(name, *path) for path in ([()] if part is None else part.paths)]
             self.types += [(inner, optional)] if part is None else part.types
         self.tensors = [path for path, (inner, _) in zip(self.paths, self.types, strict=True) if inner is Tensor]
         self.holding_tensors = [

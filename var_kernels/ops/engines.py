@@ -18,7 +18,7 @@ from torch import Tensor
 from var_kernels.kernels.rows import RowCoefficients, RowStats, spans
 from var_kernels.ops.backend import fused_forward
 from var_kernels.ops.head import Head, Tensors
-from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan, operand_copies
+from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan
 
 # ---- tiles and gradients ---------------------------------------------------------------------------------------------
 
@@ -62,8 +62,7 @@ def new_cached(head: Head, columns: int, dtype: torch.dtype | None = None) -> Te
     """Memory for ``columns`` of all rows, which end in zeros; dtype: None: of exponentials where they are stored, else
     of logits.
     """
-    dtype = dtype or (head.operand if head.stores_exp else head.tile)
-    cached_NC = torch.empty(head.n, aligned(columns), dtype=dtype, device=head.device)
+    cached_NC = torch.empty(head.n, aligned(columns), dtype=dtype or head.cached, device=head.device)
     cached_NC[:, columns:] = 0.0
     return cached_NC
 
@@ -102,7 +101,7 @@ def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step
     hidden_nd, low_rank = head.hidden_ND[rows], head.left_NR is not None
     if head.traits.upcasts:
         hidden_nd = hidden_nd.to(head.tile)
-    for part in spans(columns.start, columns.stop, step or head.v):
+    for part in spans(columns.start, columns.stop, step):
         part_nv = logits_nv[:, part.start - columns.start : part.stop - columns.start]
         if low_rank:  # first, so that the large product adds to it as it ends
             low_rank_into(part_nv, head.left_NR[rows], head.right_VR[part])
@@ -126,7 +125,7 @@ def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gra
     """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0."""
     dtypes = dhidden, dweight, head.wide, head.wide, head.wide
     create: tuple[Callable[..., Tensor], ...] = torch.empty, torch.empty if head.n else torch.zeros, *(torch.zeros,) * 3
-    device, parts = head.device, zip(head.tensors, head.needs.flags, dtypes, create, strict=True)
+    device, parts = head.device, zip(head.tensors, head.needs, dtypes, create, strict=True)
     return Gradients(*[new(t.shape, dtype=dtype, device=device) if needed else None for t, needed, dtype, new in parts])
 
 
@@ -162,7 +161,7 @@ def row_products(
         multiply = gemm.add_product if add else gemm.product_into
         multiply(dhidden_nd, tile_nc, head.lm_head_weight_VD[v_start : v_start + c])
     if dleft_nr is not None:
-        for part in spans(0, c, step or c):
+        for part in spans(0, c, step):
             right_cr = head.right_VR[v_start + part.start : v_start + part.stop].to(head.operand)
             gemm.add_product(dleft_nr, tile_nc[:, part], right_cr)
 
@@ -176,7 +175,7 @@ def token_products(
     c, gemm = tile_nc.shape[1], head.gemm
     multiply = gemm.add_product if add else gemm.product_into
     left_nr = None if dright_cr is None else left_nr.to(head.operand)
-    for part in spans(0, c, step or c):
+    for part in spans(0, c, step):
         tile_cn = tile_nc[:, part].t()
         if dweight_cd is not None:
             multiply(dweight_cd[part], tile_cn, hidden_nd)
@@ -305,7 +304,7 @@ def one_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Ten
     """Statistics and gradients in one pass; ``coefficients_of(rows, their finished statistics)`` gives the rows'
     gradient. Without a gradient that is needed: statistics alone.
     """
-    if not head.needs.some:
+    if not any(head.needs):
         return forward_pass(head, exp=head.stores_exp), (None,) * len(head.tensors)
     stats, gradients = (exp_pass if head.stores_exp else logit_pass)(head, coefficients_of)
     return stats, gradients.like(head.tensors)
@@ -321,7 +320,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
     stored = new_tile(head, plan.rows, plan.stored, head.operand)
-    step = plan.columns if operand_copies(head, gradient=True) else head.v
+    step = plan.columns if head.gradient_copies else None
     storage, width = None, head.v
     if not head.ends_in_exp:
         storage, width = new_tile(head, plan.rows, plan.columns), plan.columns
@@ -348,7 +347,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
             scales = slope / chunk.sumexp_N, None
         else:
             coefficients = coefficients_of(rows, chunk)
-            scales = _row_scales(head, rows, coefficients, chunk.of_label)
+            scales = _row_scales(head, rows, coefficients, chunk.of_label, head.v)
             if smooth:
                 constant = coefficients.constant_N * slope, weight_sum_D
         if whole_rows:
@@ -359,12 +358,12 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     return stats, gradients
 
 
-def _row_scales(head: Head, rows: slice, coefficients: RowCoefficients, of_label) -> tuple[Tensor, Tensor]:
-    """The factor of the exponentials in the gradient in the raw logits, and the label's entry of it, (n,) each.
-    of_label: ``RowStats.of_label`` of these rows.
+def _row_scales(head: Head, rows: slice, coefficients: RowCoefficients, of_label, c: int) -> tuple[Tensor, Tensor]:
+    """The factor of the exponentials in the gradient in the raw logits, and the entry of a label among the c leading
+    ones, (n,) each. of_label: ``RowStats.of_label`` of these rows.
     """
     labels_n, entry_n = head.labels_NK[rows].squeeze(1), coefficients.label_NK.squeeze(1)
-    given = coefficients.prob_N, entry_n, *of_label[1:], head.v, head.options.transform
+    given = coefficients.prob_N, entry_n, *of_label[1:], c, head.options.transform
     return head.label_kernels.row_scales(labels_n, *given)
 
 
@@ -372,7 +371,7 @@ def frozen_gradient(head: Head, others_ND: Tensor, of_label, coefficients: RowCo
     """dhidden for any coefficients, without a product: prob sum_{v != y} p_v W_v (``others_ND``, of ``exp_pass``), with
     the label's vector in fp32, and the smoothing's sum of all.
     """
-    _, label_N = _row_scales(head, slice(0, head.n), coefficients, of_label)
+    _, label_N = _row_scales(head, slice(0, head.n), coefficients, of_label, head.v)
     dhidden_ND, constant_N = torch.empty_like(others_ND), coefficients.constant_N
     label, constant = (head.lm_head_weight_VD, head.labels_NK.squeeze(1), label_N), None
     if constant_N is not None:
@@ -424,7 +423,7 @@ def _add_token_sums(
     rows: slice,
     scales: tuple[Tensor, Tensor],
     scaled_nd: Tensor | None,
-    step: int,
+    step: int | None,
     *,
     add: bool,
 ) -> None:
@@ -489,10 +488,10 @@ def vocabulary_pass(
     if exp and cached < head.v:
         norms_2N = torch.stack((saved[0], saved[1].log()))
     if exp and cached:
-        scales = _row_scales(head, all_rows, coefficients, saved)
+        scales = _row_scales(head, all_rows, coefficients, saved, cached)
         reused = dhidden_ND if wide == head.operand else None
         scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and head.needs.lm_head_weight else reused
-        _add_token_sums(head, gradients, cached_NC, all_rows, scales, scaled_ND, cached, add=False)
+        _add_token_sums(head, gradients, cached_NC, all_rows, scales, scaled_ND, None, add=False)
         del scaled_ND
         row_products(head, cached_NC, 0, dhidden_ND, gradients.dleft_NR, add=False)
         _end_row_sums(head, gradients, all_rows, scales, dhidden_ND, cached)

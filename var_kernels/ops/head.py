@@ -2,7 +2,8 @@
 way back to the caller's shape.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """Everything about the head and the run that is no tensor: budget in bytes; lse, entropy, argmax: outputs that
-    were asked for.
+    """Everything about the head and the run that is no tensor: dtype of logits; budget in bytes; lse, entropy, argmax:
+    outputs that were asked for.
     """
 
     transform: LogitTransform
     label_smoothing: float
-    precision: str
+    tile: torch.dtype
     budget: int
     backend: str
     lse: bool = False
@@ -34,9 +35,8 @@ class HeadOptions:
     argmax: bool = False
 
 
-@dataclass(frozen=True)
-class Needs:
-    """The gradients that are needed."""
+class Needs(NamedTuple):
+    """The gradients that are needed, in the order of ``Head.tensors``."""
 
     hidden: bool = False
     lm_head_weight: bool = False
@@ -45,22 +45,39 @@ class Needs:
     right: bool = False
 
     @property
-    def flags(self) -> list[bool]:
-        """One flag a tensor, in the order of ``Head.tensors``."""
-        return [self.hidden, self.lm_head_weight, self.bias, self.left, self.right]
-
-    @property
     def hidden_alone(self) -> bool:
-        return self.hidden and not (self.lm_head_weight or self.bias or self.left or self.right)
+        return self.hidden and sum(self) == 1
 
     @property
     def whole_rows(self) -> bool:
         """Return whether a gradient sums over tokens, whose normalisers must be known first."""
         return self.lm_head_weight or self.bias or self.right
 
-    @property
-    def some(self) -> bool:
-        return self.hidden or self.lm_head_weight or self.bias or self.left or self.right
+
+@dataclass(frozen=True)
+class TileCost:
+    """Bytes of a tile of r rows and c columns: r c element + c column + r row + fixed."""
+
+    element: int
+    column: int = 0
+    row: int = 0
+    fixed: int = 0
+
+    def with_row(self, more: int) -> "TileCost":
+        return replace(self, row=self.row + more)
+
+    def of_rows(self, columns: int) -> "TileCost":
+        """Bytes of tiles that all have so many columns."""
+        return TileCost(0, 0, self.row + columns * self.element, self.fixed + columns * self.column)
+
+    def columns_within(self, budget: int, rows: int) -> int:
+        return (budget - self.fixed - rows * self.row) // (rows * self.element + self.column)
+
+    def rows_within(self, budget: int, columns: int) -> int:
+        return (budget - self.fixed - columns * self.column) // (columns * self.element + self.row)
+
+    def of_tile(self, rows: int, columns: int) -> int:
+        return self.fixed + columns * self.column + rows * (columns * self.element + self.row)
 
 
 def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
@@ -74,7 +91,8 @@ class Head:
 
     hidden_ND, lm_head_weight_VD, bias_V or None, labels_NK (ids valid everywhere), the options, which gradients are
     needed, and two factors or None: raw logits are hidden W^T + left right^T. What follows from them: sizes, dtypes
-    (``operand``; ``tile``: of logits; ``wide``: of sums), the backend's kernels and their traits, and two choices:
+    (``operand``; ``tile``: of logits; ``wide``: of sums; ``cached``: of columns that are held until the backward), the
+    backend's kernels and their traits, and two choices:
 
     stores_exp: stored exponentials make every gradient that is needed (``row_exp``). ends_in_exp: the GEMM runs
         ``row_exp`` on its sums, and no tile of logits is written.
@@ -95,16 +113,19 @@ class Head:
         self.device = self.hidden_ND.device
         self.operand = self.hidden_ND.dtype
         self.factor = self.operand if self.left_NR is None else self.left_NR.dtype
-        self.tile = tile_dtype(self.operand, options.precision)
+        self.tile = options.tile
         self.wide = torch.promote_types(self.operand, torch.float32)
         self.kernels, self.label_kernels, self.gemm = kernels_of(options.backend)
         self.traits = self.gemm.traits(self.hidden_ND, self.lm_head_weight_VD, self.tile)
         self.stores_exp = self._stores_exp()
+        self.cached = self.operand if self.stores_exp else self.tile
         plain = not (options.argmax or options.label_smoothing or self.left_NR is not None)
         self.ends_in_exp = plain and self.tile == torch.float32 and self.traits.ends_in_exp
-        # Bytes of the label vectors that the label kernels gather at a time, and of the row kernels' temporaries.
+        # Bytes of the label vectors that the label kernels gather at a time, and of a tile of logits.
         self.gathered = self.label_kernels.gathered_bytes(options.budget, self.d, self.wide, self.device)
-        self.temporary = self.kernels.temporary_bytes(self.n, self.v, self.tile)
+        self.copies, self.gradient_copies = self._copies()
+        temporary = self.kernels.temporary_bytes(self.n, self.v, self.tile)
+        self.cost = TileCost(self.tile.itemsize, self.copies, self.copies, temporary)
 
     def _stores_exp(self) -> bool:
         """Return whether exponentials make the gradients: one target a row, none of the entropy, none of a bias of more
@@ -116,9 +137,23 @@ class Head:
             return False
         if self.needs.bias and self.bias_V.dtype != self.operand:
             return False
-        if not self.kernels.stores_exp(self.device, self.operand):
+        # fp16 holds too narrow a range. Where the host reads raised pivots, an accelerator would be waited for.
+        if self.operand == torch.float16 or (self.kernels.READS_PIVOTS and self.device.type != "cpu"):
             return False
         return not options.label_smoothing or (self.needs.hidden_alone and options.transform.softcap is None)
+
+    def _copies(self) -> tuple[int, int]:
+        """Bytes a row or column of upcast operands, and of factors in the tile's dtype; the same with a backward, which
+        makes partial results in 16 bit and factors in the operands' dtype.
+        """
+        tile, operand, partial = self.tile.itemsize, self.operand.itemsize, self.traits.partial_bytes
+        forward = self.d * (tile if self.traits.upcasts else 0)
+        backward = forward + self.d * partial
+        if self.left_NR is not None:
+            rank, casts = self.left_NR.shape[1], tile if self.factor != self.tile else 0
+            forward += rank * casts
+            backward += rank * (casts + partial + (operand if self.factor != self.operand else 0))
+        return forward, backward
 
     @property
     def tensors(self) -> Tensors:
@@ -282,16 +317,17 @@ def prepare(
     torch.compile and CUDA-graph capture, they are masked.
     """
     ignore_index, num_active, low_rank = options["ignore_index"], options["num_active"], options["low_rank"]
-    checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index, vocabulary)
-    left = right = None
+    checks.check_tensors(hidden, lm_head_weight, labels, bias, ignore_index)
+    device, traced, left, right = hidden.device, checks.is_traced(hidden), None, None
     if token_weight is not None:
-        checks.check_token_weight(token_weight, labels, ignore_index)
+        checks.check_token_weight(token_weight, labels)
+    if device.type == "cpu" and not traced:  # reading values is free
+        checks.check_values(labels, token_weight, ignore_index, vocabulary or lm_head_weight.shape[0])
     if num_active is not None:
         checks.check_num_active(num_active)
     if low_rank is not None:
         checks.check_low_rank(low_rank, hidden, lm_head_weight, options["workspace_mb"])
         left, right = low_rank
-    device = hidden.device
     if autocasts(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         tensors = hidden, lm_head_weight, bias, left, right
@@ -309,7 +345,6 @@ def prepare(
     hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
     left_NR = None if left is None else left.reshape(leading.numel(), left.shape[-1])
 
-    traced = checks.is_traced(hidden)
     capturing = not traced and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     masked = num_active is not None or traced or capturing
     rows = None
@@ -327,22 +362,16 @@ def prepare(
         active_N1 = active_NK.any(1, keepdim=True)
         hidden_ND, left_NR = hidden_ND.where(active_N1, 0.0), None if left_NR is None else left_NR.where(active_N1, 0.0)
 
-    grad = torch.is_grad_enabled()
-    needs = Needs(
-        hidden=grad and hidden.requires_grad,
-        lm_head_weight=grad and lm_head_weight.requires_grad,
-        bias=grad and bias is not None and bias.requires_grad,
-        left=grad and left is not None and left.requires_grad,
-        right=grad and right is not None and right.requires_grad,
-    )
+    grad, tensors = torch.is_grad_enabled(), (hidden, lm_head_weight, bias, left, right)
+    needs = Needs(*[grad and t is not None and t.requires_grad for t in tensors])
     budget = budget_bytes(options["workspace_mb"], lm_head_weight)
     if budget == 0:
-        checks.check_budget(needs.some)
+        checks.check_budget(any(needs))
     if not traced:
         warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
     transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
-    backend, _ = choose_backend(device, tile_dtype(hidden.dtype, options["precision"]))
-    smoothing, precision = options["label_smoothing"], options["precision"]
-    head_options = HeadOptions(transform, smoothing, precision, budget, backend, lse, entropy, argmax)
+    tile, smoothing = tile_dtype(hidden.dtype, options["precision"]), options["label_smoothing"]
+    backend, _ = choose_backend(device, tile)
+    head_options = HeadOptions(transform, smoothing, tile, budget, backend, lse, entropy, argmax)
     head = Head(hidden_ND, lm_head_weight, bias, labels_NK, head_options, needs, left_NR, right)
     return HeadCall(head, active_NK, rows, masked, traced, leading, several)

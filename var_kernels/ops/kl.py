@@ -268,8 +268,9 @@ def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, 
         return values_NX.where(call.active_NK.any(1, keepdim=True), 0.0) if call.masked else values_NX
 
     transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
-    backend, _ = choose_backend(hidden.device, tile_dtype(hidden.dtype, options["precision"]))
-    head_options = replace(policy.options, transform=transform, backend=backend)
+    tile = tile_dtype(hidden.dtype, options["precision"])
+    backend, _ = choose_backend(hidden.device, tile)
+    head_options = replace(policy.options, transform=transform, tile=tile, backend=backend)
     factors = active_rows(left), right
     return Head(active_rows(hidden), lm_head_weight, bias, policy.labels_NK, head_options, Needs(), *factors)
 

@@ -122,7 +122,7 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
     head, in_place = call.head, not call.traced
     # Only hidden needs a gradient, of one target: one [N, D] product serves every upstream gradient.
     frozen_head = head.needs.hidden_alone and head.stores_exp
-    cached = cached_columns(head, in_place=in_place) if head.needs.some and not frozen_head else 0
+    cached = cached_columns(head, in_place=in_place) if any(head.needs) and not frozen_head else 0
     logp_NK, *others = _logprob(LogprobArguments(head, frozen_head, cached, in_place), call.traced)
     return logp_NK.where(call.active_NK, 0.0), *others
 

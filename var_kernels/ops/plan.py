@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from var_kernels.ops.head import MIB, Head, HeadPair
+from var_kernels.ops.head import MIB, Head, HeadPair, TileCost
 
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
@@ -33,65 +33,35 @@ _MIN_CACHED_DEPTH = 256
 class Plan:
     """One pass over tiles of ``rows`` x ``columns`` logits.
 
-    stored: columns of a block of rows that are stored before they are multiplied. cached: leading columns of all rows
-        that the budget holds until the backward. accumulator: bytes of the fp32 sums of dW. predicted: bytes of tiles,
-        stored and cached columns, copies and accumulator.
+    cost: bytes of a tile, and of stored columns and copies. stored: columns of a block of rows that are stored before
+        they are multiplied. cached: leading columns of all rows that the budget holds until the backward. accumulator:
+        bytes of the fp32 sums of dW. taken: bytes of what is held in addition to tiles.
     """
 
     rows: int
     columns: int
+    cost: TileCost
     stored: int = 0
     cached: int = 0
     accumulator: int = 0
-    predicted: int = 0
+    taken: int = 0
+
+    @property
+    def predicted(self) -> int:
+        """All bytes."""
+        return self.taken + self.cost.of_tile(self.rows, self.columns)
 
 
-@dataclass(frozen=True)
-class TileCost:
-    """Bytes of a tile of r rows and c columns: r c element + c column + r row + fixed."""
-
-    element: int
-    column: int = 0
-    row: int = 0
-    fixed: int = 0
-
-    def with_row(self, more: int) -> "TileCost":
-        return replace(self, row=self.row + more)
-
-    def columns_within(self, budget: int, rows: int) -> int:
-        return (budget - self.fixed - rows * self.row) // (rows * self.element + self.column)
-
-    def rows_within(self, budget: int, columns: int) -> int:
-        return (budget - self.fixed - columns * self.column) // (columns * self.element + self.row)
-
-    def of_tile(self, rows: int, columns: int) -> int:
-        return self.fixed + columns * self.column + rows * (columns * self.element + self.row)
-
-
-def operand_copies(head: Head, gradient: bool) -> int:
-    """Bytes a row or column of upcast operand and of a partial result in 16 bit, and of factors in the tile's dtype and
-    the operands'.
-    """
-    operand, tile = head.operand, head.tile
-    partial = head.traits.partial_bytes if gradient else 0
-    copies = head.d * ((tile.itemsize if head.traits.upcasts else 0) + partial)
-    if head.left_NR is not None:
-        casts = (tile.itemsize if head.factor != tile else 0) + partial
-        casts += operand.itemsize if gradient and head.factor != operand else 0
-        copies += head.left_NR.shape[1] * casts
-    return copies
-
-
-def tile_cost(head: Head, *, gradient: bool) -> TileCost:
-    """Bytes of a tile of rows by vocabulary columns, with what the row kernels and the GEMMs allocate in addition."""
-    copies, copied = operand_copies(head, gradient), head.kernels.COPIES_GRADIENT or head.bias_V is not None
-    element = head.operand.itemsize if gradient and copied and head.operand != head.tile else 0
-    return TileCost(head.tile.itemsize + element, copies, copies, head.temporary)
+def _gradient_cost(head: Head) -> TileCost:
+    """Bytes of a tile of logits and of their gradient."""
+    copies, copied = head.gradient_copies, head.kernels.COPIES_GRADIENT or head.bias_V is not None
+    element = head.operand.itemsize if copied and head.operand != head.tile else 0
+    return TileCost(head.cost.element + element, copies, copies, head.cost.fixed)
 
 
 def _chunk_cost(head: Head, budget: int) -> TileCost:
     """Bytes of a tile of whole rows; copies of the weight are made in slices, out of a quarter of the budget."""
-    cost = tile_cost(head, gradient=True)
+    cost = _gradient_cost(head)
     return replace(cost, column=0, fixed=cost.fixed + head.traits.rounding_bytes + (budget // 4 if cost.column else 0))
 
 
@@ -99,9 +69,9 @@ def _exp_cost(head: Head) -> TileCost:
     """Bytes of a tile of logits in addition to stored exponentials, with the sums and the scaled hidden states of its
     rows.
     """
-    copies, operand, d, wide = operand_copies(head, gradient=True), head.operand, head.d, head.wide
+    copies, operand, d, wide = head.gradient_copies, head.operand, head.d, head.wide
     row = copies + (d * wide.itemsize if wide != operand else 0) + (0 if head.needs.hidden else d * operand.itemsize)
-    fixed = max(head.temporary, head.gathered, head.traits.rounding_bytes)  # one after the other
+    fixed = max(head.cost.fixed, head.gathered, head.traits.rounding_bytes)  # one after the other
     return TileCost(head.tile.itemsize, copies, row, fixed)
 
 
@@ -115,7 +85,7 @@ def _exp_tile_bytes(head: Head, budget: int) -> int:
     if head.device.type != "cpu":
         return min(budget // 4, _TILE_BYTES)
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
-    return min(budget // 4, within_cache(rows, head.v, budget, tile_cost(head, gradient=False)))
+    return min(budget // 4, within_cache(rows, head.v, budget, head.cost))
 
 
 def dweight_bytes(head: Head) -> int:
@@ -146,24 +116,23 @@ def _rows_within(head: Head, budget: int) -> int:
 
 def forward_plan(head: Head, cached: int = 0) -> Plan:
     """Plan of ``forward_pass``, with so many cached columns."""
-    cost = tile_cost(head, gradient=False)
     # All logits need no tile.
-    taken = 0 if cached == head.v and not head.stores_exp else _cached_bytes(head, cached)
+    taken = 0 if cached == head.v and not head.stores_exp else head.n * cached * head.cached.itemsize
     budget = head.options.budget - taken
-    plan = plan_forward(head.n, head.v, _tile_budget(head, min(head.n, MAX_FORWARD_ROWS), budget, cost), cost)
-    return replace(plan, cached=cached, predicted=plan.predicted + taken)
+    tile = _tile_budget(head, min(head.n, MAX_FORWARD_ROWS), budget, head.cost)
+    return replace(plan_forward(head.n, head.v, tile, head.cost), cached=cached, taken=taken)
 
 
 def backward_plan(head: Head, cached: int = 0) -> Plan:
     """Plan of ``vocabulary_pass``, with so many cached columns."""
-    cost, rows = tile_cost(head, gradient=True), head.n
+    cost, rows = _gradient_cost(head), head.n
     if head.kernels.CACHED_TILES and head.operand == torch.bfloat16 and rows > MAX_CPU_BACKWARD_ROWS:
         # With the fp32 sums of a slice of dW.
         cost, rows = replace(cost, column=cost.column + 4 * head.d), MAX_CPU_BACKWARD_ROWS
-    taken = _cached_bytes(head, cached)
+    taken = head.n * cached * head.cached.itemsize
     budget = head.options.budget - taken
     plan = plan_vocabulary_slices(rows, head.v, _tile_budget(head, rows, budget, cost), cost)
-    return replace(plan, cached=cached, predicted=plan.predicted + taken)
+    return replace(plan, cached=cached, taken=taken)
 
 
 def one_pass_plan(head: Head) -> Plan:
@@ -171,14 +140,14 @@ def one_pass_plan(head: Head) -> Plan:
     accumulator = dweight_bytes(head)
     budget = head.options.budget - accumulator
     plan = _exp_plan(head, budget, accumulator) if head.stores_exp else _logit_plan(head, budget, accumulator)
-    return replace(plan, accumulator=accumulator, predicted=plan.predicted + accumulator)
+    return replace(plan, accumulator=accumulator, taken=accumulator)
 
 
 def _logit_plan(head: Head, budget: int, accumulator: int) -> Plan:
     plan = plan_token_chunks(head.n, head.v, budget, _chunk_cost(head, budget), accumulator)
-    copies = operand_copies(head, gradient=True)
+    copies = head.gradient_copies
     columns = min(head.v, max(1, budget // 4 // copies)) if copies else head.v
-    return replace(plan, columns=columns, stored=head.v)
+    return replace(plan, columns=columns, cost=plan.cost.of_rows(head.v), stored=head.v)
 
 
 def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
@@ -190,7 +159,7 @@ def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
             # Sums in hidden alone need no whole rows: what is stored is as wide as the tile.
             wider = replace(cost, element=cost.element + exp)
             plan = plan_forward(rows, v, _tile_budget(head, rows, head.options.budget, wider), wider)
-            return _predicted(head, replace(plan, stored=plan.columns), cost)
+            return _with_stored(head, plan.rows, plan.columns, plan.columns, cost)
     narrow = min(v, _MIN_COLUMNS)
     rows = min(max(n, 1), stored.rows_within(budget - tile, 0))
     columns = replace(cost, row=0, fixed=0).columns_within(tile, rows) if rows > 0 else 0
@@ -198,17 +167,13 @@ def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
         # The tile would be too narrow, or leaves no row.
         columns = narrow
         rows = min(max(n, 1), _rows_or_refuse(budget, stored, narrow, "one pass over token chunks", accumulator))
-    return _predicted(head, Plan(rows, _slice_width(columns, v), v), cost)
+    return _with_stored(head, rows, _slice_width(columns, v), v, cost)
 
 
-def _predicted(head: Head, plan: Plan, cost: TileCost) -> Plan:
-    """With the bytes of stored exponentials, and of a tile of logits where the GEMM does not end in them."""
-    stored = cost.with_row(plan.stored * head.operand.itemsize)
-    return replace(plan, predicted=stored.of_tile(plan.rows, 0 if head.ends_in_exp else plan.columns))
-
-
-def _cached_bytes(head: Head, cached: int) -> int:
-    return head.n * cached * (head.operand if head.stores_exp else head.tile).itemsize
+def _with_stored(head: Head, rows: int, columns: int, stored: int, cost: TileCost) -> Plan:
+    """A plan of stored exponentials, and of a tile of logits where the GEMM does not end in them."""
+    cost = cost.with_row(stored * head.operand.itemsize)
+    return Plan(rows, columns, replace(cost, element=0, column=0) if head.ends_in_exp else cost, stored)
 
 
 def cached_columns(head: Head, *, in_place: bool = True) -> int:
@@ -223,7 +188,7 @@ def cached_columns(head: Head, *, in_place: bool = True) -> int:
         cost = replace(_exp_cost(head), element=head.operand.itemsize)
         tile = _exp_tile_bytes(head, budget)
     else:
-        cost = tile_cost(head, gradient=True)
+        cost = _gradient_cost(head)
         if in_place and _statically(cost.columns_within(budget, head.n) >= head.v):
             return head.v
         rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
@@ -304,7 +269,7 @@ def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
     alone; "stored", that in all logits; "recomputed", statistics alone.
     """
     head = pair.policy
-    if not head.needs.some:
+    if not any(head.needs):
         return "recomputed"
     one_pass = engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
     if one_pass and known:
@@ -369,12 +334,12 @@ def _pair_chunks(pair: HeadPair, taken: int, *, gradient: bool) -> Plan:
     plan = plan_token_chunks(pair.n, pair.v, budget, _pair_chunk_cost(pair, budget, gradient=gradient), taken)
     column = _pair_cost(pair, gradient=True).column
     step = min(pair.v, max(1, budget // 4 // column)) if column else pair.v
-    return replace(plan, columns=step, stored=pair.v, predicted=plan.predicted + taken)
+    return replace(plan, columns=step, cost=plan.cost.of_rows(pair.v), stored=pair.v, taken=taken)
 
 
 def _pair_cost(pair: HeadPair, *, gradient: bool) -> TileCost:
     """Bytes of a tile of both heads' logits; operands' copies are made for one head at a time."""
-    policy, copies = pair.policy, (operand_copies(pair.policy, gradient), operand_copies(pair.ref, False))
+    policy, copies = pair.policy, (pair.policy.gradient_copies if gradient else pair.policy.copies, pair.ref.copies)
     narrows = policy.operand != policy.tile
     copied = pair.kernels.COPIES_GRADIENT or (policy.needs.bias and narrows)
     cast = policy.operand.itemsize if gradient and narrows and copied else 0
@@ -434,9 +399,10 @@ def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> Plan:
         columns = min(v, _MIN_COLUMNS)
         rows = min(n, _rows_or_refuse(budget, cost, columns, "the forward pass"))
     elif columns >= v:
-        columns = v
-        rows = min(n, cost.rows_within(budget, v))
-    return _plan(max(1, rows), _slice_width(columns, v), cost)
+        columns, rows = v, min(n, cost.rows_within(budget, v))
+    else:
+        columns = _slice_width(columns, v)
+    return Plan(max(1, rows), columns, cost)
 
 
 def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: int) -> Plan:
@@ -444,7 +410,7 @@ def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: 
     budget.
     """
     rows = _rows_or_refuse(budget, cost, v, "one pass over token chunks", accumulator)
-    return _plan(min(max(n, 1), rows), v, cost)
+    return Plan(min(max(n, 1), rows), v, cost)
 
 
 def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
@@ -453,9 +419,9 @@ def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
     """
     columns = cost.columns_within(budget, max(n, 1))
     if columns >= min(v, _MIN_COLUMNS):
-        return _plan(max(n, 1), _slice_width(columns, v), cost)
+        return Plan(max(n, 1), _slice_width(columns, v), cost)
     columns = min(v, _MIN_COLUMNS)
-    return _plan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns, cost)
+    return Plan(min(n, _rows_or_refuse(budget, cost, columns, "the backward pass")), columns, cost)
 
 
 def plan_slices(head: Head, cost: TileCost, rows: int) -> Plan:
@@ -465,10 +431,6 @@ def plan_slices(head: Head, cost: TileCost, rows: int) -> Plan:
         cost = replace(cost, column=cost.column + head.d * head.wide.itemsize)
         plan = plan_vocabulary_slices(rows, head.v, cpu_tile_budget(head, rows, cost), cost)
     return plan
-
-
-def _plan(rows: int, columns: int, cost: TileCost) -> Plan:
-    return Plan(rows, columns, predicted=cost.of_tile(rows, columns))
 
 
 def _rows_or_refuse(budget: int, cost: TileCost, columns: int, purpose: str, taken: int = 0) -> int:

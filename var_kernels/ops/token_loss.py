@@ -156,7 +156,7 @@ def _forward(arguments: TokenLossArguments) -> Forward:
         return RowCoefficients.from_upstream(slope_N1.unsqueeze(1), 0.0, head.v, None, entropy_slope_n, entropy_n)
 
     stats, gradients = one_pass(head, coefficients_of)
-    if not head.needs.some:  # no slopes: under inference_mode there are none to be had
+    if not any(head.needs):  # no slopes: under inference_mode there are none to be had
         losses.append(evaluate(known_of(stats), slice(None)).sum())
     logp_NK, entropy_N = stats.logp_NK(0.0, head.v), stats.entropy_N if head.options.entropy else None
     loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())

@@ -26,27 +26,7 @@ def check_tensors(
             "hidden must be no tensor of a torch.func transform (grad, vmap, jvp, vjp), got a call inside of one; call "
             "the op on the whole batch and use torch.autograd.grad"
         )
-    given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels}
-    if bias is not None:
-        given["bias"] = bias
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if type(value) is not Tensor:
-            check_whole(name, value)
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden must be floating point, got {hidden.dtype}; pass the hidden states before the lm_head")
-    if hidden.dtype not in DTYPES:
-        raise TypeError(f"hidden must be of {', '.join(map(str, DTYPES))}, got {hidden.dtype}; dequantise it")
-    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
-        shape = tuple(lm_head_weight.shape)
-        raise ValueError(f"lm_head_weight must have shape (V, D) with V of at least 1, got {shape}")
-    v, d = lm_head_weight.shape
-    if hidden.dim() < 1 or hidden.shape[-1] != d:
-        hint = "; pass its transpose" if hidden.dim() and hidden.shape[-1] == v else ""
-        raise ValueError(
-            f"hidden must have shape (..., {d}) to match lm_head_weight {(v, d)}, got {tuple(hidden.shape)}{hint}"
-        )
+    check_model(hidden, lm_head_weight, bias, labels)
     leading = hidden.shape[:-1]
     if labels.shape != leading and not (labels.dim() == hidden.dim() and labels.shape[:-1] == leading):
         raise ValueError(
@@ -59,11 +39,43 @@ def check_tensors(
         check_number("ignore_index", ignore_index)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32 token ids, got {labels.dtype}; call labels.long()")
+
+
+def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> None:
+    """Types, shapes, dtypes and devices of a model's tensors. prefix: "ref_" for the reference model's, which share the
+    policy's labels.
+    """
+    given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels, "bias": bias}
+    optional = ("bias", "labels") if prefix else ("bias",)
+    given = {f"{prefix}{name}": t for name, t in given.items() if t is not None or name not in optional}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if type(value) is not Tensor:
+            check_whole(name, value)
+    if hidden.dtype not in DTYPES:
+        supported, own = ", ".join(map(str, DTYPES)), hidden.is_floating_point()
+        remedy = "dequantise it" if own else "pass the hidden states before the lm_head"
+        raise TypeError(f"{prefix}hidden must be floating point, of {supported}, got {hidden.dtype}; {remedy}")
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
+        shape = tuple(lm_head_weight.shape)
+        raise ValueError(f"{prefix}lm_head_weight must have shape (V, D) with V of at least 1, got {shape}")
+    v, d = lm_head_weight.shape
+    if hidden.dim() < 1 or hidden.shape[-1] != d:
+        hint = "; pass its transpose" if hidden.dim() and hidden.shape[-1] == v else ""
+        raise ValueError(
+            f"{prefix}hidden must have shape (..., {d}) to match {prefix}lm_head_weight {(v, d)}, got "
+            f"{tuple(hidden.shape)}{hint}"
+        )
     if bias is not None and bias.shape != (v,):
-        raise ValueError(f"bias must have shape ({v},), one entry per row of lm_head_weight, got {tuple(bias.shape)}")
+        raise ValueError(
+            f"{prefix}bias must have shape ({v},), one entry per row of {prefix}lm_head_weight, got {tuple(bias.shape)}"
+        )
     for name, value in given.items():
         if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
+            raise ValueError(
+                f"{name} is on {value.device} but {prefix}hidden is on {hidden.device}; move both to one device"
+            )
 
 
 def check_values(labels: Tensor, token_weight: Tensor | None, ignore_index: int, v: int) -> None:
@@ -113,8 +125,6 @@ def check_whole(name: str, value: Any) -> None:
 
 def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_mb, prefix: str = "") -> None:
     """Two factors that belong to hidden's rows and the head's; prefix: "ref_" for the reference model's."""
-    if low_rank is None:
-        return
     if not isinstance(low_rank, tuple | list) or len(low_rank) != 2 or not all(isinstance(t, Tensor) for t in low_rank):
         raise TypeError(
             f"{prefix}low_rank must be a pair of tensors (left (..., R), right (V, R)), got {type(low_rank).__name__}; "

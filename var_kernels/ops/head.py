@@ -295,8 +295,13 @@ def _active_rows(active_N: Tensor, num_active: int) -> Tensor | None:
     return (~active_N).to(torch.uint8).argsort(stable=True)[:num_active]
 
 
-def autocasts(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+def autocast(hidden: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """A model's tensors in autocast's dtype under autocast, but for those of a model in fp64."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return [hidden, *others]
+    dtype = torch.get_autocast_dtype(kind)
+    return [None if t is None else t.to(dtype) for t in (hidden, *others)]
 
 
 def prepare(
@@ -328,10 +333,7 @@ def prepare(
     if low_rank is not None:
         checks.check_low_rank(low_rank, hidden, lm_head_weight, options["workspace_mb"])
         left, right = low_rank
-    if autocasts(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-        tensors = hidden, lm_head_weight, bias, left, right
-        hidden, lm_head_weight, bias, left, right = (None if t is None else t.to(dtype) for t in tensors)
+    hidden, lm_head_weight, bias, left, right = autocast(hidden, lm_head_weight, bias, left, right)
     checks.check_dtypes(hidden, lm_head_weight, bias, None if left is None else (left, right))
     bias = None if bias is None else bias.contiguous()  # row kernels read it by index
     leading = hidden.shape[:-1]

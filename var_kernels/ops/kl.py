@@ -12,7 +12,7 @@ from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.define import Forward, define_op, gradient_shapes
 from var_kernels.ops.engines import new_cached
-from var_kernels.ops.head import Head, HeadCall, HeadPair, Needs, Tensors, autocasts, prepare, tile_dtype
+from var_kernels.ops.head import Head, HeadCall, HeadPair, Needs, Tensors, autocast, prepare, tile_dtype
 from var_kernels.ops.kl_engine import (
     divergence_pass,
     gradient_chunk_pass,
@@ -190,8 +190,8 @@ def prepare_pair(
         raise ValueError(f"beta must lie between 0 and 1, got {beta}; {limits}")
     labels, options["ignore_index"] = _row_labels(hidden, labels, options["ignore_index"])
     of_ref = {**options, **of_ref}
-    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
     call = prepare(hidden, lm_head_weight, labels, bias, options, **checked)
+    _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
     head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
     ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
     return call, HeadPair(head, ref, direction, float(beta)), call.active_NK.squeeze(1)
@@ -217,47 +217,32 @@ def _row_labels(hidden: Tensor, labels: Tensor | None, ignore_index: int) -> tup
 
 def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, options) -> None:
     checks.check_head_options(options, "ref_")
-    if not isinstance(lm_head_weight, Tensor):
-        raise TypeError(f"lm_head_weight must be a torch.Tensor, got {type(lm_head_weight).__name__}")
-    given = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_lm_head_weight}
-    if ref_bias is not None:
-        given["ref_bias"] = ref_bias
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}; the reference model's own")
-        checks.check_whole(name, value)
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move both to one device")
-    if ref_lm_head_weight.dim() != 2 or ref_lm_head_weight.shape[0] != lm_head_weight.shape[0]:
+    checks.check_model(ref_hidden, ref_lm_head_weight, ref_bias, prefix="ref_")
+    (v, d_ref), leading = ref_lm_head_weight.shape, hidden.shape[:-1]
+    if ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}; move both to one device"
+        )
+    if v != lm_head_weight.shape[0]:
         raise ValueError(
             f"ref_lm_head_weight must have shape ({lm_head_weight.shape[0]}, D_ref), the vocabulary of lm_head_weight, "
-            f"got {tuple(ref_lm_head_weight.shape)}; both models need one tokenizer (drop padding rows: W[:v])"
+            f"got {(v, d_ref)}; both models need one tokenizer (drop padding rows: W[:v])"
         )
-    v, d_ref = ref_lm_head_weight.shape
-    if ref_hidden.shape != (*hidden.shape[:-1], d_ref):
+    if ref_hidden.shape[:-1] != leading:
         raise ValueError(
-            f"ref_hidden must have shape {(*hidden.shape[:-1], d_ref)}, the rows of hidden and the width of "
-            f"ref_lm_head_weight, got {tuple(ref_hidden.shape)}"
+            f"ref_hidden must have shape {(*leading, d_ref)}, the rows of hidden and the width of ref_lm_head_weight, "
+            f"got {tuple(ref_hidden.shape)}"
         )
-    if ref_bias is not None and ref_bias.shape != (v,):
-        raise ValueError(f"ref_bias must have shape ({v},), got {tuple(ref_bias.shape)}")
-    low_rank = options["low_rank"]
-    if low_rank is not None:
-        checks.check_low_rank(low_rank, ref_hidden, ref_lm_head_weight, options["workspace_mb"], "ref_")
-    if not autocasts(hidden.device):
-        checks.check_dtypes(ref_hidden, ref_lm_head_weight, ref_bias, low_rank, "ref_")
+    if options["low_rank"] is not None:
+        checks.check_low_rank(options["low_rank"], ref_hidden, ref_lm_head_weight, options["workspace_mb"], "ref_")
 
 
 def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, options) -> Head:
     """Constants, of the active rows, in autocast's dtype under autocast."""
     left, right = options["low_rank"] or (None, None)
     tensors = [None if t is None else t.detach() for t in (hidden, lm_head_weight, bias, left, right)]
-    if autocasts(hidden.device):
-        keeps = hidden.dtype == torch.float64
-        dtype = hidden.dtype if keeps else torch.get_autocast_dtype(hidden.device.type)
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-    hidden, lm_head_weight, bias, left, right = tensors
+    hidden, lm_head_weight, bias, left, right = autocast(*tensors)
+    checks.check_dtypes(hidden, lm_head_weight, bias, None if left is None else (left, right), "ref_")
 
     def active_rows(values: Tensor | None) -> Tensor | None:
         if values is None:

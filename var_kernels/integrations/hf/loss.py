@@ -232,6 +232,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             for source in sources:
                 source.close()
 
+    @_disable_dynamo
     def _differs(self, steps: tuple, device: torch.device) -> str | None:
         """Describe how these elementwise steps after the head differ from the model's own; None if they do not."""
         head = find_head(self.inner)

@@ -43,11 +43,9 @@ using namespace var_kernels;
 
 namespace {
 
-// Pieces of work from one of a thread's to its next; 1 is a mistake, every thread then does all of them.
-#ifndef STRIDE
-#define STRIDE 3
-#endif
 constexpr int kThreads = 3;
+// Pieces of work from one of a thread's to its next; 1 is a mistake, every thread then does all of them.
+int stride = kThreads;
 int passed = 0, failed = 0;
 std::mt19937 generator(0);
 
@@ -78,7 +76,7 @@ void by_threads(int64_t count, const Work& work) {
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t)
     threads.emplace_back([&work, count, t] {
-      for (int64_t i = t; i < count; i += STRIDE) work(i);
+      for (int64_t i = t; i < count; i += stride) work(i);
     });
   for (std::thread& thread : threads) thread.join();
 }
@@ -243,7 +241,8 @@ void products() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char**) {
+  if (argc > 1) stride = 1;
 #ifdef VK_EMULATE_AMX
   // Operands are packed by AVX-512.
   if (!runs_avx512()) {

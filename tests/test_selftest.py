@@ -39,26 +39,30 @@ def run(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=HANG, env=env)
 
 
-def thread_sanitizer(folder: Path, *flags: str) -> Path:
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The program under the thread sanitizer, and a run of it."""
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler ({COMPILER})")
     try:
-        program = build(folder, COMPILER, "-g", "-fsanitize=thread", *flags)
+        program = build(tmp_path_factory.mktemp("sanitized"), COMPILER, "-g", "-fsanitize=thread")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"{COMPILER} has no thread sanitizer: {error.stderr.decode()[-200:]}")
-    if "unexpected memory mapping" in run(program).stderr:
+    done = run(program)
+    if "unexpected memory mapping" in done.stderr:
         pytest.skip("the thread sanitizer does not know this kernel's memory layout")
-    return program
+    return program, done
 
 
-def test_threads_share_nothing_that_they_write(tmp_path):
-    done = run(thread_sanitizer(tmp_path))
+def test_threads_share_nothing_that_they_write(sanitized):
+    _, done = sanitized
     assert done.returncode == 0, done.stdout + done.stderr
     assert "168 passed, 0 failed" in done.stdout
 
 
-def test_the_thread_sanitizer_notices_shared_rows(tmp_path):
-    done = run(thread_sanitizer(tmp_path, "-DSTRIDE=1"))
+def test_the_thread_sanitizer_notices_shared_rows(sanitized):
+    program, _ = sanitized
+    done = run(program, "shared")
     assert done.returncode != 0
     assert "data race" in done.stderr
 

@@ -111,9 +111,8 @@ def encode_examples(
         )
     texts = _split_texts(examples, tokenizer)
     ends = {tokenizer.eos_token_id, *end_token_ids}
-    whole, longest = [], {}
-    for prompt, kept, completion, of_others, where in _token_lists(texts, tokenizer, ends):
-        whole.append((prompt, kept, completion, of_others, where))
+    whole, longest = list(_token_lists(texts, tokenizer, ends)), {}
+    for prompt, _, completion, *_ in whole:
         key = prompt.numpy().tobytes()
         longest[key] = max(longest.get(key, 0), len(completion))
     rows, others, problems, cut_prompts, cut_completions = [], [], [], 0, 0
@@ -299,9 +298,9 @@ def _continuations(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of texts that stand behind others: without the space that SentencePiece-like tokenizers put before a text."""
     anchors = {anchor: _ids(tokenizer, [anchor])[0] for anchor in _ANCHORS}
     bare, *behind = _ids(tokenizer, ["a", *(f"{anchor}a" for anchor in anchors)])
-    if all(ids == [*before, *bare] for ids, before in zip(behind, anchors.values(), strict=True)):
-        return _ids(tokenizer, texts)
     results = _ids(tokenizer, texts)
+    if all(ids == [*before, *bare] for ids, before in zip(behind, anchors.values(), strict=True)):
+        return results
     left = list(range(len(texts)))
     for anchor, before in anchors.items():
         joined = _ids(tokenizer, [anchor + texts[i] for i in left])
@@ -310,8 +309,6 @@ def _continuations(tokenizer, texts: list[str]) -> list[list[int]]:
         for i, ids in apart.items():
             results[i] = ids
         left = [i for i in left if i not in apart]
-        if not left:
-            break
     return results
 
 

@@ -333,22 +333,12 @@ def merge_prompts(examples: Iterable[Example]) -> list[Example]:
     for i, example in enumerate(examples):
         key = i if example.is_pair else (example.prompt_key, example.rewards is None)
         if key not in merged:
-            merged[key] = replace(
-                example,
-                completions=list(example.completions),
-                rewards=example.rewards and list(example.rewards),
-                where=list(example.where),
-                columns=_columns(example),
-            )
-            continue
+            rewards: Any = None if example.rewards is None else []
+            merged[key] = replace(example, completions=[], rewards=rewards, where=[], columns=[])
         kept = merged[key]
         kept.completions += example.completions
         kept.where += example.where
-        kept.columns += _columns(example)
+        kept.columns += example.columns or [{}] * len(example.where)
         if kept.rewards is not None:
             kept.rewards += example.rewards
     return list(merged.values())
-
-
-def _columns(example: Example) -> list[dict]:
-    return list(example.columns) or [{}] * len(example.where)

@@ -202,14 +202,14 @@ def pairs(rows, config) -> list[list[int]]:
     items, ties, equal = [], [], []
     for group, is_pair in zip(rows.groups, rows.is_pair, strict=True):
         if is_pair:
-            (equal if equal_pair(rows, group, config) else items).append(group)
-            continue
-        reward = rows.reward[group]
-        best, worst = group[int(reward.argmax())], group[int(reward.argmin())]
-        if rows.reward[best] > rows.reward[worst]:
-            (equal if equal_pair(rows, [best, worst], config) else items).append([best, worst])
+            pair = group
         else:
-            ties.append(group)
+            reward = rows.reward[group]
+            pair = [group[int(reward.argmax())], group[int(reward.argmin())]]
+            if not reward.max() > reward.min():
+                ties.append(group)
+                continue
+        (equal if equal_pair(rows, pair, config) else items).append(pair)
     if not items:
         raise ValueError(
             f"method {config.method!r} needs pairs: no prompt has two completions with different rewards "

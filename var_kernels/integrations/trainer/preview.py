@@ -1,10 +1,11 @@
 """A report of what training would do, made without a step and without a file: ``var-kernels train --dry-run``."""
 
 import copy
+import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -164,7 +165,7 @@ def _data_lines(items: Items, config, ends: tuple[int, ...], malformed: int) -> 
     sizes = {len(item) for item in items.items}
     kind = "completions" if sizes == {1} else "pairs" if sizes == {2} else "prompts with their completions"
     open_ended = sum(not set(ends) & set(table.completion_ids(row)) for row in range(len(table)))
-    equal = sum(equal_pair(table, group, config) for group, is_pair in _pairs(table) if is_pair)
+    equal = sum(equal_pair(table, table.groups[i], config) for i, is_pair in enumerate(table.is_pair) if is_pair)
     return [
         "data",
         f"  prompts       {len(table.groups):,}, {_range(prompt)} tokens",
@@ -177,10 +178,6 @@ def _data_lines(items: Items, config, ends: tuple[int, ...], malformed: int) -> 
         f"  equal pairs   {equal:,} hold the same tokens twice",
         f"  malformed     {malformed:,} rows were left out",
     ]
-
-
-def _pairs(table: EncodedRows):
-    return zip(table.groups, table.is_pair, strict=True)
 
 
 def _reward_lines(items: Items) -> list[str]:
@@ -210,18 +207,15 @@ def _reward_lines(items: Items) -> list[str]:
 def _stop_lines(model, items: Items, config, method) -> list[str]:
     """Refusals by training of rows that can be read."""
 
-    def refusal(check, *arguments) -> str:
+    def refusal(check, *arguments) -> list[str]:
         try:
             check(*arguments)
         except ValueError as error:
-            return f"training would stop: {error}"
-        return ""
+            return [f"training would stop: {error}"]
+        return []
 
-    found = [
-        refusal(check_positions, model, items.rows),
-        refusal(check_rewards, items.rows, config, method, "train_dataset"),
-    ]
-    return [line for line in found if line]
+    rows = items.rows
+    return refusal(check_positions, model, rows) + refusal(check_rewards, rows, config, method, "train_dataset")
 
 
 # ---- VAR's weights ---------------------------------------------------------------------------------------------------
@@ -267,21 +261,13 @@ def _share(table: EncodedRows, step: list[int], ref_logp: Tensor | None, config,
 
 def _within_budget(table: EncodedRows, steps: list[list[int]]) -> list[list[int]]:
     """The first steps of at most 8192 tokens; of a first one that is larger, its first rows."""
-    kept, tokens = [], 0
-    for step in steps:
-        tokens += sum(table.length(row) for row in step)
-        if tokens > _SCORED_TOKENS:
-            break
-        kept.append(step)
-    if kept:
-        return kept
-    part, tokens = [], 0
-    for row in steps[0]:
-        tokens += table.length(row)
-        if part and tokens > _SCORED_TOKENS:
-            break
-        part.append(row)
-    return [part]
+
+    def fitting(sizes: Iterable[int]) -> int:
+        return sum(total <= _SCORED_TOKENS for total in itertools.accumulate(sizes))
+
+    if kept := fitting(sum(map(table.length, step)) for step in steps):
+        return steps[:kept]
+    return [steps[0][: max(1, fitting(map(table.length, steps[0])))]]
 
 
 @torch.no_grad()

@@ -1,14 +1,12 @@
 """sft_loss, awr_loss and the standardised advantage: numbers to check by hand, limits, refusals, two ranks."""
 
-import datetime
 import math
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.ranks import HANG
+from tests.ranks import run_ranks
 from var_kernels.losses.advantages import standardised_advantage
 from var_kernels.losses.supervised import awr_loss, sft_loss
 
@@ -82,16 +80,11 @@ REWARD = torch.tensor([0.5, -2.0, 1.0, 4.0, 0.0], dtype=torch.float64)
 SPLIT = (slice(0, 4), slice(4, 5))
 
 
-def standardise_on_rank(rank, address, results):
-    timeout = datetime.timedelta(seconds=HANG)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timeout)
-    try:
-        torch.save(standardised_advantage(REWARD[SPLIT[rank]], process_group=dist.group.WORLD), f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def standardise(rank, world, folder):
+    torch.save(standardised_advantage(REWARD[SPLIT[rank]], process_group=dist.group.WORLD), folder / f"{rank}.pt")
 
 
 def test_standardised_advantage_spans_the_ranks(tmp_path):
-    mp.spawn(standardise_on_rank, args=(f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
+    run_ranks(standardise, 2, tmp_path)
     got = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)])
     torch.testing.assert_close(got, standardised_advantage(REWARD))

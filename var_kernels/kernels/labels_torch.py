@@ -49,9 +49,9 @@ def start_rows(
     ids_N, x_N = labels_N.clamp(0, v - 1), torch.empty_like(stats.max_N)
     for rows in _steps(*hidden_ND.shape, wide, gathered):
         ids_n = ids_N[rows]
-        x_n = (hidden_ND[rows].to(wide) * lm_head_weight_VD[ids_n]).sum(1)
+        x_n = (hidden_ND[rows].to(wide) * lm_head_weight_VD.index_select(0, ids_n)).sum(1)
         if low_rank is not None:
-            x_n += (low_rank[0][rows].to(wide) * low_rank[1][ids_n]).sum(1)
+            x_n += (low_rank[0][rows].to(wide) * low_rank[1].index_select(0, ids_n)).sum(1)
         x_N[rows] = x_n
     if bias_V is not None:
         x_N += bias_V[ids_N]
@@ -106,7 +106,7 @@ def combine_rows(
         total_nd = sums_nd[rows].mul_(scale_n1) if in_place else sums_nd[rows] * scale_n1
         if label is not None:
             matrix_VD, labels_n, label_n = label[0], label[1][rows], label[2][rows]
-            vectors_nd = matrix_VD[labels_n.clamp(0, matrix_VD.shape[0] - 1)].to(total_nd.dtype)
+            vectors_nd = matrix_VD.index_select(0, labels_n.clamp(0, matrix_VD.shape[0] - 1)).to(total_nd.dtype)
             total_nd.addcmul_(vectors_nd, label_n.unsqueeze(1))
         if constant is not None:
             total_nd.addcmul_(constant[0][rows].unsqueeze(1), constant[1])
@@ -144,7 +144,7 @@ def add_label_rows(
             order_n, block_nd, offsets_n, mode="sum", per_sample_weights=weight_n
         )
         # Rows of one label write the same values.
-        rows_nd = total_CD[:, columns][sorted_n].to(wide) + sums_nd[segment_n]
+        rows_nd = total_CD[:, columns].index_select(0, sorted_n).to(wide) + sums_nd.index_select(0, segment_n)
         total_CD[:, columns].index_copy_(0, sorted_n, rows_nd.to(total_CD.dtype))
 
 

@@ -358,7 +358,7 @@ def prepare(
         rows = None if rows.numel() == hidden_ND.shape[0] else rows
     if rows is not None:
         hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
-        labels_NK, active_NK = labels_NK[rows], active_NK[rows]
+        labels_NK, active_NK = labels_NK.index_select(0, rows), active_NK.index_select(0, rows)
     if masked:
         # Some of these rows may not count. Padding may hold NaN.
         active_N1 = active_NK.any(1, keepdim=True)

@@ -194,6 +194,16 @@ def test_torchs_operations_equal_fp64(check):
     check("cpu", module=labels_torch)
 
 
+def test_few_threads_divide_no_operation_on_label_vectors(monkeypatch):
+    vectors, longest = torch.empty(1000, 1024), {}
+    for threads in (2, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        steps = labels_torch._steps(vectors, torch.float32, 4 << 20)
+        assert [row for step in steps for row in range(step.start, step.stop)] == list(range(1000))
+        longest[threads] = max(vectors[step].numel() for step in steps)
+    assert longest == {2: 31 * 1024, 64: 256 * 1024}  # torch divides from 32 * 1024 elements on
+
+
 # what goes wrong: text, what replaces it, the check that shows it
 MISTAKES = {
     "the tail of a row is left out": ("range(0, D, BLOCK)", "range(0, D - 31, BLOCK)", "start"),

@@ -15,6 +15,10 @@ from .rows import LogitTransform, RowStats, spans
 # Of gathered label vectors: what stays cached on a CPU; on an accelerator enough for few launches.
 _GATHERED_BYTES = 4 << 20
 _ACCELERATOR_GATHERED_BYTES = 64 << 20
+# Elements from which on torch divides an operation among threads. Each then ends in a barrier, where they spin while
+# another process keeps one of them from running: more than few threads gain on label vectors.
+_DIVIDED = 1 << 15
+_FEW_THREADS = 4
 
 
 def gathered_bytes(budget: int, d: int, wide: torch.dtype, device: torch.device) -> int:
@@ -23,8 +27,12 @@ def gathered_bytes(budget: int, d: int, wide: torch.dtype, device: torch.device)
     return max(min(most, budget // 8), 4 * d * wide.itemsize)
 
 
-def _steps(n: int, d: int, wide: torch.dtype, gathered: int) -> list[slice]:
-    return spans(0, n, max(1, gathered // max(1, 4 * d * wide.itemsize)))
+def _steps(rows_nd: Tensor, wide: torch.dtype, gathered: int) -> list[slice]:
+    n, d = rows_nd.shape
+    step = gathered // max(1, 4 * d * wide.itemsize)
+    if rows_nd.device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS:
+        step = min(step, (_DIVIDED - 1) // max(1, d))
+    return spans(0, n, max(1, step))
 
 
 def _known(labels_n: Tensor, v: int) -> Tensor:
@@ -47,7 +55,7 @@ def start_rows(
     """
     wide, v = stats.max_N.dtype, lm_head_weight_VD.shape[0]
     ids_N, x_N = labels_N.clamp(0, v - 1), torch.empty_like(stats.max_N)
-    for rows in _steps(*hidden_ND.shape, wide, gathered):
+    for rows in _steps(hidden_ND, wide, gathered):
         ids_n = ids_N[rows]
         x_n = (hidden_ND[rows].to(wide) * lm_head_weight_VD.index_select(0, ids_n)).sum(1)
         if low_rank is not None:
@@ -100,7 +108,7 @@ def combine_rows(
     total_D. ``out_nd`` may be ``sums_nd``.
     """
     in_place = out_nd is sums_nd
-    for rows in _steps(*sums_nd.shape, scale_n.dtype, gathered):
+    for rows in _steps(sums_nd, scale_n.dtype, gathered):
         scale_n1 = scale_n[rows].unsqueeze(1)
         # A CPU copies operands of two dtypes.
         total_nd = sums_nd[rows].mul_(scale_n1) if in_place else sums_nd[rows] * scale_n1

@@ -156,9 +156,11 @@ def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
     if not head.needs.whole_rows:
         rows = min(n, MAX_CPU_BACKWARD_ROWS if head.kernels.CACHED_TILES else MAX_FORWARD_ROWS)
         if not stored.rows_within(budget - tile, 0) >= rows > 0:
-            # Sums in hidden alone need no whole rows: what is stored is as wide as the tile.
+            # Sums in hidden alone need no whole rows: what is stored is as wide as the tile. Where there is no tile, it
+            # has that memory too: fewer products, between which threads wait for each other.
             wider = replace(cost, element=cost.element + exp)
-            plan = plan_forward(rows, v, _tile_budget(head, rows, head.options.budget, wider), wider)
+            within = _tile_budget(head, rows, head.options.budget, wider)
+            plan = plan_forward(rows, v, within, replace(cost, element=exp) if head.ends_in_exp else wider)
             return _with_stored(head, plan.rows, plan.columns, plan.columns, cost)
     narrow = min(v, _MIN_COLUMNS)
     rows = min(max(n, 1), stored.rows_within(budget - tile, 0))

@@ -336,20 +336,8 @@ def fused_forward(
     merged_rows = MERGE_ELEMENTS // merged_splits
     with on_device_of(hidden_ND):
         _fused_forward_kernel[(row_blocks * splits,)](
-            hidden,
-            weight,
-            packed(bias_V),
-            labels_NK.contiguous(),
-            stats.label_logit_NK,
-            *partial,
-            n,
-            v,
-            d,
-            k,
-            splits,
-            *hidden_ND.stride(),
-            *lm_head_weight_VD.stride(),
-            split_columns,
+            *(hidden, weight, packed(bias_V), labels_NK.contiguous(), stats.label_logit_NK, *partial),
+            *(n, v, d, k, splits, *hidden_ND.stride(), *lm_head_weight_VD.stride(), split_columns),
             **_scalars(transform),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
@@ -362,14 +350,5 @@ def fused_forward(
             num_stages=tile.num_stages,
             **LAUNCH_OPTIONS,
         )
-        _merge_splits_kernel[(triton.cdiv(n, merged_rows),)](
-            *partial,
-            *whole,
-            n,
-            splits,
-            v,
-            ROWS=merged_rows,
-            SPLITS=merged_splits,
-            num_warps=4,
-            **LAUNCH_OPTIONS,
-        )
+        options = {"ROWS": merged_rows, "SPLITS": merged_splits, "num_warps": 4, **LAUNCH_OPTIONS}
+        _merge_splits_kernel[(triton.cdiv(n, merged_rows),)](*partial, *whole, n, splits, v, **options)

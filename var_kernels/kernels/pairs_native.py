@@ -34,21 +34,11 @@ def pair_rows(
     """See ``kernels/pairs.py``."""
     transform, out_dtype = pair.transform, out_dtype or z_nv.dtype
     _ops().pair_rows(
-        z_nv,
-        w_nv,
-        state_6n,
-        KINDS.index(pair.kind),
-        pair.beta,
+        *(z_nv, w_nv, state_6n, KINDS.index(pair.kind), pair.beta),
         stats + 2 * mixture + 4 * (upstream_n is not None),
-        packed(bias_v),
-        *transform.scalars.values(),
-        packed(ref_bias_v),
-        *pair.ref_transform.scalars.values(),
+        *(packed(bias_v), *transform.scalars.values(), packed(ref_bias_v), *pair.ref_transform.scalars.values()),
         None if upstream_n is None else upstream_n.float().contiguous(),
-        transform.inverse_cap,
-        out_dtype,
-        out_nv,
-        _level(),
+        *(transform.inverse_cap, out_dtype, out_nv, _level()),
     )
     if upstream_n is None:
         return None

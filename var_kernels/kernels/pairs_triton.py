@@ -283,13 +283,7 @@ def pair_rows(
         out_nv = z_nv.view(out_dtype)[:, :columns]
     if n == 0:
         return None if upstream_n is None else out_nv
-    tiles = (
-        z_nv,
-        w_nv,
-        packed(bias_v),
-        packed(ref_bias_v),
-        state_6n,
-    )
+    tiles = (z_nv, w_nv, packed(bias_v), packed(ref_bias_v), state_6n)
     options = {
         "C": columns,
         "state_stride": state_6n.stride(0),

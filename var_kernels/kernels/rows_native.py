@@ -83,18 +83,8 @@ def row_stats(
 ) -> None:
     """Merge one vocabulary slice into the running statistics; the tile is left as it is."""
     _ops().row_stats(
-        logits_nv,
-        labels_nk.contiguous(),
-        stats.max_N,
-        stats.sumexp_N,
-        stats.label_logit_NK,
-        stats.shifted_sum_N,
-        stats.logit_sum_N,
-        stats.argmax_N,
-        v_start,
-        packed(bias_v),
-        *transform.scalars.values(),
-        _level(),
+        *(logits_nv, labels_nk.contiguous(), stats.max_N, stats.sumexp_N, stats.label_logit_NK, stats.shifted_sum_N),
+        *(stats.logit_sum_N, stats.argmax_N, v_start, packed(bias_v), *transform.scalars.values(), _level()),
     )
 
 
@@ -131,19 +121,10 @@ def row_grad(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The gradient in the raw logits, (n, columns) in ``out_dtype``, rounded once, in the tile's own storage."""
+    given = coefficients
     _ops().row_grad(
         logits_nv,
-        packed(labels_nk),
-        packed(norms_2n),
-        packed(coefficients.prob_N),
-        packed(coefficients.label_NK),
-        packed(coefficients.logp_slope_N),
-        packed(coefficients.constant_N),
-        v_start,
-        packed(bias_v),
-        *transform.scalars.values(),
-        transform.inverse_cap,
-        out_dtype,
-        _level(),
+        *map(packed, (labels_nk, norms_2n, given.prob_N, given.label_NK, given.logp_slope_N, given.constant_N)),
+        *(v_start, packed(bias_v), *transform.scalars.values(), transform.inverse_cap, out_dtype, _level()),
     )
     return logits_nv.view(out_dtype)[:, : logits_nv.shape[1]]

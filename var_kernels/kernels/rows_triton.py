@@ -371,19 +371,9 @@ def row_stats(
         return
     with on_device_of(logits_nv):
         _row_stats_kernel[(n,)](
-            logits_nv,
-            packed(bias_v),
-            labels_nk.contiguous(),
-            stats.max_N,
-            stats.sumexp_N,
-            stats.label_logit_NK,
-            stats.shifted_sum_N,
-            stats.logit_sum_N,
-            stats.argmax_N,
-            logits_nv.stride(0),
-            columns,
-            labels_nk.shape[1],
-            v_start,
+            *(logits_nv, packed(bias_v), labels_nk.contiguous(), stats.max_N, stats.sumexp_N, stats.label_logit_NK),
+            *(stats.shifted_sum_N, stats.logit_sum_N, stats.argmax_N),
+            *(logits_nv.stride(0), columns, labels_nk.shape[1], v_start),
             **_scalars(transform),
             BLOCK=_block(columns, BLOCK_COLUMNS),
             PADDED=_padded(logits_nv),
@@ -409,22 +399,10 @@ def row_exp(
     block = EXP_BLOCK_COLUMNS if bias_v is None and transform.softcap is None else EXP_BLOCK_COLUMNS // 2
     with on_device_of(logits_nv):
         _row_exp_kernel[(n,)](
-            logits_nv,
-            packed(bias_v),
-            labels_nk.contiguous(),
-            stats.max_N,
-            stats.others_N,
-            stats.logit_sum_N,
-            stats.argmax_N,
-            stats.top_N,
-            out_nv,
-            earlier_nc,
-            logits_nv.stride(0),
-            0 if out_nv is None else out_nv.stride(0),
-            0 if earlier_nc is None else earlier_nc.stride(0),
-            columns,
-            0 if earlier_nc is None else earlier_nc.shape[1],
-            v_start,
+            *(logits_nv, packed(bias_v), labels_nk.contiguous(), stats.max_N, stats.others_N, stats.logit_sum_N),
+            *(stats.argmax_N, stats.top_N, out_nv, earlier_nc),
+            *(0 if tile is None else tile.stride(0) for tile in (logits_nv, out_nv, earlier_nc)),
+            *(columns, 0 if earlier_nc is None else earlier_nc.shape[1], v_start),
             **_scalars(transform),
             cap_slope=_cap_slope(transform),
             largest_sum=LARGEST_SUM,
@@ -451,23 +429,12 @@ def row_grad(
     out_nv = logits_nv.view(out_dtype)[:, :columns]
     if n == 0:
         return out_nv
-    max_n, log_sum_n = norms_2n
+    (max_n, log_sum_n), given = norms_2n, coefficients
     with on_device_of(logits_nv):
         _row_grad_kernel[(n,)](
-            logits_nv,
-            packed(bias_v),
-            packed(labels_nk),
-            max_n.contiguous(),
-            log_sum_n.contiguous(),
-            packed(coefficients.prob_N),
-            packed(coefficients.logp_slope_N),
-            packed(coefficients.constant_N),
-            packed(coefficients.label_NK),
-            logits_nv.stride(0),
-            logits_nv.stride(0) * ratio,
-            columns,
-            labels_nk.shape[1],
-            v_start,
+            *(logits_nv, *map(packed, (bias_v, labels_nk, max_n, log_sum_n))),
+            *map(packed, (given.prob_N, given.logp_slope_N, given.constant_N, given.label_NK)),
+            *(logits_nv.stride(0), logits_nv.stride(0) * ratio, columns, labels_nk.shape[1], v_start),
             **_scalars(transform),
             cap_slope=_cap_slope(transform),
             BLOCK=_block(columns, BLOCK_COLUMNS),

@@ -18,20 +18,9 @@ _HOME = {
 }
 _PUBLIC = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [  # noqa: RUF022
-    "linear_logprob",
-    "linear_weighted_nll",
-    "linear_token_loss",
-    "linear_token_kl",
-    "linear_loss",
-    "LOSSES",
-    "var_weights",
-    "VARWeights",
-    "var_loss",
-    "VARLoss",
-    "sft_loss",
-    "dpo_loss",
-    "__version__",
-]
+    "linear_logprob", "linear_weighted_nll", "linear_token_loss", "linear_token_kl", "linear_loss", "LOSSES",
+    "var_weights", "VARWeights", "var_loss", "VARLoss", "sft_loss", "dpo_loss", "__version__",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from var_kernels.losses import (

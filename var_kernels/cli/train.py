@@ -78,11 +78,7 @@ _ONLINE = {
     "steps_per_iteration": (int, None, "optimiser steps (by default one pass over what was drawn)"),
     "max_new_tokens": (int, 128, "longest completion"),
     "sampling_temperature": (float, None, "of the draws (by default 0.9 for sail_pp and sail_pr, 1.0 for others)"),
-    "logp_temperature": (
-        float,
-        None,
-        "of the log-probs that the loss reads (by default the draws' for policy gradients)",
-    ),
+    "logp_temperature": (float, None, "of the log-probs that the loss reads (policy gradients: by default the draws')"),
     "importance_cap": (float, None, "of tokens' importance weights min(exp(lp_old - lp_sampler), cap), with --sampler"),
     "refresh_reference": (bool, None, "the reference is the policy at the iteration's start (default: not sail, grpo)"),
 }

@@ -5,15 +5,6 @@ from var_kernels.integrations.data.forms import DataError, Example, Problem, mer
 from var_kernels.integrations.data.read import is_local, load_examples
 
 __all__ = [
-    "DataError",
-    "EncodedRows",
-    "Example",
-    "Problem",
-    "encode_examples",
-    "encode_prompts",
-    "end_tokens",
-    "is_local",
-    "load_examples",
-    "merge_prompts",
-    "parse_row",
-]
+    "DataError", "EncodedRows", "Example", "Problem", "encode_examples", "encode_prompts", "end_tokens", "is_local",
+    "load_examples", "merge_prompts", "parse_row",
+]  # fmt: skip

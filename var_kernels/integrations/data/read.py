@@ -158,13 +158,8 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
         try:
             row, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            yield (
-                where,
-                Problem(
-                    f"{path}:{error.lineno}",
-                    f"not JSON: {error.msg} at column {error.colno}; nothing after it was read",
-                ),
-            )
+            reason = f"not JSON: {error.msg} at column {error.colno}; nothing after it was read"
+            yield where, Problem(f"{path}:{error.lineno}", reason)
             return
         yield where, row
         comma = skip(end, " \t\r\n")

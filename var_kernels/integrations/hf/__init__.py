@@ -9,13 +9,6 @@ from var_kernels.integrations.hf.loss import fused_lm_head
 from var_kernels.integrations.hf.model import next_labels
 
 __all__ = [
-    "HeadParams",
-    "capture",
-    "cross_reference_logprobs",
-    "distillation_loss",
-    "fused_lm_head",
-    "next_labels",
-    "sequence_logprobs",
-    "token_divergence",
-    "token_logprobs",
-]
+    "HeadParams", "capture", "cross_reference_logprobs", "distillation_loss", "fused_lm_head", "next_labels",
+    "sequence_logprobs", "token_divergence", "token_logprobs",
+]  # fmt: skip

@@ -1,6 +1,9 @@
 """Compile every shipped kernel configuration for GPUs that need not be here; a table of registers and shared memory.
 
-    python benchmarks/compile_kernels.py [--targets sm_80 sm_90 sm_100 sm_120 gfx942] [--markdown docs/kernels.md]
+    python benchmarks/compile_kernels.py [--targets sm_80 sm_90 sm_100 sm_120 gfx942] [--csv FILE]
+
+Bare: V = 128256 without options. Every option: an odd V and several targets a row as well. Each is compiled as a launch
+compiles it: one target a row is a constant, sizes and strides that are multiples of 16 are known to be.
 
 Exit status 1 if a configuration does not compile, spills more than is known of this Triton, asks for more shared memory
 than the target has, lacks an instruction that it is there for, or feeds a wgmma from registers.
@@ -28,7 +31,6 @@ from var_kernels.kernels import forward_triton, labels_triton, pairs_triton, row
 from var_kernels.kernels.pairs import KINDS
 
 KIB = 1024
-RESULTS = Path(__file__).parent / "results" / "computed" / "kernels.csv"
 TARGETS = {
     # Of sm_86 and sm_89, which run the same code; sm_80 has 163 KiB.
     "sm_80": (GPUTarget("cuda", 80, 32), 99 * KIB),
@@ -353,37 +355,10 @@ def register_operands(compiled) -> int:
     return len(re.findall(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx))
 
 
-def write(page: Path, targets: list[str], lines: list[list[str]]) -> None:
-    """All lines to a CSV; to the page those in bf16, without what an odd V changes by a few registers."""
-    with RESULTS.open("w", newline="") as out:
-        print(f"# registers a thread / bytes of shared memory a program, Triton {triton.__version__}", file=out)
-        csv.writer(out).writerows([["kernel", *targets], *lines])
-    shown = [line for line in lines if not re.search(r"\b(fp16|fp32|odd V)\b", line[0])]
-    rows = [["kernel", *targets], ["---"] * (1 + len(targets)), *shown]
-    page.write_text(_PAGE.format(version=triton.__version__) + "".join(f"| {' | '.join(row)} |\n" for row in rows))
-
-
-_PAGE = """# Kernels, compiled
-
-Registers a thread / bytes of shared memory a program, by Triton {version} without a GPU. Tiles were chosen by this
-table, not by time. Nothing spills with Triton 3.6 to 3.9 but what `KNOWN_SPILLS` in the script names: configurations on
-no hot path, at most 64 bytes a thread. fp16, fp32 and an odd V (50257):
-[kernels.csv](../benchmarks/results/computed/kernels.csv). Made by
-
-    python benchmarks/compile_kernels.py --markdown docs/kernels.md
-
-- Each is compiled as a launch compiles it: one target a row is a constant, sizes and strides that are multiples of 16
-  are known to be. Bare: V = 128256. Every option: an odd V and several targets a row as well. A thread moves 16 bytes.
-- Every fused forward of 16-bit operands holds its target's matrix instructions (wgmma and TMA loads on sm_90, tcgen05
-  on sm_100); no wgmma takes an operand from registers. An empty cell: the tile is for other targets.
-
-"""
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--markdown", type=Path, help="write the page here, and its CSV")
+    parser.add_argument("--csv", type=Path, help="write the table here, as benchmarks/results/computed/kernels.csv")
     args = parser.parse_args()
     lines, failures = [], []
     for configuration in configurations():
@@ -411,8 +386,10 @@ def main() -> int:
             cells.append(f"{registers} / {shared}" + (f" / spills {spill}" if spill else ""))
         lines.append([configuration.name, *cells])
         print(" | ".join(lines[-1]), flush=True)
-    if args.markdown and not failures:
-        write(args.markdown, args.targets, lines)
+    if args.csv and not failures:
+        with args.csv.open("w", newline="") as out:
+            print(f"# registers a thread / bytes of shared memory a program, Triton {triton.__version__}", file=out)
+            csv.writer(out).writerows([["kernel", *args.targets], *lines])
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
     return 1 if failures else 0

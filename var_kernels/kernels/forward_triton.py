@@ -40,7 +40,7 @@ class Tile:
     descriptors: bool = False
 
 
-# Chosen by registers, spills and shared memory of offline compiles (docs/kernels.md); none is timed yet.
+# Chosen by registers, spills and shared memory of offline compiles (benchmarks/compile_kernels.py); none is timed yet.
 TILES = {
     "descriptors": Tile(128, 256, 64, 32, 8, 4, descriptors=True),  # Hopper and Blackwell data centre
     "descriptors, small": Tile(128, 128, 64, 16, 4, 3, descriptors=True),  # the same, two programs a processor

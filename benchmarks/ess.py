@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from var_kernels import var_weights
 from var_kernels.integrations.hf import cross_reference_logprobs, fused_lm_head, sequence_logprobs
-from var_kernels.losses import CollapsedWeightsWarning, effective_sample_size
+from var_kernels.losses import CollapsedWeightsWarning, IgnoredRewardsWarning, effective_sample_size
 
 LAMS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 REFERENCES = ("sum", "mean", "none")
@@ -268,4 +268,5 @@ def plot(table, path: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", CollapsedWeightsWarning)  # what is measured here
+    warnings.simplefilter("ignore", IgnoredRewardsWarning)  # prompts whose eight rewards are equal
     main()

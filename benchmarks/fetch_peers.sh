@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Wheels of the other libraries of the comparison, for a GPU machine without a network (Linux x86_64, Python 3.12, CUDA 13).
-#   benchmarks/fetch_peers.sh           Liger, CCE, TRL, flash-linear-attention and what they need: 6 MB in .whl/
-#   benchmarks/fetch_peers.sh --cute    also the CuTe DSL, for QuACK and Liger's scaled cross-entropy: 12 MB in .whl/ and 92 MB
-#                                       in parts of 32 MB in .whl-parts/, for copies of limited size (docs/gpu.md: what goes
-#                                       with which call)
+#   benchmarks/fetch_peers.sh           Liger, CCE, TRL, flash-linear-attention and what they need: 5 MB in .whl/
+#   benchmarks/fetch_peers.sh --cute    also the CuTe DSL, for QuACK and Liger's scaled cross-entropy: 15 MB in .whl/ and 92 MB
+#                                       in parts of 32 MB in .whl-parts/, for copies of limited size
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -1,5 +1,6 @@
 """docs/models.md from the records of a sweep over one or more versions of transformers."""
 
+import re
 from collections import Counter
 
 from tests.zoo.build import MAPPINGS
@@ -8,19 +9,21 @@ from tests.zoo.check import REFUSED, RIGHT, UNBUILT, WRONG
 _HEAD = """# Which Hugging Face models
 
 {summary}
-Versions: {versions}.
+With {versions}.
 
 - **right**: loss, log-probs and every gradient are those of the model's own logits;
-- **refused**: our error says why, before anything is computed; the model's own loss is the way to go;
+- **refused**: an error says why before anything is computed; use the model's own loss;
+- **not causal**: refused for log-probs alone. Hidden states depend on later tokens, so there are no next-token
+  log-probabilities; a BERT-like model needs `config.is_decoder = True`;
 - **cannot be built**: the class does not run here by itself, for the reason given;
 - **wrong**: a number is off. None may be.
 
 Every class of transformers' causal-LM, image-text-to-text, multimodal-LM and sequence-to-sequence mappings is shrunk,
 given random weights and compared with itself: `token_logprobs` with the log-softmax of its logits, `fused_lm_head`'s
-loss with its own loss, every gradient under both; the loss again with labels on padding, with `num_items_in_batch`
-and with a tuple for output. The bound is 2^-17, for a gradient of its root mean square, or 4 times what rounding
-moves the model's own. Models run in fp64, or in fp32 where their forward knows only that; multimodal ones get text
-alone where they accept it.
+loss with its own loss, and every gradient under both. The loss is compared again with labels on padding, with
+`num_items_in_batch` and with a tuple as output. The bound is 2^-17 (of a gradient's root mean square), or 4 times what
+rounding moves the model's own numbers. Models run in fp64, or in fp32 where their forward supports only that;
+multimodal ones get text alone where they accept it.
 
 Made by `python -m benchmarks.models` (`--merge RESULTS` adds a column); do not edit.
 """
@@ -69,23 +72,14 @@ def section(rows: list[list[str]], versions: list[str]) -> list[str]:
 
 
 def summary(records: list[dict]) -> str:
-    """The line that a test reads: counts over all pairs, then per mapping."""
+    """The line that a test reads: counts over all pairs."""
     counts = Counter(record["verdict"] for record in records)
     buildable = len(records) - counts[UNBUILT]
-    line = (
+    return (
         f"transformers {_version(records)}: {len(records)} pairs of model type and class, {counts[RIGHT]} right, "
         f"{counts[REFUSED]} refused, {counts[WRONG]} wrong, {counts[UNBUILT]} cannot be built here; "
         f"{100 * counts[RIGHT] / max(buildable, 1):.1f} % of what can be built is right.\n"
     )
-    table = [
-        "",
-        "| mapping | " + " | ".join(verdicts := (RIGHT, REFUSED, WRONG, UNBUILT)) + " |",
-        "|---|---|---|---|---|",
-    ]
-    for mapping in MAPPINGS:
-        here = Counter(record["verdict"] for record in records if mapping in record["mappings"])
-        table.append(f"| {mapping} | " + " | ".join(str(here[verdict]) for verdict in verdicts) + " |")
-    return line + "\n".join(table) + "\n"
 
 
 def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> list[str]:
@@ -102,10 +96,14 @@ def _row(key: tuple[str, str], found: dict[str, dict], versions: list[str]) -> l
 
 
 def _shortened(record: dict) -> str:
-    detail = record["detail"].replace(" Use its own loss, or log_softmax of its logits, instead", "")
-    detail = detail if len(detail) <= 300 else detail[:297] + "..."
-    only_logprobs = record["verdict"] == REFUSED and record.get("loss") == RIGHT
-    return f"{detail} (its loss is right)" if only_logprobs else detail
+    """What failed, without what the row and the page's head say: the class, the remedy, one reason twice."""
+    name, detail = re.escape(record["class"]), record["detail"]
+    detail = re.sub(r" Use (its own|the model's own) loss[^;]*| Change the hidden states before.*", "", detail)
+    if record.get("loss") == RIGHT:
+        detail = re.sub(rf"log-probs: {name} is not causal: [^;]*", "not causal", detail)
+    detail = re.sub(rf"{name}:? ", "", detail)
+    detail = re.sub(r"log-probs: (.*); loss: \1$", r"\1", detail)
+    return detail if len(detail) <= 300 else detail[:297] + "..."
 
 
 def _first(found: dict[str, dict]) -> str:

@@ -169,9 +169,10 @@ def test_same_numbers(name, case, tmp_path):
 
 def test_the_page_lists_what_is_tested():
     section = PAGE.read_text().split("### Options of TRL")[1].split("\n## ")[0]
-    table = {}
-    for trainer, option, values in re.findall(r"^\| (\w+) \| `(\w+)` \| (.+) \|$", section, re.MULTILINE):
-        table.setdefault(trainer, {})[option] = re.findall(r"`([^`]+)`", values)
-    assert table == {
+    listed = {}
+    for trainer, text in re.findall(r"- \*\*(\w+)\*\*: (.*?)\.(?=\n- |\n\n)", section, re.DOTALL):
+        options = [re.findall(r"`([^`]+)`", " ".join(option.split())) for option in text.split(";")]
+        listed[trainer] = {name: values for name, *values in options}
+    assert listed == {
         name: {option: list(values) for option, values in options.items()} for name, options in SAME.items()
     }

@@ -129,13 +129,14 @@ def markdown_table() -> str:
     """A row for each method: made from the registry, so that it says what runs."""
     from var_kernels.integrations.trainer.methods import METHODS
 
-    lines = ["| name | loss of an item | class | item | reads | options | source | evidence |", "|---" * 8 + "|"]
+    lines = ["| name | loss of an item | class | item | reads | options | source, evidence |", "|---" * 7 + "|"]
     for name, method in METHODS.items():
         loss = method.loss
         options = ", ".join(f"`{option}` {default}" for option, (_, default, _) in method.own_settings.items())
         reads = _TEACHERS[method.teacher] or ", ".join(f"`{read}`" for read in loss.inputs)
         formula = loss.formula.replace("|", "\\|")
-        cells = (f"`{name}`", formula, loss.pass_class, loss.item, reads, options, loss.source, loss.evidence)
+        source = f"{loss.source} ({loss.evidence})"
+        cells = (f"`{name}`", formula, loss.pass_class, loss.item, reads, options, source)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -143,9 +144,10 @@ def markdown_table() -> str:
 def variants_table() -> str:
     from var_kernels.losses import VARIANTS
 
-    lines = ["| variant | what it is | class | use | source | evidence |", "|---" * 6 + "|"]
+    lines = ["| variant | what it is | class | use | source, evidence |", "|---" * 5 + "|"]
     for name, variant in VARIANTS.items():
         formula = variant.formula.replace("|", "\\|")
-        cells = (f"`{name}`", formula, variant.pass_class, f"`{variant.use}`", variant.source, variant.evidence)
+        source = f"{variant.source} ({variant.evidence})"
+        cells = (f"`{name}`", formula, variant.pass_class, f"`{variant.use}`", source)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

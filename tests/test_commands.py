@@ -30,6 +30,7 @@ RUN_BY = {
     r"make matrix": "by hand: downloads some GB; tests/test_packaging.py reads what it wrote",
     r"make sanitize": "tests/test_selftest.py",
     r"python benchmarks/memory\.py": "tests/test_readme.py",
+    r"python benchmarks/estimators\.py": "by hand: a minute; tests/test_readme.py reads what it wrote",
     r"python benchmarks/ess\.py|python -m benchmarks\.real": "by hand: needs a file or a model that is not here",
     r"python -m benchmarks\.cpu_kernels": "by hand: minutes",
     r"python benchmarks/compile_kernels\.py": "tests/test_offline_compile.py",

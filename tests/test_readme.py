@@ -253,7 +253,7 @@ def test_figures_of_the_page_on_var_are_measured():
     for name, medians in ess.items():
         assert f"{name} {' | '.join(medians)} |" in page
     log_z, distance = {}, {}
-    for row in measured("estimators.csv"):
+    for row in (row for row in measured("estimators.csv") if row["samples"] in ("4", "16", "64", "256")):
         log_z.setdefault(row["estimator"], []).append(f"{float(row['bias']):.3f} ± {float(row['sd']):.3f}")
         distance.setdefault(row["estimator"], []).append(f"{float(row['tv']):.3f}")
     assert len(log_z) == 6
@@ -283,13 +283,3 @@ def test_figures_of_models_are_those_of_the_sweep():
     assert f"of the {pairs} language-model classes" in text
     assert f"{right} give their own" in text
     assert f"{refused} are refused with a reason, none is wrong, {unbuilt} could not be built" in text
-
-
-def test_figures_of_the_compiled_kernels_are_those_of_the_file():
-    page = (ROOT / "docs" / "kernels.md").read_text()
-    rows = {f"| {' | '.join(row.values())} |" for row in measured("computed/kernels.csv")}
-    shown = {line for line in page.splitlines() if re.match(r"\| (?!kernel|---)", line)}
-    assert shown <= rows
-    assert len(rows) > len(shown) > 30
-    (triton,) = re.findall(r"Triton (\d\S*)", (ROOT / "benchmarks/results/computed/kernels.csv").read_text())
-    assert f"by Triton {triton} without a GPU" in page

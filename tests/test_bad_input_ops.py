@@ -42,7 +42,7 @@ BAD = {
     "bias no tensor": (lambda: call(linear_logprob, HIDDEN, WEIGHT, LABELS, 0.5), TypeError, r"bias must be a torch.Tensor, got float"),
     "mixed dtypes": (lambda: call(weight=WEIGHT.bfloat16()), TypeError, r"lm_head_weight is torch.bfloat16 but hidden is torch.float32.*autocast"),
     "bias of another dtype": (lambda: call(linear_logprob, HIDDEN, WEIGHT, LABELS, torch.zeros(9).double()), TypeError, r"bias is torch.float64"),
-    "another device": (lambda: call(weight=WEIGHT.to("meta")), ValueError, r"lm_head_weight is on meta but hidden is on cpu"),
+    "another device": (lambda: call(weight=WEIGHT.to("meta")), ValueError, r"lm_head_weight must be on cpu like hidden, got meta"),
     "scale 0": (lambda: call(logit_scale=0.0), ValueError, r"logit_scale must be finite and not 0"),
     "softcap 0": (lambda: call(softcap=0.0), ValueError, r"softcap must be positive.*pass None"),
     "temperature a row": (lambda: call(temperature=torch.ones(5)), TypeError, r"temperature must be a number, got Tensor of shape \(5,\); .*rows of each value.*labels of the others ignored"),

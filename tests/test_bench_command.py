@@ -204,7 +204,7 @@ def test_compare(finished, tmp_path, capsys):
         (["--masked", "1"], "--masked must be at least 0 and below 1, got 1"),
         (["--model", "no-such-model"], "--model must be a known model"),
         (["compare", "a"], "expected no word, or `compare A B`, got 'compare a'"),
-        (["compare", "/nonexistent", "/nonexistent"], "expected the bench.json of a run or its folder"),
+        (["compare", "/nonexistent", "/nonexistent"], "must name the bench.json of a run or its folder"),
     ],
 )
 def test_bad_input_is_named(words, reason, capsys, tmp_path):

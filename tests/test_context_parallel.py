@@ -174,5 +174,5 @@ def test_shifted_labels_give_the_same_log_probs():
     shifted = token_logprobs(model, {"input_ids": ids, "shift_labels": following})
     assert torch.equal(shifted[:, :-1], whole[:, 1:])
     assert shifted[:, -1].eq(0).all()
-    with pytest.raises(ValueError, match="expected labels or shift_labels, got both"):
+    with pytest.raises(ValueError, match="must have labels or shift_labels, got both"):
         token_logprobs(model, {"input_ids": ids, "labels": ids, "shift_labels": following})

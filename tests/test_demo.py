@@ -399,11 +399,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request, no_me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", "-1"], "--seed: expected an integer >= 0, got -1"),
+        (["--seed", "-1"], "--seed must be an integer >= 0, got -1"),
         (["--output", "{folder}/file"], "is a file; choose another"),
         (["--output", "{folder}/theirs"], "theirs holds data, which no demo wrote; choose another directory"),
         (["--sed", "1"], "unknown option --sed, did you mean --seed?"),
-        (["--compare", "dpo,kto"], "--compare: expected some of sft, best-of-n, dpo, got 'kto'; VAR is always trained"),
+        (["--compare", "dpo,kto"], "--compare must be some of sft, best-of-n, dpo, got 'kto'; VAR is always trained"),
         (["--reward", "nothing"], "reward must be module:function, got 'nothing'"),
         (["--model", "no/such/folder"], "model: no such directory: no/such/folder"),
     ],

@@ -207,7 +207,7 @@ def test_a_first_token_behind_padding_is_not_scored():
     logp = token_logprobs(model, left)
     assert_result(logp[:, 3:], token_logprobs(model, {"input_ids": ids}))
     assert (logp[:, :4] == 0).all()
-    with pytest.raises(ValueError, match="attention_mask: expected the shape"):
+    with pytest.raises(ValueError, match="attention_mask must have the shape"):
         token_logprobs(model, {"input_ids": ids, "attention_mask": torch.ones(1, 1, 6, 6)})
 
 

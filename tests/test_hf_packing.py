@@ -122,7 +122,7 @@ def test_var_over_the_sequences_of_a_row():
 def test_packed_without_positions_is_refused():
     model, inputs = build(CASES[0]), packed()
     del inputs["position_ids"]
-    with pytest.raises(ValueError, match=r"packed: expected position_ids.*DataCollatorWithFlattening"):
+    with pytest.raises(ValueError, match=r"packed=True must come with position_ids.*DataCollatorWithFlattening"):
         sequence_logprobs(model, inputs, packed=True)
 
 

@@ -54,7 +54,7 @@ def after_head(change):
 def test_not_a_language_model():
     with pytest.raises(TypeError, match="get_output_embeddings"):
         token_logprobs(nn.Linear(3, 3), batch())
-    with pytest.raises(TypeError, match=r"model: expected a model, got str; load it first"):
+    with pytest.raises(TypeError, match=r"model must be a model, got str; load it first"):
         fused_lm_head("gpt2")
 
 

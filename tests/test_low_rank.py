@@ -267,7 +267,7 @@ BAD = {
     "B transposed": ((LEFT, RIGHT.T), {}, ValueError, r"low_rank must have the shapes.*got \(6, 2\) and \(2, 9\)"),
     "two dtypes": ((LEFT, RIGHT.bfloat16()), {}, TypeError, r"one dtype, torch.float32 beside hidden.*bfloat16; cast"),
     "narrow factors": ((LEFT.bfloat16(), RIGHT.bfloat16()), {}, TypeError, r"torch.float32 beside hidden of"),
-    "another device": ((LEFT, RIGHT.to("meta")), {}, ValueError, r"low_rank's right is on meta but hidden is on cpu"),
+    "another device": ((LEFT, RIGHT.to("meta")), {}, ValueError, r"right must be on cpu like hidden, got meta"),
     "no workspace": ((LEFT, RIGHT), {"workspace_mb": 0}, ValueError, r"workspace_mb must be positive with low_rank"),
 }  # fmt: skip
 

@@ -275,7 +275,7 @@ def test_options_that_need_logits_are_refused(options, named, tmp_path):
             built.append(kwargs["model"])
             super().__init__(*args, **kwargs)
 
-    with pytest.raises(ValueError, match=rf"{named}: expected unset.*without FusedHeadMixin"):
+    with pytest.raises(ValueError, match=rf"{named} must be unset.*without FusedHeadMixin"):
         build(lambda _: fused(Trainer), "SFT", tmp_path / "run", **options)
     assert "forward" not in vars(built[0])
 
@@ -284,13 +284,13 @@ def test_other_classes_are_refused(tmp_path):
     class Nothing(FusedHeadMixin):
         pass
 
-    with pytest.raises(TypeError, match=r"expected a trainer of trl>=1\.16"):
+    with pytest.raises(TypeError, match=r"must be a trainer of trl>=1\.16"):
         Nothing()
 
 
 def test_a_head_that_is_not_understood_is_refused():
     model = tiny()
     model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.GELU())
-    with pytest.raises(ValueError, match=r"expected its output embedding to be one nn\.Linear"):
+    with pytest.raises(ValueError, match=r"its output embedding must be one nn\.Linear"):
         _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
     assert "forward" not in vars(model)

@@ -86,7 +86,7 @@ DORA = {"adapter": head(use_dora=True)}
     [
         ("SFT", DORA, "is a DoraLinearVariant"),
         ("DPO", DORA, "is a DoraLinearVariant"),
-        ("GRPO", {"adapter": head(), "cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32: expected False with an"),
+        ("GRPO", {"adapter": head(), "cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 must be False with an"),
     ],
 )
 def test_what_cannot_work_is_refused(name, options, message, tmp_path):

@@ -236,5 +236,5 @@ def test_refusals_of_attaching():
         attach_head(model, RewardHead(16))
     with pytest.raises(ValueError, match=r"has an attribute 'lm_head'"):
         attach_head(model, RewardHead(D), "lm_head")
-    with pytest.raises(TypeError, match="model: expected a transformers model"):
+    with pytest.raises(TypeError, match="model must be a transformers model"):
         attach_head(torch.nn.Linear(2, 2), RewardHead(2))

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     """
     if vocab_parallel_options is not None:
         raise ValueError(
-            "vocab_parallel_options: expected None; for a vocabulary sharded over ranks use "
+            "vocab_parallel_options must be None; for a vocabulary sharded over ranks use "
             "var_kernels.ops.vocab_parallel_logprob"
         )
     flags = {"accum_e_fp32": accum_e_fp32, "accum_c_fp32": accum_c_fp32}

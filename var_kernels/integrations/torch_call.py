@@ -44,10 +44,10 @@ def linear_cross_entropy(
             whole logits is needed for.
     """
     if linear_weight.dim() != 2:
-        raise ValueError(f"linear_weight: expected (V, D), got {tuple(linear_weight.shape)}; use torch's own function")
+        raise ValueError(f"linear_weight must be (V, D), got {tuple(linear_weight.shape)}; use torch's own function")
     if target.is_floating_point():
         raise ValueError(
-            f"target: expected class ids, int64, got {target.dtype} (class probabilities); use torch's own function"
+            f"target must be class ids, int64, got {target.dtype} (class probabilities); use torch's own function"
         )
     loss = LigerFusedLinearCrossEntropyLoss(
         ce_weight=weight,

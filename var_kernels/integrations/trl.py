@@ -113,7 +113,7 @@ def _replaced_seam(trainer_class: type, added: list) -> Iterator[None]:
         except importlib.metadata.PackageNotFoundError:
             found = "no trl"
         raise TypeError(
-            f"{trainer_class.__name__}: expected a trainer of trl>=1.16 (SFT, DPO, KTO, GRPO, RLOO) behind "
+            f"{trainer_class.__name__} must be a trainer of trl>=1.16 (SFT, DPO, KTO, GRPO, RLOO) behind "
             f"FusedHeadMixin, got bases {[cls.__name__ for cls in trainer_class.__bases__]} with {found}"
         )
 
@@ -149,7 +149,7 @@ def _refuse_what_needs_logits(trainer: Any) -> None:
         asked.append("label_smoothing_factor")
     if asked:
         raise ValueError(
-            f"{', '.join(asked)}: expected unset, as {'it needs' if len(asked) == 1 else 'they need'} the full logits "
+            f"{', '.join(asked)} must be unset, as {'it needs' if len(asked) == 1 else 'they need'} the full logits "
             f"in every step, which {name} does not make. Leave out what is named, or use TRL's own class without "
             "FusedHeadMixin"
         )
@@ -165,7 +165,7 @@ class _FusedForward:
         if cast_to_fp32 and is_adapter(head):
             head.__dict__.pop("forward", None)  # TRL's cast has put one there, which drops the adapter
             raise ValueError(
-                "cast_lm_head_to_fp32: expected False with an adapter on the lm_head, got True: TRL's cast head leaves "
+                "cast_lm_head_to_fp32 must be False with an adapter on the lm_head, got True: TRL's cast head leaves "
                 "the adapter out when it generates. Set it to False, or leave lm_head out of target_modules"
             )
         with suppress(TrialFailedError):  # it wants more than tokens: its first batch will show

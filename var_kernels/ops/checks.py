@@ -74,7 +74,7 @@ def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> 
     for name, value in given.items():
         if value.device != hidden.device:
             raise ValueError(
-                f"{name} is on {value.device} but {prefix}hidden is on {hidden.device}; move both to one device"
+                f"{name} must be on {hidden.device} like {prefix}hidden, got {value.device}; move it there"
             )
 
 
@@ -142,8 +142,8 @@ def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_m
         check_whole(f"{prefix}low_rank's {name}", factor)
         if factor.device != hidden.device:
             raise ValueError(
-                f"{prefix}low_rank's {name} is on {factor.device} but {prefix}hidden is on {hidden.device}; move both "
-                "to one device"
+                f"{prefix}low_rank's {name} must be on {hidden.device} like {prefix}hidden, got {factor.device}; move "
+                "it there"
             )
     if workspace_mb == 0:
         raise ValueError(
@@ -236,7 +236,9 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
             "expand per-sequence weights over their tokens"
         )
     if token_weight.device != labels.device:
-        raise ValueError(f"token_weight is on {token_weight.device} but labels are on {labels.device}; move it there")
+        raise ValueError(
+            f"token_weight must be on {labels.device} like labels, got {token_weight.device}; move it there"
+        )
 
 
 def check_num_items(num_items, active_NK: Tensor) -> None:

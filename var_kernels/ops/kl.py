@@ -220,9 +220,7 @@ def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref
     checks.check_model(ref_hidden, ref_lm_head_weight, ref_bias, prefix="ref_")
     (v, d_ref), leading = ref_lm_head_weight.shape, hidden.shape[:-1]
     if ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}; move both to one device"
-        )
+        raise ValueError(f"ref_hidden must be on {hidden.device} like hidden, got {ref_hidden.device}; move it there")
     if v != lm_head_weight.shape[0]:
         raise ValueError(
             f"ref_lm_head_weight must have shape ({lm_head_weight.shape[0]}, D_ref), the vocabulary of lm_head_weight, "

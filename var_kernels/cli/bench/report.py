@@ -174,7 +174,7 @@ def read(path: str) -> dict[str, Any]:
         results = json.loads(file.read_text(encoding="utf-8"))
         results["about"]["model"], results["rows"][0]["percent_of_gemms"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"compare: expected the bench.json of a run or its folder, got {path}: {error}") from error
+        raise ValueError(f"compare must name the bench.json of a run or its folder, got {path}: {error}") from error
     return results
 
 

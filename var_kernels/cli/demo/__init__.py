@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
     if args.seed < 0:
-        raise ValueError(f"--seed: expected an integer >= 0, got {args.seed}")
+        raise ValueError(f"--seed must be an integer >= 0, got {args.seed}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     plan = experiment.QUICK if args.quick else experiment.GPU if device.type == "cuda" else experiment.FULL
     if args.compare is not None:
@@ -49,5 +49,5 @@ def _methods(text: str) -> tuple[str, ...]:
     asked = [name.strip().lower() for name in text.split(",") if name.strip()]
     for name in asked:
         if name not in names:
-            raise ValueError(f"--compare: expected some of {', '.join(names)}, got {name!r}; VAR is always trained")
+            raise ValueError(f"--compare must be some of {', '.join(names)}, got {name!r}; VAR is always trained")
     return tuple(full for name, full in names.items() if name in asked)

@@ -76,7 +76,7 @@ def _token_ids(argument: str, index: int, ids: Sequence[int] | Tensor) -> tuple[
     ids = tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
     if not ids:
         hint = "start it with a BOS token" if argument == "prompts" else "drop it, or end it with an EOS token"
-        raise ValueError(f"{argument}[{index}]: expected one token id at least, got none; {hint}")
+        raise ValueError(f"{argument}[{index}] must have at least one token id, got none; {hint}")
     return ids
 
 

@@ -111,7 +111,7 @@ def sequence_logprobs(
     starts = sequence_starts(batch)
     if starts is None:
         raise ValueError(
-            "packed: expected position_ids (B, T), 0 where a sequence begins, or cu_seq_lens_q in batch, got "
+            "packed=True must come with position_ids (B, T), 0 where a sequence begins, or cu_seq_lens_q in batch, got "
             f"{', '.join(batch)}; DataCollatorWithFlattening makes them"
         )
     begins = starts.flatten().nonzero().squeeze(1)
@@ -122,7 +122,7 @@ def sequence_logprobs(
 def _scored_by_mask(input_ids: Tensor, mask: Tensor) -> Tensor:
     if mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask: expected the shape (B, T) of input_ids {tuple(input_ids.shape)}, got "
+            f"attention_mask must have the shape (B, T) of input_ids {tuple(input_ids.shape)}, got "
             f"{tuple(mask.shape)}; with a mask of another form pass labels, which say what is scored"
         )
     hidden_before = F.pad(mask[:, :-1] == 0, (1, 0), value=False)  # (B, T); at t = 0 nothing is scored anyway
@@ -140,7 +140,7 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
     labels = inputs.pop("labels", None)
     shifted = inputs.pop("shift_labels", None)
     if shifted is not None and labels is not None:
-        raise ValueError("batch: expected labels or shift_labels, got both; they say the same of other positions")
+        raise ValueError("batch must have labels or shift_labels, got both; drop one")
     labels = shifted if labels is None else labels
     if labels is None and tokens is not inputs.get("input_ids"):
         raise ValueError(
@@ -152,7 +152,7 @@ def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
         labels = tokens if mask is None else _scored_by_mask(tokens, mask)
     if labels.shape != tokens.shape or labels.dim() != 2:
         raise ValueError(
-            f"labels: expected the shape (B, T) of input_ids {tuple(tokens.shape)}, got {tuple(labels.shape)}; "
+            f"labels must have the shape (B, T) of input_ids {tuple(tokens.shape)}, got {tuple(labels.shape)}; "
             "labels are not shifted, and -100 where ignored"
         )
     _check_int64(labels)

@@ -298,9 +298,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         """Stand in for the model's loss_function(logits, labels, vocab_size): return the loss that is known already."""
         name = type(self.inner).__name__
         if ignore_index != IGNORE_INDEX:
-            raise ValueError(
-                f"ignore_index: fused_lm_head expects {IGNORE_INDEX}, got {ignore_index}; put {IGNORE_INDEX} in labels"
-            )
+            raise ValueError(f"ignore_index must be {IGNORE_INDEX}, got {ignore_index}; put {IGNORE_INDEX} in labels")
         # A model that does not shift may say so by shift_labels=labels; calibrate_loss has seen that it does not.
         own_shift = shift_labels is not callers_shift
         if own_shift and isinstance(shift_labels, Tensor):
@@ -327,7 +325,7 @@ def _shown(labels: Tensor, mask: Tensor | None) -> Tensor:
         return labels
     if mask.shape != labels.shape:
         raise ValueError(
-            f"attention_mask: expected the shape of labels {tuple(labels.shape)}, got {tuple(mask.shape)}; the model's "
+            f"attention_mask must have the shape of labels {tuple(labels.shape)}, got {tuple(mask.shape)}; the model's "
             "own loss leaves out the labels that it hides"
         )
     return labels.masked_fill(mask.to(labels.device) == 0, IGNORE_INDEX)

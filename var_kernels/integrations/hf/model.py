@@ -28,7 +28,7 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The HF model under torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers: the module that owns the lm_head."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model: expected a model, got {type(model).__name__}; load it first: "
+            f"model must be a model, got {type(model).__name__}; load it first: "
             "AutoModelForCausalLM.from_pretrained(...)"
         )
     # Looked up among the children: several wrappers answer for any attribute of what they wrap.
@@ -42,7 +42,7 @@ def inner_model(model: nn.Module) -> nn.Module:
         return inner_model(model.get_base_model())
     if not callable(getattr(model, "get_output_embeddings", None)):
         raise TypeError(
-            "model: expected a transformers model with get_output_embeddings(), or a wrapper of one, got "
+            "model must be a transformers model with get_output_embeddings(), or a wrapper of one, got "
             f"{type(model).__name__}"
         )
     return model
@@ -87,7 +87,7 @@ def _check_linear(head: nn.Module, name: str) -> None:
         kind, remedy = type(head).__name__, "Use the model's own loss instead"
         if hasattr(head, "in_features") or hasattr(head, "infeatures"):  # torch.ao, HQQ, AWQ; GPTQ
             kind, remedy = f"{type(head).__module__}.{kind}", _DEQUANTISE
-        raise ValueError(f"{name}: expected its output embedding to be one nn.Linear, got {kind}. {remedy}")
+        raise ValueError(f"{name}: its output embedding must be one nn.Linear, got {kind}. {remedy}")
     if "_var_kernels_busy" in vars(head):
         return  # its forward is ours now; it was looked at before
     packed = is_packed(head.weight)

@@ -132,13 +132,14 @@ def _moved(name: str, args, kwargs, outputs) -> int:
 
 
 def _size(a: dict, *names: str) -> int:
-    return sum(a[name].itemsize for name in names)
+    """Bytes of an element of each, none of what the launch leaves out."""
+    return sum(a[name].itemsize for name in names if a[name] is not None)
 
 
 # Bytes of a launch, by the kernel's name: of its arguments and its grid. Vectors of a number a row are left out.
 KERNEL_BYTES: dict[str, Callable[[dict, tuple], int]] = {
     "_row_stats_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "logits_ptr"),
-    "_row_exp_kernel": lambda a, grid: grid[0] * a["C"] * (_size(a, "logits_ptr") + a["STORE"] * _size(a, "out_ptr")),
+    "_row_exp_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "logits_ptr", "out_ptr"),
     "_row_grad_kernel": lambda a, grid: grid[0] * a["C"] * (_size(a, "logits_ptr") + a["OUT"].primitive_bitwidth // 8),
     "_pair_stats_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "z_ptr", "w_ptr"),
     "_pair_mixture_kernel": lambda a, grid: grid[0] * a["C"] * _size(a, "z_ptr", "w_ptr"),
@@ -149,7 +150,7 @@ KERNEL_BYTES: dict[str, Callable[[dict, tuple], int]] = {
     "_finish_rows_kernel": lambda a, grid: 0,
     "_row_scales_kernel": lambda a, grid: 0,
     "_combine_rows_kernel": lambda a, grid: (
-        grid[0] * a["D"] * (_size(a, "sums_ptr", "out_ptr") + a["HAS_LABEL"] * _size(a, "matrix_ptr"))
+        grid[0] * a["D"] * _size(a, "sums_ptr", "out_ptr", *(["matrix_ptr"] if a["label_ptr"] is not None else []))
     ),
     # Every label distinct.
     "_label_rows_kernel": lambda a, grid: grid[0] * a["D"] * _size(a, "vectors_ptr", "total_ptr", "total_ptr"),

@@ -121,7 +121,7 @@ def work(args) -> None:
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     bench = Bench(args.dry_run)
-    head = header(args.dry_run)
+    head, modules = header(args.dry_run), 0
     for item in todo(args, all_sections()):
         left = args.deadline - time.time()
         if left < item.seconds:
@@ -143,6 +143,9 @@ def work(args) -> None:
             report(event="broken")
             return
         gc.collect()
+        if len(sys.modules) > modules:  # what was imported stays: no later collection need look at it
+            gc.freeze()
+            modules = len(sys.modules)
         if not bench.dry_run:
             torch.cuda.empty_cache()
     report(event="finished")

@@ -81,8 +81,9 @@ def _page(args) -> None:
     from benchmarks.real import plots, tables
 
     tables.write(args.out)
-    if rows := tables.read(args.out / "real-study.csv"):
-        plots.write(rows)
+    for name, draw in (("real-steps", plots.write_steps), ("real-study", plots.write_study)):
+        if rows := tables.read(args.out / f"{name}.csv"):
+            draw(rows)
 
 
 def _rows(path: Path) -> list[list[str]]:

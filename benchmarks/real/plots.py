@@ -1,11 +1,13 @@
-"""The picture of the study on real rewards."""
+"""The pictures of docs/real.md: the memory of training steps, the study on real rewards."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.real.tables import NAMES
 from var_kernels.cli.demo.plots import COLORS, STYLE, plt
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "real-study.png"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+STUDY, STEPS = DOCS / "real-study.png", DOCS / "real-steps.png"
 _PANELS = (
     ("gained", "Likelihood gained", "nats a token, under the rewards' weights", 0.0),
     ("lift", "Lift", "nats a token, over the average answer", 0.0),
@@ -14,7 +16,31 @@ _PANELS = (
 )
 
 
-def write(rows: Sequence[dict[str, str]]) -> None:
+def write_steps(rows: Sequence[dict[str, str]]) -> None:
+    """Draw the highest memory of every head in bf16: of each model the longest step without and with checkpointing."""
+    heads = ("transformers", "TRL", "F.linear_cross_entropy", "torch.compile", "var_kernels")
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        if row["dtype"] == "bfloat16" and row["peak_mib"] and row["head"] in heads:
+            setting = (row["model"], row["checkpointing"], int(row["tokens"]))
+            found.setdefault(setting, {})[row["head"]] = float(row["peak_mib"]) / 1024
+    longest = {key[:2]: key for key in sorted(found) if {"transformers", "var_kernels"} <= found[key].keys()}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, -(-len(longest) // 2), figsize=(10, 4.4), layout="constrained", squeeze=False)
+        for axis, key in zip(axes.flat, sorted(longest.values(), reverse=True), strict=False):
+            peaks = {head: found[key][head] for head in reversed(heads) if head in found[key]}
+            colors = [COLORS["VAR" if head == "var_kernels" else "SFT"] for head in peaks]
+            axis.bar_label(axis.barh(list(peaks), list(peaks.values()), color=colors), fmt="%.1f", padding=3)
+            model, checkpointing, tokens = key
+            kept = "checkpointing" if checkpointing == "1" else "no checkpointing"
+            axis.set(title=f"{NAMES[model]}, {tokens:,} tokens, {kept}", xlabel="GiB of the process")
+            axis.margins(x=0.15)
+            axis.grid(axis="y", visible=False)
+        figure.savefig(STEPS, dpi=120)
+        plt.close(figure)
+
+
+def write_study(rows: Sequence[dict[str, str]]) -> None:
     """Draw each seed as a point and the mean of the seeds as a line, for every method."""
     (reference,) = (float(row["weighted_nll"]) for row in rows if row["method"] == "reference")
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "reference"))
@@ -32,5 +58,5 @@ def write(rows: Sequence[dict[str, str]]) -> None:
             short = [name.replace("Best-of-n SFT", "Best\nof n").replace("VAR, lambda", "VAR\nat") for name in names]
             axis.set_xticklabels(short)
             axis.grid(axis="x", visible=False)
-        figure.savefig(PICTURE, dpi=120)
+        figure.savefig(STUDY, dpi=120)
         plt.close(figure)

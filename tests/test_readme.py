@@ -163,6 +163,33 @@ def test_figures_on_real_weights_are_measured():
     assert f"by {float(distilled['fall']):.2f} +- {float(distilled['fall_error']):.2f}" in page
 
 
+def test_the_picture_of_steps_has_the_longest_of_each_model(tmp_path, monkeypatch):
+    from benchmarks.real import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "STEPS", tmp_path / "steps.png")
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    step = {"model": "gemma", "dtype": "bfloat16", "checkpointing": "1", "peak_mib": "2048", "head": "transformers"}
+    rows = [
+        {**step, "tokens": tokens, "head": head, "peak_mib": peak}
+        for tokens, head, peak in (
+            ("1024", "transformers", "2048"),
+            ("1024", "var_kernels", "1024"),
+            ("4096", "transformers", "5120"),
+            ("4096", "var_kernels", "1536"),
+            ("4096", "none", "1000"),
+            ("16384", "var_kernels", "4096"),  # alone: nothing to compare it with
+        )
+    ]
+    plots.write_steps([*rows, {**rows[0], "dtype": "float32", "tokens": "8192"}])
+    (figure,) = drawn
+    (axis,) = figure.axes
+    assert axis.get_title(loc="left") == "Gemma, 4,096 tokens, checkpointing"
+    assert [text.get_text() for text in axis.texts] == ["1.5", "5.0"]
+    assert [bar.get_width() for bar in axis.patches] == [1.5, 5.0]
+    assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
 def test_tables_of_real_weights_by_hand():
     from benchmarks.real.tables import errors, sparsity, steps, study
 

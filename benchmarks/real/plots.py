@@ -36,6 +36,8 @@ def write_steps(rows: Sequence[dict[str, str]]) -> None:
             axis.set(title=f"{NAMES[model]}, {tokens:,} tokens, {kept}", xlabel="GiB of the process")
             axis.margins(x=0.15)
             axis.grid(axis="y", visible=False)
+        for axis in axes.flat[len(longest) :]:
+            axis.remove()
         figure.savefig(STEPS, dpi=120)
         plt.close(figure)
 

@@ -137,9 +137,10 @@ def test_figures_on_real_weights_are_measured():
         for row in measured("cpu-avx-512-bf16/real-steps.csv")
         if row["peak_mib"] and row["checkpointing"] == "0"
     }
-    checkpointed = [row for row in measured("cpu-avx-512-bf16/real-steps.csv") if row["checkpointing"] == "1"]
     holds = {
-        tuple(row[key] for key in ("model", "tokens", "head")): f"{float(row['peak_mib']):,.0f}" for row in checkpointed
+        tuple(row[key] for key in ("model", "tokens", "head")): f"{float(row['peak_mib']):,.0f}"
+        for row in measured("cpu-avx-512-bf16/real-steps.csv")
+        if row["peak_mib"] and row["checkpointing"] == "1"
     }
     small, large, gemma = (
         tuple(holds[(*setting, head)] for head in ("transformers", "var_kernels"))

@@ -80,6 +80,7 @@ def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> 
 
 def check_values(labels: Tensor, token_weight: Tensor | None, ignore_index: int, v: int) -> None:
     """Labels of a vocabulary of v; weights that are finite where the label counts."""
+    # Read on the host: called where the values are at hand, on a CPU.
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
     if wrong.any():
         raise ValueError(

@@ -150,6 +150,7 @@ def _place(lm_head_weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, in
     if rows and not values_readable(sizes_R):
         torch._assert_async((sizes_R > 0).all(), "lm_head_weight must hold rows on every rank of process_group")
         return start, None
+    # Read on the host: on a CPU, or by a rank without rows, which stops here.
     sizes = sizes_R.tolist()
     if not all(sizes):
         raise ValueError(

@@ -318,3 +318,27 @@ def test_figures_of_models_are_those_of_the_sweep():
     assert f"of the {pairs} language-model classes" in text
     assert f"{right} give their own" in text
     assert f"{refused} are refused with a reason, none is wrong, {unbuilt} could not be built" in text
+
+
+def test_figures_of_kl_are_measured():
+    """The tables of docs/distillation.md: times in bare GEMMs, in brackets MiB, each once."""
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "distillation.md").read_text().splitlines()]
+    sides = {
+        "**`linear_token_kl`**: forward, jsd, reverse": ("ours, forward", "ours, jsd", "ours, reverse"),
+        "the same, a value each: forward": ("ours, forward, a value each",),
+        "`F.kl_div` of full logits: forward": ("plain, forward",),
+        "TRL: forward, jsd": ("trl, forward", "trl, jsd"),
+        "Liger, chunked: forward, jsd": ("liger, chunked, forward", "liger, chunked, jsd"),
+    }
+    for short, dtype in (("bf16", "bfloat16"), ("fp32", "float32")):
+        at = next(i for i, cells in enumerate(lines) if cells[0] == short and " x " in cells[1])
+        table = {cells[0]: cells[1:] for cells in lines[at + 2 : at + 2 + len(sides)]}
+        assert table.keys() == sides.keys()
+        for place, shape in enumerate(lines[at][1:]):
+            name = f"cpu-avx-512-bf16/divergence-{shape.replace(' ', '')}-{dtype}.csv"
+            found = {row["side"]: row for row in measured(name)}
+            for label, names in sides.items():
+                rows = [found[name] for name in names if name in found]
+                peaks = dict.fromkeys(f"{float(row['peak_mib']):,.0f}" for row in rows)
+                times = ", ".join(f"{float(row['of_gemms']):.2f}" for row in rows)
+                assert table[label][place] == f"{times} ({', '.join(peaks)})"

@@ -39,8 +39,8 @@ struct Product {
 constexpr int64_t kLane = 16, kDeep = 32, kTile = kLane * kDeep;
 // Depth of a packed block; of a product that is rounded as soon as it is summed.
 constexpr int64_t kBlockDepth = 2048, kMaxDepth = 4096;
-// Columns of a block of B at most; rows of one of A, and its bytes; elements of the sums, which are 16 x 16 blocks.
-constexpr int64_t kWide = 512, kHigh = 128, kLeftBytes = 1 << 18, kSumElements = kWide * kHigh;
+// Rows of a block of A, and its bytes.
+constexpr int64_t kHigh = 128, kLeftBytes = 1 << 18;
 
 // What an instruction set brings.
 struct Kernels {
@@ -62,9 +62,11 @@ struct Kernels {
   int64_t element_bytes;  // of a packed element
   int64_t panel_tiles;    // of depth that a micro-kernel sums up before it stores: its panels fit the first-level cache
   int64_t right_bytes;    // of a packed block of B, at most kRightBytes
+  int64_t wide;           // columns of such a block, at most kWide: A is packed again for each
 };
 
-constexpr int64_t kRightBytes = 1 << 22;
+// The sums are 16 x 16 blocks.
+constexpr int64_t kRightBytes = 1 << 22, kWide = 1024, kSumElements = kWide * kHigh;
 
 inline void nothing() {}
 
@@ -88,7 +90,7 @@ struct Scratch {
 // Columns that are packed at a time, of a product that is summed at once.
 inline int64_t block_columns(const Kernels& kernels, int64_t depth) {
   const int64_t panel = std::max<int64_t>(1, ceil_div(depth, kDeep)) * kTile * kernels.element_bytes;
-  return std::min(kernels.right_bytes / panel, kWide / kLane) / 2 * 2 * kLane;
+  return std::min(kernels.right_bytes / panel, kernels.wide / kLane) / 2 * 2 * kLane;
 }
 
 inline Shares shares_of(const Product& p, const Kernels& kernels, int64_t threads) {

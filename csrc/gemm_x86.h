@@ -151,7 +151,7 @@ inline void write_out(const Product& p, const float* sums, int64_t row, int64_t 
 
 constexpr Kernels kAvx512Bf16 = {pack<uint16_t, false>, pack<uint16_t, true>,
                                  {{micro_avx512<1, 1>, micro_avx512<1, 2>}, {micro_avx512<2, 1>, micro_avx512<2, 2>}},
-                                 write_out, nothing, nothing, 2, 8, 1 << 20};
+                                 write_out, nothing, nothing, 2, 8, 1 << 21, 1024};
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -203,7 +203,7 @@ inline void configure_tiles() { _tile_loadconfig(kTileConfig); }
 inline void release_tiles() { _tile_release(); }
 constexpr Kernels kAmx = {pack<uint16_t, false>, pack<uint16_t, true>,
                           {{micro_amx<1, 1>, micro_amx<1, 2>}, {micro_amx<2, 1>, micro_amx<2, 2>}},
-                          write_out, configure_tiles, release_tiles, 2, 8, 1 << 20};
+                          write_out, configure_tiles, release_tiles, 2, 8, 1 << 20, 512};
 #pragma GCC pop_options
 
 }  // namespace gemm

@@ -8,6 +8,7 @@
 
 #include "cpu.h"
 #include "pairs.h"
+#include "round_x86.h"
 #include "row_tensors.h"
 
 namespace var_kernels {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "round_x86.h"
 #include "rows.h"
 #include "row_tensors.h"
 

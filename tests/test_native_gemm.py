@@ -170,7 +170,7 @@ print(out.eq(30).all().item())
 def test_a_thread_without_memory_says_so_and_goes_on_when_there_is_some():
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
     first, second = done.stdout.splitlines()
-    assert "out of memory: operands are packed into 4608 KiB a thread" in first
+    assert "out of memory: operands are packed into 4864 KiB a thread" in first
     assert second == "True"
 
 

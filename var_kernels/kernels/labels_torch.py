@@ -32,12 +32,7 @@ def _steps(rows_nd: Tensor, wide: torch.dtype, gathered: int) -> list[slice]:
     step = gathered // max(1, 4 * d * wide.itemsize)
     if rows_nd.device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS:
         step = min(step, (_DIVIDED - 1) // max(1, d))
-    return spans(0, n, max(1, step))
-
-
-def _known(labels_n: Tensor, v: int) -> Tensor:
-    """Labels in the vocabulary; an accelerator's are not looked at before."""
-    return (labels_n >= 0) & (labels_n < v)
+    return spans(0, n, max(1, step)) if step < n else [slice(0, n)]
 
 
 def start_rows(
@@ -63,14 +58,14 @@ def start_rows(
         x_N[rows] = x_n
     if bias_V is not None:
         x_N += bias_V[ids_N]
-    stats.set_pivots(transform.apply(x_N).where(_known(labels_N, v), torch.nan))
+    stats.set_pivots(transform.apply(x_N).where((labels_N >= 0) & (labels_N < v), torch.nan))
 
 
 def finish_rows(labels_n: Tensor, stats: RowStats, v: int) -> None:
     """The label's exponential joins the sums, in rows whose label is in the vocabulary; its log p is formed."""
     above_n = stats.label_logit_NK.squeeze(1) - stats.max_N
     own_n = above_n.exp()
-    stats.sumexp_N.copy_(stats.others_N + own_n.where(_known(labels_n, v), 0.0))
+    stats.sumexp_N.copy_(stats.others_N + own_n.where((labels_n >= 0) & (labels_n < v), 0.0))
     # Of a token more likely than all others together: never above 0, with the digits of 1 - p.
     likely_n = (stats.others_N / own_n).log1p().neg()
     stats.logp_N.copy_(likely_n.where(own_n > stats.others_N, above_n - stats.sumexp_N.log()))
@@ -92,7 +87,7 @@ def row_scales(
     # p - 1 of a confident token is formed as such.
     label_n = prob_n + entry_n + prob_n * logp_n.expm1()
     label_n = label_n * transform.derivative(label_logit_n)
-    return prob_n * transform.slope / sumexp_n, label_n.where(_known(labels_n, c), 0.0)
+    return prob_n * transform.slope / sumexp_n, label_n.where((labels_n >= 0) & (labels_n < c), 0.0)
 
 
 def combine_rows(

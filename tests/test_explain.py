@@ -7,7 +7,7 @@ from tests.products import Products, took_one_pass
 from var_kernels import linear_logprob, linear_token_kl, linear_weighted_nll
 from var_kernels.cli.explain import explain_engines
 from var_kernels.kernels import rows_native, rows_torch
-from var_kernels.ops import plan
+from var_kernels.ops import head, plan
 from var_kernels.ops.backend import use_backend
 from var_kernels.ops.head import budget_bytes
 
@@ -96,10 +96,21 @@ def test_fp16():
     assert "underflow" in explain_engines(N, D, V, torch.float16, CPU)["VAR, SFT"]
 
 
-def test_the_default_follows_the_head():
+def test_the_default_of_16_bit_holds_the_sums_of_dw_and_chunks_of_512_rows(monkeypatch):
+    """Where that is at most 1/32 of the machine's memory; half of the weight elsewhere."""
+    weight = torch.empty(151936, 896, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(head, "_cpu_memory", lambda: 32 << 30)
+    said = explain_engines(4096, 896, 151936, torch.bfloat16, CPU)["VAR, SFT"]
+    assert said.startswith("one pass, 3 GEMMs: "), said
+    rows, predicted = int(said.split("chunks of ")[1].split()[0]), int(said.split("; ")[1].split()[0])
+    assert 512 <= rows < 560, said
+    assert predicted << 20 <= budget_bytes(None, weight) <= 4 * 151936 * 896 + 560 * 151936 * 2 + (16 << 20), said
+    monkeypatch.setattr(head, "_cpu_memory", lambda: 16 << 30)
+    assert budget_bytes(None, weight) == 129 << 20
+
+
+def test_the_default_of_fp32_follows_the_head():
     """Half of the weight on a CPU, never less than 64 MiB."""
     said = explain_engines(2048, 896, 151936, torch.float32, CPU)  # 519 MiB
     assert said["VAR, SFT"].startswith("one pass, 3 GEMMs: 259 MiB hold chunks of")
     assert "64 MiB hold" in explain_engines(2048, 896, 16000, torch.float32, CPU)["DPO"]
-    weight = torch.empty(151936, 896, dtype=torch.bfloat16, device="meta")
-    assert budget_bytes(None, weight) == 129 << 20

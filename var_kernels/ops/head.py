@@ -2,6 +2,7 @@
 way back to the caller's shape.
 """
 
+import os
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from var_kernels.ops.signatures import LogprobKeywords
 
 Tensors = tuple[Tensor | None, ...]
 MIB = 1 << 20
+# Rows of a chunk that a default budget holds beside the sums of dW: reading and writing those costs more with fewer.
+_CPU_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -197,16 +200,31 @@ class HeadPair:
 
 
 def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
-    """Bytes of a budget. None: on a CPU half of the head's weight, at least 64 MiB: with less, dW is added up from
-    chunks so short that memory and not arithmetic sets the time. On an accelerator 1/32 of its memory, at least 128
-    MiB.
+    """Bytes of a budget. None: on an accelerator 1/32 of its memory, at least 128 MiB; on a CPU ``cpu_tiles_bytes``, or
+    for 16-bit operands what one pass takes over chunks of 512 rows, if that is at most 1/32 of the memory: the fp32
+    sums of dW and the rows' exponentials.
     """
     if workspace_mb is not None:
         return int(workspace_mb * MIB)
-    device, weight_bytes = lm_head_weight.device, lm_head_weight.numel() * lm_head_weight.itemsize
-    if device.type != "cuda":
-        return max(64, weight_bytes // 2 // MIB) * MIB
-    return max(128, _cuda_memory(device.index or 0) // 32 // MIB) * MIB
+    device, (v, d), tiles = lm_head_weight.device, lm_head_weight.shape, cpu_tiles_bytes(lm_head_weight)
+    if device.type == "cuda":
+        return max(128, _cuda_memory(device.index or 0) // 32 // MIB) * MIB
+    rows = _CPU_CHUNK * (2 * v + 8 * d)  # with their sums and scaled hidden states
+    one_pass = ((4 * v * d + rows) // MIB + 8) * MIB  # with a tile
+    # A wider dW is itself the sum.
+    return max(tiles, one_pass) if lm_head_weight.itemsize == 2 and one_pass <= _cpu_memory() // 32 else tiles
+
+
+def cpu_tiles_bytes(lm_head_weight: Tensor) -> int:
+    """Half of the head's bytes, at least 64 MiB: with less, dW is added up from chunks so short that memory and not
+    arithmetic sets the time.
+    """
+    return max(64, lm_head_weight.numel() * lm_head_weight.itemsize // 2 // MIB) * MIB
+
+
+@compile_time
+def _cpu_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 
 @compile_time

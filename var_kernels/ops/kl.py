@@ -88,9 +88,10 @@ def linear_token_kl(
         reduction: "none": a KL for each token, for any upstream gradient; "sum": the weighted sum.
         logit_scale, softcap, temperature, low_rank; ref_*: see ``linear_logprob``; nothing is taken over from the
             policy. A policy that is its reference and a LoRA adapter of the head passes low_rank alone.
-        workspace_mb: MiB for tiles of both models' logits; None: as ``linear_logprob``'s. Where a head of 16 bit
-            learns, the gradient in all logits more, 2 N V bytes, or where an fp32 dW (4 V D bytes) is less and the
-            reduction "sum", that and on a CPU twice the tiles.
+        workspace_mb: MiB for tiles of both models' logits; None: half of lm_head_weight's size and at least 64 on a
+            CPU, 1/32 of the memory of an accelerator. Where a head of 16 bit learns, the gradient in all logits more,
+            2 N V bytes, or where an fp32 dW (4 V D bytes) is less and the reduction "sum", that and on a CPU twice the
+            tiles.
         num_active, precision: see ``linear_logprob``.
         ref_grad: gradients go to the reference's tensors too. A second call with the roles exchanged makes them, so
             that each of the two takes the GEMMs above.

@@ -84,9 +84,10 @@ def linear_logprob(
         num_active: at least the number of rows with a label, when the caller knows it: nothing is read from the device
             then, also under torch.compile and CUDA-graph capture, and only that many rows are computed. Too small a
             count is an error (on an accelerator a device-side assertion).
-        workspace_mb: MiB for tiles of logits; None: half of lm_head_weight's size and at least 64 on a CPU, 1/32 of the
-            memory of an accelerator. 0: no tiles, logits stay in registers (Triton backend, no gradients: a backward
-            needs 1 or more there).
+        workspace_mb: MiB for tiles of logits; None: 1/32 of an accelerator's memory; on a CPU half of lm_head_weight's
+            size and at least 64, or in 16 bit what one pass takes, (4 D + 1024) V bytes, if that is at most 1/32 of the
+            memory. 0: no tiles, logits stay in registers (Triton backend, no gradients: a backward needs 1 or more
+            there).
         precision: "fp32": logits in fp32 (fp64 for fp64 inputs); "fast": logits rounded to hidden's dtype, log-prob
             errors up to 0.03 in bf16.
 

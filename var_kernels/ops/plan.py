@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from var_kernels.ops.head import MIB, Head, HeadPair, TileCost
+from var_kernels.ops.head import MIB, Head, HeadPair, TileCost, cpu_tiles_bytes
 
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
@@ -253,6 +253,8 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     the gradient in all logits where an fp32 dW is not less. Without, logits are computed twice. A row of two heads
     takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
     """
+    if pair.device.type == "cpu":
+        pair = _with_budget(pair, cpu_tiles_bytes(pair.policy.lm_head_weight_VD))
     head, sums, stored = pair.policy, _pair_accumulator(pair), _stored_bytes(pair)
     most = head.v * head.d * head.wide.itemsize if head.needs.lm_head_weight else 0
     less = _stores_logit_gradients(head) and stored <= (sums if known else most)
@@ -262,8 +264,11 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     if _pair_cost(pair, gradient=True).column:  # copies take a quarter
         chunk = 4 * chunk // 3 + 4
     tiles = pair.budget if less or pair.device.type != "cpu" else 2 * pair.budget
-    options = replace(head.options, budget=max(tiles, chunk) + (stored if less else sums))
-    return replace(pair, policy=replace(head, options=options))
+    return _with_budget(pair, max(tiles, chunk) + (stored if less else sums))
+
+
+def _with_budget(pair: HeadPair, budget: int) -> HeadPair:
+    return replace(pair, policy=replace(pair.policy, options=replace(pair.policy.options, budget=budget)))
 
 
 def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:

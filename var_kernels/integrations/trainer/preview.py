@@ -312,8 +312,6 @@ def _memory_lines(model, config, batch: tuple[int, int], live_reference: bool) -
     states = 0.25 * 2 if "8bit" in name else next((n for kind, n in _STATES.items() if name.startswith(kind)), 2)
     head = inner_model(model).get_output_embeddings().weight
     loss = min(budget_bytes(config.workspace_mb, head), 4 * batch[0] * batch[1] * head.shape[0])
-    if head.requires_grad and head.element_size() < 4:
-        loss += 4 * head.numel()  # its gradient is summed in fp32
     parts = {
         "weights": weights,
         "gradients": gradients,

@@ -115,7 +115,7 @@ def check_scales(device, module=labels_triton, transform=PLAIN):
 
 def entries(module, entry_n, known_n):
     """Torch's operations are given 0 for an unknown label; Triton's kernels look at no entry of one."""
-    return entry_n.where(known_n, 0.0) if hasattr(module, "_known") else entry_n
+    return entry_n.where(known_n, 0.0) if hasattr(module, "_steps") else entry_n
 
 
 def check_combine(
@@ -235,13 +235,13 @@ MISTAKES = {
 TORCH_MISTAKES = {
     "no bias": ("x_N += bias_V[ids_N]", "x_N + bias_V[ids_N]", "start, bf16"),
     "no low rank": ("x_n += (low_rank", "x_n + (low_rank", "start, low rank"),
-    "a label beyond the vocabulary is one": (".where(_known(labels_N, v), torch.nan)", "", "start"),
+    "a label beyond the vocabulary is one": (".where((labels_N >= 0) & (labels_N < v), torch.nan)", "", "start"),
     "digits of 1 - p": ("own_n > stats.others_N, above_n", "own_n < 0, above_n", "finish"),
     "the label is left out of the sum": ("stats.others_N + own_n.where", "stats.others_N + 0 * own_n.where", "finish"),
-    "an unknown label joins": ("own_n.where(_known(labels_n, v), 0.0)", "own_n", "finish"),
+    "an unknown label joins": ("own_n.where((labels_n >= 0) & (labels_n < v), 0.0)", "own_n", "finish"),
     "p - 1 rounded": ("logp_n.expm1()", "(logp_n.exp() - 1)", "scales"),
     "no slope of the cap": ("transform.derivative(label_logit_n)", "transform.slope", "scales, softcap"),
-    "an unknown label has an entry": ("label_n.where(_known(labels_n, c), 0.0)\n", "label_n\n", "scales"),
+    "an unknown label has an entry": ("label_n.where((labels_n >= 0) & (labels_n < c), 0.0)\n", "label_n\n", "scales"),
     "a step of rows is lost": ("spans(0, n, max(", "spans(0, n - 1, max(", "combine"),
     "the sign of an entry is lost": ("label[2][rows]", "label[2][rows].abs()", "combine"),
     "no constant": ("if constant is not None:", "if False:", "combine, bf16"),

@@ -228,8 +228,8 @@ MISTAKES = {
     "smoothing is left out": (labels, "addcmul_(constant[0]", "addcmul_(0 * constant[0]", "slices, smoothing"),
     "a label counts twice": (
         labels,
-        "label_n.where(_known(labels_n, c)",
-        "label_n.where(_known(labels_n, 2 * c)",
+        "label_n.where((labels_n >= 0) & (labels_n < c)",
+        "label_n.where((labels_n >= 0) & (labels_n < 2 * c)",
         "some kept",
     ),
 }

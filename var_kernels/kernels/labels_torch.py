@@ -32,7 +32,7 @@ def _steps(rows_nd: Tensor, wide: torch.dtype, gathered: int) -> list[slice]:
     step = gathered // max(1, 4 * d * wide.itemsize)
     if rows_nd.device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS:
         step = min(step, (_DIVIDED - 1) // max(1, d))
-    return spans(0, n, max(1, step)) if step < n else [slice(0, n)]
+    return spans(0, n, max(1, step))
 
 
 def start_rows(

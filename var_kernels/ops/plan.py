@@ -155,9 +155,9 @@ def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
     tile, stored = _exp_tile_bytes(head, budget), cost.with_row(v * exp)
     if not head.needs.whole_rows:
         rows = min(n, MAX_CPU_BACKWARD_ROWS if head.kernels.CACHED_TILES else MAX_FORWARD_ROWS)
-        if not stored.rows_within(budget - tile, 0) >= rows > 0:
-            # Sums in hidden alone need no whole rows: what is stored is as wide as the tile. Where there is no tile, it
-            # has that memory too: fewer products, between which threads wait for each other.
+        if head.kernels.CACHED_TILES or not stored.rows_within(budget - tile, 0) >= rows > 0:
+            # Sums in hidden alone need no whole rows: what is stored is as wide as the tile, and stays as cached. Where
+            # there is no tile, it has that memory too: fewer products, between which threads wait for each other.
             wider = replace(cost, element=cost.element + exp)
             within = _tile_budget(head, rows, head.options.budget, wider)
             plan = plan_forward(rows, v, within, replace(cost, element=exp) if head.ends_in_exp else wider)

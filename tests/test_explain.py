@@ -103,7 +103,8 @@ def test_the_default_of_16_bit_holds_the_sums_of_dw_and_chunks_of_512_rows(monke
     said = explain_engines(4096, 896, 151936, torch.bfloat16, CPU)["VAR, SFT"]
     assert said.startswith("one pass, 3 GEMMs: "), said
     rows, predicted = int(said.split("chunks of ")[1].split()[0]), int(said.split("; ")[1].split()[0])
-    assert 512 <= rows < 560, said
+    # Plain torch copies operands in addition.
+    assert (512 if rows_native.obstacle() is None else 400) <= rows < 560, said
     assert predicted << 20 <= budget_bytes(None, weight) <= 4 * 151936 * 896 + 560 * 151936 * 2 + (16 << 20), said
     monkeypatch.setattr(head, "_cpu_memory", lambda: 16 << 30)
     assert budget_bytes(None, weight) == 129 << 20

@@ -206,13 +206,15 @@ def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
     """
     if workspace_mb is not None:
         return int(workspace_mb * MIB)
-    device, (v, d), tiles = lm_head_weight.device, lm_head_weight.shape, cpu_tiles_bytes(lm_head_weight)
+    device, (v, d) = lm_head_weight.device, lm_head_weight.shape
     if device.type == "cuda":
         return max(128, _cuda_memory(device.index or 0) // 32 // MIB) * MIB
+    tiles = cpu_tiles_bytes(lm_head_weight)
+    if lm_head_weight.itemsize != 2:  # dW is itself the sum
+        return tiles
     rows = _CPU_CHUNK * (2 * v + 8 * d)  # with their sums and scaled hidden states
     one_pass = ((4 * v * d + rows) // MIB + 8) * MIB  # with a tile
-    # A wider dW is itself the sum.
-    return max(tiles, one_pass) if lm_head_weight.itemsize == 2 and one_pass <= _cpu_memory() // 32 else tiles
+    return max(tiles, one_pass) if one_pass <= _cpu_memory() // 32 else tiles
 
 
 def cpu_tiles_bytes(lm_head_weight: Tensor) -> int:

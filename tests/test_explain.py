@@ -110,6 +110,15 @@ def test_the_default_of_16_bit_holds_the_sums_of_dw_and_chunks_of_512_rows(monke
     assert budget_bytes(None, weight) == 129 << 20
 
 
+def test_the_default_counts_the_memory_that_a_container_leaves(monkeypatch):
+    monkeypatch.setattr(head, "total_memory", lambda: 64 << 30)
+    for limit, usable in ((8 << 30, 8 << 30), (1 << 62, 64 << 30), (None, 64 << 30)):
+        monkeypatch.setattr(head, "memory_limit", lambda limit=limit: limit)
+        assert head._machine_memory.__wrapped__() == usable
+    monkeypatch.setattr(head, "total_memory", lambda: None)
+    assert head._machine_memory.__wrapped__() == 0
+
+
 def test_the_default_of_fp32_follows_the_head():
     """Half of the weight on a CPU, never less than 64 MiB."""
     said = explain_engines(2048, 896, 151936, torch.float32, CPU)  # 519 MiB

@@ -7,6 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
+from var_kernels import machine
+
 GIB = 2**30
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "flash-attn")
 
@@ -34,7 +36,7 @@ def machine_lines():
     for package in _PACKAGES:
         yield package, _version(package)
     threads = torch.get_num_threads()
-    yield "processor", f"{processor()}, {count(cores(), 'core')}, torch uses {count(threads, 'thread')}"
+    yield "processor", f"{machine.processor()}, {count(machine.cores(), 'core')}, torch uses {count(threads, 'thread')}"
     yield "memory", memory_line()
     for label, line in zip(("load", "", ""), load_lines(threads), strict=False):
         yield label, line
@@ -66,82 +68,14 @@ def count(number: float, noun: str) -> str:
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
-def processor() -> str:
-    """The processor's name, as far as the system says it."""
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def memory_line() -> str:
     """Memory that is there and that is free, and a container's limit where it is lower."""
-    known = meminfo()
-    if "MemTotal:" in known:
-        total = known["MemTotal:"]
-    elif hasattr(os, "sysconf"):  # a Mac
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
+    total, available, limit = machine.total_memory(), machine.free_memory(), machine.memory_limit()
+    if total is None:
         return "not known on this system"
-    free = f", {known['MemAvailable:'] / GIB:.1f} GiB free" if "MemAvailable:" in known else ""
-    limit = memory_limit()
+    free = f", {available / GIB:.1f} GiB free" if available is not None else ""
     limited = f", of which this process may have {limit / GIB:.1f} GiB" if limit and limit < total else ""
     return f"{total / GIB:.1f} GiB{free}{limited}"
-
-
-def meminfo() -> dict[str, int]:
-    """The kernel's figures of memory, in bytes; none on other systems than Linux."""
-    return {words[0]: 1024 * int(words[1]) for line in _lines("/proc/meminfo") if len(words := line.split()) > 1}
-
-
-def _lines(path: str | Path) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def group_folders(controller: str, mounts: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")):
-    """Folders of the control groups that this process is in, and of those around them, which limit it as well."""
-    try:
-        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in groups:
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = mounts / controller if controllers else mounts  # version 1 has a tree for each controller
-        inner = root / path.strip("/")
-        yield from (folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents)
-
-
-def _words(path: Path) -> list[str]:
-    return " ".join(_lines(path)).split()
-
-
-def cpu_quota(**where) -> float | None:
-    """CPUs that this process may use at a time (a container's limit); None without a limit."""
-    found = []
-    for folder in group_folders("cpu", **where):
-        words = _words(folder / "cpu.max") or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            found.append(int(words[0]) / int(words[1]))
-    return min(found, default=None)
-
-
-def memory_limit(**where) -> int | None:
-    """Bytes that this process may use; None without a limit."""
-    found = []
-    for folder in group_folders("memory", **where):
-        words = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-        if words and words[0] != "max":
-            found.append(int(words[0]))
-    return min(found, default=None)
 
 
 def load_lines(threads: int) -> list[str]:
@@ -149,10 +83,10 @@ def load_lines(threads: int) -> list[str]:
     lines = []
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
-        lines.append(f"{load:.1f} processes on {count(cores(), 'core')} over the last minute")
-        if threads > 1 and load + threads > cores() + 0.5:
+        lines.append(f"{load:.1f} processes on {count(machine.cores(), 'core')} over the last minute")
+        if threads > 1 and load + threads > machine.cores() + 0.5:
             lines.append("threads will wait for each other: OMP_WAIT_POLICY=passive keeps them from spinning meanwhile")
-    quota = cpu_quota()
+    quota = machine.cpu_quota()
     if quota is not None:
         fewer = f", fewer than the threads: set OMP_NUM_THREADS={max(1, int(quota))}" if quota < threads else ""
         lines.append(f"a quota of {count(quota, 'CPU')}{fewer}")

@@ -2,7 +2,7 @@
 way back to the caller's shape.
 """
 
-import os
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from var_kernels.kernels.compile_time import compile_time
 from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
 from var_kernels.kernels.rows import LogitTransform
+from var_kernels.machine import memory_limit, total_memory
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend, kernels_of, pair_kernels, warn_in_plain_torch
 from var_kernels.ops.signatures import LogprobKeywords
@@ -201,8 +202,8 @@ class HeadPair:
 
 def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
     """Bytes of a budget. None: on an accelerator 1/32 of its memory, at least 128 MiB; on a CPU ``cpu_tiles_bytes``, or
-    for 16-bit operands what one pass takes over chunks of 512 rows, if that is at most 1/32 of the memory: the fp32
-    sums of dW and the rows' exponentials.
+    for 16-bit operands what one pass takes over chunks of 512 rows (the fp32 sums of dW and the rows' exponentials), if
+    that is at most 1/32 of the memory that this process may use.
     """
     if workspace_mb is not None:
         return int(workspace_mb * MIB)
@@ -226,7 +227,13 @@ def cpu_tiles_bytes(lm_head_weight: Tensor) -> int:
 
 @compile_time
 def _cpu_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    """Bytes that this process may use, a container's limit considered; 0 where the system does not say."""
+    return _machine_memory()
+
+
+@functools.cache
+def _machine_memory() -> int:
+    return min(filter(None, (total_memory(), memory_limit())), default=0)
 
 
 @compile_time

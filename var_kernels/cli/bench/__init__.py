@@ -125,7 +125,8 @@ def _measure(console, args: argparse.Namespace, deadline: float) -> dict[str, An
 
 
 def _machine(torch, device) -> str:
-    from var_kernels.cli.doctor import count, processor
+    from var_kernels.cli.doctor import count
+    from var_kernels.machine import processor
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -133,8 +134,8 @@ def _machine(torch, device) -> str:
 
 
 def _free_bytes(torch, device) -> int | None:
-    from var_kernels.cli.doctor import meminfo, memory_limit
+    from var_kernels.machine import free_memory, memory_limit
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(filter(None, (meminfo().get("MemAvailable:"), memory_limit())), default=None)
+    return min(filter(None, (free_memory(), memory_limit())), default=None)

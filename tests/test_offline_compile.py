@@ -128,7 +128,7 @@ import torch
 import compile_kernels as script
 from var_kernels.kernels import forward_triton, rows_triton
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.engines import aligned, view_tile
+from var_kernels.ops.engines import aligned
 
 launched = {}
 
@@ -181,7 +181,7 @@ for name, recorder in with_recorders.items():
 n = 3
 for case, v, targets in (("bare", 128256, 1), ("bare, odd V", 50257, 1), ("every option", 50257, 2)):
     for v_start, stop in ((0, v), (4096, 8192 if case == "bare" else 4096 + 4095)):
-        tile = view_tile(torch.zeros(n * aligned(stop - v_start)), n, stop - v_start)
+        tile = torch.zeros(n, aligned(stop - v_start))[:, : stop - v_start]
         labels = torch.zeros(n, targets, dtype=torch.int64)
         stats = RowStats.empty(n, 1, tile, entropy=False, mean=False, argmax=False)
         rows_triton.row_stats(tile, labels, stats, v_start, None, LogitTransform())
@@ -190,7 +190,7 @@ for case, v, targets in (("bare", 128256, 1), ("bare, odd V", 50257, 1), ("every
         norms = torch.ones(2, n)
         rows_triton.row_grad(tile, labels, norms, coefficients, v_start, None, LogitTransform(), torch.bfloat16)
         same(f"row_grad fp32, {case}, to bf16")
-        stored = view_tile(torch.zeros(n * aligned(stop), dtype=torch.bfloat16), n, stop)
+        stored = torch.zeros(n, aligned(stop), dtype=torch.bfloat16)[:, :stop]
         stats = RowStats.uninitialised(n, tile, mean=False, argmax=False)
         stats.set_pivots(torch.zeros(n))
         earlier = stored[:, :v_start] if v_start else None

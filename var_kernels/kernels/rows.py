@@ -47,11 +47,8 @@ class LogitTransform:
             softcap = float(self.softcap)  # a launch takes no numpy.float32
             self.cap, self.inner = softcap / self.temperature, self.logit_scale / softcap
             self.inverse_cap = self.temperature / softcap
+        self.is_identity = self.slope == 1.0 and self.softcap is None
         self.scalars = {"scale": self.slope, "cap": self.cap, "inner": self.inner}
-
-    @property
-    def is_identity(self) -> bool:
-        return self.slope == 1.0 and self.softcap is None
 
     def apply(self, x: Tensor) -> Tensor:
         """z of raw logits x, bias included."""

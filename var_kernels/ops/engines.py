@@ -49,13 +49,8 @@ def zero_row_ends(values_nv: Tensor) -> None:
 
 
 def new_tile(head: Head, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that tiles of several shapes use in turn (``view_tile``): of logits, or in another dtype."""
-    return torch.empty(rows * aligned(columns), dtype=dtype or head.tile, device=head.device)
-
-
-def view_tile(elements: Tensor, rows: int, columns: int) -> Tensor:
-    stride = aligned(columns)
-    return elements[: rows * stride].view(rows, stride)[:, :columns]
+    """Memory of a tile of logits, or in another dtype; smaller tiles are its leading rows and columns."""
+    return torch.empty(rows, aligned(columns), dtype=dtype or head.tile, device=head.device)[:, :columns]
 
 
 def new_cached(head: Head, columns: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -96,8 +91,9 @@ class Gradients:
 # ---- products and gradients of a tile --------------------------------------------------------------------------------
 
 
-def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
-    """The raw logits of some rows and columns into a tile, from GEMMs of ``step`` columns."""
+def compute_logits(head: Head, storage: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
+    """The raw logits of some rows and columns in a tile's memory, from GEMMs of ``step`` columns."""
+    logits_nv = storage[: rows.stop - rows.start, : columns.stop - columns.start]
     hidden_nd, low_rank = head.hidden_ND[rows], head.left_NR is not None
     if head.traits.upcasts:
         hidden_nd = hidden_nd.to(head.tile)
@@ -107,12 +103,6 @@ def fill_logits(head: Head, logits_nv: Tensor, rows: slice, columns: slice, step
             low_rank_into(part_nv, head.left_NR[rows], head.right_VR[part])
         head.gemm.logits_into(part_nv, hidden_nd, head.lm_head_weight_VD[part], low_rank)
     return logits_nv
-
-
-def compute_logits(head: Head, storage: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
-    """``fill_logits`` of a tile in the storage."""
-    logits_nv = view_tile(storage, rows.stop - rows.start, columns.stop - columns.start)
-    return fill_logits(head, logits_nv, rows, columns, step)
 
 
 def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
@@ -233,11 +223,8 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
             _store_exp(head, storage, rows, columns, chunk, None if cached_NC is None else cached_NC[rows])
             continue
         for part in columns:
-            if part.stop <= cached:
-                logits_nv = fill_logits(head, cached_NC[rows], rows, part)
-            else:
-                logits_nv = compute_logits(head, storage, rows, part)
-            _row_stats(head, logits_nv, rows, chunk, part.start)
+            tile = cached_NC[rows] if part.stop <= cached else storage
+            _row_stats(head, compute_logits(head, tile, rows, part), rows, chunk, part.start)
     if exp:
         head.label_kernels.finish_rows(head.labels_NK.squeeze(1), stats, head.v)
     return stats
@@ -333,7 +320,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
         sum_nd = dhidden_nd if sums_nd is None else sums_nd[:height]
         for part in spans(0, head.v, plan.stored):
             first, last = part.start, part.stop
-            exp_nv = view_tile(stored, height, last - first)
+            exp_nv = stored[:height, : last - first]
             before_n = chunk.max_N.clone() if first else None
             _store_exp(head, storage, rows, spans(first, last, width), chunk, exp_nv, first)
             zero_row_ends(exp_nv)
@@ -510,7 +497,7 @@ def vocabulary_pass(
         elif in_place:
             logits_nv = cached_NC
         else:
-            logits_nv = view_tile(storage, rows.stop - rows.start, columns.stop - columns.start)
+            logits_nv = storage[: rows.stop - rows.start, : columns.stop - columns.start]
             logits_nv.copy_(cached_NC[rows, columns])
         return row_grad(head, logits_nv, rows, norms_2N[:, rows], coefficients.rows(rows), columns.start)
 

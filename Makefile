@@ -16,7 +16,7 @@ SHELL  := /bin/bash
 .PHONY: demo test bench docs lint study wheel matrix sanitize setup clean
 
 demo: $(STAMP)
-	$(BIN)/var-kernels demo $(ARGS)
+	$(BIN)/python -m benchmarks.demo $(ARGS)
 
 # One thread a worker: two workers with two OpenMP threads each are several times slower than one thread each.
 test: $(STAMP)

@@ -22,7 +22,7 @@ RUN_BY = {
     r"var-kernels bench": "tests/test_bench_command.py",
     r"var-kernels memory": "tests/test_memory_command.py",
     r"var-kernels (methods|doctor)": "tests/test_doctor_and_methods.py",
-    r"make demo|var-kernels demo": "tests/test_demo.py",
+    r"make demo": "tests/test_demo.py",
     r"make (setup|test|lint|docs)|source ": "every change runs them",
     r"make bench|python -m benchmarks\.cpu_losses": "tests/test_bench.py",
     r"make study": "tests/test_study.py",

@@ -14,8 +14,8 @@ pytest.importorskip("yaml", reason="pyyaml is not installed")
 
 import yaml
 
+from benchmarks.demo import experiment
 from var_kernels import VARLoss, var_weights
-from var_kernels.cli.demo import experiment
 from var_kernels.integrations.trainer import VARConfig, method_config
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.losses import var_loss

@@ -21,14 +21,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import small_world
+from benchmarks.demo import experiment, output, replies, story, subject
+from benchmarks.demo.__main__ import main
+from benchmarks.demo.experiment import Run, Subject
+from benchmarks.demo.progress import Phases
+from benchmarks.demo.replies import Drawn, Sampling
+from benchmarks.demo.report import write_report
+from benchmarks.demo.table import print_results
 from benchmarks.small_world import world
-from var_kernels.cli import main
-from var_kernels.cli.demo import experiment, output, replies, story, subject
-from var_kernels.cli.demo.experiment import Run, Subject
-from var_kernels.cli.demo.progress import Phases
-from var_kernels.cli.demo.replies import Drawn, Sampling
-from var_kernels.cli.demo.report import write_report
-from var_kernels.cli.demo.table import print_results
 from var_kernels.integrations.from_scratch import ScratchSpec
 from var_kernels.integrations.trainer import row_weights
 
@@ -308,7 +308,7 @@ def test_the_heaviest_of_each_prompt_and_the_first_replies():
 
 
 def test_vader_scores_the_text():
-    pytest.importorskip("vaderSentiment", reason="the demo's reward needs the extra 'demo'")
+    pytest.importorskip("vaderSentiment", reason="the demo's reward needs the extra 'dev'")
     kind, unkind, flat = subject.vader([], ["What a lovely, happy day!", "A horrible, sad day.", "The bus has wheels."])
     assert kind > 0.5
     assert unkind < -0.5
@@ -336,7 +336,7 @@ def test_without_a_model_the_small_world_is_taken_and_said(monkeypatch):
     def nothing(*_):
         raise OSError("neither the hub nor the package index has it")
 
-    monkeypatch.setattr("var_kernels.integrations.pretrained.fetch", nothing)
+    monkeypatch.setattr("benchmarks.pretrained.fetch", nothing)
     console = Console(file=io.StringIO(), width=200)
     make, plan = story._choose(None, None, experiment.FULL, CPU, console)
     assert (make, plan) == (small_world.subject, small_world.FULL)
@@ -390,9 +390,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request, no_me
     # a shell that runs this in the background has it ignore SIGINT
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr("var_kernels.cli.demo.story.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("benchmarks.demo.story.write_report", lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(story, "_choose", lambda *_: (small_world.subject, dataclasses.replace(TINY, methods=("VAR",))))
-    assert main(["demo", "--quick", "--cpu", "--output", str(tmp_path / "new" / "run")]) == 130
+    assert main(["--quick", "--cpu", "--output", str(tmp_path / "new" / "run")]) == 130
     assert tree(tmp_path) == []
 
 
@@ -412,10 +412,10 @@ def test_bad_input_is_refused_before_anything_is_fetched_or_written(tmp_path, ca
     def fetched(*_):
         raise AssertionError("a model was fetched")
 
-    monkeypatch.setattr("var_kernels.integrations.pretrained.fetch", fetched)
+    monkeypatch.setattr("benchmarks.pretrained.fetch", fetched)
     (tmp_path / "file").write_text("")
     (tmp_path / "theirs" / "data").mkdir(parents=True)
     before = tree(tmp_path)
-    assert main(["demo", *(word.format(folder=tmp_path) for word in arguments)]) == 2
+    assert main([*(word.format(folder=tmp_path) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert tree(tmp_path) == before

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ranks import HANG
-from var_kernels import __version__, integrations, linear_weighted_nll
+from var_kernels import __version__, integrations, linear_weighted_nll, machine
 from var_kernels.cli import doctor, main, methods
 from var_kernels.kernels import rows_native
 from var_kernels.ops import backend
@@ -53,7 +53,7 @@ def test_every_package_of_an_extra_is_known():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     modules = {"pyyaml": "yaml", "pytest-benchmark": "pytest_benchmark"}
-    for extra in ("hf", "demo", "trl", "deepspeed", "bench"):
+    for extra in ("hf", "gguf", "trl", "deepspeed", "bench"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0]
             if name != "var-kernels":
@@ -72,7 +72,6 @@ MISSING = {
     "train --model m --dataset d.jsonl --output-dir o": "transformers",
     "train --config c.yaml": "yaml",
     "memory --model ./": "transformers",
-    "demo": "rich",
     "bench": "rich",
 }
 TRAINER = "from var_kernels.integrations.trainer import VARTrainer"
@@ -141,24 +140,23 @@ def printed(capsys, *words) -> str:
 def test_doctor_begins_with_its_own_version_and_names_the_machine(capsys):
     lines = printed(capsys).splitlines()
     assert lines[0].split()[:2] == ["var-kernels", __version__]
-    machine = dict(line.split(maxsplit=1) for line in lines if line[:1] != " ")
+    said = dict(line.split(maxsplit=1) for line in lines if line[:1] != " ")
     threads = doctor.count(torch.get_num_threads(), "thread")
-    assert machine["processor"].endswith(f"{doctor.count(doctor.cores(), 'core')}, torch uses {threads}")
-    assert re.match(r"\d+\.\d GiB", machine["memory"])
+    assert said["processor"].endswith(f"{doctor.count(machine.cores(), 'core')}, torch uses {threads}")
+    assert re.match(r"\d+\.\d GiB", said["memory"])
 
 
 def test_systems_that_say_less(monkeypatch):
     """A Mac has no /proc, Windows has neither that nor sysconf, affinity and load."""
-    monkeypatch.setattr(doctor, "_lines", lambda path: [])
-    monkeypatch.setattr(doctor, "group_folders", lambda controller: [])
+    monkeypatch.setattr(machine, "_lines", lambda path: [])
     total = doctor.os.sysconf("SC_PHYS_PAGES") * doctor.os.sysconf("SC_PAGE_SIZE") / 2**30
     assert doctor.memory_line() == f"{total:.1f} GiB"
     for name in ("sysconf", "sched_getaffinity", "getloadavg"):
         monkeypatch.delattr(doctor.os, name)
     assert doctor.memory_line() == "not known on this system"
-    assert doctor.cores() >= 1
+    assert machine.cores() >= 1
     assert doctor.load_lines(4) == []
-    assert doctor.processor()
+    assert machine.processor()
 
 
 def groups(folder: Path, own: str, **files) -> dict:
@@ -173,8 +171,8 @@ def groups(folder: Path, own: str, **files) -> dict:
 def test_a_quota_is_the_lowest_of_the_groups_around(tmp_path):
     files = {"cpuDOTmax": "max 100000\n", "a__cpuDOTmax": "150000 100000\n", "a__b__cpuDOTmax": "400000 100000\n"}
     where = groups(tmp_path, "0::/a/b\n", **files, a__memoryDOTmax="1000\n", a__b__memoryDOTmax="max\n")
-    assert doctor.cpu_quota(**where) == 1.5
-    assert doctor.memory_limit(**where) == 1000
+    assert machine.cpu_quota(**where) == 1.5
+    assert machine.memory_limit(**where) == 1000
 
 
 def test_a_quota_of_the_first_version_of_control_groups(tmp_path):
@@ -183,20 +181,20 @@ def test_a_quota_of_the_first_version_of_control_groups(tmp_path):
     where = groups(
         tmp_path, "4:memory:/y\n2:cpu,cpuacct:/x\n1:cpuset:/\n", **files, memory__y__memoryDOTlimit_in_bytes="9"
     )
-    assert doctor.cpu_quota(**where) == 0.5
-    assert doctor.memory_limit(**where) == 9
+    assert machine.cpu_quota(**where) == 0.5
+    assert machine.memory_limit(**where) == 9
 
 
 @pytest.mark.parametrize("own", ["0::/\n", "1:cpu:/nothing\n", ""])
 def test_no_quota(tmp_path, own):
     where = groups(tmp_path, own, cpuDOTmax="max 100000\n")
-    assert doctor.cpu_quota(**where) is None
-    assert doctor.memory_limit(**where) is None
+    assert machine.cpu_quota(**where) is None
+    assert machine.memory_limit(**where) is None
 
 
 def test_threads_beyond_a_quota_or_on_a_busy_machine_get_a_remedy(monkeypatch):
-    monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.5)
-    monkeypatch.setattr(doctor, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (0.1, 0, 0))
     busy, quota = doctor.load_lines(4)
     assert busy == "0.1 processes on 4 cores over the last minute"

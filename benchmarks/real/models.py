@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from var_kernels.integrations.pretrained import SMOLLM2, Source, fetch
+from benchmarks.pretrained import SMOLLM2, Source, fetch
 
 # Gemma's own terms hold for it: it stays in the cache.
 GEMMA = Source(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.demo.plots import COLORS, STYLE, plt
 from benchmarks.real.tables import NAMES
-from var_kernels.cli.demo.plots import COLORS, STYLE, plt
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 STUDY, STEPS = DOCS / "real-study.png", DOCS / "real-steps.png"

@@ -14,8 +14,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from benchmarks.demo.memory import peak_reader
 from benchmarks.real.models import load, tokens_of
-from var_kernels.cli.demo.memory import peak_reader
 from var_kernels.integrations.hf import fused_lm_head
 
 LENGTH = 256

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.demo.experiment import METHODS, Plan, Run, Subject, align
+from benchmarks.demo.replies import Sampling, draw, kl_to_reference, mean_and_error
 from benchmarks.real.models import load, read_rows
 from benchmarks.study.measure import Texts
 from benchmarks.study.plan import RealPlan
 from benchmarks.study.real import _figures as held_out_figures
-from var_kernels.cli.demo.experiment import METHODS, Plan, Run, Subject, align
-from var_kernels.cli.demo.replies import Sampling, draw, kl_to_reference, mean_and_error
 from var_kernels.losses import var_weights
 
 COLUMNS = (

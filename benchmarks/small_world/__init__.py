@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from benchmarks.demo.experiment import METHODS, Advance, Plan, Run, Subject, train
+from benchmarks.demo.replies import Drawn, Sampling, mean_and_error, rewards_of
 from benchmarks.small_world import world
-from var_kernels.cli.demo.experiment import METHODS, Advance, Plan, Run, Subject, train
-from var_kernels.cli.demo.replies import Drawn, Sampling, mean_and_error, rewards_of
 from var_kernels.integrations.from_scratch import ScratchSpec, make_model, train_tokenizer
 
 MAX_LENGTH = 96  # tokens; the longest row of the corpus has about 45

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from benchmarks import small_world
-from var_kernels.cli.demo.replies import Drawn, Sampling, draw, reply_logps, rewards_of, summarise
+from benchmarks.demo.replies import Drawn, Sampling, draw, reply_logps, rewards_of, summarise
 from var_kernels.integrations.data import encode_examples, parse_row
 from var_kernels.integrations.hf import sequence_logprobs
 from var_kernels.integrations.trainer.collator import RowCollator

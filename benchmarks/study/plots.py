@@ -8,8 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.demo.plots import STYLE
 from benchmarks.study.plan import DPO, LONG, VAR, Plan
-from var_kernels.cli.demo.plots import STYLE
 
 _VAR, _DPO, _SFT, _SAIL, _ONLINE, _OTHER = "#2563eb", "#d97706", "#7c8798", "#16a34a", "#9333ea", "#0d9488"
 _INK, _LEVEL = "#475569", "#9aa4b2"

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.demo import experiment
+from benchmarks.demo.experiment import Run
 from benchmarks.study.measure import Texts
 from benchmarks.study.plan import REAL, RealPlan
 from benchmarks.study.world_runs import Context, batch_size
-from var_kernels.cli.demo import experiment
-from var_kernels.cli.demo.experiment import Run
 from var_kernels.integrations.data import load_examples
 from var_kernels.integrations.from_scratch import make_model, train_tokenizer
 

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import small_world
+from benchmarks.demo import experiment
+from benchmarks.demo.experiment import Run
+from benchmarks.demo.output import write_jsonl
+from benchmarks.demo.replies import Sampling, draw
 from benchmarks.small_world import MAX_LENGTH, world
 from benchmarks.study.measure import Probe, Texts, best_and_worst, look, optimum
 from benchmarks.study.plan import METHODS, Entry, Plan
-from var_kernels.cli.demo import experiment
-from var_kernels.cli.demo.experiment import Run
-from var_kernels.cli.demo.output import write_jsonl
-from var_kernels.cli.demo.replies import Sampling, draw
 from var_kernels.integrations.trainer import VARTrainer
 
 # Seeds of the draws, added to a run's own: no two measurements share their luck, all methods of a seed do.

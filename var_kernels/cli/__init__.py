@@ -1,4 +1,4 @@
-"""The command line: ``var-kernels train | methods | doctor | memory | demo | bench``.
+"""The command line: ``var-kernels train | methods | doctor | memory | bench``.
 
 Each command is a module here with ``add_arguments(parser)`` and ``run(args) -> int``, and, where it takes more options
 than it declares, ``take_unknown(args, words)``. A module is imported when its command is given, torch and transformers
@@ -18,7 +18,6 @@ COMMANDS = {
     "methods": "list the training methods, or say all about one",
     "doctor": "say what this machine has and which backend runs, and check it against fp64",
     "memory": "predict the peak memory of a batch's loss, plain and fused, from sizes alone",
-    "demo": "align a pretrained model on its own scored answers, and show what came of it",
     "bench": "measure the gain on this machine for a model's head, against the losses that are installed",
 }
 
@@ -34,17 +33,20 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"var-kernels {__version__}")
         return 0
-    # Read when torch is imported: beside other processes, threads that spin cost many times what they save.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *words = argv
-    # Where DeepSpeed is installed, importing transformers' Trainer has it say that a machine without a GPU has none.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if name not in COMMANDS:
         known = f"commands: {', '.join(COMMANDS)}"
         return _fail("var-kernels", f"unknown command {name!r}{nearest(name, COMMANDS)}; {known}")
-    program = f"var-kernels {name}"
-    command = importlib.import_module(f"var_kernels.cli.{name}")
-    parser = _Parser(program, description=COMMANDS[name], allow_abbrev=False)
+    return run_command(f"var-kernels {name}", COMMANDS[name], importlib.import_module(f"var_kernels.cli.{name}"), words)
+
+
+def run_command(program: str, description: str, command, words: list[str]) -> int:
+    """Parse the words and run the command, a module as above; returns ``main``'s exit status."""
+    # Read when torch is imported: beside other processes, threads that spin cost many times what they save.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where DeepSpeed is installed, importing transformers' Trainer has it say that a machine without a GPU has none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    parser = _Parser(program, description=description, allow_abbrev=False)
     command.add_arguments(parser)
     try:
         args, unknown = parser.parse_known_args(words)

@@ -12,8 +12,8 @@ EXTRAS = {
     **dict.fromkeys(
         ("transformers", "accelerate", "datasets", "tokenizers", "peft", "yaml", "rich", "matplotlib"), "hf"
     ),
-    "vaderSentiment": "demo",
-    "gguf": "demo",
+    "gguf": "gguf",
+    "vaderSentiment": "dev",
     "trl": "trl",
     "deepspeed": "deepspeed",
     "pytest_benchmark": "bench",

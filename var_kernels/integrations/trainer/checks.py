@@ -105,7 +105,7 @@ def check_trainable(model: nn.Module) -> None:
     if str(getattr(getattr(method, "quant_method", None), "value", "")).lower() == "gguf":
         raise ValueError(
             "model: must be free of a quantiser, got weights from a GGUF file, which transformers trains neither whole "
-            "nor by an adapter; save them dequantised by var_kernels.integrations.pretrained.convert(file, folder) and "
+            "nor by an adapter; save them dequantised by var_kernels.integrations.gguf_files.convert(file, folder) and "
             "load that folder"
         )
 

@@ -28,7 +28,7 @@ def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTr
     if Path(name).suffix == ".gguf" or (any(Path(name).glob("*.gguf")) and not (Path(name) / "config.json").exists()):
         raise ValueError(
             f"model: {name} must be a folder with config.json and weights, got GGUF; save it dequantised by "
-            "var_kernels.integrations.pretrained.convert(file, folder) and pass that folder"
+            "var_kernels.integrations.gguf_files.convert(file, folder) and pass that folder"
         )
     if find_adapter_config_file(name) is None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

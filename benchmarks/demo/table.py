@@ -4,7 +4,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from var_kernels.cli.demo.report import signed
+from benchmarks.demo.report import signed
 
 
 def print_results(console: Console, results: dict) -> None:

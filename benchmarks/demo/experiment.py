@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from var_kernels.cli.demo.replies import Drawn, Prompt, Reward, Sampling, draw, prompt_ids
+from benchmarks.demo.replies import Drawn, Prompt, Reward, Sampling, draw, prompt_ids
 from var_kernels.integrations.trainer import AlignConfig, VARTrainer, method_config, row_weights
 
 # What can be trained on the completions that the reference drew: name -> the method and its settings; the strength of

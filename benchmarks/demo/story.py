@@ -14,12 +14,13 @@ import transformers
 from rich.console import Console
 
 import var_kernels
-from var_kernels.cli.demo import experiment
-from var_kernels.cli.demo.experiment import Plan, Run, Subject
-from var_kernels.cli.demo.memory import compare
-from var_kernels.cli.demo.output import REPORT, check_output, staged, write_jsonl, write_metrics
-from var_kernels.cli.demo.progress import Phases
-from var_kernels.cli.demo.replies import (
+from benchmarks import small_world
+from benchmarks.demo import experiment
+from benchmarks.demo.experiment import Plan, Run, Subject
+from benchmarks.demo.memory import compare
+from benchmarks.demo.output import REPORT, check_output, staged, write_jsonl, write_metrics
+from benchmarks.demo.progress import Phases
+from benchmarks.demo.replies import (
     Drawn,
     draw,
     draws,
@@ -30,9 +31,9 @@ from var_kernels.cli.demo.replies import (
     scorings,
     summarise,
 )
-from var_kernels.cli.demo.report import write_report
-from var_kernels.cli.demo.subject import pretrained, question
-from var_kernels.cli.demo.table import print_results
+from benchmarks.demo.report import write_report
+from benchmarks.demo.subject import pretrained, question
+from benchmarks.demo.table import print_results
 from var_kernels.integrations.trainer.loading import check_folder
 from var_kernels.integrations.trainer.rewards import load_function
 from var_kernels.losses import var_weights
@@ -71,11 +72,11 @@ def tell(
 
 
 def _choose(model, reward, plan: Plan, device, console: Console) -> tuple[Make, Plan]:
-    """The pretrained model; where none can be had and none was asked for, the small world of a checkout."""
+    """The pretrained model; where none can be had and none was asked for, the small world."""
     reward_function = load_function(reward) if reward else None
     check_folder("model", model or "")
     if model is None:
-        from var_kernels.integrations.pretrained import fetch
+        from benchmarks.pretrained import fetch
 
         try:
             console.print("Fetching SmolLM2-135M-Instruct, unless it is in the cache", style="dim", highlight=False)
@@ -83,10 +84,6 @@ def _choose(model, reward, plan: Plan, device, console: Console) -> tuple[Make, 
         except OSError as error:
             if reward:
                 raise
-            try:
-                from benchmarks import small_world
-            except ImportError:
-                raise error from None
             console.print(f"{error}. Going on with a small world, trained here", highlight=False, soft_wrap=True)
             return small_world.subject, small_world.QUICK if plan is experiment.QUICK else small_world.FULL
     return lambda run, advance: pretrained(model, reward_function, plan, device), plan
@@ -125,7 +122,7 @@ def _tell(output: str, plan: Plan, seed: int, device: torch.device, make: Make, 
     trained = ", ".join(plan.methods)
     about = "" if plan is not experiment.FULL else f"; about {3 + 2 * len(plan.methods)} minutes on two idle cores"
     console.print(
-        f"[bold]var-kernels demo[/bold] on {_machine(device)}: sample, align by {trained}, sample again{about}",
+        f"[bold]The demo of var_kernels[/bold] on {_machine(device)}: sample, align by {trained}, sample again{about}",
         highlight=False,
     )
     with staged(Path(output)) as folder:

@@ -1,8 +1,14 @@
-"""``var-kernels demo``: let a pretrained language model answer, align it on its scored answers by VAR, and show what
-came of it."""
+"""The demo: let a pretrained language model answer, align it on its scored answers by VAR, and show what came of it.
+
+make demo, or python -m benchmarks.demo [options]
+"""
 
 import argparse
+import sys
 
+from var_kernels.cli import run_command
+
+DESCRIPTION = "align a pretrained model on its own scored answers, and show what came of it"
 _MAX_THREADS = 4  # a model of this size has no work for more, and a container's quota may be far below its cores
 
 
@@ -30,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is plenty, and several in one process need a launcher
     import torch
 
-    from var_kernels.cli.demo import experiment
-    from var_kernels.cli.demo.story import tell
+    from benchmarks.demo import experiment
+    from benchmarks.demo.story import tell
 
     torch.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
     if args.seed < 0:
@@ -51,3 +57,11 @@ def _methods(text: str) -> tuple[str, ...]:
         if name not in names:
             raise ValueError(f"--compare must be some of {', '.join(names)}, got {name!r}; VAR is always trained")
     return tuple(full for name, full in names.items() if name in asked)
+
+
+def main(words: list[str] | None = None) -> int:
+    return run_command("demo", DESCRIPTION, sys.modules[__name__], sys.argv[1:] if words is None else words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

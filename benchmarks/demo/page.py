@@ -1,6 +1,6 @@
 """The demo's figures into benchmarks/results/cpu-2-cores, docs/demo.svg and README.
 
-make demo && python -m benchmarks.demo [runs/demo]
+make demo && python -m benchmarks.demo.page [runs/demo]
 """
 
 import csv
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 PICTURE = ROOT / "docs" / "demo.svg"
 MARKS = ("<!-- figures of the demo -->\n", "<!-- end of the figures -->\n")  # in README
@@ -27,7 +27,7 @@ def write_csv(folder: Path, run: Path) -> None:
     environment = " ".join(f"{name}={metrics['environment'][name]}" for name in ("torch", "transformers", "python"))
     plan, data = metrics["plan"], metrics["data"]
     head = (
-        f"# var-kernels demo, {metrics['subject']['name']}, seed {metrics['seed']}: {metrics['environment']['device']}"
+        f"# the demo, {metrics['subject']['name']}, seed {metrics['seed']}: {metrics['environment']['device']}"
         f"; {environment} commit={commit}\n"
         f"# prompts={data['prompts']} completions={plan['completions']} held_out={data['held_out']} "
         f"eval_samples={plan['eval_samples']} lam={plan['lam']:g} dtype={metrics['subject']['dtype']} "
@@ -121,7 +121,7 @@ def _link(folder: Path) -> str:
 
 def picture(run: Path) -> str:
     """Rewards before and after, as the report draws them."""
-    from var_kernels.cli.demo.plots import rewards_before_and_after
+    from benchmarks.demo.plots import rewards_before_and_after
 
     rewards: dict[str, list[float]] = {}
     for line in (run / "samples.jsonl").read_text().splitlines():

@@ -168,12 +168,12 @@ def call(name="ipo", labels=None, inputs=None, item_weight=None, **options):
     ("change", "message"),
     [
         ({"name": "dop"}, "loss must be one of .*, got 'dop'"),
-        ({"lam": 1.0}, "'ipo' has no option 'lam'; its options: tau, token_reduction"),
-        ({"softcap": 5.0}, "softcap: an option of the head and not of 'ipo'; pass it in head_options"),
+        ({"lam": 1.0}, "options of 'ipo' must be among tau, token_reduction, got 'lam'"),
+        ({"softcap": 5.0}, "softcap must be in head_options, got as an option of the loss 'ipo'"),
         ({"engine": "three_pass"}, "engine must be"),
         (
             {"inputs": {"ref_logp": torch.zeros(B), "wage": torch.zeros(B)}},
-            "takes no inputs 'wage'; it reads 'ref_logp'",
+            "inputs of 'ipo' must be among 'ref_logp', got 'wage'",
         ),
         ({"inputs": [0.0] * B}, "inputs must be a mapping from names to tensors, got list"),
         ({"inputs": {"ref_logp": [0.0] * B}}, r"inputs\['ref_logp'\] must be a tensor, got list"),
@@ -196,7 +196,7 @@ def test_an_odd_number_of_rows_is_no_pairs():
 
 def test_a_required_option_has_to_be_given():
     hidden, weight, labels, inputs, _, _ = problem("dpo")
-    with pytest.raises(ValueError, match="'dpo' needs beta=; it has no default"):
+    with pytest.raises(ValueError, match="'dpo' needs beta=, got none; pass it"):
         linear_loss("dpo", hidden, weight, labels, inputs)
 
 

@@ -43,7 +43,8 @@ def obstacle() -> str | None:
 def _ops():
     reason = obstacle()
     if reason:
-        raise RuntimeError(f"the native row kernels cannot run: {reason}")
+        build = "pip install --no-build-isolation --no-deps -e ."
+        raise RuntimeError(f"the native row kernels cannot run: {reason}; in a checkout: {build}")
     return torch.ops.var_kernels_native
 
 

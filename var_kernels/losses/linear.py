@@ -121,7 +121,10 @@ def linear_loss(
     """
     loss = find_loss(name)
     if misplaced := sorted((options.keys() - loss.options.keys()) & HEAD_OPTIONS):
-        raise ValueError(f"{', '.join(misplaced)}: an option of the head and not of {name!r}; pass it in head_options")
+        raise ValueError(
+            f"{', '.join(misplaced)} must be in head_options, got as an option of the loss {name!r}; pass "
+            f"head_options={{{misplaced[0]!r}: ...}}"
+        )
     loss.check_options(options)
     if engine not in ("auto", "one_pass", "two_pass"):
         raise ValueError(
@@ -189,7 +192,9 @@ class _Rows:
         known = {name for name, _ in loss.single_names.values()}
         if unknown := sorted(set(inputs) - known):
             reads = ", ".join(map(repr, loss.inputs)) or "none"
-            raise ValueError(f"{loss.name!r} takes no inputs {', '.join(map(repr, unknown))}; it reads {reads}")
+            raise ValueError(
+                f"inputs of {loss.name!r} must be among {reads}, got {', '.join(map(repr, unknown))}; leave out others"
+            )
         self.num_rows = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if loss.item == "pair" and self.num_rows % 2:
             raise ValueError(

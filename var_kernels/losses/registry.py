@@ -95,10 +95,15 @@ class Loss:
         """Raises ValueError for options that the loss does not have, and for missing ones."""
         if unknown := sorted(set(given) - set(self.options)):
             known = ", ".join(self.options) or "none"
-            raise ValueError(f"{self.name!r} has no option {', '.join(map(repr, unknown))}; its options: {known}")
+            raise ValueError(
+                f"options of {self.name!r} must be among {known}, got {', '.join(map(repr, unknown))}; leave out others"
+            )
         missing = [k for k, default in self.options.items() if default is inspect.Parameter.empty and k not in given]
         if missing:
-            raise ValueError(f"{self.name!r} needs {', '.join(f'{name}=' for name in missing)}; it has no default")
+            raise ValueError(
+                f"{self.name!r} needs {', '.join(f'{name}=' for name in missing)}, got none; pass it, since it has no "
+                "default"
+            )
 
 
 _PARAMETER_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -374,7 +374,8 @@ def _check_loss_options(token_reduction: str, head_options: VARHeadKeywords) -> 
     unknown = sorted(set(head_options) - HEAD_OPTIONS)
     if unknown:
         raise TypeError(
-            f"unknown option {', '.join(unknown)}; the head's options are {', '.join(sorted(HEAD_OPTIONS))}"
+            f"options of the head must be among {', '.join(sorted(HEAD_OPTIONS))}, got {', '.join(unknown)}; leave out "
+            "others"
         )
 
 

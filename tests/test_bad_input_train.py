@@ -51,31 +51,31 @@ def latin_1(path):
 
 # name: (options over BASE, None taking one away; files to write first; what the message must say)
 COMMAND_LINES = {
-    "no data set": ({"dataset": None}, {}, "--dataset is missing: .json, .jsonl (also .gz) or .parquet file"),
-    "no output": ({"output-dir": None}, {}, "--output-dir is missing: where checkpoints"),
+    "no data set": ({"dataset": None}, {}, "--dataset must be given, got none: .json, .jsonl (also .gz)"),
+    "no output": ({"output-dir": None}, {}, "--output-dir must be given, got none: where checkpoints"),
     "no model": ({"from-scratch": None}, {}, "give one of --model and --from-scratch, got neither"),
     "two models": ({"model": "gpt2"}, {}, "give one of --model and --from-scratch, got both"),
     "no number": ({"learning-rate": "fast"}, {}, "train: --learning-rate must be of type float, got 'fast'"),
     "no whole number": ({"seed": "1.5"}, {}, "train: --seed must be of type int, got '1.5'"),
     "no value": ({"lam": True}, {}, "lam must be of type float, got True (a flag without a value)"),
     "unknown option": ({"lerning-rate": "1"}, {}, "unknown option --lerning-rate, did you mean --learning-rate?"),
-    "an option like no other": ({"packing": True}, {}, "unknown option --packing\n"),
+    "an option like no other": ({"packing": True}, {}, "unknown option --packing; --help and"),
     "a tracker that is not installed": ({"report-to": "azure_ml"}, {}, "report-to: AzureMLCallback requires"),
     "unknown key in YAML": ({"config": "c.yaml"}, {"c.yaml": "lamb: 3"}, "unknown option --lamb, did you mean --lam?"),
-    "YAML that is none": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "c.yaml is not YAML"),
+    "YAML that is none": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "config must be YAML, got c.yaml; correct"),
     "YAML of a list": ({"config": "c.yaml"}, {"c.yaml": "- 1"}, "c.yaml must hold 'name: value' lines, got a list"),
     "wrong type in YAML": ({"config": "c.yaml"}, {"c.yaml": "lam: much"}, "lam must be of type float, got 'much'"),
-    "YAML of another encoding": ({"config": "c.yaml"}, {"c.yaml": latin_1}, "config: c.yaml is not UTF-8: "),
-    "no such YAML": ({"config": "none.yaml"}, {}, "config: no such file: none.yaml"),
-    "stray word": ({"bf16": "false stray"}, {}, "'stray' belongs to no option"),
+    "YAML of another encoding": ({"config": "c.yaml"}, {"c.yaml": latin_1}, "config must be UTF-8, got c.yaml with"),
+    "no such YAML": ({"config": "none.yaml"}, {}, "config must be an existing YAML file, got none.yaml"),
+    "stray word": ({"bf16": "false stray"}, {}, "the one value of the option before it, got 'stray'"),
     "bad field value": ({"weight-decay": "heavy"}, {}, "weight_decay must be of type float, got 'heavy'"),
     "unknown method": (
         {"method": "sail"},
         {},
-        "method: there is no 'sail', did you mean sail_pr? `var-kernels methods` lists them",
+        "method must be one that `var-kernels methods` lists, got 'sail', did you mean sail_pr?",
     ),
     "unknown normalizer": ({"normalizer": "none"}, {}, "normalizer must be one of 'batch',"),
-    "cross": ({"normalizer": "cross"}, {}, "normalizer: 'cross' needs the reference's score of every completion"),
+    "cross": ({"normalizer": "cross"}, {}, "in the trainer, got 'cross', which needs the reference's score"),
     "unknown reference": ({"reference": "total"}, {}, "reference must be one of 'sum', 'mean', 'none', got 'total'"),
     "lam of 0": ({"lam": "0"}, {}, "lam must be > 0"),
     "beta of 0": ({"method": "dpo", "beta": "0"}, {}, "beta must be finite and > 0, got 0.0"),
@@ -91,7 +91,7 @@ COMMAND_LINES = {
         {},
         "lr-scheduler-kwargs must be JSON of the options of 'linear', such as {\"num_cycles\": 2}, got {'bad': 1}",
     ),
-    "a hub that is not there": ({"push-to-hub": True}, {}, "push-to-hub: the hub gave no repository ("),
+    "a hub that is not there": ({"push-to-hub": True}, {}, "push-to-hub: no repository could be made on the hub ("),
     "optimiser's options": ({"optim-args": "bad"}, {}, "optim-args must be key=value,key=value, got 'bad'"),
     "smoothed labels": ({"label-smoothing-factor": "0.1"}, {}, "label_smoothing_factor must be 0, got 0.1"),
     "sampling by length": (
@@ -102,38 +102,38 @@ COMMAND_LINES = {
     "a model that is nowhere": (
         {"from-scratch": None, "model": "nobody/nothing"},
         {},
-        "model: nobody/nothing is no local directory with a model in it, and could not be had from the hub",
+        "model must be a folder with a model in it, or the name of one on the hub, got nobody/nothing; check",
     ),
     "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb must be > 0, or None, got -3.0"),
     "unknown SFT set": ({"method": "sft", "sft-on": "worst"}, {}, "sft_on must be one of 'best', 'all', got 'worst'"),
     "moving precomputed reference": ({"sync-ref-model": True}, {}, "pass precompute_ref_log_probs=False"),
-    "no such file": ({"dataset": "none.jsonl"}, {}, "dataset: no such file: none.jsonl"),
-    "a directory": ({"dataset": "."}, {}, "dataset: . is a directory"),
-    "an unknown ending": ({"dataset": "rows.csv"}, {"rows.csv": "a,b"}, "rows.csv has none of the endings .json,"),
-    "an empty file": ({"dataset": "e.jsonl"}, {"e.jsonl": ""}, "e.jsonl: holds no rows"),
+    "no such file": ({"dataset": "none.jsonl"}, {}, "dataset must be an existing file or a name on the hub, got none"),
+    "a directory": ({"dataset": "."}, {}, "or a name on the hub, got the folder .; name a file in it"),
+    "an unknown ending": ({"dataset": "rows.csv"}, {"rows.csv": "a,b"}, "dataset must have one of the endings .json,"),
+    "an empty file": ({"dataset": "e.jsonl"}, {"e.jsonl": ""}, "e.jsonl: must hold at least one row, got none"),
     "no Parquet file": ({"dataset": "p.parquet"}, {"p.parquet": "x"}, "p.parquet: cannot be read as a Parquet file"),
     "malformed rows": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": GOOD_LINE + '\n{"prompt": "p", "completions": ["a"], "rewards": [1, 2]}\n'},
-        "m.jsonl:2: rewards has 2 entries for 1 completions",
+        "m.jsonl:2: rewards must have 1 entries, one per completion, got 2",
     ),
     "nothing but malformed rows": (
         {"dataset": "m.jsonl", "skip-malformed": True},
         {"m.jsonl": '{"prompt": "p"}\n'},
-        "no usable row in the data",
+        "no other row is left to use",
     ),
     "malformed evaluation": (
         {"eval-dataset": "m.jsonl", "eval-strategy": "epoch"},
         {"m.jsonl": "[]x\n"},
-        "m.jsonl: holds no rows",
+        "m.jsonl: must hold at least one row, got none",
     ),
-    "evaluation at no time": ({"eval-dataset": "rows.jsonl"}, {}, "eval-dataset: nothing would look at it; pass"),
+    "evaluation at no time": ({"eval-dataset": "rows.jsonl"}, {}, "eval-dataset must be given with an evaluation"),
     "evaluation of nothing": ({"eval-strategy": "epoch"}, {}, "eval-strategy: epoch needs --eval-dataset, got none"),
-    "a split of nothing": ({"eval-split": "test"}, {}, "eval-split: needs --eval-dataset, got none"),
+    "a split of nothing": ({"eval-split": "test"}, {}, "eval-split needs --eval-dataset, got none; name"),
     "a split of a file": (
         {"split": "test"},
         {},
-        "split: 'test' is for a data set of the hub; rows.jsonl is",
+        "split must be unset for a local file, which is read whole, got 'test' with rows.jsonl",
     ),
     "a cut line": (
         {"dataset": "m.jsonl"},
@@ -145,34 +145,34 @@ COMMAND_LINES = {
     "a folder without a model": (
         {"from-scratch": None, "model": "."},
         {},
-        "model: . is no causal LM that transformers can load: ",
+        "model must be a causal LM that transformers can load, got .; check its config.json: ",
     ),
-    "no folder of a reward model": ({"reward-model": "./none"}, {}, "train: reward model: no such directory: ./none"),
-    "no reward model": ({"reward-model": "nobody/nothing"}, {}, "reward-model: nobody/nothing is no local directory"),
+    "no folder of a reward model": ({"reward-model": "./none"}, {}, "reward model must be an existing folder"),
+    "no reward model": ({"reward-model": "nobody/nothing"}, {}, "reward-model must be a folder with a model"),
     "VAR without rewards": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"prompt": "p", "chosen": "a", "rejected": "b"}'},
-        "m.jsonl:1: chosen_reward and rejected_reward missing: this method needs rewards",
+        "m.jsonl:1: chosen_reward and rejected_reward must be in the data, since this method needs rewards",
     ),
     "pairs without rewards": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"prompt": "p", "chosen": "a", "rejected": "b"}'},
-        "its keys are ['chosen', 'prompt', 'rejected']; pairs without rewards are for method 'dpo' (--method dpo)",
+        "got the keys ['chosen', 'prompt', 'rejected']; add it, or pass a reward function (--reward); pairs without",
     ),
     "other columns": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"question": "p", "answer": "a", "score": 1}\n' * 3},
-        "m.jsonl:1: prompt missing among its keys ['answer', 'question', 'score']: expected prompt + completion +",
+        "m.jsonl:1: a row must have prompt (prompt + completion + reward | ",
     ),
     "one column of another name": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"prompt": "p", "answer": "a", "reward": 1}'},
-        "no completion among its keys ['answer', 'prompt', 'reward']: expected",
+        "got ['answer', 'prompt', 'reward']; --columns completion=NAME",
     ),
     "a column that is not there": (
         {"dataset": "m.jsonl", "columns": "prompt=query"},
         {"m.jsonl": '{"question": "p", "completion": "a", "reward": 1}'},
-        "m.jsonl:1: columns: there is no 'query' among its keys ['completion', 'question', 'reward']",
+        "m.jsonl:1: columns must name keys of the row, ['completion', 'question', 'reward'], got 'query'",
     ),
     "columns that are no pairs": ({"columns": "prompt"}, {}, "columns must be WANTED=NAME,WANTED=NAME, got 'prompt'"),
     "a column twice": ({"columns": "prompt=a,prompt=b"}, {}, "columns must be WANTED=NAME,WANTED=NAME"),
@@ -200,22 +200,22 @@ COMMAND_LINES = {
     "messages without a template": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": chat_rows},
-        "from-scratch: a new tokenizer has no chat template",
+        "from-scratch: the data must be plain text, since a new tokenizer has no chat template",
     ),
-    "no such model": ({"from-scratch": None, "model": "./none"}, {}, "model: no such directory: ./none"),
-    "unknown size": ({"from-scratch": "hiden=8"}, {}, "from-scratch: unknown key 'hiden', did you mean hidden?"),
+    "no such model": ({"from-scratch": None, "model": "./none"}, {}, "model must be an existing folder"),
+    "unknown size": ({"from-scratch": "hiden=8"}, {}, "got 'hiden', did you mean hidden?"),
     "size of another type": ({"from-scratch": "hidden=big"}, {}, "from-scratch: hidden must be int, got 'big'"),
     "size without value": ({"from-scratch": "hidden"}, {}, "from-scratch must be key=value,key=value, got 'hidden'"),
     "odd heads": ({"from-scratch": "hidden=16,heads=3"}, {}, "from-scratch: hidden must be a multiple of 2 x heads"),
     "no layers": ({"from-scratch": "layers=0"}, {}, "from-scratch: layers must be at least 1, got 0"),
     "small vocabulary": ({"from-scratch": "vocab=100"}, {}, "vocab_size must be at least 259"),
-    "unknown LoRA key": ({"lora": "rank=8"}, {}, "lora: unknown key 'rank'"),
+    "unknown LoRA key": ({"lora": "rank=8"}, {}, "lora: a key must be one of r, alpha, dropout, targets, got 'rank'"),
     "LoRA of rank 0": ({"lora": "r=0"}, {}, "lora: r must be at least 1, got 0"),
     "reward without colon": ({"reward": "json"}, {}, "reward must be module:function, got 'json'"),
-    "reward of no module": ({"reward": "no_such_module:f"}, {}, "reward: module 'no_such_module' cannot be imported"),
+    "reward of no module": ({"reward": "no_such_module:f"}, {}, "reward must name a module that can be imported"),
     "reward of no function": ({"reward": "json:f"}, {}, "reward: module 'json' must have a function 'f', got none"),
-    "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir: rows.jsonl is a file; choose another"),
-    "output in a file": ({"output-dir": "rows.jsonl/run"}, {}, "output-dir: rows.jsonl is a file; choose another"),
+    "output is a file": ({"output-dir": "rows.jsonl"}, {}, "output-dir must be a folder, got the file rows.jsonl"),
+    "output in a file": ({"output-dir": "rows.jsonl/run"}, {}, "output-dir must be a folder, got the file rows.jsonl"),
     "output in no place": ({"output-dir": "/proc/none"}, {}, "/proc/none: No such file or directory"),
 }
 
@@ -257,7 +257,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["memory", "--length", "long"]) == 2
     assert capsys.readouterr().err == "var-kernels memory: --length must be at least 1, got long\n"
     assert main(["memory", "--model", "nobody/nothing"]) == 2
-    assert capsys.readouterr().err.startswith("var-kernels memory: model: nobody/nothing is no local directory")
+    assert capsys.readouterr().err.startswith("var-kernels memory: model must be a folder with a model in it")
 
 
 def test_a_full_disk_is_named_with_the_way_on(folder, capsys, monkeypatch):
@@ -280,7 +280,8 @@ def test_a_folder_without_permission_is_refused(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(train.os, "access", lambda path, mode: False)  # who runs as root may write anywhere
     assert main(["train", *(word for name, value in BASE.items() for word in (f"--{name}", value))]) == 2
-    assert capsys.readouterr().err == "var-kernels train: output-dir: no permission to write in .; choose another\n"
+    message = "output-dir must be writable, got . without the permission; choose another"
+    assert capsys.readouterr().err == f"var-kernels train: {message}\n"
 
 
 # ---- the Python interface --------------------------------------------------------------------------------------------
@@ -313,36 +314,36 @@ TRAINERS = {
         TypeError,
         "train_dataset must be rows, got the name 'rows.jsonl'",
     ),
-    "no rows": (lambda f: tiny_trainer(f, []), DataError, "train_dataset: holds no rows"),
+    "no rows": (lambda f: tiny_trainer(f, []), DataError, "train_dataset: must hold at least one row, got none"),
     "a malformed row": (
         lambda f: tiny_trainer(f, [*ROWS, {"prompt": "p"}]),
         DataError,
-        "train_dataset row 9: no completion among its keys",
+        "train_dataset row 9: a row must have the keys prompt",
     ),
     "examples without rewards": (
         lambda f: tiny_trainer(f, _pairs(f)),
         DataError,
-        "pairs.json:1: rewards missing: this method needs rewards",
+        "pairs.json:1: rewards must be in the data, since this method needs rewards, got none",
     ),
     "a small model": (
         lambda f: tiny_trainer(f, model=_shrunk_model()),
         ValueError,
-        "the tokenizer has 270 tokens but the model embeds 100",
+        "the tokenizer must have at most 100 tokens, the embedding rows of the model, got 270",
     ),
     "a small reference": (
         lambda f: tiny_trainer(f, trainer_options={"ref_model": _shrunk_model()}),
         ValueError,
-        "the tokenizer has 270 tokens but the ref_model embeds 100",
+        "the tokenizer must have at most 100 tokens, the embedding rows of the ref_model, got 270",
     ),
     "a model from nowhere without a tokenizer": (
         lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS),
         ValueError,
-        "processing_class must be a tokenizer, got none, and the model was loaded from nowhere",
+        "processing_class must be a tokenizer, got none, with a model that has no name or path",
     ),
     "no end of sequence": (
         lambda f: VARTrainer(tiny_model(), tiny_config(f), ROWS, processing_class=without_eos()),
         ValueError,
-        "the tokenizer has no end-of-sequence token",
+        "the tokenizer must have an end-of-sequence token",
     ),
     "no language model": (
         lambda f: tiny_trainer(f, model=encoder_model()),
@@ -364,7 +365,7 @@ TRAINERS = {
             f, precompute_ref_log_probs=False, sync_ref_model=True, trainer_options={"peft_config": object()}
         ),
         ValueError,
-        "sync_ref_model: with peft_config the reference is the model without its adapter",
+        "sync_ref_model must be False with peft_config, where the reference is the model without its adapter",
     ),
 }
 
@@ -396,6 +397,6 @@ def test_a_reference_that_overflows_names_its_rows_and_caches_nothing(folder):
     before = tree(folder)
     with torch.no_grad():
         model.lm_head.weight[5] = float("inf")
-    with pytest.raises(DataError, match=r"train_dataset row 1: the reference model's log-prob is"):
+    with pytest.raises(DataError, match=r"train_dataset row 1: the reference model's log-prob must be finite, got"):
         tiny_trainer(folder, model=model)
     assert tree(folder) == before

@@ -52,21 +52,21 @@ def test_a_row_of_each_form(row, completions, rewards, is_pair):
 
 
 BAD_ROWS = {
-    "no prompt": ({"completion": "a", "reward": 1}, "prompt missing"),
+    "no prompt": ({"completion": "a", "reward": 1}, "a row must have prompt "),
     "prompt of another type": ({**SINGLE, "prompt": 3}, "prompt must be text or a list of messages, got int 3"),
     "null prompt": ({**SINGLE, "prompt": None}, "prompt must be text or a list of messages, got null"),
-    "empty prompt": ({**SINGLE, "prompt": ""}, "prompt is empty"),
-    "no messages": ({**SINGLE, "prompt": []}, "prompt is an empty list of messages"),
+    "empty prompt": ({**SINGLE, "prompt": ""}, "prompt must not be empty"),
+    "no messages": ({**SINGLE, "prompt": []}, "prompt must hold at least one message"),
     "message without role": ({**SINGLE, "prompt": [{"content": "x"}]}, "prompt message 0 must be"),
     "text and messages": (
         {"prompt": USER, "completion": "a", "reward": 1},
-        "completion is text but prompt is messages",
+        "completion must be messages like prompt, got text",
     ),
-    "no completion": ({"prompt": "p", "reward": 1}, "no completion among its keys"),
+    "no completion": ({"prompt": "p", "reward": 1}, "a row must have the keys prompt"),
     "null completion": ({**GROUP, "completions": ["a", None]}, r"completions\[1\] must be text .* got null"),
     "completions no list": ({**GROUP, "completions": "ab"}, "completions must be a list, got str 'ab'"),
-    "no completions": ({**GROUP, "completions": []}, "completions is empty"),
-    "fewer rewards": ({**GROUP, "rewards": [1]}, "rewards has 1 entries for 2 completions"),
+    "no completions": ({**GROUP, "completions": []}, "completions must have at least one entry"),
+    "fewer rewards": ({**GROUP, "rewards": [1]}, "rewards must have 2 entries, one per completion, got 1"),
     "reward beyond fp32": ({**SINGLE, "reward": 1e39}, r"reward must be finite, got 1e\+39; rewards are kept in fp32"),
     "enormous integer": ({**SINGLE, "reward": 10**400}, r"reward must be finite, got 1000.*; rewards are kept in fp32"),
     "NaN reward": ({**GROUP, "rewards": [1, float("nan")]}, r"rewards\[1\] must be finite, got nan"),
@@ -74,16 +74,16 @@ BAD_ROWS = {
     "null reward": ({**SINGLE, "reward": None}, "reward must be a number, got null"),
     "reward of another type": ({**SINGLE, "reward": "high"}, "reward must be a number, got str 'high'"),
     "boolean reward": ({**SINGLE, "reward": True}, "reward must be a number, got bool True"),
-    "two forms": ({**SINGLE, "completions": ["b"]}, "completion and completions are two forms of a row"),
+    "two forms": ({**SINGLE, "completions": ["b"]}, "a row must have completion or completions, got both"),
     "half of a surrogate pair": ({**SINGLE, "prompt": "\ud83d?"}, "prompt must be Unicode text, got a lone surrogate"),
     "the same in a message": (
         {"prompt": USER, "completion": [{"role": "assistant", "content": "a\udc00"}], "reward": 1},
         "completion must be Unicode text, got a lone surrogate",
     ),
-    "half a pair": ({"prompt": "p", "chosen": "a"}, "rejected missing"),
-    "one reward of a pair": ({**PAIR, "chosen_reward": 1}, "rejected_reward missing"),
+    "half a pair": ({"prompt": "p", "chosen": "a"}, "a row must have rejected "),
+    "one reward of a pair": ({**PAIR, "chosen_reward": 1}, "given together, got no rejected_reward"),
     "not an object": ([1, 2], "expected an object"),
-    "rewards needed": ({"prompt": "p", "completion": "a"}, "reward missing: this method needs rewards"),
+    "rewards needed": ({"prompt": "p", "completion": "a"}, "reward must be in the data, since this method"),
 }
 
 
@@ -146,8 +146,8 @@ def test_the_forms_of_other_trainers(row, prompt, completions, rewards):
     [
         ({"messages": TALK}, "messages must be a conversation"),
         ({"messages": "hi"}, "messages must be a conversation"),
-        ({"chosen": TALK[:1], "rejected": TALK[1:2]}, "prompt missing"),
-        ({"prompt": "else", "chosen": TALK[:2], "rejected": TALK[:1]}, "chosen is messages but prompt is text"),
+        ({"chosen": TALK[:1], "rejected": TALK[1:2]}, "a row must have prompt "),
+        ({"prompt": "else", "chosen": TALK[:2], "rejected": TALK[:1]}, "chosen must be text like prompt, got messages"),
         ({"prompt": "a", "completion": "b", "tools": "f"}, "tools must be a list"),
     ],
 )
@@ -431,7 +431,7 @@ def test_messages_go_through_the_chat_template():
     assert row["input_ids"].tolist() == prompt + completion
     assert row["labels"].tolist() == [-100] * len(prompt) + completion
     chat.chat_template = "{{ messages | length }}"
-    with pytest.raises(DataError, match="here: the chat template renders prompt"):
+    with pytest.raises(DataError, match=r"here: the chat template must render prompt .* got .* there"):
         encode_examples([example], chat, 64)
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="here: roles must alternate"):

@@ -76,7 +76,7 @@ def test_a_completion_that_keeps_no_token_of_the_assistant_is_named():
     turns = [message("user", "hi"), message("tool", "x" * 40), message("assistant", "yo")]
     example = Example(turns[:1], [turns[1:]], [1.0], ["here"])
     assert trained_text(encode_examples([example], chat_tokenizer(MARKED), 128).row(0)) == "yo<eos>"
-    with pytest.raises(DataError, match=r"here: the completion keeps no token.*raise max_length"):
+    with pytest.raises(DataError, match=r"here: the completion must keep a token.*raise max_length"):
         encode_examples([example], chat_tokenizer(MARKED), 16)
 
 
@@ -139,22 +139,22 @@ THINKS_LAST = (
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CALLS.partition("{% if add")[0], "has no generation prompt, and writes '<assistant>a"),
-        (CALLS.replace("<assistant>", "<asks>"), "has another generation prompt, and writes 'sistant>a"),
-        (ENDS_THE_LAST, "renders message 1 of the completion differently"),
-        (THINKS_LAST, "renders message 1 of the completion differently"),
+        (CALLS.partition("{% if add")[0], "no generation prompt and '<assistant>a"),
+        (CALLS.replace("<assistant>", "<asks>"), "another generation prompt and 'sistant>a"),
+        (ENDS_THE_LAST, "render message 1 of the completion alike"),
+        (THINKS_LAST, "render message 1 of the completion alike"),
     ],
     ids=["no generation prompt", "another", "an end at the last", "thoughts at the last"],
 )
 def test_answers_that_cannot_be_told_from_the_rest_are_named(template, reason):
     example = Example(HI, [[message("assistant", "a"), message("assistant", "b")]], [1.0], ["here"])
-    with pytest.raises(DataError, match=rf"(?s)here: the chat template {reason}.*\{{% generation %\}}"):
+    with pytest.raises(DataError, match=rf"(?s)here: the chat template must .*{reason}.*\{{% generation %\}}"):
         encode_examples([example], chat_tokenizer(template), 128)
 
 
 def test_a_completion_without_an_answer_is_named():
     example = Example(HI, [[message("tool", "4")]], [1.0], ["here"])
-    with pytest.raises(DataError, match="here: the completion holds messages of tool alone"):
+    with pytest.raises(DataError, match=r"here: the completion must hold a message of the assistant, .* of tool"):
         encode_examples([example], chat_tokenizer(UNMARKED), 128)
 
 

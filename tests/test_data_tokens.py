@@ -263,5 +263,5 @@ def test_the_best_and_the_worst_of_a_prompt_must_differ_within_max_length(tmp_pa
 
 def test_a_prompt_without_a_token_is_named():
     tok = words("adds none", unk_token=None)
-    with pytest.raises(DataError, match="row 2: the prompt has no token"):
+    with pytest.raises(DataError, match="row 2: the prompt must have at least one token"):
         encoded([{"prompt": "hi", "completion": "yo"}, {"prompt": " ", "completion": "yo"}], tok)

@@ -405,7 +405,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, request, no_me
         (["--sed", "1"], "unknown option --sed, did you mean --seed?"),
         (["--compare", "dpo,kto"], "--compare must be some of sft, best-of-n, dpo, got 'kto'; VAR is always trained"),
         (["--reward", "nothing"], "reward must be module:function, got 'nothing'"),
-        (["--model", "no/such/folder"], "model: no such directory: no/such/folder"),
+        (["--model", "no/such/folder"], "model must be an existing folder or a name on the hub, got no/such/folder"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_fetched_or_written(tmp_path, capsys, monkeypatch, arguments, message):

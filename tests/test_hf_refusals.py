@@ -54,7 +54,7 @@ def after_head(change):
 def test_not_a_language_model():
     with pytest.raises(TypeError, match="get_output_embeddings"):
         token_logprobs(nn.Linear(3, 3), batch())
-    with pytest.raises(TypeError, match=r"model must be a model, got str; load it first"):
+    with pytest.raises(TypeError, match=r"model must be a loaded model \(nn.Module\), got str; load it first"):
         fused_lm_head("gpt2")
 
 
@@ -71,7 +71,7 @@ def test_a_fused_head_that_is_never_applied_is_warned_about(recwarn):
 def test_model_without_a_head():
     config = transformers.LlamaConfig(**LLAMA.config)
     assert_refused(
-        transformers.LlamaModel(config), "LlamaModel", "no output embedding", "load it by AutoModelForCausalLM"
+        transformers.LlamaModel(config), "LlamaModel", "have an output embedding", "load it by AutoModelForCausalLM"
     )
 
 

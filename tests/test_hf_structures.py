@@ -218,5 +218,5 @@ def test_several_inner_heads_are_none():
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = Two(transformers.LlamaConfig(vocab_size=211, tie_word_embeddings=False, **sizes))
-    with pytest.raises(ValueError, match="no output embedding"):
+    with pytest.raises(ValueError, match="must have an output embedding"):
         calibrate_loss(model)

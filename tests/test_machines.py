@@ -39,7 +39,7 @@ def test_a_cache_that_cannot_be_made_does_not_end_the_run(tmp_path, caplog):
 def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
     """torchrun on CPUs without use_cpu: transformers makes no process group, each rank is a run of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"started 2 processes, but .* would have each train alone .* \(--use-cpu\)"):
+    with pytest.raises(ValueError, match=r"must start one process .* got 2, each of which .*\(--use-cpu\)"):
         tiny_trainer(tmp_path, use_cpu=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -48,13 +48,13 @@ def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
 def test_bf16_without_an_accelerator_says_what_to_pass(capsys):
     words = ["--from-scratch", "hidden=16", "--dataset", "rows.jsonl", "--output-dir", "run", "--bf16"]
     assert main(["train", *words]) == 2
-    message = "bf16: transformers finds no accelerator that computes in it .* pass use_cpu=True \\(--use-cpu\\)"
+    message = "bf16 must be False where transformers finds no accelerator .* pass use_cpu=True \\(--use-cpu\\)"
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_device_without_fp64_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(VARConfig, "device", torch.device("mps"))
-    with pytest.raises(ValueError, match=r"mps has no float64, .* pass use_cpu=True"):
+    with pytest.raises(ValueError, match=r"must have float64, .* got Apple's mps.* pass use_cpu=True"):
         tiny_trainer(tmp_path)
 
 

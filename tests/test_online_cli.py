@@ -42,7 +42,7 @@ def words(**options) -> list[str]:
 REFUSED = {
     "no reward": ({"reward": None}, {}, "reward_func: online, method 'dpo' needs the reward of completions"),
     "two rewards": ({"reward_model": "m"}, {}, "give one of --reward and --reward-model"),
-    "no such reward model": ({"reward": None, "reward_model": "./m"}, {}, "reward model: no such directory: ./m"),
+    "no such reward model": ({"reward": None, "reward_model": "./m"}, {}, "reward model must be an existing folder"),
     "chat without a model": ({"reward_model_chat": ""}, {}, "--reward-model-chat needs --reward-model"),
     "one completion where pairs are needed": (
         {"generations_per_prompt": 1},
@@ -59,19 +59,19 @@ REFUSED = {
         {},
         "generations_per_prompt must be 2 for sail_pp, got 3; a pair is two draws of the policy as they come",
     ),
-    "SAIL on a data set's responses": ({"method": "sail_dp"}, {}, "'sail_dp' learns from the responses of a data set"),
-    "a reward model's method": ({"method": "ava_p"}, {}, "'ava_p' learns a reward model from demonstrations or pairs"),
-    "Bradley-Terry": ({"method": "bradley_terry"}, {}, "'bradley_terry' learns a reward model"),
-    "fitted values": ({"method": "alol"}, {}, "'alol' fits its values on the data before training"),
+    "SAIL on a data set's responses": ({"method": "sail_dp"}, {}, "'sail_dp', got True; it learns from the responses"),
+    "a reward model's method": ({"method": "ava_p"}, {}, "'ava_p', got True; it learns a reward model"),
+    "Bradley-Terry": ({"method": "bradley_terry"}, {}, "'bradley_terry', got True; it learns"),
+    "fitted values": ({"method": "alol"}, {}, "'alol', got True; it fits its values on the data"),
     "VAR with a reference term": (
         {"method": "var", "normalizer": "batch", "reference": "mean"},
         {},
-        "online, the reference itself drew the completions",
+        "reference must be 'none' online, where the reference itself drew the completions",
     ),
     "VAR far from its reference": (
         {"method": "var", "normalizer": "self_normalised", "refresh_reference": "false"},
         {},
-        "refresh_reference: online VAR's weights are those of completions drawn from the reference",
+        "refresh_reference must be True for VAR online, whose weights are those of completions drawn from the",
     ),
     "a cold policy": ({"sampling_temperature": 0}, {}, "sampling_temperature must be finite and > 0, got 0.0"),
     "no room for prompts": ({"max_new_tokens": 32}, {}, "max_new_tokens must be < max_length = 32"),
@@ -82,12 +82,12 @@ REFUSED = {
     "two moving references": (
         {"sync_ref_model": "true", "precompute_ref_log_probs": "false"},
         {},
-        "sync_ref_model: online, the reference moves by refresh_reference=True",
+        "sync_ref_model must be False online, where refresh_reference=True moves the reference",
     ),
     "workers that stay": (
         {"dataloader_persistent_workers": "true", "dataloader_num_workers": 1},
         {},
-        "dataloader_persistent_workers: online, every iteration has other data",
+        "dataloader_persistent_workers must be False online, where every iteration has other data",
     ),
     "unknown label": (
         {"method": "sail_pr", "label_by": "best"},
@@ -103,13 +103,13 @@ REFUSED = {
     "a row without a prompt": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": '{"prompt": "1 + 1 = "}\n{"text": "2"}\n'},
-        "m.jsonl:2: prompt missing",
+        "m.jsonl:2: a row must have prompt ",
     ),
-    "an empty prompt": ({"dataset": "m.jsonl"}, {"m.jsonl": '{"prompt": ""}\n'}, "m.jsonl:1: prompt is empty"),
+    "an empty prompt": ({"dataset": "m.jsonl"}, {"m.jsonl": '{"prompt": ""}\n'}, "m.jsonl:1: prompt must not"),
     "prompts for offline training": (
         {"online": "false"},
         {},
-        "prompts.jsonl:1: no completion among its keys ['prompt']",
+        "prompts.jsonl:1: a row must have the keys prompt + completion",
     ),
 }
 
@@ -149,7 +149,7 @@ def test_a_reward_that_fails_in_the_middle_stops_with_its_row_and_resumes_when_m
     monkeypatch.setattr(judge, "lengths", fails_later)
     assert main(words(**settings)) == 2
     printed = capsys.readouterr().err
-    assert "the reward function fails on these completions; mend it and resume, which draws the same again" in printed
+    assert "mend the reward function and resume, which draws the same completions again" in printed
     assert "iteration 1, prompts.jsonl:" in printed
     assert "sample 1: the reward function must return finite numbers, got nan" in printed
     assert main(words(**settings)) == 2

@@ -94,12 +94,12 @@ def test_resuming_in_the_middle_needs_the_buffer_and_the_same_settings(tmp_path)
     trained(tmp_path, **RUN)
     checkpoint, path = str(tmp_path / "run" / "checkpoint-4"), Buffer(tmp_path / "run" / "buffer").path(1)
     with pytest.raises(
-        ValueError, match=r"generations_per_prompt: the run resumes in the middle of iteration 1, .* 3, got 4"
+        ValueError, match=r"generations_per_prompt must be 3, with which iteration 1 was drawn, .* got 4"
     ):
         online_trainer(tmp_path, generations_per_prompt=4, **RUN).train(resume_from_checkpoint=checkpoint)
     path.write_text(path.read_text()[:-20])
     with pytest.raises(
-        FileNotFoundError, match=r"iteration-00001.jsonl .* is missing or damaged: .* after 1 steps on it"
+        FileNotFoundError, match=r"iteration-00001.jsonl .* must be whole, .* after 1 steps on it, got a missing"
     ):
         online_trainer(tmp_path, **RUN).train(resume_from_checkpoint=checkpoint)
 
@@ -131,7 +131,7 @@ def test_after_a_reward_that_raises_the_same_is_drawn_again(tmp_path):
     sampler = Recording(SAMPLER)
     trainer = online_trainer(broken, reward_func=breaks, trainer_options={"sampler": sampler}, **RUN)
     where = "iteration 1, .*, sample 1: the reward function raised OSError on 12 rows from here on: the judge is away"
-    with pytest.raises(DataError, match=f"{where}.*mend it and resume, which draws the same again"):
+    with pytest.raises(DataError, match=f"{where}.*mend the reward function and resume, which draws the same"):
         trainer.train()
     assert len(sampler.calls) == 8
     assert buffered(broken, 0) == buffered(straight, 0)

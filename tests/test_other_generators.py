@@ -125,7 +125,7 @@ def test_refusals(case, tmp_path):
 
 
 @pytest.mark.parametrize(("logps", "message"), [
-    (None, "importance_cap: the sampler gave no log-probs of its draws; return Samples with logps"),
+    (None, "importance_cap: the sampler must return log-probs of its draws, got none; return Samples with logps"),
     ([[[-1.0]] * 3] * 2, r"logps of prompt 0 must be \[2, 2, 2\] numbers, got \[1, 1, 1\]; one a token"),
     ([[[-1.0, 0.5]] * 3] * 2, "must be finite and <= 0, got 0.5; nats"),
     ([[[-1.0, float("nan")]] * 3] * 2, "must be finite and <= 0, got nan"),

@@ -73,7 +73,7 @@ def test_what_a_registration_refuses(registries, tmp_path):
     def mine_loss(token_logp, wage):
         return -wage * token_logp
 
-    with pytest.raises(ValueError, match=r"'mine' reads wage, and the trainer has group_ids, .*loop of your own"):
+    with pytest.raises(ValueError, match=r"inputs of 'mine' must be among .*group_ids, .* got wage; .*loop of your"):
         method_config("mine")
 
     @register("mine too", pass_class="C", item="pair", formula="-tilt s_w + drop s_l")

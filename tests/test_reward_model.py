@@ -203,9 +203,9 @@ def value_model(folder):
 
 
 REFUSED = {
-    "nowhere": (lambda f: None, FileNotFoundError, "reward model: no such directory"),
+    "nowhere": (lambda f: None, FileNotFoundError, "reward model must be an existing folder"),
     "a causal LM": (lambda f: saved(f, tiny_model(dtype=torch.float32)), ValueError,
-                    "is no trained classifier: score.weight would be random"),
+                    "must be a trained classifier, got .* score.weight would be random"),
     "two labels": (lambda f: saved(f, classifier(2)), ValueError, "a classifier with one label, got 2 labels"),
     "a value head": (value_model, ValueError, "must hold a RewardHead, got a ValueHead"),
 }  # fmt: skip
@@ -248,7 +248,7 @@ def test_messages_without_a_template_name_their_rows():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "p", "completion": "a"}], "reward missing"),
+        ([{"prompt": "p", "completion": "a"}], "reward must be in the data"),
         ([{"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 1.0]}], "needs pairs"),
         ([{"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, float("nan")]}], "must be finite, got nan"),
     ],

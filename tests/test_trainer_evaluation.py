@@ -149,7 +149,7 @@ def test_new_rows_that_the_cache_knows_or_that_come_before_training(tmp_path):
 def test_new_rows_are_refused_where_the_reference_was_let_go(given, tmp_path):
     trainer = with_new_rows(tmp_path, "dpo", {}, given)
     for call in (trainer.evaluate, trainer.predict):
-        with pytest.raises(ValueError, match=r"new rows need the reference.*precompute_ref_log_probs=False"):
+        with pytest.raises(ValueError, match=r"eval_dataset must be .* pass precompute_ref_log_probs=False"):
             call(NEW)
 
 
@@ -171,7 +171,7 @@ def test_what_is_no_rows_is_refused(case, tmp_path):
 
 
 def test_malformed_new_rows_are_named(tmp_path):
-    with pytest.raises(ValueError, match="eval_dataset row 1: prompt missing"):
+    with pytest.raises(ValueError, match="eval_dataset row 1: a row must have prompt "):
         tiny_trainer(tmp_path, method="sft").evaluate([{"question": "a", "completion": "b"}])
 
 

@@ -78,16 +78,16 @@ CASES = {
 }  # fmt: skip
 RESUMED = ("fsdp2 var", "fsdp2 dro", "fsdp2 var, adapted head")
 REFUSED = {
-    "fsdp1 dro": (fsdp(1), {"method": "dro"}, "its head beside the lm_head cannot learn under FSDP1"),
+    "fsdp1 dro": (fsdp(1), {"method": "dro"}, "must be one without a head of its own under FSDP1"),
     "fsdp1 live": (
         fsdp(1), {"method": "dpo", "precompute_ref_log_probs": False},
-        "precompute_ref_log_probs=False: under FSDP1 the reference is the model before training",
+        "model before training under FSDP1, which scores the data once, got precompute_ref_log_probs=False",
     ),
-    "fsdp1 distill": (fsdp(1), {"method": "distill"}, "reads a second model, which would be whole on every rank"),
-    "moving": (fsdp(), {"precompute_ref_log_probs": False, "sync_ref_model": True}, "cannot follow weights that FSDP2"),
+    "fsdp1 distill": (fsdp(1), {"method": "distill"}, "without a second model under FSDP1, got 'distill'"),
+    "moving": (fsdp(), {"precompute_ref_log_probs": False, "sync_ref_model": True}, "must be False under FSDP2"),
     "uneven": ({"accelerator_config": {"even_batches": False}}, {}, "accelerator_config: even_batches must be True"),
     "dispatched": (
-        {"accelerator_config": {"dispatch_batches": True}}, {}, "accelerator_config: dispatch_batches must not be True",
+        {"accelerator_config": {"dispatch_batches": True}}, {}, "accelerator_config: dispatch_batches must be False",
     ),
 }  # fmt: skip
 

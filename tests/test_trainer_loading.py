@@ -220,10 +220,10 @@ def lost_embedding_rows(folder):
 
 
 UNMERGEABLE = {
-    bias_of_lora: "cannot be merged into its base: Impossible to merge LoRA with `lora_bias=True`",
+    bias_of_lora: "must be one that peft can merge into its base, got: Impossible to merge LoRA with `lora_bias=True`",
     soft_prompt: "must be one of weights, got PROMPT_TUNING",
-    lost_head_rows: "was trained with 276 tokens, its base has 270, and the new rows",
-    lost_embedding_rows: "was trained with 276 tokens, its base has 270, and the new rows",
+    lost_head_rows: "must hold embedding and lm_head, since it was trained with 276 tokens, its base has 270, got",
+    lost_embedding_rows: "must hold embedding and lm_head, since it was trained with 276 tokens, its base has 270",
 }
 
 
@@ -239,7 +239,7 @@ def test_an_adapter_of_a_quantised_base_is_refused(tmp_path, monkeypatch):
     base = load_causal_lm(str(tmp_path / "base"))
     base.hf_quantizer = object()
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_args, **_options: base)
-    with pytest.raises(ValueError, match="is quantised, and merging would round"):
+    with pytest.raises(ValueError, match="must not be quantised, since merging would round"):
         load_causal_lm(str(tmp_path / "adapter"))
 
 

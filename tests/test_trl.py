@@ -118,7 +118,7 @@ def test_a_config_may_ask_for_router_logits_that_no_loss_is_made_of():
     model.config.output_router_logits = True
     _FusedForward(model, 1.0, False, frozenset(("log_probs",)))
     torch.testing.assert_close(model(**batch(), fused_lm_head=True).loss, expected)
-    with pytest.raises(ValueError, match=r"returns no aux_loss of its own; set router_aux_loss_coef=0\.0"):
+    with pytest.raises(ValueError, match=r"returns no aux_loss of its own, got True; set router_aux_loss_coef=0\.0"):
         model(**batch(), output_router_logits=True, fused_lm_head=True)
 
 

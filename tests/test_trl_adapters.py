@@ -84,8 +84,8 @@ DORA = {"adapter": head(use_dora=True)}
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("SFT", DORA, "is a DoraLinearVariant"),
-        ("DPO", DORA, "is a DoraLinearVariant"),
+        ("SFT", DORA, "must be plain LoRA, .* got a DoraLinearVariant"),
+        ("DPO", DORA, "must be plain LoRA, .* got a DoraLinearVariant"),
         ("GRPO", {"adapter": head(), "cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 must be False with an"),
     ],
 )

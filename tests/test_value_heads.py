@@ -210,12 +210,12 @@ def test_refusals_of_heads():
 
 
 def test_refusals_of_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"value_head.json is missing.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"value_head.json must be a file of the saved head.*save_pretrained"):
         load_head(tmp_path)
     RewardHead(D).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="hidden_size must be 64 for this model, got 32"):
         load_head(tmp_path, hidden_size=64)
-    with pytest.raises(FileNotFoundError, match=r"critic.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"critic.json must be a file of the saved head"):
         load_head(tmp_path, "critic")
     description = tmp_path / "value_head.json"
     description.write_text(json.dumps({"class": "ValueHead", "hidden_size": D, "per": "token"}))
@@ -223,10 +223,10 @@ def test_refusals_of_files(tmp_path):
         load_head(tmp_path)
     for wrong in ("{", '{"class": "Linear", "hidden_size": 32}', '{"class": "RewardHead"}', "[]"):
         description.write_text(wrong)
-        with pytest.raises(ValueError, match="does not describe a head"):
+        with pytest.raises(ValueError, match="must describe a head"):
             load_head(tmp_path)
     (tmp_path / "value_head.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"value_head.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"value_head.safetensors must be a file"):
         load_head(tmp_path)
 
 

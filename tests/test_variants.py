@@ -61,7 +61,7 @@ def test_variants_are_methods_of_the_command(tmp_path, capsys, monkeypatch):
         main(["train", *VARIANTS["dr_grpo"].use.split(), *base])
     assert seen[-1].advantages == "group_mean"
     assert main(["train", "--method", "token_kl", *base]) == 2
-    assert "token_kl is no method of training; call linear_token_kl(...)" in capsys.readouterr().err
+    assert "a training method, got token_kl, a function; call linear_token_kl(...)" in capsys.readouterr().err
 
 
 def test_the_command_says_what_a_variant_is(capsys):

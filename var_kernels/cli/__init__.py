@@ -53,7 +53,8 @@ def run_command(program: str, description: str, command, words: list[str]) -> in
         if unknown and hasattr(command, "take_unknown"):
             command.take_unknown(args, unknown)
         elif unknown:
-            raise ValueError(f"unknown option {unknown[0]}{nearest(unknown[0], option_names(parser))}")
+            near = nearest(unknown[0], option_names(parser)) or "; --help lists the options"
+            raise ValueError(f"unknown option {unknown[0]}{near}")
         return command.run(args) or 0
     except KeyboardInterrupt:
         return _fail(program, getattr(command, "INTERRUPTED", "interrupted"), 130)

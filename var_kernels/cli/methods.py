@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.name not in METHODS:
         known = (*METHODS, *VARIANTS)
-        raise ValueError(f"unknown method {args.name!r}{nearest(args.name, known)}; methods: {', '.join(known)}")
+        raise ValueError(f"method must be one of {', '.join(known)}, got {args.name!r}{nearest(args.name, known)}")
     method = METHODS[args.name]
     loss = method.loss
     print(f"{loss.name}: {loss.formula}")

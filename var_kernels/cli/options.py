@@ -24,11 +24,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"config: no such file: {path}") from None
+        raise FileNotFoundError(f"config must be an existing YAML file, got {path}; check the path") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"config: {path} is not UTF-8: {error}") from None
+        place = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"config must be UTF-8, got {path} with an {place}; save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not YAML: {error}") from error
+        raise ValueError(f"config must be YAML, got {path}; correct it where the parser stops: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -50,7 +51,10 @@ def pair_up(words: list[str]) -> dict[str, Any]:
             options[name] = value if equals else True
             name = None if equals else name
         elif name is None:
-            raise ValueError(f"{word!r} belongs to no option")
+            raise ValueError(
+                f"each word must be an option (--name) or the one value of the option before it, got {word!r}; quote a "
+                "value with spaces"
+            )
         else:
             options[name], name = word, None
     return options
@@ -92,14 +96,15 @@ def coerce(name: str, value: Any, kind: str) -> Any:
         return value
     if not wanted or type(value).__name__ in wanted:
         return value
-    raise ValueError(f"{name} must be of type {' or '.join(wanted)}, got {value!r}")
+    raise ValueError(f"{name} must be of type {' or '.join(wanted)}, got {value!r:.60}")
 
 
 def no_such_model(option: str, name: str, error: Exception) -> OSError:
     """The first line of transformers' error about a name that it cannot load, after the option's name."""
     reason = str(error).strip().splitlines()[0]
     return OSError(
-        f"{option}: {name} is no local directory with a model in it, and could not be had from the hub: {reason}"
+        f"{option} must be a folder with a model in it, or the name of one on the hub, got {name}; check the name, and "
+        f"the network: {reason}"
     )
 
 
@@ -115,7 +120,7 @@ def key_values(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, A
         if not equals:
             raise ValueError(f"{name} must be key=value,key=value, got {part!r}")
         if key not in defaults:
-            raise ValueError(f"{name}: unknown key {key!r}{nearest(key, defaults)}; keys: {', '.join(defaults)}")
+            raise ValueError(f"{name}: a key must be one of {', '.join(defaults)}, got {key!r}{nearest(key, defaults)}")
         try:
             values[key] = type(defaults[key])(value)
         except ValueError:

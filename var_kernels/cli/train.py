@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace) -> int:
     settings, config_values = _settings(args)
     for name in ("dataset",) if settings["dry_run"] else ("dataset", "output_dir"):
         if not (settings | config_values).get(name):
-            raise ValueError(f"--{name.replace('_', '-')} is missing: {(_RUN | _CONFIG)[name][2]}")
+            raise ValueError(f"--{name.replace('_', '-')} must be given, got none: {(_RUN | _CONFIG)[name][2]}")
     _check_model_options(settings)
 
     from transformers import set_seed
@@ -209,13 +209,14 @@ def _run(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         if "to be installed" not in str(error):
             raise
-        raise ImportError(f"report-to: {error}") from error  # a tracker's callback of transformers
+        # a tracker's callback of transformers
+        raise ImportError(f"report-to: {error} Or pass --report-to none") from error
     except Exception as error:  # the hub's client lets its transport's own errors through
         if not (config.push_to_hub and type(error).__module__.startswith(("httpx", "huggingface_hub", "requests"))):
             raise
         raise OSError(
-            f"push-to-hub: the hub gave no repository ({error}); check the network and `hf auth login`, or drop "
-            "--push-to-hub"
+            f"push-to-hub: no repository could be made on the hub ({error}); check the network and `hf auth login`, or "
+            "drop --push-to-hub"
         ) from error
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -249,12 +250,13 @@ def _check_evaluation(settings: dict, config) -> None:
     evaluates = config.eval_strategy != "no" or config.eval_on_start
     if settings["eval_dataset"] and not evaluates:
         raise ValueError(
-            "eval-dataset: nothing would look at it; pass --eval-strategy epoch too (or steps, with --eval-steps)"
+            "eval-dataset must be given with an evaluation strategy, got --eval-strategy no; pass --eval-strategy "
+            "epoch (or steps, with --eval-steps)"
         )
     if evaluates and not settings["eval_dataset"]:
         raise ValueError(f"eval-strategy: {config.eval_strategy.value} needs --eval-dataset, got none")
     if settings["eval_split"] and not settings["eval_dataset"]:
-        raise ValueError("eval-split: needs --eval-dataset, got none")
+        raise ValueError("eval-split needs --eval-dataset, got none; name the data set, or drop --eval-split")
 
 
 def _check_optimisation(config) -> None:
@@ -282,9 +284,9 @@ def _check_writable(output_dir: Path) -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        raise ValueError(f"output-dir: {folder} is a file; choose another")
+        raise ValueError(f"output-dir must be a folder, got the file {folder}; choose another")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"output-dir: no permission to write in {folder}; choose another")
+        raise ValueError(f"output-dir must be writable, got {folder} without the permission; choose another")
 
 
 def _reward_function(settings: dict, config):
@@ -292,9 +294,9 @@ def _reward_function(settings: dict, config):
     from var_kernels.integrations.trainer.rewards import load_rewards
 
     if settings["reward"] and settings["reward_model"]:
-        raise ValueError("give one of --reward and --reward-model")
+        raise ValueError("give one of --reward and --reward-model, got both; drop one")
     if settings["reward_model_chat"] and not settings["reward_model"]:
-        raise ValueError("--reward-model-chat needs --reward-model")
+        raise ValueError("--reward-model-chat needs --reward-model, got none; name the model, or drop it")
     if settings["reward"]:
         return load_rewards(settings["reward"])
     if settings["reward_model"]:
@@ -364,14 +366,12 @@ def _of_variant(options: dict) -> dict:
     method = options.get("method", "var")
     if method not in METHODS and method not in VARIANTS:
         near = nearest(str(method), [*METHODS, *VARIANTS])
-        raise ValueError(
-            f"method: there is no {method!r}{near}{';' if not near else ''} `var-kernels methods` lists them"
-        )
+        raise ValueError(f"method must be one that `var-kernels methods` lists, got {method!r}{near}")
     variant = VARIANTS.get(method)
     if variant is None:
         return options
     if variant.function is not None:
-        raise ValueError(f"method: {variant.name} is no method of training; call {variant.use}")
+        raise ValueError(f"method must be a training method, got {variant.name}, a function; call {variant.use}")
     return {**variant.settings, **options, "method": variant.loss}
 
 
@@ -391,7 +391,8 @@ def _config_fields(options: dict, method: str, known: list[str]) -> dict:
         if others := [other for other in METHODS if name in METHODS[other].own_settings]:
             raise ValueError(f"{flag} is no option of method {method!r}; it belongs to {', '.join(others)}")
         everything = [*known, *("--" + field.replace("_", "-") for field in fields)]
-        raise ValueError(f"unknown option {flag}{nearest(flag, everything)}")
+        near = nearest(flag, everything) or "; --help and `var-kernels methods NAME` list the options"
+        raise ValueError(f"unknown option {flag}{near}")
     return {name: coerce(name, value, fields[name]) for name, value in options.items()}
 
 
@@ -433,7 +434,10 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
 
         spec = ScratchSpec(**key_values("from-scratch", settings["from_scratch"], vars(ScratchSpec())))
         if not all(isinstance(example.prompt, str) for example in examples):
-            raise ValueError("from-scratch: a new tokenizer has no chat template; the data must be plain text")
+            raise ValueError(
+                "from-scratch: the data must be plain text, since a new tokenizer has no chat template, got messages; "
+                "pass --model in place of --from-scratch"
+            )
         texts = (text for example in examples for text in (example.prompt, *example.completions))
         tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else train_tokenizer(texts, spec.vocab)
         return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
@@ -447,7 +451,10 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
     except ValueError as error:  # a folder or an architecture that AutoModelForCausalLM does not take
         if str(error).startswith("model: "):  # ours
             raise
-        raise ValueError(f"model: {name} is no causal LM that transformers can load: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model must be a causal LM that transformers can load, got {name}; check its config.json: {reason:.300}"
+        ) from error
 
 
 def _lora(text: str):

@@ -64,8 +64,8 @@ def linear_cross_entropy(
     """
     if vocab_parallel_options is not None:
         raise ValueError(
-            "vocab_parallel_options must be None; for a vocabulary sharded over ranks use "
-            "var_kernels.ops.vocab_parallel_logprob"
+            f"vocab_parallel_options must be None, got {type(vocab_parallel_options).__name__}; for a vocabulary "
+            "sharded over ranks use var_kernels.ops.vocab_parallel_logprob"
         )
     flags = {"accum_e_fp32": accum_e_fp32, "accum_c_fp32": accum_c_fp32}
     flags |= {"filter_e_grad": filter_e_grad, "filter_c_grad": filter_c_grad, "return_lse": return_lse}
@@ -109,7 +109,7 @@ def _check_places(flags, bias, ignore_index, softcap, reduction, shift, filter_e
     for expected, (value, holds) in fits.items():
         if not holds:
             raise TypeError(
-                f"{expected}, got {type(value).__name__} {value!r}; releases of cut-cross-entropy order their "
+                f"{expected}, got {type(value).__name__} {value!r:.60}; releases of cut-cross-entropy order their "
                 "arguments differently, so name them"
             )
 

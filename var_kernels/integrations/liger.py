@@ -271,7 +271,10 @@ class LigerFusedLinearCrossEntropyFunction:
         count = len(fields(LigerFusedLinearCrossEntropyLoss))
         for name, value in zip(("ce_impl", "ce_mode"), options[count:], strict=False):
             if value is not None:
-                raise ValueError(f"{name} must be None, it chooses among liger-kernel's own kernels; leave it out")
+                raise ValueError(
+                    f"{name} must be None, since it chooses among liger-kernel's own kernels, got {value!r:.60}; leave "
+                    "it out"
+                )
         found = LigerFusedLinearCrossEntropyLoss(*options[:count])(weight, _input, target, bias)
         if isinstance(found, Tensor):
             return found, None, None, None

@@ -26,14 +26,14 @@ from var_kernels.ops import linear_logprob
 
 _ELSEWHERE = {
     "LigerFusedLinearGRPOLoss": "var_kernels.linear_loss('grpo', ...), or var_kernels.integrations.trl in a trainer",
-    "LigerFusedLinearJSDLoss": "var_kernels.linear_token_kl for the KL divergences; their mixture is not served",
+    "LigerFusedLinearJSDLoss": "var_kernels.linear_token_kl for the KL divergences; their mixture is not supported",
     "LigerFusedLinearCosineSimilarityLoss": "nothing here: it compares whole logit vectors",
 }
 
 
 def __getattr__(name: str):
     if name.startswith("liger_fused_linear_") or (name.startswith("LigerFused") and name.endswith("Function")):
-        raise ImportError(f"{name} is not among the losses of {__name__}; instead: its class, LigerFusedLinear...Loss")
+        raise ImportError(f"{name} is not among the losses of {__name__}; use its class, LigerFusedLinear...Loss")
     if name in _ELSEWHERE:
         raise ImportError(f"{name} is not among the losses of {__name__}; instead: {_ELSEWHERE[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

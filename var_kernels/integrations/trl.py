@@ -76,8 +76,8 @@ class FusedHeadMixin(_Trainer):
                 super().__init__(*args, **kwargs)
             if not added:
                 raise TypeError(
-                    f"{type(self).__name__}: this trainer gives its model no head for log-probs; FusedHeadMixin serves "
-                    "TRL's SFT, DPO, KTO, GRPO and RLOO trainers. For others: fused_lm_head(model)"
+                    "FusedHeadMixin must be on a trainer of TRL that patches a head for log-probs (SFT, DPO, KTO, "
+                    f"GRPO, RLOO), got {type(self).__name__}; use fused_lm_head(model) for others"
                 )
             _refuse_what_needs_logits(self)
         except BaseException:
@@ -225,8 +225,8 @@ class _FusedForward:
         aux_loss = getattr(output, "aux_loss", None)
         if aux_loss is None and kwargs.get("output_router_logits"):
             raise ValueError(
-                f"output_router_logits: {type(self.model).__name__} returns no aux_loss of its own; set "
-                "router_aux_loss_coef=0.0"
+                f"output_router_logits must be False for {type(self.model).__name__}, which returns no aux_loss of its "
+                "own, got True; set router_aux_loss_coef=0.0"
             )
         if aux_loss is not None and inputs.get("output_router_logits"):
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss

@@ -43,14 +43,18 @@ class ChatTemplate:
         start = min(first for first, _, _ in rendered)
         head = rendered[0][1][:start]
         if any(whole[:start] != head for _, whole, _ in rendered):
-            raise ValueError("the chat template renders the prompt differently for different completions of it")
+            raise ValueError(
+                "the chat template must render a prompt alike for all its completions, got different texts; write a "
+                "template in which no message depends on later ones"
+            )
         return head, [_parts(whole, spans, start) for _, whole, spans in rendered]
 
     def _completion(self, example: Any, completion: list[dict]) -> tuple[int, str, Spans]:
         """(where the completion begins, the whole text, what of it the assistant writes)"""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
-                "messages need a tokenizer with a chat template: set tokenizer.chat_template, or give plain text"
+                "messages need a tokenizer with a chat template, got none; set tokenizer.chat_template, or give plain "
+                "text"
             )
         whole, marked = self._with_marks([*example.prompt, *completion], example)
         first, kept = self._start(example.prompt, example, whole, completion[0]["role"] == "assistant")
@@ -61,8 +65,8 @@ class ChatTemplate:
         if not any(message["role"] == "assistant" for message in completion):
             others = ", ".join(sorted({message["role"] for message in completion}))
             raise ValueError(
-                f"the completion holds messages of {others} alone, and only what the assistant writes is trained: let "
-                "it end with the assistant's answer"
+                "the completion must hold a message of the assistant, which alone is trained, got messages of "
+                f"{others}; end it with the assistant's answer"
             )
         if len(completion) == 1:
             return first, whole, [(0, len(whole))]
@@ -80,16 +84,16 @@ class ChatTemplate:
             until = self._render([*before, message], example, False) if number + 1 < len(completion) else whole
             if not whole.startswith(until):
                 raise ValueError(
-                    f"the chat template renders message {number + 1} of the completion differently once others follow, "
-                    f"so what is the assistant's cannot be told: {_REMEDY}"
+                    f"the chat template must render message {number + 1} of the completion alike with and without "
+                    f"later ones, got different texts; {_REMEDY}"
                 )
             opened = self._render(before, example, True) != self._render(before, example, False)
             said = _text_of(message.get("content")).strip()
             if (dropped or not opened) and not whole[start:].lstrip().startswith(said):
                 raise ValueError(
-                    f"the chat template has {'another' if opened else 'no'} generation prompt, and writes "
-                    f"{whole[start:][:20]!r} where message {number + 1} of the completion begins, so what is the "
-                    f"assistant's cannot be told: {_REMEDY}"
+                    f"the chat template must begin message {number + 1} of the completion with its generation prompt, "
+                    f"got {'another' if opened else 'no'} generation prompt and {whole[start:][:20]!r} where the "
+                    f"message begins; {_REMEDY}"
                 )
             spans.append((start if number else 0, len(until)))  # the first one with all that follows the prompt
         return spans
@@ -101,9 +105,11 @@ class ChatTemplate:
         if whole.startswith(head):
             return len(head), ""
         if not opens or not whole.startswith(self._render(messages, example, False)):
+            at = next((n for n, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(whole))
             raise ValueError(
-                "the chat template renders prompt + completion differently from the prompt alone, so they cannot be "
-                "told apart"
+                "the chat template must render prompt + completion with the text of the prompt alone in front, "
+                f"{head[at:][:20]!r} at character {at}, got {whole[at:][:20]!r} there; write a template in which no "
+                "message depends on later ones"
             )
         shared = next((n for n, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(whole))
         return shared, head[shared:]

@@ -107,7 +107,8 @@ def encode_examples(
         raise ValueError(f"max_length must be at least 2 (a prompt token and a completion token), got {max_length}")
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, completions must end with it"
+            "the tokenizer must have an end-of-sequence token, which ends completions, got none; set "
+            "tokenizer.eos_token"
         )
     texts = _split_texts(examples, tokenizer)
     ends = {tokenizer.eos_token_id, *end_token_ids}
@@ -124,7 +125,8 @@ def encode_examples(
         cut_completions += len(completion) > room
         completion, of_others = completion[:room], of_others[:room]
         if of_others.all():
-            problems.append(Problem(where, "the completion keeps no token that the chat template gives the assistant"))
+            reason = "the completion must keep a token of the assistant's within max_length, got none"
+            problems.append(Problem(where, reason))
         rows.append((prompt, completion))
         others += [torch.zeros(len(prompt), dtype=torch.bool), of_others]
     if problems:
@@ -176,7 +178,7 @@ def encode_prompts(examples: Sequence[Example], tokenizer: Any, room: int) -> tu
         except template_errors() as error:
             problems.append(Problem(where, str(error)))
     if problems:
-        raise DataError(problems, remedy="the chat template does not fit these rows")
+        raise DataError(problems, remedy="change the chat template, or drop these rows")
     made = [(prompt, kept) for prompt, kept, *_ in _token_lists(texts, tokenizer, set())]
     return [cut_prompt(ids, kept, room).tolist() for ids, kept in made], sum(len(ids) > room for ids, _ in made)
 
@@ -218,7 +220,7 @@ def _split_texts(examples: Sequence[Example], tokenizer) -> list[_RowText]:
             continue
         texts += [_RowText(head, parts, True, where) for parts, where in zip(completions, example.where, strict=True)]
     if problems:
-        raise DataError(problems, remedy="the chat template does not fit these rows")
+        raise DataError(problems, remedy="change the chat template, or drop these rows")
     if chat.left_out:
         logger.warning(
             "in %d rows the chat template drops the end of its generation prompt once there is an answer (%r): their "
@@ -253,13 +255,13 @@ def _token_lists(texts: list[_RowText], tokenizer, ends: set[int]):
                 if ends and not _has_ended(tokenizer, completion, ends):
                     completion, of_others = [*completion, tokenizer.eos_token_id], [*of_others, False]
             if not prompt:
-                problems.append(Problem(row.where, "the prompt has no token"))
+                problems.append(Problem(row.where, "the prompt must have at least one token, got none"))
             begins = (before, opening if row.rendered else [], [bos])
             kept = max(len(begin) for begin in (*begins, []) if prompt[: len(begin)] == begin)
             first, second = (torch.tensor(values, dtype=torch.int32) for values in (prompt, completion))
             yield (first, kept, second, torch.tensor(of_others, dtype=torch.bool), row.where)
     if problems:
-        raise DataError(problems, remedy="this tokenizer makes nothing of the prompt")
+        raise DataError(problems, remedy="pass the model's own tokenizer, or drop these rows")
 
 
 def _put_before(tokenizer, texts: list[str]) -> list[int]:

@@ -23,6 +23,7 @@ FORM_KEYS = {
     *("rejected_reward", "label", "tools", "chat_template_kwargs", "where", "prompt_ids", "completion_ids"),
 }
 SHOWN_PROBLEMS = 10
+_SHOWN_KEYS = 12
 _LARGEST = 3.4e38
 _NUMBERS: Any = Real | Decimal
 _DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
@@ -119,11 +120,11 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
         completions = [_text(row, "chosen", prompt), _text(row, "rejected", prompt)]
         rewards = _pair_rewards(row, present)
     elif {"completion", "completions"} <= present:
-        raise _BadRowError("completion and completions are two forms of a row, and both are given: drop one of them")
+        raise _BadRowError("a row must have completion or completions, got both; drop one of them")
     elif "completions" in present or ("rewards" in present and "completion" not in present):
         completions = [_text(row, "completions", prompt, item=i) for i in range(len(_list(row, "completions")))]
         if not completions:
-            raise _BadRowError("completions is empty: expected at least one")
+            raise _BadRowError("completions must have at least one entry, got an empty list; drop the row")
         rewards = _rewards(row, "rewards", len(completions)) if "rewards" in row else None
     elif "completion" in row:
         completions = [_text(row, "completion", prompt)]
@@ -132,15 +133,15 @@ def _parse(row: object, where: str, need_rewards: RewardNeed) -> Example:
         completions, rewards = [], None
     else:
         raise _BadRowError(
-            f"no completion among its keys {sorted(map(str, row))}: expected {' | '.join(FORMS)}; --columns "
-            "completion=NAME (columns={'completion': NAME}) takes another name"
+            f"a row must have the keys {' | '.join(FORMS)}, got {key_names(row)}; --columns completion=NAME "
+            "(columns={'completion': NAME}) reads another column"
         )
     if rewards is None and (need_rewards == "required" or (need_rewards == "unless_pair" and not is_pair)):
         name = "chosen_reward and rejected_reward" if is_pair else "rewards" if "completions" in present else "reward"
         remedy = "; pairs without rewards are for method 'dpo' (--method dpo) and its kin" if is_pair else ""
         raise _BadRowError(
-            f"{name} missing: this method needs rewards, in the data or from a reward function, and its keys are "
-            f"{sorted(map(str, row))}{remedy}"
+            f"{name} must be in the data, since this method needs rewards, got the keys {key_names(row)}; add it, or "
+            f"pass a reward function (--reward){remedy}"
         )
     count = max(1, len(completions))
     return Example(
@@ -157,7 +158,11 @@ def _with_prompt(row: dict, present: set) -> dict:
     if "messages" in present and not present & {"chosen", "rejected", "completion", "completions"}:
         messages = _text(row, "messages")
         if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise _BadRowError("messages must be a conversation of two messages or more that the assistant ends")
+            got = "text" if isinstance(messages, str) else "those of " + ", ".join(m["role"] for m in messages[-9:])
+            raise _BadRowError(
+                f"messages must be a conversation of two messages or more that the assistant ends, got {got}; add the "
+                "answer, or drop the row"
+            )
         return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     if halves:
         beside = list(zip(row["chosen"], row["rejected"], strict=False))
@@ -237,11 +242,17 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} {value!r:.60}"
 
 
-def _missing(row: dict, key: str) -> _BadRowError:
+def key_names(row: Iterable) -> str:
+    """The keys of a row for an error: twelve of many."""
     keys = sorted(map(str, row))
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return f"{keys[:_SHOWN_KEYS]}{more}"
+
+
+def _missing(row: dict, key: str) -> _BadRowError:
     return _BadRowError(
-        f"{key} missing among its keys {keys}: expected {' | '.join(FORMS)}; --columns {key}=NAME (columns={{{key!r}: "
-        "NAME}) takes another name"
+        f"a row must have {key} ({' | '.join(FORMS)}), got the keys {key_names(row)}; --columns {key}=NAME "
+        f"(columns={{{key!r}: NAME}}) reads another column"
     )
 
 
@@ -261,10 +272,13 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
     value = list(value) if isinstance(value, tuple) else value
     if isinstance(value, str):
         if key == "prompt" and not value:
-            raise _BadRowError("prompt is empty: a completion's first token needs something before it")
+            raise _BadRowError(
+                "prompt must not be empty, since a completion's first token follows it, got ''; add text, or drop the "
+                "row"
+            )
     elif isinstance(value, list):
         if not value:
-            raise _BadRowError(f"{name} is an empty list of messages")
+            raise _BadRowError(f"{name} must hold at least one message, got an empty list; drop the row")
         for i, message in enumerate(value):
             if not _is_message(message):
                 raise _BadRowError(f"{name} message {i} must be {{'role': str, 'content': str}}, got {_kind(message)}")
@@ -274,8 +288,8 @@ def _text(row: dict, key: str, prompt: Text | None = None, item: int | None = No
     if prompt is not None and isinstance(value, str) != isinstance(prompt, str):
         words = {True: "text", False: "messages"}
         raise _BadRowError(
-            f"{name} is {words[isinstance(value, str)]} but prompt is {words[isinstance(prompt, str)]}: use the same "
-            "for both"
+            f"{name} must be {words[isinstance(prompt, str)]} like prompt, got {words[isinstance(value, str)]}; use "
+            "the same for both"
         )
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)).encode()
@@ -314,7 +328,7 @@ def _number(value: object, name: str) -> float:
 def _rewards(row: dict, key: str, count: int) -> list[float]:
     values = _list(row, key)
     if len(values) != count:
-        raise _BadRowError(f"{key} has {len(values)} entries for {count} completions")
+        raise _BadRowError(f"{key} must have {count} entries, one per completion, got {len(values)}")
     return [_number(value, f"{key}[{i}]") for i, value in enumerate(values)]
 
 
@@ -322,7 +336,9 @@ def _pair_rewards(row: dict, present: set) -> list[float] | None:
     if "chosen_reward" in present or "rejected_reward" in present:
         for key in ("chosen_reward", "rejected_reward"):
             if key not in row:
-                raise _BadRowError(f"{key} missing: give both chosen_reward and rejected_reward, or neither")
+                raise _BadRowError(
+                    f"chosen_reward and rejected_reward must be given together, got no {key}; add it, or drop the other"
+                )
         return [_number(row[key], key) for key in ("chosen_reward", "rejected_reward")]
     return _rewards(row, "rewards", 2) if "rewards" in present else None
 

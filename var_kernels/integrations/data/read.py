@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from var_kernels.integrations import install_command
-from var_kernels.integrations.data.forms import DataError, Example, Problem, RewardNeed, parse_row
+from var_kernels.integrations.data.forms import DataError, Example, Problem, RewardNeed, key_names, parse_row
 
 LOCAL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
@@ -47,7 +47,8 @@ def load_examples(
     if problems and not skip_malformed:
         raise DataError(problems)
     if not examples:
-        raise DataError(problems or [Problem(str(dataset), "holds no rows")], remedy="no usable row in the data")
+        remedy = "no other row is left to use; mend some" if problems else "name a file with rows"
+        raise DataError(problems or [Problem(str(dataset), "must hold at least one row, got none")], remedy=remedy)
     return examples, problems
 
 
@@ -56,7 +57,7 @@ def renamed(row: object, columns: Mapping[str, str], where: str) -> object:
     if not columns or not isinstance(row, Mapping):
         return row
     if absent := [name for name in columns.values() if name not in row]:
-        return Problem(where, f"columns: there is no {absent[0]!r} among its keys {sorted(map(str, row))}")
+        return Problem(where, f"columns must name keys of the row, {key_names(row)}, got {absent[0]!r}")
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {wanted: row[name] for wanted, name in columns.items()}
 
@@ -70,16 +71,21 @@ def _rows(dataset: str, split: str | None, subset: str | None) -> Iterator[tuple
     path = Path(dataset)
     is_local_name = is_local(dataset)
     if path.is_dir():
-        raise ValueError(f"dataset: {dataset} is a directory; name one file ({', '.join(LOCAL_SUFFIXES)}) in it")
+        raise ValueError(
+            f"dataset must be one file ({', '.join(LOCAL_SUFFIXES)}) or a name on the hub, got the folder {dataset}; "
+            "name a file in it"
+        )
     if path.is_file() and not is_local_name:
         raise ValueError(
-            f"dataset: {dataset} has none of the endings {', '.join(LOCAL_SUFFIXES)}; rename or convert it"
+            f"dataset must have one of the endings {', '.join(LOCAL_SUFFIXES)}, got {dataset}; rename or convert it"
         )
     if is_local_name and not path.is_file():
-        raise FileNotFoundError(f"dataset: no such file: {dataset}")
+        raise FileNotFoundError(f"dataset must be an existing file or a name on the hub, got {dataset}; check the path")
     for name, value in (("split", split), ("subset", subset)):
         if is_local_name and value is not None:
-            raise ValueError(f"{name}: {value!r} is for a data set of the hub; {dataset} is read whole: drop it")
+            raise ValueError(
+                f"{name} must be unset for a local file, which is read whole, got {value!r} with {dataset}; drop it"
+            )
     if not is_local_name or dataset.endswith(".parquet"):
         return _arrow_rows(dataset, split, subset)
     return _json_rows(path)
@@ -97,7 +103,8 @@ def _arrow_rows(dataset: str, split: str | None, subset: str | None) -> Iterator
             rows = datasets.load_dataset(dataset, subset, split=split or "train")
     except Exception as error:
         kind = "a Parquet file" if dataset.endswith(".parquet") else "a data set of the hub, nor a local file"
-        raise DataError([Problem(dataset, f"cannot be read as {kind}: {error}")], remedy="check the name") from error
+        reason = f"cannot be read as {kind}: {error!s:.500}"  # those of Arrow show whole tables' types
+        raise DataError([Problem(dataset, reason)], remedy="check the name") from error
     for i in range(len(rows)):
         yield f"{dataset} row {i + 1}", rows[i]
 

@@ -71,8 +71,8 @@ class Transform:
         name = type(inner).__name__
         if self.vocabulary_bias is not None or self.masked or weight.shape[0] != self.vocab:
             raise ValueError(
-                f"{name}: its lm_head is sharded over ranks and followed by a vocabulary bias, masked ids or a cut, "
-                "which does not work together: leave lm_head out of the tensor-parallel plan"
+                f"{name}: an lm_head that is sharded over ranks must have no vocabulary bias, masked ids or cut after "
+                "it, got one of these; leave lm_head out of the tensor-parallel plan"
             )
         weight, bias, group = vocabulary_slice(weight, bias, name)
         return HeadParams(weight, bias, self.logit_scale, self.softcap, group)
@@ -173,8 +173,8 @@ def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
     if is_encoder_decoder(inner) and not encoder_decoder:
         raise ValueError(
-            f"{type(inner).__name__} is an encoder-decoder, which is not understood here; fused_lm_head, "
-            "token_logprobs and sequence_logprobs take it"
+            f"model must be a decoder alone here, got the encoder-decoder {type(inner).__name__}; use fused_lm_head, "
+            "token_logprobs or sequence_logprobs, which support it"
         )
 
 

@@ -70,8 +70,8 @@ class Source:
         if group is not None:
             if smoothing or extra:
                 raise ValueError(
-                    f"{self.name}: its own loss reads {extra or 'smoothed labels'} of a head that is sharded over "
-                    "ranks; leave lm_head out of the tensor-parallel plan"
+                    f"{self.name}: its own loss must read log-probs of labels alone where the head is sharded over "
+                    f"ranks, got {extra or 'smoothed labels'}; leave lm_head out of the tensor-parallel plan"
                 )
             options["process_group"] = group
         else:
@@ -110,8 +110,8 @@ class Source:
             resident &= weight.untyped_storage().size() >= weight.numel() * weight.element_size()
         if not resident:
             raise ValueError(
-                f"{self.name}: its own loss reads logits where the sharded lm_head weight is freed already, which "
-                "fused_lm_head does not support; shard the head with the model's root (no unit of its own), or use the "
+                f"{self.name}: its own loss must read logits while the sharded lm_head weight is in memory, got a "
+                "weight that is freed already; shard the head with the model's root (no unit of its own), or use the "
                 "model's own loss"
             )
         return self.params.group

@@ -64,11 +64,15 @@ def head_results(
 
     def forward(hidden, *_args, adapter_names=None, **_kwargs):
         if adapter_names is not None:
-            raise ValueError("adapter_names: an adapter for each row is not understood; use one set_adapter for all")
+            raise ValueError(
+                f"adapter_names must be None, one adapter for all rows, got {len(adapter_names)} names; select one by "
+                "set_adapter"
+            )
         if is_active(head) and not low_rank:
             raise ValueError(
-                f"{type(inner).__name__}: its lm_head carries a LoRA adapter, which this loss does not know: it must "
-                "pass on HeadParams.logit_options (capture(..., low_rank=True)); or merge it, or leave the head out"
+                f"{type(inner).__name__}: its lm_head must have no active LoRA adapter for this loss, got one; pass "
+                "HeadParams.logit_options on to the op (capture(..., low_rank=True)), merge the adapter, or leave the "
+                "lm_head out of it"
             )
         if results:
             raise ValueError(
@@ -77,9 +81,9 @@ def head_results(
             )
         if is_dtensor(head.weight) and not sharded:
             raise ValueError(
-                f"{type(inner).__name__}: the lm_head weight is a DTensor inside its own forward (a tensor-parallel "
-                "head), which fused_lm_head, token_logprobs and sequence_logprobs understand, this loss does not: "
-                "leave lm_head out of the tensor-parallel plan"
+                f"{type(inner).__name__}: the lm_head weight must be whole on each rank for this loss, got a DTensor "
+                "(a tensor-parallel head); leave lm_head out of the tensor-parallel plan, or use fused_lm_head, "
+                "token_logprobs or sequence_logprobs, which support it"
             )
         hidden, restore = local_rows(hidden)
 

@@ -18,6 +18,7 @@ from var_kernels.integrations.hf.weights import unwrapped
 
 PER = ("token", "sequence")
 _NAME = "value_head"
+_SHOWN = 4  # weights in an error
 
 
 class _TokenHead(nn.Module):
@@ -128,7 +129,10 @@ class ValueHead(_TokenHead):
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.per == "token":
             if mask is not None:
-                raise ValueError("mask must be None for a head per token; mask its values, or make it per='sequence'")
+                raise ValueError(
+                    f"mask must be None for a head per token, got {type(mask).__name__}; mask its values, or make it "
+                    "per='sequence'"
+                )
             return self._outputs(hidden).squeeze(-1)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -167,14 +171,15 @@ def load_head(folder: str | os.PathLike, name: str = _NAME, *, hidden_size: int 
     for path in (description, weights):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: no head named {name!r} was saved there; call head.save_pretrained(folder)"
+                f"{path} must be a file of the saved head {name!r}, got no such file; call head.save_pretrained(folder)"
             )
     try:
         config = json.loads(description.read_text(encoding="utf-8"))
         head = _CLASSES[config.pop("class")](**config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{description} does not describe a head ({type(error).__name__}: {error}); one of {', '.join(_CLASSES)}"
+            f"{description} must describe a head ({', '.join(_CLASSES)}), got {type(error).__name__}: {error!s:.200}; "
+            "save it again by head.save_pretrained(folder)"
         ) from error
     if hidden_size is not None and head.hidden_size != hidden_size:
         raise ValueError(
@@ -185,7 +190,9 @@ def load_head(folder: str | os.PathLike, name: str = _NAME, *, hidden_size: int 
     expected = {key: tuple(value.shape) for key, value in head.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != expected:
-        raise ValueError(f"{weights} must hold {expected}, got {found}; it belongs to another {description.name}")
+        got = dict(list(found.items())[:_SHOWN])  # any file may be of that name, with hundreds of weights
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ValueError(f"{weights} must hold {expected}, got {got}{more}; it belongs to another {description.name}")
     head.load_state_dict(tensors)
     return head
 

@@ -174,7 +174,10 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
         with head_results(self.inner, head, nll_mean, **options) as results:
             if not self._rule.replaceable:
                 if shift_labels is not None:
-                    raise ValueError(f"shift_labels: {type(self.inner).__name__}'s own loss takes none; pass labels")
+                    raise ValueError(
+                        f"shift_labels must be None, since {type(self.inner).__name__}'s own loss does not read them, "
+                        "got a tensor; pass labels"
+                    )
                 given = [named.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
                 if is_encoder_decoder(self.inner) and all(value is None for value in given):
                     named.update(decoder_inputs(self.inner, labels))
@@ -187,8 +190,8 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             def loss_function(logits, labels=None, *args, **kwargs):
                 if not _same_labels(scored, labels):
                     raise ValueError(
-                        f"{type(self.inner).__name__} changes its labels before its own loss reads them, which "
-                        "fused_lm_head does not understand; put -100 in labels where none is to count"
+                        f"{type(self.inner).__name__} must pass its labels to its own loss unchanged, got others; put "
+                        "-100 in labels where none is to count"
                     )
                 losses.append(self._loss(rows, results, num_items, shift_labels, logits, labels, *args, **kwargs))
                 return losses[0]

@@ -28,14 +28,15 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The HF model under torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers: the module that owns the lm_head."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a model, got {type(model).__name__}; load it first: "
+            f"model must be a loaded model (nn.Module), got {type(model).__name__}; load it first: "
             "AutoModelForCausalLM.from_pretrained(...)"
         )
     # Looked up among the children: several wrappers answer for any attribute of what they wrap.
     while wrapped := next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None):
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise TypeError(
-                "model: nn.DataParallel runs copies in threads; wrap it in DistributedDataParallel (torchrun)"
+                f"model must be on one device in each process, got nn.DataParallel over {len(model.device_ids)}, whose "
+                "copies run in threads; wrap it in DistributedDataParallel (torchrun)"
             )
         model = wrapped
     if callable(getattr(model, "get_base_model", None)):
@@ -43,7 +44,7 @@ def inner_model(model: nn.Module) -> nn.Module:
     if not callable(getattr(model, "get_output_embeddings", None)):
         raise TypeError(
             "model must be a transformers model with get_output_embeddings(), or a wrapper of one, got "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}; load it by AutoModelForCausalLM"
         )
     return model
 
@@ -61,8 +62,8 @@ def find_head(inner: nn.Module) -> nn.Linear:
     head = getattr(head, "_fsdp_wrapped_module", head)
     if head is None:
         raise ValueError(
-            f"{name} has no output embedding (get_output_embeddings() is None): it is not a causal LM, but a base "
-            "model or a classifier; load it by AutoModelForCausalLM, or the class with a language-model head"
+            f"{name} must have an output embedding, got None from get_output_embeddings() (a base model or a "
+            "classifier); load it by AutoModelForCausalLM, or the class with a language-model head"
         )
     if is_adapter(head):
         check_adapter(head, name)
@@ -184,8 +185,8 @@ def row_labels(labels: Tensor, hidden: Tensor, *, shift: bool) -> Tensor:
     """(B, T) int64 on hidden's device: what row t of hidden predicts, labels[:, t + 1], without shift labels[:, t]."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels: the lm_head computes {tuple(hidden.shape[:-1])} positions but labels are {tuple(labels.shape)}; "
-            "every position is needed: pass no logits_to_keep, labels for all inputs (virtual tokens included), and no "
+            f"labels must be {tuple(hidden.shape[:-1])}, one per position that the lm_head computes, got "
+            f"{tuple(labels.shape)}; pass no logits_to_keep, labels for all inputs (virtual tokens included), and no "
             "adapter_names where adapters have lm_heads of their own"
         )
     rows = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift else labels

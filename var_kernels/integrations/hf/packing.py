@@ -61,6 +61,6 @@ def check_apart(model: nn.Module, inputs: Mapping[str, Any], starts: Tensor) -> 
         elif inputs.get("position_ids") is None:
             remedy = "pass position_ids, which attention other than flash attention needs; or " + remedy
         raise ValueError(
-            f"position_ids: they say that several sequences share a row, but {type(inner_model(model)).__name__} "
-            f"does not keep these apart here: its hidden states of one depend on those before it. {remedy.capitalize()}"
+            "position_ids must be those of one sequence per row, got several in one, where the hidden states of "
+            f"{type(inner_model(model)).__name__} depend on the sequences before them; {remedy}"
         )

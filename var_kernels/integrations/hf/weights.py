@@ -77,8 +77,8 @@ def vocabulary_slice(weight: Any, bias: Any, name: str) -> tuple[Tensor, Tensor 
     mesh, placements = weight.device_mesh, tuple(weight.placements)
     if mesh.ndim != 1 or placements != (Shard(0),) or (bias is not None and not is_dtensor(bias)):
         raise ValueError(
-            f"{name}: inside its own forward the lm_head weight is a DTensor placed as {placements}; expected its "
-            "vocabulary (and that of its bias) sharded over one group of ranks, (Shard(dim=0),): use the plan "
+            f"{name}: inside its own forward the lm_head weight (and its bias) must be a DTensor sharded by the "
+            f"vocabulary over one group of ranks, (Shard(dim=0),), got one placed as {placements}; use the plan "
             "'colwise_gather_output', or leave lm_head out of it"
         )
     return weight.to_local(), None if bias is None else bias.to_local(), mesh.get_group()
@@ -182,10 +182,13 @@ def check_adapter(head: nn.Module, name: str) -> None:
     kind = f"{known.__module__}.{known.__name__}"
     if kind.endswith("trainable_tokens.layer.TrainableTokensLayer"):
         if head.base_layer.bias is not None:
-            raise ValueError(f"{name}: PEFT's trainable tokens drop the bias of its lm_head. Train no single tokens")
+            raise ValueError(
+                f"{name}: the lm_head under PEFT's trainable tokens must have no bias, which they drop, got one; leave "
+                "trainable_token_indices out"
+            )
         return
     if not kind.endswith(_LORA_LAYERS) or is_adapter(head.base_layer):
-        raise ValueError(f"{name}: the lm_head carries a PEFT adapter ({kind}) that is no plain LoRA. {_REMEDY}")
+        raise ValueError(f"{name}: a PEFT adapter of the lm_head must be plain LoRA, got {kind}. {_REMEDY}")
     variants = getattr(head, "lora_variant", {})
     for adapter in _active(head):
         right = getattr(head.lora_B[adapter], "_fsdp_wrapped_module", head.lora_B[adapter])
@@ -199,8 +202,8 @@ def check_adapter(head: nn.Module, name: str) -> None:
         if adapter in variants or getattr(head, "use_dora", {}).get(adapter, False):
             variant = type(variants[adapter]).__name__ if adapter in variants else "DoRA"
             raise ValueError(
-                f"{name}: the adapter {adapter!r} of its lm_head is a {variant}, whose logits are not W h + B A h "
-                f"(DoRA scales each row of the weight). Use plain LoRA on the lm_head. {_REMEDY}"
+                f"{name}: the adapter {adapter!r} of its lm_head must be plain LoRA, W h + B A h, got a {variant} "
+                f"(DoRA scales each row of the weight). {_REMEDY}"
             )
 
 
@@ -256,7 +259,7 @@ def _inside_lora(head: nn.Module, hidden: Tensor, name: str, compute: Callable) 
 
     def at_the_core(hidden: Tensor, *_args, **_kwargs) -> Tensor:
         if is_dtensor(head.base_layer.weight):
-            raise ValueError(f"{name}: LoRA on an lm_head that is sharded over ranks is not supported. {_REMEDY}")
+            raise ValueError(f"{name}: an lm_head with LoRA must be whole on each rank, got it sharded. {_REMEDY}")
         return with_the_next(hidden, adapters)
 
     lefts, given = {}, hidden

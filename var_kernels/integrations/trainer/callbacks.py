@@ -115,8 +115,8 @@ class SyncReference(TrainerCallback):
         for name, weight in theirs.items():
             if pairs.setdefault(id(weight), (weight, ours[name]))[1] is not ours[name]:
                 raise ValueError(
-                    f"sync_ref_model: {name} of ref_model is tied to another weight, and the policy's is not; pass a "
-                    "ref_model that is tied as the policy is, or drop one"
+                    f"sync_ref_model: ref_model must be tied as the policy is, got {name} tied to another weight in "
+                    "ref_model alone; pass a ref_model that is tied alike, or drop one"
                 )
         return list(pairs.values())
 

@@ -30,24 +30,26 @@ def check_arguments(args: AlignConfig, train_dataset, ref_model, peft_config) ->
         )
     if args.sync_ref_model and peft_config is not None:
         raise ValueError(
-            "sync_ref_model: with peft_config the reference is the model without its adapter, which does not move; "
-            "drop one"
+            "sync_ref_model must be False with peft_config, where the reference is the model without its adapter and "
+            "does not move, got True; drop one"
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and args.world_size == 1:
         raise ValueError(
-            f"the launcher started {launched} processes, but transformers finds no accelerator and would have each "
-            "train alone on all of the data, into one folder; pass use_cpu=True (--use-cpu) to train on CPUs together"
+            "the launcher must start one process where transformers finds no accelerator, got "
+            f"{launched}, each of which would train alone on all of the data, into one folder; pass use_cpu=True "
+            "(--use-cpu) to train on CPUs together"
         )
     if args.device.type == "mps":
         raise ValueError(
-            "Apple's mps has no float64, in which the weights of a batch and the metrics are summed; pass use_cpu=True "
-            "(--use-cpu)"
+            "the device must have float64, in which the weights of a batch and the metrics are summed, got Apple's "
+            "mps, which has not; pass use_cpu=True (--use-cpu)"
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process would run torch.nn.DataParallel, which splits a batch's normaliser: "
-            f"start one process per GPU (torchrun --nproc-per-node {args.n_gpu} ...), or set CUDA_VISIBLE_DEVICES=0"
+            f"a process must see one GPU, got {args.n_gpu}, and torch.nn.DataParallel over them would split a batch's "
+            f"normaliser; start one process per GPU (torchrun --nproc-per-node {args.n_gpu} ...), or set "
+            "CUDA_VISIBLE_DEVICES=0"
         )
 
 
@@ -59,13 +61,18 @@ def check_teacher(args: AlignConfig, ref_model) -> None:
             f"ref_model: method {args.method!r} needs a teacher, got none; pass ref_model=MODEL (--teacher NAME)"
         )
     if args.sync_ref_model:
-        raise ValueError(f"sync_ref_model must be False for method {args.method!r}: its teacher does not move")
+        raise ValueError(
+            f"sync_ref_model must be False for method {args.method!r}, whose teacher does not move, got True; drop it"
+        )
 
 
 def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
     if not args.online:
         if sampler is not None:
-            raise ValueError("sampler: draws completions for online training; pass online=True in the settings with it")
+            raise ValueError(
+                "sampler must be None without online training, for which it draws completions, got "
+                f"{type(sampler).__name__}; pass online=True in the settings, or drop it"
+            )
         if draws_pairs(args.method):
             logger.warning(
                 "%s on the responses of a data set: its score term is that of responses drawn by the policy "
@@ -79,8 +86,9 @@ def check_online(args: AlignConfig, reward_func, sampler, ref_model) -> None:
         )
     if ref_model is not None and args.refresh_reference and METHODS[args.method].reference:
         raise ValueError(
-            "ref_model: online with refresh_reference=True the reference is the policy at each iteration's start; pass "
-            "refresh_reference=False with a reference of your own"
+            "ref_model must be None online with refresh_reference=True, where the reference is the policy at each "
+            f"iteration's start, got {type(ref_model).__name__}; pass refresh_reference=False with a reference of your "
+            "own"
         )
     if reward_func is None and not (METHODS[args.method].loss.policy_labels or METHODS[args.method].teacher == "given"):
         raise ValueError(
@@ -94,8 +102,8 @@ def check_vocabulary(model, tokenizer, role: str = "model") -> None:
     size = rows_of(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the {role} embeds {size}: use the model's own "
-            "tokenizer, or resize_token_embeddings"
+            f"the tokenizer must have at most {size} tokens, the embedding rows of the {role}, got {len(tokenizer)}; "
+            "use the model's own tokenizer, or resize_token_embeddings"
         )
 
 
@@ -155,8 +163,8 @@ def check_positions(model: nn.Module, rows: EncodedRows) -> None:
     sizes = {m.num_embeddings for m in inner.modules() if isinstance(m, nn.Embedding) and m is not words}
     if any(limit <= size <= limit + 2 for size in sizes):  # OPT and others keep two rows in front
         raise ValueError(
-            f"max_length: the longest row has {longest} tokens but the model has {limit} learned positions; set "
-            f"max_length={limit} or less"
+            f"max_length must be at most {limit}, the learned positions of the model, got a row of {longest} tokens; "
+            f"set max_length={limit} or less"
         )
     logger.warning("the longest row has %d tokens; the model was made for %d (max_position_embeddings)", longest, limit)
 

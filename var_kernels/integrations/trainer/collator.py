@@ -101,7 +101,8 @@ def parsed_examples(rows, name: str, need_rewards: RewardNeed) -> list[Example]:
             parsed += [
                 Problem(
                     ex.where[0],
-                    "rewards missing: this method needs rewards, in the data or from a reward function"
+                    "rewards must be in the data, since this method needs rewards, got none; add them, or pass a "
+                    "reward function"
                     + ("; pairs without rewards are for method 'dpo' and its kin" if ex.is_pair else ""),
                 )
                 for ex in lacking
@@ -112,7 +113,7 @@ def parsed_examples(rows, name: str, need_rewards: RewardNeed) -> list[Example]:
     if problems:
         raise DataError(problems, remedy="mend or leave out these rows")
     if not parsed:
-        raise DataError([Problem(name, "holds no rows")], remedy="there is nothing to train on")
+        raise DataError([Problem(name, "must hold at least one row, got none")], remedy="pass rows")
     return parsed
 
 

@@ -106,7 +106,10 @@ class AlignConfig(OnlineSettings, TrainingArguments):
         _read_numbers(self)
         # Checked first: TrainingArguments' own __post_init__ may already touch devices and directories.
         if self.method not in METHODS:
-            raise TypeError("AlignConfig belongs to no method; take VARConfig, or method_config(name)")
+            raise TypeError(
+                "the settings must be those of a method, got AlignConfig, which has none; use VARConfig, or "
+                "method_config(name)"
+            )
         self._check_method()
         _check_ranges(
             self,
@@ -122,8 +125,8 @@ class AlignConfig(OnlineSettings, TrainingArguments):
         )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
-                "sync_ref_model: a reference that moves makes precomputed log-probs wrong; pass "
-                "precompute_ref_log_probs=False with it (a frozen copy of the model then stays in memory)"
+                "precompute_ref_log_probs must be False with sync_ref_model, where the reference moves, got True; pass "
+                "precompute_ref_log_probs=False (a frozen copy of the model then stays in memory)"
             )
         if self.label_smoothing_factor:
             raise ValueError(
@@ -153,8 +156,8 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             if "bf16" not in str(error) or "use_cpu" not in str(error):
                 raise
             raise ValueError(
-                "bf16: transformers finds no accelerator that computes in it (see `var-kernels doctor`); "
-                "to train in bf16 on the CPU pass use_cpu=True (--use-cpu)"
+                "bf16 must be False where transformers finds no accelerator that computes in it (see `var-kernels "
+                "doctor`), got True; to train in bf16 on the CPU pass use_cpu=True (--use-cpu)"
             ) from error
 
     @property
@@ -219,8 +222,9 @@ class VARConfig(AlignConfig):
         self.reference = check_weight_options(self.lam, self.normalizer, self.reference)
         if self.normalizer == "cross":
             raise ValueError(
-                "normalizer: 'cross' needs the reference's score of every completion under every prompt of the batch, "
-                "which the trainer does not make; use 'batch' or 'group', or VARLoss in a loop of your own"
+                "normalizer must be 'batch', 'batch_mean', 'group' or 'self_normalised' in the trainer, got 'cross', "
+                "which needs the reference's score of every completion under every prompt; use VARLoss in a loop of "
+                "your own for it"
             )
 
 
@@ -234,7 +238,8 @@ def method_config(method: str) -> type[typing.Any]:
         ValueError: an unknown method.
     """
     if method in VARIANTS:
-        raise ValueError(f"method: {method!r} is a variant, got by {VARIANTS[method].use}; give its settings by name")
+        use = VARIANTS[method].use
+        raise ValueError(f"method must be no variant, got {method!r}; use {use}, and give its settings by name")
     if method not in METHOD_CONFIGS:
         METHOD_CONFIGS[method] = _make_config(method, find_method(method))
     return METHOD_CONFIGS[method]
@@ -281,7 +286,7 @@ def resolve(config, method) -> None:
     """
     name = config.method
     if reason := _why_not(name, method):
-        raise ValueError(f"online: method {name!r} {reason}")
+        raise ValueError(f"online must be False for method {name!r}, got True; it {reason}")
     pairs = draws_pairs(name)
     if config.generations_per_prompt is None:
         config.generations_per_prompt = 2 if pairs else 8
@@ -320,11 +325,14 @@ def resolve(config, method) -> None:
             f"{config.max_new_tokens}; raise max_length"
         )
     if config.sync_ref_model:
-        raise ValueError("sync_ref_model: online, the reference moves by refresh_reference=True; drop sync_ref_model")
+        raise ValueError(
+            "sync_ref_model must be False online, where refresh_reference=True moves the reference, got True; drop "
+            "sync_ref_model"
+        )
     if config.dataloader_persistent_workers:
         raise ValueError(
-            "dataloader_persistent_workers: online, every iteration has other data, which workers that stay do not "
-            "see; leave it False"
+            "dataloader_persistent_workers must be False online, where every iteration has other data, which workers "
+            "that stay do not see, got True; leave it False"
         )
     if name == "var":
         _check_var(config)
@@ -380,14 +388,14 @@ def _check_importance(config, method) -> None:
 def _check_var(config) -> None:
     if config.reference != "none":
         raise ValueError(
-            f"reference: online, the reference itself drew the completions, so its probability is no part of VAR's "
-            f"weights (docs/var.md); pass normalizer='self_normalised', or reference='none', got {config.reference!r} "
-            f"with {config.normalizer!r}"
+            "reference must be 'none' online, where the reference itself drew the completions and its probability is "
+            f"no part of VAR's weights (docs/var.md), got {config.reference!r} with normalizer={config.normalizer!r}; "
+            "pass normalizer='self_normalised', or reference='none'"
         )
     if not config.refresh_reference:
         raise ValueError(
-            "refresh_reference: online VAR's weights are those of completions drawn from the reference, so it must be "
-            "the policy at the iteration's start; leave it True"
+            "refresh_reference must be True for VAR online, whose weights are those of completions drawn from the "
+            "reference, got False; leave it True"
         )
 
 

@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 def check_folder(option: str, name: str) -> None:
     """Refuse a path that leads nowhere; names on the hub have one slash at most."""
     if os.sep in name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{option}: no such directory: {name}")
+        raise FileNotFoundError(f"{option} must be an existing folder or a name on the hub, got {name}; check the path")
 
 
 def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
@@ -43,8 +43,9 @@ def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTr
     base = load_causal_lm(config.base_model_name_or_path, dtype)
     if getattr(base, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"model: the base of the adapter in {name} is quantised, and merging would round the adapter to its grid; "
-            "load the base in a wider dtype, or dequantize() it, merge the adapter with peft and save the result"
+            f"model: the base of the adapter in {name} must not be quantised, since merging would round the adapter to "
+            "its grid, got a quantised one; load the base in a wider dtype, or dequantize() it, merge the adapter with "
+            "peft and save the result"
         )
     _resize(base, name)
     adapted = PeftModel.from_pretrained(base, name)
@@ -53,8 +54,8 @@ def load_causal_lm(name: str, dtype: str | torch.dtype = torch.float32) -> PreTr
         model = adapted.merge_and_unload().requires_grad_(True)
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"model: the adapter in {name} cannot be merged into its base: {error} Train without that option, or load "
-            "it with peft (is_trainable=True) and pass the model itself"
+            f"model: the adapter in {name} must be one that peft can merge into its base, got: {error!s:.300} Train "
+            "without what this names, or load it with peft (is_trainable=True) and pass the model itself"
         ) from error
     model.config._name_or_path = model.name_or_path = name  # the base of an adapter that is trained on it
     return model
@@ -72,9 +73,9 @@ def _resize(base: PreTrainedModel, name: str) -> None:
     tied = base.get_output_embeddings().weight is words
     if not (tied or all(any(key.endswith(names) for key in held) for names in (_EMBEDDINGS, _HEADS))):
         raise ValueError(
-            f"model: the adapter in {name} was trained with {rows} tokens, its base has {words.shape[0]}, and the new "
-            "rows of one of embedding and lm_head are not in its file; save the adapter with both in modules_to_save, "
-            "or resize and save the base before training"
+            f"model: the adapter in {name} must hold embedding and lm_head, since it was trained with {rows} tokens, "
+            f"its base has {words.shape[0]}, got one of the two; save the adapter with both in modules_to_save, or "
+            "resize and save the base before training"
         )
     base.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -107,7 +108,7 @@ def load_tokenizer(given: PreTrainedTokenizerBase | str | None, model: PreTraine
     name = given or model.config._name_or_path
     if not name:
         raise ValueError(
-            "processing_class must be a tokenizer, got none, and the model was loaded from nowhere; pass one"
+            "processing_class must be a tokenizer, got none, with a model that has no name or path; pass one"
         )
     return AutoTokenizer.from_pretrained(name)
 

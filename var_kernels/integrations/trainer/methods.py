@@ -95,8 +95,8 @@ class Method:
         self.loss.function(**self.loss.no_rows(), **self.loss_options(config))
         if getattr(config, "baseline", "none") != "none" and config.per_device_train_batch_size == 1:
             raise ValueError(
-                f"baseline: {config.baseline!r} is the mean over the other pairs of a micro-batch, and "
-                "per_device_train_batch_size=1 leaves none; take 2 or more"
+                f"per_device_train_batch_size must be at least 2 for baseline={config.baseline!r}, the mean over the "
+                "other pairs of a micro-batch, got 1; raise it, or pass baseline='none'"
             )
 
     def loss_options(self, config) -> dict[str, object]:
@@ -384,8 +384,8 @@ def find_method(name: str) -> Method:
         raise ValueError(f"method must be one of {', '.join(sorted(METHODS))}, got {name!r}")
     if missing := sorted(set(LOSSES[name].inputs) - _IN_THE_DATA):
         raise ValueError(
-            f"method: {name!r} reads {', '.join(missing)}, and the trainer has {', '.join(sorted(_IN_THE_DATA))}; make "
-            "it of these, or call linear_loss in a loop of your own"
+            f"method: the inputs of {name!r} must be among the trainer's ({', '.join(sorted(_IN_THE_DATA))}), got "
+            f"{', '.join(missing)}; make it of these, or call linear_loss in a loop of your own"
         )
     loss, empty = LOSSES[name], inspect.Parameter.empty
     if open_ones := [option for option, default in {**loss.options, **loss.defaults}.items() if default is empty]:

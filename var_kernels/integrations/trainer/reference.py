@@ -81,7 +81,8 @@ def cached_ref_logp(
     sums = rows.row_sums(logp)
     bad = [row for row in (range(len(rows)) if wanted is None else wanted) if not sums[row].isfinite()]
     if bad:
-        problems = [Problem(rows.where[row], f"the reference model's log-prob is {sums[row].item()}") for row in bad]
+        reason = "the reference model's log-prob must be finite, got"
+        problems = [Problem(rows.where[row], f"{reason} {sums[row].item()}") for row in bad]
         remedy = "-inf: its head forbids a label of the row, drop it; nan: it overflows, load it in a wider dtype"
         raise DataError(problems, remedy=remedy)
     if trainer.args.should_save and wanted is None:
@@ -195,9 +196,9 @@ class ReferencePolicy:
         cached = not live and cache_path(trainer.args, self._cache_key(rows)).exists()
         if model is None and (method.head == "fitted" or not (live or cached)):
             raise ValueError(
-                "eval_dataset: new rows need the reference, which scored the data before training and was let go; pass "
-                "precompute_ref_log_probs=False, which keeps it, or give these rows to the trainer when it is made: "
-                "VARTrainer(..., eval_dataset={name: rows}) takes several sets"
+                "eval_dataset must be a set that the trainer was made with, since the reference scored the data before "
+                "training and is no longer in memory, got new rows; pass precompute_ref_log_probs=False, which keeps "
+                "it, or VARTrainer(..., eval_dataset={name: rows}), which can be several sets"
             )
         if method.head == "fitted":
             with self.applied(model):

@@ -106,8 +106,8 @@ class RewardModel:
             )
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(
-                    f"reward model: {path} is no trained classifier: {', '.join(missing[:3])} would be random; give a "
-                    "sequence classifier with one label, or what method ava_p or bradley_terry saved"
+                    f"reward model must be a trained classifier, got {path}, where {', '.join(missing[:3])} would be "
+                    "random; pass a sequence classifier with one label, or what method ava_p or bradley_terry saved"
                 )
         return cls(model.requires_grad_(False).eval(), tokenizer, head=head, **options).to(device)
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from var_kernels.integrations.data import DataError, Example, Problem
-from var_kernels.integrations.data.forms import FORM_KEYS, Text, as_label, as_number
+from var_kernels.integrations.data.forms import FORM_KEYS, Text, as_label, as_number, key_names
 from var_kernels.integrations.trainer.progress import progress_bar
 
 RewardFunction = Callable[..., Sequence[float]]
 _CHUNK = 64
 _MAIN = ("prompts", "completions")
-_REMEDY = "the reward function fails on these rows"
+_REMEDY = "mend the reward function, or drop these rows"
 
 
 def load_function(spec: str, option: str = "reward") -> Callable:
@@ -35,7 +35,8 @@ def load_function(spec: str, option: str = "reward") -> Callable:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(
-            f"{option}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
+            f"{option} must name a module that can be imported here or from PYTHONPATH, got {module_name!r}; check its "
+            f"name and its imports: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -136,8 +137,8 @@ class _Call:
         ]
         if missing := sorted(self.needed - set(available)):
             raise ValueError(
-                f"reward function: needs a column {missing[0]!r} in the data, got {sorted(available)}; add it to the "
-                "rows, or give the argument a default"
+                f"reward function: needs a column {missing[0]!r} in the data, got {key_names(available)}; add it to "
+                "the rows, or give the argument a default"
             )
         return [name for name in available if self.takes_all or name in self.named]
 
@@ -263,11 +264,9 @@ def _values(call: _Call, chunk: list[_Row], columns: list[dict]) -> list:
     except Exception as error:
         raise DataError([_failure(called, chunk, error)], remedy=_REMEDY) from error
     if isinstance(values, str | bytes) or not hasattr(values, "__len__") or len(values) != len(chunk):
-        came = f"{len(values)} of them" if hasattr(values, "__len__") else type(values).__name__
-        raise DataError(
-            [Problem(chunk[0].where, f"for {len(chunk)} rows from here on it returned {came}")],
-            remedy="the reward function must return a list with one float per completion",
-        )
+        came = f"{len(values)}" if hasattr(values, "__len__") else type(values).__name__
+        reason = f"the reward function must return one float each for {len(chunk)} rows from here on, got {came}"
+        raise DataError([Problem(chunk[0].where, reason)], remedy="return a list with one float per completion")
     return list(values)
 
 

@@ -55,8 +55,8 @@ def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> N
     """
     if any(is_dtensor(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "model: its weights are spread over ranks already (tensor parallelism, a distributed_config), but every "
-            "rank must hold rows of its own: load it plain, and let accelerate spread it (FSDP, ZeRO)"
+            "model must be whole on every rank, which has rows of its own, got weights that are sharded already "
+            "(tensor parallelism, a distributed_config); load it plain, and let accelerate shard it (FSDP, ZeRO)"
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # empty here, ZeRO-3 holds them in parts
         find_head(inner_model(model))
@@ -101,41 +101,51 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
         size = getattr(layout, f"{name}_size", 1) or 1
         if size > 1:
             raise ValueError(
-                f"parallelism_config: {name}_size is {size}, but every rank must hold rows of its own, since the "
-                "in-batch Z counts each row once. Use DDP, FSDP or ZeRO here; docs/scaling.md has losses for loops of "
-                "your own"
+                f"parallelism_config: {name}_size must be 1, since the in-batch Z counts each row once and every rank "
+                f"holds rows of its own, got {size}; use DDP, FSDP or ZeRO here (docs/scaling.md has losses for loops "
+                "of your own)"
             )
     if args.world_size > 1 and not args.accelerator_config.even_batches:
         raise ValueError(
-            "accelerator_config: even_batches must be True, since every rank takes part in every step; rows that "
-            "accelerate adds to an epoch's last batch are left out again here"
+            "accelerator_config: even_batches must be True, since every rank takes part in every step, got False; "
+            "leave it out (rows that accelerate adds to an epoch's last batch are left out again here)"
         )
     if args.world_size > 1 and args.accelerator_config.dispatch_batches:
         raise ValueError(
-            "accelerator_config: dispatch_batches must not be True, since it cuts the first rank's batches between "
-            "rows that belong together; every rank reads the data by itself"
+            "accelerator_config: dispatch_batches must be False, since it cuts the first rank's batches between rows "
+            "that belong together, got True; leave it out (every rank reads the data by itself)"
         )
     sharded = weight_sharding(trainer)
     if not sharded:
         return
     if args.sync_ref_model:
-        raise ValueError(f"sync_ref_model: the reference cannot follow weights that {sharded} spreads; use DDP")
+        raise ValueError(
+            f"sync_ref_model must be False under {sharded}, where the reference cannot follow the sharded weights, got "
+            "True; use DDP"
+        )
     if args.online:
-        raise ValueError(f"online: completions cannot be drawn from weights that {sharded} spreads; use DDP")
+        raise ValueError(
+            f"online must be False under {sharded}, where completions cannot be drawn from the sharded weights, got "
+            "True; use DDP"
+        )
     if sharded == "FSDP2":
         return
     remedy = "use FSDP2 (fsdp_version: 2), DDP or ZeRO-2"
     if method.head in ("value", "reward"):
-        raise ValueError(f"method {args.method!r}: its head beside the lm_head cannot learn under {sharded}; {remedy}")
+        raise ValueError(
+            f"method must be one without a head of its own under {sharded}, got {args.method!r}, whose head cannot "
+            f"learn there; {remedy}"
+        )
     if method.teacher:
         raise ValueError(
-            f"method {args.method!r} reads a second model, which would be whole on every rank under {sharded}; {remedy}"
+            f"method must be one without a second model under {sharded}, got {args.method!r}, whose second model would "
+            f"be whole on every rank; {remedy}"
         )
     if method.reference and (ref_model is not None or not args.precompute_ref_log_probs):
         name = "ref_model" if ref_model is not None else "precompute_ref_log_probs=False"
         raise ValueError(
-            f"{name}: under {sharded} the reference is the model before training, which scores the data once: leave it "
-            f"out, or {remedy}"
+            f"the reference must be the model before training under {sharded}, which scores the data once, got {name}; "
+            f"leave it out, or {remedy}"
         )
 
 

@@ -144,15 +144,15 @@ class OnlineLoop(TrainerCallback):
         if steps_done:
             if stored is None:
                 raise FileNotFoundError(
-                    f"{self.buffer.path(iteration)} (and the .safetensors beside it) is missing or damaged: the run "
-                    f"resumes after {steps_done} steps on it. Resume from a checkpoint of a step that is a multiple of "
-                    f"{self.steps}, or start anew"
+                    f"{self.buffer.path(iteration)} (and the .safetensors beside it) must be whole, since the run "
+                    f"resumes after {steps_done} steps on it, got a missing or damaged file; resume from a checkpoint "
+                    f"of a step that is a multiple of {self.steps}, or start anew"
                 )
             for name, value in settings.items():
                 if stored.settings.get(name) != value:
                     raise ValueError(
-                        f"{name}: the run resumes in the middle of iteration {iteration}, which was drawn with "
-                        f"{stored.settings.get(name)}, got {value}; a new value can begin with an iteration"
+                        f"{name} must be {stored.settings.get(name)}, with which iteration {iteration} was drawn, to "
+                        f"resume in its middle, got {value}; a new value can begin with an iteration"
                     )
             return stored
         if stored is not None and (stored.settings != settings or stored.policy != policy):
@@ -250,7 +250,7 @@ class OnlineLoop(TrainerCallback):
         try:
             scored = apply_reward_function(self.reward_function, examples, self.args, completion_ids.__getitem__)
         except DataError as error:
-            remedy = "the reward function fails on these completions; mend it and resume, which draws the same again"
+            remedy = "mend the reward function and resume, which draws the same completions again"
             raise DataError(error.problems, remedy=remedy) from error
         return [
             (place, replace(drawn, rewards=example.rewards))
@@ -306,7 +306,9 @@ class OnlineLoop(TrainerCallback):
             if cap is not None:
                 stored.token_columns["sampler_weight"] = truncated_weights(now, drawn, cap)
         elif cap is not None:
-            raise ValueError("importance_cap: the sampler gave no log-probs of its draws; return Samples with logps")
+            raise ValueError(
+                "importance_cap: the sampler must return log-probs of its draws, got none; return Samples with logps"
+            )
         if "old_logp" in drawn_by:
             stored.columns["old_logp"] = rows.row_sums(now)
         if self.method.reference:
@@ -322,7 +324,8 @@ class OnlineLoop(TrainerCallback):
         logp = score_rows(self.trainer, model, rows)
         bad = (~rows.row_sums(logp).isfinite()).nonzero().flatten().tolist()
         if bad:
-            problems = [Problem(rows.where[row], f"the {whose}'s log-prob is not finite") for row in bad]
+            reason = f"the {whose}'s log-prob must be finite, got NaN or infinity"
+            problems = [Problem(rows.where[row], reason) for row in bad]
             raise DataError(problems, remedy="the model overflows on its own completions; lower the learning rate")
         return logp
 

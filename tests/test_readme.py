@@ -1,6 +1,7 @@
 """The figures of the README and of the pages are those of the CSVs that they name (their code: test_docs.py)."""
 
 import csv
+import itertools
 import json
 import re
 import subprocess
@@ -351,7 +352,7 @@ def test_figures_of_kl_are_measured():
 
 
 def test_times_of_the_epyc_are_measured():
-    """The two tables of docs/performance.md, cell by cell."""
+    """Two tables of docs/performance.md for each dtype, cell by cell."""
     lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "performance.md").read_text().splitlines()]
     ours, compiled, plain = "var_kernels, fp32 logits", "torch.compile of it", "transformers' loss"
     losses = {
@@ -368,12 +369,11 @@ def test_times_of_the_epyc_are_measured():
         "two passes, 64 MiB": (ours, "two passes"),
         "frozen head": (ours, "frozen head"),
     }
-    for sides in (losses, threads):
-        first = next(
-            i for i, cells in enumerate(lines) if [line[0] for line in lines[i : i + len(sides)]] == list(sides)
-        )
+    for sides, (number, dtype) in itertools.product((losses, threads), enumerate(("bfloat16", "float32"))):
+        labels = [cells[0] for cells in lines]
+        first = [i for i in range(len(lines)) if labels[i : i + len(sides)] == list(sides)][number]
         for place, shape in enumerate(lines[first - 2]):
-            rows = measured(f"cpu-avx-512-bf16/threads-{shape.replace(' ', '')}-bfloat16.csv")
+            rows = measured(f"cpu-avx-512-bf16/threads-{shape.replace(' ', '')}-{dtype}.csv")
             found = {(row["provider"], row["mode"], row["threads"]): row for row in rows}
             gemms = float(found["bare GEMMs", "one pass", "1"]["ms"])
             for cells, side in zip(lines[first : first + len(sides)], sides.values(), strict=True):
@@ -381,7 +381,5 @@ def test_times_of_the_epyc_are_measured():
                 ms, peak = float(one["ms"]), float(one["peak_mib"])
                 sooner = float(one["wall_ms"]) / float(two["wall_ms"])
                 of_two = f"{sooner:.2f}x, {float(two['ms']) / ms:.2f}"
-                assert cells[place + 1] == (of_two if sides is threads else f"{ms / gemms:.2f} ({peak:.0f})"), (
-                    side,
-                    shape,
-                )
+                wanted = of_two if sides is threads else f"{ms / gemms:.2f} ({peak:.0f})"
+                assert cells[place + 1] == wanted, (side, shape, dtype)

@@ -120,7 +120,9 @@ def _tell(output: str, plan: Plan, seed: int, device: torch.device, make: Make, 
         _REPORT: 6,
     }
     trained = ", ".join(plan.methods)
-    about = "" if plan is not experiment.FULL else f"; about {3 + 2 * len(plan.methods)} minutes on two idle cores"
+    about, trainings = "", len(plan.methods)
+    if plan is experiment.FULL:
+        about = f"; {3 + 2 * trainings} to {5 + 3 * trainings} minutes on two idle cores"
     console.print(
         f"[bold]The demo of var_kernels[/bold] on {_machine(device)}: sample, align by {trained}, sample again{about}",
         highlight=False,

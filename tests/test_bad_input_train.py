@@ -115,7 +115,7 @@ COMMAND_LINES = {
     "malformed rows": (
         {"dataset": "m.jsonl"},
         {"m.jsonl": GOOD_LINE + '\n{"prompt": "p", "completions": ["a"], "rewards": [1, 2]}\n'},
-        "m.jsonl:2: rewards must have 1 entries, one per completion, got 2",
+        "m.jsonl:2: rewards must have one entry per completion, 1, got 2",
     ),
     "nothing but malformed rows": (
         {"dataset": "m.jsonl", "skip-malformed": True},

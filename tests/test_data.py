@@ -66,7 +66,7 @@ BAD_ROWS = {
     "null completion": ({**GROUP, "completions": ["a", None]}, r"completions\[1\] must be text .* got null"),
     "completions no list": ({**GROUP, "completions": "ab"}, "completions must be a list, got str 'ab'"),
     "no completions": ({**GROUP, "completions": []}, "completions must have at least one entry"),
-    "fewer rewards": ({**GROUP, "rewards": [1]}, "rewards must have 2 entries, one per completion, got 1"),
+    "fewer rewards": ({**GROUP, "rewards": [1]}, "rewards must have one entry per completion, 2, got 1"),
     "reward beyond fp32": ({**SINGLE, "reward": 1e39}, r"reward must be finite, got 1e\+39; rewards are kept in fp32"),
     "enormous integer": ({**SINGLE, "reward": 10**400}, r"reward must be finite, got 1000.*; rewards are kept in fp32"),
     "NaN reward": ({**GROUP, "rewards": [1, float("nan")]}, r"rewards\[1\] must be finite, got nan"),

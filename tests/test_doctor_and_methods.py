@@ -185,9 +185,9 @@ def test_a_quota_of_the_first_version_of_control_groups(tmp_path):
     assert machine.memory_limit(**where) == 9
 
 
-@pytest.mark.parametrize("own", ["0::/\n", "1:cpu:/nothing\n", ""])
+@pytest.mark.parametrize("own", ["0::/\n", "1:cpu:/nothing\n", "", "no group\n", "0:\n"])
 def test_no_quota(tmp_path, own):
-    where = groups(tmp_path, own, cpuDOTmax="max 100000\n")
+    where = groups(tmp_path, own, cpuDOTmax="max 100000\n", memoryDOTmax="much\n")
     assert machine.cpu_quota(**where) is None
     assert machine.memory_limit(**where) is None
 

@@ -37,7 +37,7 @@ def memory_limit(**where: Path) -> int | None:
     found = []
     for folder in _group_folders("memory", **where):
         words = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-        if words and words[0] != "max":
+        if words and words[0].isdigit():  # not "max"
             found.append(int(words[0]))
     return min(found, default=None)
 
@@ -47,7 +47,7 @@ def cpu_quota(**where: Path) -> float | None:
     found = []
     for folder in _group_folders("cpu", **where):
         words = _words(folder / "cpu.max") or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
-        if len(words) == 2 and words[0] not in ("max", "-1"):
+        if len(words) == 2 and all(map(str.isdigit, words)):  # not "max", nor -1
             found.append(int(words[0]) / int(words[1]))
     return min(found, default=None)
 
@@ -56,8 +56,9 @@ def _group_folders(
     controller: str, mounts: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[Path]:
     """Folders of the control groups that this process is in, and of those around them, which limit it as well."""
-    for _, controllers, path in (line.split(":", 2) for line in _lines(own)):
-        if controllers and controller not in controllers.split(","):
+    for line in _lines(own):
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if not path or (controllers and controller not in controllers.split(",")):
             continue
         root = mounts / controller if controllers else mounts  # version 1 has a tree for each controller
         inner = root / path.strip("/")

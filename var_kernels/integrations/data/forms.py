@@ -328,7 +328,7 @@ def _number(value: object, name: str) -> float:
 def _rewards(row: dict, key: str, count: int) -> list[float]:
     values = _list(row, key)
     if len(values) != count:
-        raise _BadRowError(f"{key} must have {count} entries, one per completion, got {len(values)}")
+        raise _BadRowError(f"{key} must have one entry per completion, {count}, got {len(values)}")
     return [_number(value, f"{key}[{i}]") for i, value in enumerate(values)]
 
 

@@ -9,12 +9,13 @@
 set -eu
 python=${1:-python3}
 [ $# -gt 0 ] && shift
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/${python##*/} ;; esac  # the folder changes below
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 VAR_KERNELS_BUILD_EXT=1 VAR_KERNELS_SANITIZE=address,undefined "$python" setup.py -q build_ext \
   --build-lib "$work/binary" --build-temp "$work/objects" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
-cp -r var_kernels tests pyproject.toml "$work"
+cp -r csrc var_kernels tests pyproject.toml "$work"
 cp "$work"/binary/var_kernels/kernels/_native.* "$work/var_kernels/kernels/"
 cd "$work"
 export OMP_NUM_THREADS=2 PYTHONPATH="$work" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.products import Products, took_one_pass
-from var_kernels import linear_logprob, linear_token_kl, linear_weighted_nll
+from var_kernels import linear_logprob, linear_token_kl, linear_weighted_nll, machine
 from var_kernels.cli.explain import explain_engines
 from var_kernels.kernels import rows_native, rows_torch
 from var_kernels.ops import head, plan
@@ -111,12 +111,12 @@ def test_the_default_of_16_bit_holds_the_sums_of_dw_and_chunks_of_512_rows(monke
 
 
 def test_the_default_counts_the_memory_that_a_container_leaves(monkeypatch):
-    monkeypatch.setattr(head, "total_memory", lambda: 64 << 30)
+    monkeypatch.setattr(machine, "total_memory", lambda: 64 << 30)
     for limit, usable in ((8 << 30, 8 << 30), (1 << 62, 64 << 30), (None, 64 << 30)):
-        monkeypatch.setattr(head, "memory_limit", lambda limit=limit: limit)
-        assert head._machine_memory.__wrapped__() == usable
-    monkeypatch.setattr(head, "total_memory", lambda: None)
-    assert head._machine_memory.__wrapped__() == 0
+        monkeypatch.setattr(machine, "memory_limit", lambda limit=limit: limit)
+        assert machine.usable_memory.__wrapped__() == usable
+    monkeypatch.setattr(machine, "total_memory", lambda: None)
+    assert machine.usable_memory.__wrapped__() == 0
 
 
 def test_the_default_of_fp32_follows_the_head():

@@ -1,5 +1,6 @@
 """The processor and the memory of this machine, and the part of them that a container leaves to this process."""
 
+import functools
 import os
 import platform
 from collections.abc import Iterator
@@ -40,6 +41,12 @@ def memory_limit(**where: Path) -> int | None:
         if words and words[0].isdigit():  # not "max"
             found.append(int(words[0]))
     return min(found, default=None)
+
+
+@functools.cache
+def usable_memory() -> int:
+    """Bytes of the machine, or of this process's control groups where that is less; 0 where the system does not say."""
+    return min(filter(None, (total_memory(), memory_limit())), default=0)
 
 
 def cpu_quota(**where: Path) -> float | None:

@@ -2,7 +2,6 @@
 way back to the caller's shape.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from var_kernels.kernels.compile_time import compile_time
 from var_kernels.kernels.pairs import PairOptions, divergence_of, empty_state
 from var_kernels.kernels.rows import LogitTransform
-from var_kernels.machine import memory_limit, total_memory
+from var_kernels.machine import usable_memory
 from var_kernels.ops import checks
 from var_kernels.ops.backend import choose_backend, kernels_of, pair_kernels, warn_in_plain_torch
 from var_kernels.ops.signatures import LogprobKeywords
@@ -227,13 +226,7 @@ def cpu_tiles_bytes(lm_head_weight: Tensor) -> int:
 
 @compile_time
 def _cpu_memory() -> int:
-    """Bytes that this process may use, a container's limit considered; 0 where the system does not say."""
-    return _machine_memory()
-
-
-@functools.cache
-def _machine_memory() -> int:
-    return min(filter(None, (total_memory(), memory_limit())), default=0)
+    return usable_memory()
 
 
 @compile_time

@@ -26,7 +26,7 @@ from var_kernels.ops import linear_logprob
 
 _ELSEWHERE = {
     "LigerFusedLinearGRPOLoss": "var_kernels.linear_loss('grpo', ...), or var_kernels.integrations.trl in a trainer",
-    "LigerFusedLinearJSDLoss": "var_kernels.linear_token_kl for the KL divergences; their mixture is not supported",
+    "LigerFusedLinearJSDLoss": "var_kernels.linear_token_kl(..., direction='jsd', beta=...)",
     "LigerFusedLinearCosineSimilarityLoss": "nothing here: it compares whole logit vectors",
 }
 

@@ -95,7 +95,8 @@ def load_lines(threads: int) -> list[str]:
 
 def backend_lines(torch, device) -> list[str]:
     """The backend of the row kernels, and of each faster one why it does not run."""
-    from var_kernels.ops.backend import BUILD_COMMAND, choose_backend
+    from var_kernels.kernels.rows_native import BUILD_COMMAND
+    from var_kernels.ops.backend import choose_backend
 
     backend, reason = choose_backend(device, torch.float32)
     lines = [f"{backend} ({reason})"]

@@ -21,6 +21,8 @@ READS_PIVOTS = False
 # Instruction set of the kernels: None for the best of this machine, else 0 (baseline), 1 (AVX2), 2 (AVX-512).
 LEVEL: int | None = None
 LEVEL_NAMES = ("baseline vectors", "AVX2", "AVX-512")
+# From a checkout; needs a C++ compiler, torch and setuptools >= 77.
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 # Ops of the extension that work on tensors: a binary older than its sources may lack the newest.
 OPS = ("row_stats", "row_exp", "row_grad", "exp_into", "pair_rows", "product_into", "product_exp")
 
@@ -43,8 +45,7 @@ def obstacle() -> str | None:
 def _ops():
     reason = obstacle()
     if reason:
-        build = "pip install --no-build-isolation --no-deps -e ."
-        raise RuntimeError(f"the native row kernels cannot run: {reason}; in a checkout: {build}")
+        raise RuntimeError(f"the native row kernels cannot run: {reason}; in a checkout: {BUILD_COMMAND}")
     return torch.ops.var_kernels_native
 
 

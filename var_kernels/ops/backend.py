@@ -14,8 +14,6 @@ from var_kernels.kernels import gemm_native, gemm_torch, labels_torch, rows_nati
 from var_kernels.kernels.compile_time import compile_time
 
 BACKENDS = ("torch", "native", "triton")
-# From a checkout; needs a C++ compiler, torch and setuptools >= 77.
-BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
 # About 50 ms of a bf16 loss and its gradients on one core.
 _MIN_LOGITS_TO_WARN = 1 << 22
@@ -108,7 +106,7 @@ def warn_in_plain_torch(device: torch.device, tile: torch.dtype, num_logits: int
     _warned = True
     warnings.warn(
         f"the CPU kernels in C++ are not used, since {obstacle}: plain torch takes 2 to 2.6 times as long in bf16 and "
-        f"1.1 to 1.2 times in fp32. In a checkout of var_kernels: {BUILD_COMMAND} (needs a C++ compiler). "
+        f"1.1 to 1.2 times in fp32. In a checkout of var_kernels: {rows_native.BUILD_COMMAND} (needs a C++ compiler). "
         f"{_ENVIRONMENT}=torch keeps plain torch without this warning.",
         PlainTorchWarning,
         stacklevel=4,

@@ -119,10 +119,15 @@ def work(args) -> None:
 
     # What libraries print must not come between the reports.
     reports = os.fdopen(os.dup(1), "w")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "worker.log").open("a") as log:
+        os.dup2(log.fileno(), 2)
     os.dup2(2, 1)
+    items = todo(args, all_sections())
+    report(event="plan", lines=plan_lines(items))
     bench = Bench(args.dry_run)
     head, modules = header(args.dry_run), 0
-    for item in todo(args, all_sections()):
+    for item in items:
         left = args.deadline - time.time()
         if left < item.seconds:
             report(event="postponed", section=item.section, key=item.key, seconds=item.seconds)
@@ -164,12 +169,13 @@ def device_answers(bench) -> bool:
 
 
 class Watch:
-    """The parent: starts workers, prints progress, ends those that hang."""
+    """The parent: starts workers, prints progress, ends those that hang. It imports nothing that a worker waits for."""
 
     def __init__(self, args):
         self.args = args
         self.failed, self.postponed = [], []
         self.lost = False  # the last worker ended between items
+        self.planned = False
 
     def run(self) -> None:
         while not self._one_worker():
@@ -180,8 +186,7 @@ class Watch:
         args = self.args
         command = [sys.executable, "-u", sys.argv[0], *sys.argv[1:], "--worker", "--deadline", str(args.deadline)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        with (args.out / "worker.log").open("a") as log:
-            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         lines = queue.Queue()
         threading.Thread(target=lambda: [*map(lines.put, worker.stdout), lines.put(None)], daemon=True).start()
         current, limit = None, 120.0
@@ -199,6 +204,8 @@ class Watch:
                         self._note(current, f"failed: no end after {limit:.0f} s")
                     return late or (current is None and not self._once_more())
                 if line is None:
+                    if worker.wait() == 2 and not self.planned:  # it refused its arguments, or the machine
+                        sys.exit(2)
                     self._note(current, f"failed: the process ended with status {worker.wait()}")
                     return current is None and not self._once_more()
                 try:
@@ -207,6 +214,11 @@ class Watch:
                     continue
                 if event["event"] == "finished":
                     return True
+                if event["event"] == "plan":
+                    if not self.planned:
+                        print(*event["lines"], sep="\n", flush=True)
+                    self.planned = True
+                    continue
                 if event["event"] == "broken":
                     print("    the device is lost to this process: a new one goes on", flush=True)
                     return False
@@ -244,14 +256,15 @@ class Watch:
         self._ended({**item, "failed": True, "note": note}, item["other"])
 
 
-def print_plan(items: "list[Item]") -> None:
+def plan_lines(items: "list[Item]") -> list[str]:
     """Estimated seconds of what is left to do."""
-    total = 0.0
+    lines, total = [f"{len(items)} items to measure"], 0.0
     for rank, name in dict.fromkeys((item.rank, item.section) for item in items):
         chosen = [item for item in items if (item.rank, item.section) == (rank, name)]
         seconds = sum(item.seconds for item in chosen)
         total += seconds
-        print(f"  {name:<12}rank {rank}: {len(chosen):4} to do, about {seconds:4.0f} s; {total:5.0f} s in all")
+        lines.append(f"  {name:<12}rank {rank}: {len(chosen):4} to do, about {seconds:4.0f} s; {total:5.0f} s in all")
+    return lines
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -271,7 +284,7 @@ def arguments(argv=None) -> argparse.Namespace:
     unknown = set(args.sections or ()) - set(ORDER)
     if unknown:
         parser.error(f"--sections: expected some of {', '.join(ORDER)}; got {', '.join(sorted(unknown))}")
-    if not (args.dry_run or args.plan or args.worker):
+    if args.worker and not args.dry_run:
         import torch
 
         if not torch.cuda.is_available():
@@ -286,19 +299,15 @@ def main() -> int:
         return 0
     start = time.time()
     args.deadline = start + args.seconds
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.retry:
         for name in args.sections or ORDER:
             Table(args.out / f"{name}.csv").forget_failures()
-    items = todo(args, all_sections())
     if args.plan:
-        print_plan(items)
+        print(*plan_lines(todo(args, all_sections())), sep="\n")
         return 0
-    print(f"{len(items)} items to measure in {args.seconds:g} s -> {args.out}")
-    print_plan(items)
+    print(f"{args.seconds:g} s -> {args.out}", flush=True)
     watch = Watch(args)
-    if items:
-        watch.run()
+    watch.run()
     print(f"{time.time() - start:.0f} s; {len(watch.postponed)} items left for the next call")
     if watch.failed:
         print("FAILED: " + "; ".join(watch.failed))

@@ -20,7 +20,8 @@ if [ "${1:-}" = --dry-run ]; then
   dry=--dry-run
   shift
 fi
-candidates=${PYTHON:-.venv/bin/python python3}
+candidates=(.venv/bin/python python3)
+[ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
 gpu=
 probed=3
 probe_log=$(mktemp)
@@ -33,7 +34,7 @@ probe() {
 }
 
 if [ -n "$dry" ]; then
-  for PYTHON in $candidates; do
+  for PYTHON in "${candidates[@]}"; do
     "$PYTHON" -c 'import torch' 2>/dev/null && break
   done
   out=${1:-$(mktemp -d)}
@@ -41,7 +42,7 @@ else
   # Fragments of one provider's memory must not make the next one fail. Some machines refuse the calls that this needs.
   own=${PYTORCH_CUDA_ALLOC_CONF:-}
   export PYTORCH_CUDA_ALLOC_CONF=${own:-expandable_segments:True}
-  for PYTHON in $candidates; do
+  for PYTHON in "${candidates[@]}"; do
     command -v "$PYTHON" >/dev/null || continue
     probe
     if [ $probed != 0 ] && [ -n "$gpu" ] && [ -z "$own" ]; then

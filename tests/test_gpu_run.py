@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -306,7 +307,7 @@ esac
 def fake(tmp_path):
     """run(**environment): a run of the script on a GPU that is not there; gives the result and what was asked for."""
     log, python = tmp_path / "log", tmp_path / "python"
-    python.write_text(FAKE_PYTHON.replace("LOG", str(log)).replace("REAL", sys.executable))
+    python.write_text(FAKE_PYTHON.replace("LOG", shlex.quote(str(log))).replace("REAL", shlex.quote(sys.executable)))
     python.chmod(0o755)
 
     def start(**environment):

@@ -173,24 +173,24 @@ class Head:
 
 @dataclass
 class HeadPair:
-    """The policy's head p and the reference's q, over the same rows and vocabulary, and what is computed of them."""
+    """The policy's head p and the reference's q, over the same rows and vocabulary, and what is computed of them: the
+    arguments of an op that has no others.
+    """
 
-    policy: Head
+    head: Head
     ref: Head
     kind: str
     beta: float
 
     def __post_init__(self):
-        self.n, self.v, self.budget = self.policy.n, self.policy.v, self.policy.options.budget
-        wide = torch.promote_types(self.policy.tile, self.ref.tile)
-        self.math = torch.promote_types(wide, torch.float32)
-        self.device = self.policy.device
-        self.options = PairOptions(self.kind, self.beta, self.policy.options.transform, self.ref.options.transform)
-        backends = {self.policy.options.backend, self.ref.options.backend}
-        self.kernels = pair_kernels("torch" if "torch" in backends else self.policy.options.backend)
+        own, ref = self.head.options, self.ref.options
+        self.n, self.v, self.device, self.budget = self.head.n, self.head.v, self.head.device, own.budget
+        self.math = torch.promote_types(torch.promote_types(own.tile, ref.tile), torch.float32)
+        self.options = PairOptions(self.kind, self.beta, own.transform, ref.transform)
+        self.kernels = pair_kernels("torch" if "torch" in (own.backend, ref.backend) else own.backend)
 
-    def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.math, device=self.device)
+    def ones(self) -> Tensor:
+        return torch.ones(self.n, dtype=self.math, device=self.device)
 
     def empty_state(self) -> Tensor:
         return empty_state(self.n, self.math, self.device)

@@ -21,14 +21,7 @@ from var_kernels.ops.kl_engine import (
     stored_gradients,
 )
 from var_kernels.ops.plan import way_of_gradients, with_default_budget
-from var_kernels.ops.signatures import (
-    DIRECTIONS,
-    ENGINES,
-    Direction,
-    Engine,
-    RowKeywords,
-    names_options,
-)
+from var_kernels.ops.signatures import DIRECTIONS, ENGINES, Direction, Engine, RowKeywords, names_options
 
 _IGNORED = -100
 
@@ -129,14 +122,14 @@ def linear_token_kl(
     known = reduction == "sum"
     if options["workspace_mb"] is None:
         pair = with_default_budget(pair, known)
-    head, ref = pair.policy, pair.ref
     weight_N = active_N.to(pair.math)
     if token_weight is not None:
         weight_N = call.select_targets(token_weight).squeeze(1).to(pair.math).where(active_N, 0.0)
     way = way_of_gradients(pair, engine, known)
+    given = pair.head, pair.ref, direction, pair.beta
     if way == "known":
-        return _weighted_kl(WeightedKLArguments(head, ref, direction, pair.beta, weight_N, active_N), call.traced)[0]
-    (kl_N,) = _unweighted_kl(TokenKLArguments(head, ref, direction, pair.beta, way), call.traced)
+        return _weighted_kl(WeightedKLArguments(*given, weight_N, active_N), call.traced)[0]
+    (kl_N,) = _unweighted_kl(TokenKLArguments(*given, way), call.traced)
     kl_N = kl_N.where(active_N, 0.0)
     kl_N = kl_N if token_weight is None else kl_N * weight_N
     return kl_N.sum() if reduction == "sum" else call.restore(kl_N)
@@ -260,73 +253,59 @@ def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, 
 
 
 @dataclass
-class TokenKLArguments:
-    """head: the policy's. way: what the forward saves; "frozen": the gradient in hidden, which the backward scales;
-    "stored": that in all logits; "recomputed": the statistics alone.
+class TokenKLArguments(HeadPair):
+    """way: what the forward saves; "frozen": the gradient in hidden, which the backward scales; "stored": that in all
+    logits; "recomputed": the statistics alone.
     """
 
-    head: Head
-    ref: Head
-    kind: str
-    beta: float
     way: str
 
-    @property
-    def pair(self) -> HeadPair:
-        return HeadPair(self.head, self.ref, self.kind, self.beta)
 
-
-def _forward(arguments: TokenKLArguments) -> Forward:
+def _forward(pair: TokenKLArguments) -> Forward:
     """Divergences (N,)."""
-    pair, way = arguments.pair, arguments.way
-    if way == "frozen":
-        kl_N, gradients = gradient_chunk_pass(pair, pair.zeros(pair.n).fill_(1.0))
+    if pair.way == "frozen":
+        kl_N, gradients = gradient_chunk_pass(pair, pair.ones())
         return Forward((kl_N,), gradients[:1], None)
-    if way == "stored":
+    if pair.way == "stored":
         kl_N, stored_NV = stored_gradient_pass(pair)
-        return Forward((kl_N,), (stored_NV,), arguments)
+        return Forward((kl_N,), (stored_NV,), pair)
     state_6N = divergence_pass(pair)
-    return Forward((pair.divergence(state_6N),), (state_6N,), arguments)
+    return Forward((pair.divergence(state_6N),), (state_6N,), pair)
 
 
-def _shapes(arguments: TokenKLArguments) -> Forward:
-    pair, head = arguments.pair, arguments.head
-    if arguments.way == "frozen":
+def _shapes(pair: TokenKLArguments) -> Forward:
+    head, way = pair.head, pair.way
+    if way == "frozen":
         saved = head.hidden_ND.new_empty(head.hidden_ND.shape)
     else:
-        saved = new_cached(head, head.v, head.operand) if arguments.way == "stored" else pair.empty_state()
-    return Forward((pair.zeros(pair.n),), (saved,))
+        saved = new_cached(head, head.v, head.operand) if way == "stored" else pair.empty_state()
+    return Forward((pair.ones(),), (saved,))
 
 
-def _backward(arguments: TokenKLArguments | None, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
+def _backward(pair: TokenKLArguments | None, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
     (stored,), (dkl_N,) = saved, upstream
-    if arguments is None or arguments.way == "frozen":
+    if pair is None or pair.way == "frozen":
         return (dkl_N.unsqueeze(1) * stored).to(stored.dtype), *(None,) * 4
-    gradients = stored_gradients if arguments.way == "stored" else recomputed_gradients
-    return gradients(arguments.pair, stored, dkl_N).like(arguments.head.tensors)
+    gradients = stored_gradients if pair.way == "stored" else recomputed_gradients
+    return gradients(pair, stored, dkl_N).like(pair.head.tensors)
 
 
 @dataclass
-class WeightedKLArguments:
-    head: Head
-    ref: Head
-    kind: str
-    beta: float
+class WeightedKLArguments(HeadPair):
     weight_N: Tensor
     active_N: Tensor
 
 
-def _forward_weighted(arguments: WeightedKLArguments) -> Forward:
+def _forward_weighted(pair: WeightedKLArguments) -> Forward:
     """The sum of weight_N kl_N, with finished gradients."""
-    pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
-    kl_N, gradients = gradient_chunk_pass(pair, arguments.weight_N)
-    kl_N = kl_N.where(arguments.active_N, 0.0)
-    return Forward(((arguments.weight_N * kl_N).sum(),), (*gradients, kl_N))
+    kl_N, gradients = gradient_chunk_pass(pair, pair.weight_N)
+    kl_N = kl_N.where(pair.active_N, 0.0)
+    return Forward(((pair.weight_N * kl_N).sum(),), (*gradients, kl_N))
 
 
-def _shapes_weighted(arguments: WeightedKLArguments) -> Forward:
-    weight_N = arguments.weight_N
-    return Forward((weight_N.new_empty(()),), (*gradient_shapes(arguments.head), torch.empty_like(weight_N)))
+def _shapes_weighted(pair: WeightedKLArguments) -> Forward:
+    weight_N = pair.weight_N
+    return Forward((weight_N.new_empty(()),), (*gradient_shapes(pair.head), torch.empty_like(weight_N)))
 
 
 _unweighted_kl = define_op("token_kl", TokenKLArguments, _forward, _backward, _shapes, outputs=1)

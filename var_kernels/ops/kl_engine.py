@@ -30,13 +30,13 @@ from var_kernels.ops.plan import divergence_plan, gradient_chunk_plan, recompute
 
 
 def _tiles(pair: HeadPair, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    return new_tile(pair.policy, rows, columns), new_tile(pair.ref, rows, columns)
+    return new_tile(pair.head, rows, columns), new_tile(pair.ref, rows, columns)
 
 
 def _logits(pair: HeadPair, storages, rows: slice, columns: slice, step: int) -> tuple[Tensor, Tensor]:
     """Raw logits of the policy and of the reference, each in its tile's dtype, from GEMMs of ``step`` columns."""
     (own, other), whole = storages, (rows, columns, step)
-    return compute_logits(pair.policy, own, *whole), compute_logits(pair.ref, other, *whole)
+    return compute_logits(pair.head, own, *whole), compute_logits(pair.ref, other, *whole)
 
 
 def _pair_rows(
@@ -54,9 +54,9 @@ def _pair_rows(
     """
     z_nv, w_nv = tiles
     v_stop = v_start + z_nv.shape[1]
-    biases = (head.bias_slice(v_start, v_stop) for head in (pair.policy, pair.ref))
+    biases = (head.bias_slice(v_start, v_stop) for head in (pair.head, pair.ref))
     # The columns' entries cancel, so they are summed before they are rounded.
-    dtype = pair.policy.tile if pair.policy.needs.bias else pair.policy.operand
+    dtype = pair.head.tile if pair.head.needs.bias else pair.head.operand
     return pair.kernels.pair_rows(
         z_nv,
         w_nv,
@@ -92,7 +92,7 @@ def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None 
 
 def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Tensors]:
     """Divergences (N,) and the gradients of sum_n upstream_n divergence_n, in one pass."""
-    head, plan = pair.policy, gradient_chunk_plan(pair)
+    head, plan = pair.head, gradient_chunk_plan(pair)
     step, storages = plan.columns, _tiles(pair, plan.rows, pair.v)
     dweight = head.wide if plan.rows < head.n else head.operand
     state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, dweight)
@@ -129,9 +129,8 @@ def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -
 def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
     """Divergences (N,) and d divergence_n / d logits_nv (N, V), in the operands' dtype."""
     plan = stored_gradient_plan(pair)
-    step, storages, state_6N = plan.columns, _tiles(pair, plan.rows, pair.v), pair.empty_state()
-    ones_N = pair.zeros(pair.n).fill_(1.0)
-    stored_NV = new_cached(pair.policy, pair.v, pair.policy.operand)
+    step, storages, state_6N, ones_N = plan.columns, _tiles(pair, plan.rows, pair.v), pair.empty_state(), pair.ones()
+    stored_NV = new_cached(pair.head, pair.v, pair.head.operand)
     for rows in spans(0, pair.n, plan.rows):
         tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
         _whole_rows(pair, tiles, rows, state_6N, ones_N, out_nv=stored_NV[rows, : pair.v])
@@ -140,7 +139,7 @@ def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
 
 def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> Gradients:
     """Gradients of sum_n upstream_n divergence_n from what ``stored_gradient_pass`` gave."""
-    head, grad_NV = pair.policy, stored_NV[:, : pair.v]
+    head, grad_NV = pair.head, stored_NV[:, : pair.v]
     step = stored_gradient_plan(pair).columns
     wide, upstream_N1 = head.wide, upstream_N.unsqueeze(1)
     gradients = new_gradients(head, wide, head.operand)
@@ -171,4 +170,4 @@ def recomputed_gradients(pair: HeadPair, state_6N: Tensor, upstream_N: Tensor) -
         tiles = _logits(pair, storages, rows, columns, plan.columns)
         return _pair_rows(pair, tiles, rows, columns.start, state_6N, upstream_N)
 
-    return gradients_by_slices(pair.policy, plan, tile_gradient)
+    return gradients_by_slices(pair.head, plan, tile_gradient)

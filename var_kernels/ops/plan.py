@@ -254,8 +254,8 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
     """
     if pair.device.type == "cpu":
-        pair = _with_budget(pair, cpu_tiles_bytes(pair.policy.lm_head_weight_VD))
-    head, sums, stored = pair.policy, _pair_accumulator(pair), _stored_bytes(pair)
+        pair = _with_budget(pair, cpu_tiles_bytes(pair.head.lm_head_weight_VD))
+    head, sums, stored = pair.head, _pair_accumulator(pair), _stored_bytes(pair)
     most = head.v * head.d * head.wide.itemsize if head.needs.lm_head_weight else 0
     less = _stores_logit_gradients(head) and stored <= (sums if known else most)
     if underflows(head.operand) or not (less or (known and sums)):
@@ -268,14 +268,14 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
 
 
 def _with_budget(pair: HeadPair, budget: int) -> HeadPair:
-    return replace(pair, policy=replace(pair.policy, options=replace(pair.policy.options, budget=budget)))
+    return replace(pair, head=replace(pair.head, options=replace(pair.head.options, budget=budget)))
 
 
 def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
     """Choose what the forward makes: "known", every gradient of a sum with known weights; "frozen", that in hidden
     alone; "stored", that in all logits; "recomputed", statistics alone.
     """
-    head = pair.policy
+    head = pair.head
     if not any(head.needs):
         return "recomputed"
     one_pass = engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
@@ -298,7 +298,7 @@ def stored_fits(pair: HeadPair) -> bool:
     computed twice, whatever the upstream gradient is.
     """
     budget = pair.budget - _stored_bytes(pair)
-    return _stores_logit_gradients(pair.policy) and budget > 0 and _holds_pair_chunks(pair, budget)
+    return _stores_logit_gradients(pair.head) and budget > 0 and _holds_pair_chunks(pair, budget)
 
 
 def _stores_logit_gradients(head: Head) -> bool:
@@ -313,7 +313,7 @@ def divergence_plan(pair: HeadPair, whole_rows: bool) -> Plan:
     if whole_rows:
         return _pair_chunks(pair, 0, gradient=False)
     cost = _pair_cost(pair, gradient=False)
-    return plan_forward(pair.n, pair.v, cpu_tile_budget(pair.policy, min(pair.n, MAX_FORWARD_ROWS), cost), cost)
+    return plan_forward(pair.n, pair.v, cpu_tile_budget(pair.head, min(pair.n, MAX_FORWARD_ROWS), cost), cost)
 
 
 def gradient_chunk_plan(pair: HeadPair) -> Plan:
@@ -329,7 +329,7 @@ def stored_gradient_plan(pair: HeadPair) -> Plan:
 
 def recomputed_plan(pair: HeadPair) -> Plan:
     """Plan of ``recomputed_gradients``."""
-    cost, head = _pair_cost(pair, gradient=True), pair.policy
+    cost, head = _pair_cost(pair, gradient=True), pair.head
     packs = head.kernels.CACHED_TILES and head.operand == torch.bfloat16
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS) if packs else head.n
     return plan_slices(head, cost, rows)
@@ -346,20 +346,19 @@ def _pair_chunks(pair: HeadPair, taken: int, *, gradient: bool) -> Plan:
 
 def _pair_cost(pair: HeadPair, *, gradient: bool) -> TileCost:
     """Bytes of a tile of both heads' logits; operands' copies are made for one head at a time."""
-    policy, copies = pair.policy, (pair.policy.gradient_copies if gradient else pair.policy.copies, pair.ref.copies)
-    narrows = policy.operand != policy.tile
-    copied = pair.kernels.COPIES_GRADIENT or (policy.needs.bias and narrows)
-    cast = policy.operand.itemsize if gradient and narrows and copied else 0
+    head, copies = pair.head, (pair.head.gradient_copies if gradient else pair.head.copies, pair.ref.copies)
+    copied = pair.kernels.COPIES_GRADIENT or head.needs.bias
+    cast = head.operand.itemsize if gradient and copied and head.operand != head.tile else 0
     fixed = pair.kernels.temporary_bytes(pair.n, pair.v, pair.math)
-    return TileCost(policy.tile.itemsize + pair.ref.tile.itemsize + cast, max(copies), sum(copies), fixed)
+    return TileCost(head.tile.itemsize + pair.ref.tile.itemsize + cast, max(copies), sum(copies), fixed)
 
 
 def _pair_chunk_cost(pair: HeadPair, budget: int, *, gradient: bool = True) -> TileCost:
     """Bytes of whole rows: copies of the weights are made in slices, out of a quarter of the budget."""
     cost = _pair_cost(pair, gradient=gradient)
     if not cost.column:
-        return replace(cost, fixed=cost.fixed + (pair.policy.traits.rounding_bytes if gradient else 0))
-    dhidden = pair.policy.d * pair.math.itemsize  # summed up over those slices
+        return replace(cost, fixed=cost.fixed + (pair.head.traits.rounding_bytes if gradient else 0))
+    dhidden = pair.head.d * pair.math.itemsize  # summed up over those slices
     return TileCost(cost.element, 0, cost.row + dhidden, cost.fixed + budget // 4)
 
 
@@ -370,13 +369,13 @@ def _holds_pair_chunks(pair: HeadPair, budget: int) -> bool:
 
 def _stored_bytes(pair: HeadPair) -> int:
     """Bytes of the gradient in all logits, in the operands' dtype."""
-    return pair.n * ((pair.v + 31) // 32 * 32) * pair.policy.operand.itemsize
+    return pair.n * ((pair.v + 31) // 32 * 32) * pair.head.operand.itemsize
 
 
 def _pair_accumulator(pair: HeadPair) -> int:
     """``accumulator_bytes`` of the chunks of both heads."""
     rows = _pair_chunk_cost(pair, pair.budget).rows_within(pair.budget, pair.v)
-    return accumulator_bytes(pair.policy, rows)
+    return accumulator_bytes(pair.head, rows)
 
 
 # ---- tiles from bytes ------------------------------------------------------------------------------------------------

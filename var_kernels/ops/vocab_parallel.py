@@ -204,40 +204,34 @@ def vocab_parallel_token_kl(
     of_ref["low_rank"] = ref_low_rank
     tensors = (hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, labels, bias, ref_bias)
     call, pair, active_N = prepare_pair(*tensors, options, of_ref, direction, beta, vocabulary=vocabulary)
-    (kl_N,) = _vocab_parallel_kl(VocabParallelKLArguments(pair.policy, pair.ref, direction, pair.beta, process_group))
+    (kl_N,) = _vocab_parallel_kl(VocabParallelKLArguments(pair.head, pair.ref, direction, pair.beta, process_group))
     return call.restore(kl_N.where(active_N, 0.0))
 
 
 @dataclass
-class VocabParallelKLArguments:
+class VocabParallelKLArguments(HeadPair):
     """head, ref: this rank's slices."""
 
-    head: Head
-    ref: Head
-    kind: str
-    beta: float
     group: dist.ProcessGroup
 
 
-def _forward_kl(arguments: VocabParallelKLArguments) -> Forward:
+def _forward_kl(pair: VocabParallelKLArguments) -> Forward:
     def merge(state_6N: Tensor, stage: str) -> None:
         sums = [4, 5]
         if stage == "stats":
             maxima_2N, sums = state_6N[[0, 2]], [1, 3, 4]
-            dist.all_reduce(maxima_2N, dist.ReduceOp.MAX, group=arguments.group)
-            raise_maxima_(state_6N, *maxima_2N, arguments.kind)
+            dist.all_reduce(maxima_2N, dist.ReduceOp.MAX, group=pair.group)
+            raise_maxima_(state_6N, *maxima_2N, pair.kind)
         partial = state_6N[sums]
-        dist.all_reduce(partial, group=arguments.group)
+        dist.all_reduce(partial, group=pair.group)
         state_6N[sums] = partial
 
-    pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
     state_6N = divergence_pass(pair, merge)
-    return Forward((pair.divergence(state_6N),), (state_6N,), arguments)
+    return Forward((pair.divergence(state_6N),), (state_6N,), pair)
 
 
-def _backward_kl(arguments: VocabParallelKLArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
-    pair = HeadPair(arguments.head, arguments.ref, arguments.kind, arguments.beta)
-    return _of_all_ranks(recomputed_gradients(pair, *saved, *upstream), pair.policy, arguments.group)
+def _backward_kl(pair: VocabParallelKLArguments, saved: Tensors, upstream: Tensors, _: None) -> Tensors:
+    return _of_all_ranks(recomputed_gradients(pair, *saved, *upstream), pair.head, pair.group)
 
 
 _vocab_parallel_kl = define_op(

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from itertools import repeat
+from operator import attrgetter
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
@@ -61,41 +62,50 @@ def define_op(
         outputs: how many there are.
     """
     layout = _Layout(arguments)
-    paths = [*(("head", tensor) for tensor in _LEARNING), *((field,) for field in learns)]
+    paths = [*(f"head.{tensor}" for tensor in _LEARNING), *learns]
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(ctx, call, *_):
             ctx.set_materialize_grads(False)
-            found, tensors = forward(call), []
-            ctx.once, ctx.reads = found.once, None
+            found = forward(call)
+            ctx.once, ctx.reads, tensors = found.once, found.reads, ()
             if found.reads is not None:
-                ctx.reads = layout.with_tensors(found.reads, repeat(None), tensors)
-            ctx.count = len(tensors)
+                tensors = attrgetter(*layout.tensors)(found.reads)
+                ctx.reads = layout.with_tensors(found.reads, repeat(None))  # autograd keeps them
             ctx.save_for_backward(*tensors, *found.saved)
             return found.outputs
 
         @staticmethod
-        @first_order
         def backward(ctx, *upstream):
             if not any(map(torch.is_tensor, upstream)):
                 return (None,) * (1 + len(paths))
-            saved, once, ctx.once = ctx.saved_tensors, ctx.once, None
-            if backward is None:
-                needed = zip(saved, ctx.needs_input_grad[1:], strict=True)
-                return None, *scaled_gradients([g if needs else None for g, needs in needed], upstream[0])
-            call = None if ctx.reads is None else layout.with_tensors(ctx.reads, iter(saved[: ctx.count]))
-            return None, *backward(call, saved[ctx.count :], upstream, once)
+            with torch.no_grad():
+                saved, once, ctx.once = ctx.saved_tensors, ctx.once, None
+                if backward is None:
+                    needed = zip(saved, ctx.needs_input_grad[1:], strict=True)
+                    gradients = scaled_gradients([g if needs else None for g, needs in needed], upstream[0])
+                else:
+                    reads, count = ctx.reads, 0
+                    if reads is not None:
+                        reads, count = layout.with_tensors(reads, iter(saved)), len(layout.tensors)
+                    gradients = backward(reads, saved[count:], upstream, once)
+            if torch.is_grad_enabled():  # create_graph=True
+                # ``once_differentiable`` looks at the upstream gradients alone: where those are constants
+                # (``loss.sum()``) a gradient penalty would silently add nothing.
+                anchor = torch.zeros((), requires_grad=True)
+                gradients = [None if g is None else _Refusal.apply(g, anchor) for g in gradients]
+            return None, *gradients
 
     function: Any = types.new_class(f"{name}_function", (OpFunction,))  # what grad_fn is called
     op = None if shapes is None else _registered(name, layout, paths, forward, backward, shapes, outputs)
 
     def run(call, traced: bool = False) -> Tensors:
         if traced and op is not None:
-            return tuple(_present(t) for t in op(*layout.leaves(call, layout.paths))[:outputs])
+            return tuple(_present(t) for t in op(*attrgetter(*layout.paths)(call))[:outputs])
         if not torch.is_grad_enabled():
             return forward(call).outputs
-        return function.apply(call, *layout.leaves(call, paths))
+        return function.apply(call, *attrgetter(*paths)(call))
 
     return run
 
@@ -189,39 +199,27 @@ class _Layout:
             inner = options[options[0] is type(None)] if optional else hint
             part = _Layout(inner) if is_dataclass(inner) or hasattr(inner, "_fields") else None
             self.parts.append((name, part))
-            self.paths += [(name, *path) for path in ([()] if part is None else part.paths)]
+            self.paths += [name] if part is None else [f"{name}.{path}" for path in part.paths]
             self.types += [(inner, optional)] if part is None else part.types
         self.tensors = [path for path, (inner, _) in zip(self.paths, self.types, strict=True) if inner is Tensor]
         self.holding_tensors = [
-            (name, part) for name, part in self.parts if (name,) in self.tensors or (part and part.tensors)
+            (name, part) for name, part in self.parts if name in self.tensors or (part and part.tensors)
         ]
 
     def schema(self) -> list[str]:
         types = (f"{_SCHEMA[inner]}{'?' if optional else ''}" for inner, optional in self.types)
-        return [f"{kind} {'_'.join(path)}" for kind, path in zip(types, self.paths, strict=True)]
-
-    @staticmethod
-    def leaves(call, paths: list[tuple[str, ...]]) -> list:
-        found = []
-        for path in paths:
-            value = call
-            for name in path:
-                value = getattr(value, name)
-            found.append(value)
-        return found
+        return [f"{kind} {path.replace('.', '_')}" for kind, path in zip(types, self.paths, strict=True)]
 
     def build(self, leaves: Iterator):
         return self.kind(*(next(leaves) if part is None else part.build(leaves) for _, part in self.parts))
 
-    def with_tensors(self, call, tensors: Iterator, taken: list[Tensor | None] | None = None):
-        """A copy of the call over other tensors, or over None while autograd keeps those that are ``taken``."""
+    def with_tensors(self, call, tensors: Iterator):
+        """A copy of the call over other tensors, in the order of ``tensors``."""
         other = object.__new__(self.kind)  # copy.copy takes six times as long
         other.__dict__.update(call.__dict__)
         for name, part in self.holding_tensors:
-            value = getattr(call, name)
-            if part is None and taken is not None:
-                taken.append(value)
-            setattr(other, name, next(tensors) if part is None else part.with_tensors(value, tensors, taken))
+            given = next(tensors) if part is None else part.with_tensors(getattr(call, name), tensors)
+            setattr(other, name, given)
         return other
 
 
@@ -243,23 +241,6 @@ def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
 
 def _scaled(gradient: Tensor | None, dloss: Tensor) -> Tensor | None:
     return None if gradient is None else (gradient * dloss).to(gradient.dtype)
-
-
-def first_order(backward):
-    """For the backward of an autograd.Function, in place of ``once_differentiable``: that one looks at the upstream
-    gradients alone, and where those are constants (``loss.sum()``) a gradient penalty would silently add nothing.
-    """
-
-    @functools.wraps(backward)
-    def run(ctx, *upstream):
-        with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():  # no create_graph=True
-            return gradients
-        anchor = torch.zeros((), requires_grad=True)
-        return tuple(None if g is None else _Refusal.apply(g, anchor) for g in gradients)
-
-    return run
 
 
 class _Refusal(torch.autograd.Function):

@@ -11,7 +11,7 @@ from var_kernels.ops.checks import complete_options
 from var_kernels.ops.define import Forward, define_op
 from var_kernels.ops.engines import Gradients, compute_logits, forward_pass, gradients_by_slices, new_tile
 from var_kernels.ops.head import Head, Tensors, TileCost, prepare
-from var_kernels.ops.plan import MAX_FORWARD_ROWS, cpu_tile_budget, plan_forward, plan_slices
+from var_kernels.ops.plan import plan_slices, plan_tiles
 from var_kernels.ops.signatures import RowKeywords, names_options
 
 
@@ -98,8 +98,8 @@ class _Tiles:
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """sum of the shares, and the shares' mean of p, each (N,)."""
-        head, cost = self.head, self.cost(gradient=False)
-        plan = plan_forward(head.n, head.v, cpu_tile_budget(head, min(head.n, MAX_FORWARD_ROWS), cost), cost)
+        head = self.head
+        plan = plan_tiles(head, self.cost(gradient=False))
         storage = new_tile(head, plan.rows, plan.columns)
         total_N, weighted_N = torch.zeros_like(self.max_N), torch.zeros_like(self.max_N)
         for rows in spans(0, head.n, plan.rows):

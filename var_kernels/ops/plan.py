@@ -75,17 +75,12 @@ def _exp_cost(head: Head) -> TileCost:
     return TileCost(head.tile.itemsize, copies, row, fixed)
 
 
-def _tile_budget(head: Head, rows: int, budget: int, cost: TileCost) -> int:
-    """The budget of tiles that need not hold whole rows."""
-    return within_cache(rows, head.v, budget, cost) if head.kernels.CACHED_TILES else budget
-
-
 def _exp_tile_bytes(head: Head, budget: int) -> int:
     """Bytes of the tile of logits in addition to stored exponentials: on a CPU one that stays cached."""
     if head.device.type != "cpu":
         return min(budget // 4, _TILE_BYTES)
     rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
-    return min(budget // 4, within_cache(rows, head.v, budget, head.cost))
+    return min(budget // 4, _tile_budget(head, rows, head.cost, budget, cached=True))
 
 
 def dweight_bytes(head: Head) -> int:
@@ -119,7 +114,7 @@ def forward_plan(head: Head, cached: int = 0) -> Plan:
     # All logits need no tile.
     taken = 0 if cached == head.v and not head.stores_exp else head.n * cached * head.cached.itemsize
     budget = head.options.budget - taken
-    tile = _tile_budget(head, min(head.n, MAX_FORWARD_ROWS), budget, head.cost)
+    tile = _tile_budget(head, min(head.n, MAX_FORWARD_ROWS), head.cost, budget)
     return replace(plan_forward(head.n, head.v, tile, head.cost), cached=cached, taken=taken)
 
 
@@ -131,7 +126,7 @@ def backward_plan(head: Head, cached: int = 0) -> Plan:
         cost, rows = replace(cost, column=cost.column + 4 * head.d), MAX_CPU_BACKWARD_ROWS
     taken = head.n * cached * head.cached.itemsize
     budget = head.options.budget - taken
-    plan = plan_vocabulary_slices(rows, head.v, _tile_budget(head, rows, budget, cost), cost)
+    plan = plan_vocabulary_slices(rows, head.v, _tile_budget(head, rows, cost, budget), cost)
     return replace(plan, cached=cached, taken=taken)
 
 
@@ -139,15 +134,12 @@ def one_pass_plan(head: Head) -> Plan:
     """Plan of ``one_pass``: blocks of rows whose exponentials, or logits, are stored, ``columns`` at a time."""
     accumulator = dweight_bytes(head)
     budget = head.options.budget - accumulator
-    plan = _exp_plan(head, budget, accumulator) if head.stores_exp else _logit_plan(head, budget, accumulator)
+    if head.stores_exp:
+        plan = _exp_plan(head, budget, accumulator)
+    else:
+        copies = head.gradient_copies
+        plan = plan_token_chunks(head.n, head.v, budget, _chunk_cost(head, budget), copies, accumulator)
     return replace(plan, accumulator=accumulator, taken=accumulator)
-
-
-def _logit_plan(head: Head, budget: int, accumulator: int) -> Plan:
-    plan = plan_token_chunks(head.n, head.v, budget, _chunk_cost(head, budget), accumulator)
-    copies = head.gradient_copies
-    columns = min(head.v, max(1, budget // 4 // copies)) if copies else head.v
-    return replace(plan, columns=columns, cost=plan.cost.of_rows(head.v), stored=head.v)
 
 
 def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
@@ -159,7 +151,7 @@ def _exp_plan(head: Head, budget: int, accumulator: int) -> Plan:
             # Sums in hidden alone need no whole rows: what is stored is as wide as the tile, and stays as cached. Where
             # there is no tile, it has that memory too: fewer products, between which threads wait for each other.
             wider = replace(cost, element=cost.element + exp)
-            within = _tile_budget(head, rows, head.options.budget, wider)
+            within = _tile_budget(head, rows, wider, head.options.budget)
             plan = plan_forward(rows, v, within, replace(cost, element=exp) if head.ends_in_exp else wider)
             return _with_stored(head, plan.rows, plan.columns, plan.columns, cost)
     narrow = min(v, _MIN_COLUMNS)
@@ -194,7 +186,7 @@ def cached_columns(head: Head, *, in_place: bool = True) -> int:
         if in_place and _statically(cost.columns_within(budget, head.n) >= head.v):
             return head.v
         rows = min(head.n, MAX_CPU_BACKWARD_ROWS)
-        tile = _tile_budget(head, rows, budget, cost) if head.kernels.CACHED_TILES else budget // 4
+        tile = _tile_budget(head, rows, cost, budget) if head.kernels.CACHED_TILES else budget // 4
     columns = cost.columns_within(budget - tile, head.n)
     if _statically(columns >= head.v):
         return head.v
@@ -312,8 +304,7 @@ def divergence_plan(pair: HeadPair, whole_rows: bool) -> Plan:
     """Plan of ``divergence_pass``, over chunks of whole rows or over rows x slices."""
     if whole_rows:
         return _pair_chunks(pair, 0, gradient=False)
-    cost = _pair_cost(pair, gradient=False)
-    return plan_forward(pair.n, pair.v, cpu_tile_budget(pair.head, min(pair.n, MAX_FORWARD_ROWS), cost), cost)
+    return plan_tiles(pair.head, _pair_cost(pair, gradient=False))
 
 
 def gradient_chunk_plan(pair: HeadPair) -> Plan:
@@ -336,12 +327,9 @@ def recomputed_plan(pair: HeadPair) -> Plan:
 
 
 def _pair_chunks(pair: HeadPair, taken: int, *, gradient: bool) -> Plan:
-    """Chunks of whole rows of both heads, in GEMMs of ``columns``, beside bytes that are taken."""
-    budget = pair.budget - taken
-    plan = plan_token_chunks(pair.n, pair.v, budget, _pair_chunk_cost(pair, budget, gradient=gradient), taken)
-    column = _pair_cost(pair, gradient=True).column
-    step = min(pair.v, max(1, budget // 4 // column)) if column else pair.v
-    return replace(plan, columns=step, cost=plan.cost.of_rows(pair.v), stored=pair.v, taken=taken)
+    """Chunks of whole rows of both heads, beside bytes that are taken."""
+    budget, copies = pair.budget - taken, _pair_cost(pair, gradient=True).column
+    return plan_token_chunks(pair.n, pair.v, budget, _pair_chunk_cost(pair, budget, gradient=gradient), copies, taken)
 
 
 def _pair_cost(pair: HeadPair, *, gradient: bool) -> TileCost:
@@ -381,15 +369,13 @@ def _pair_accumulator(pair: HeadPair) -> int:
 # ---- tiles from bytes ------------------------------------------------------------------------------------------------
 
 
-def within_cache(n: int, v: int, budget: int, cost: TileCost) -> int:
-    """A budget without more than a cached tile, or a tile of all rows and the fewest columns where that is larger."""
-    return min(budget, max(cost.of_tile(max(1, n), min(v, _MIN_COLUMNS)), _CACHED_BYTES))
-
-
-def cpu_tile_budget(head: Head, rows: int, cost: TileCost) -> int:
-    """The budget of tiles in plain torch or of two heads, ``within_cache`` on a CPU."""
-    budget = head.options.budget
-    return within_cache(rows, head.v, budget, cost) if head.device.type == "cpu" else budget
+def _tile_budget(head: Head, rows: int, cost: TileCost, budget: int, cached: bool | None = None) -> int:
+    """The budget of tiles that need not hold whole rows: where they should stay ``cached`` (None: as the kernels have
+    it) no more than such a tile, or one of all rows and the fewest columns where that is larger.
+    """
+    if not (head.kernels.CACHED_TILES if cached is None else cached):
+        return budget
+    return min(budget, max(cost.of_tile(max(1, rows), min(head.v, _MIN_COLUMNS)), _CACHED_BYTES))
 
 
 def shortest_chunk(device: torch.device, gemms_saved: int = 1) -> int:
@@ -411,12 +397,19 @@ def plan_forward(n: int, v: int, budget: int, cost: TileCost) -> Plan:
     return Plan(max(1, rows), columns, cost)
 
 
-def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, accumulator: int) -> Plan:
-    """Chunks of whole rows, for gradients made in the forward pass; ``accumulator`` bytes are already taken from the
-    budget.
+def plan_tiles(head: Head, cost: TileCost) -> Plan:
+    """``plan_forward`` in plain torch or of two heads: tiles stay cached on a CPU."""
+    rows, on_cpu = min(head.n, MAX_FORWARD_ROWS), head.device.type == "cpu"
+    return plan_forward(head.n, head.v, _tile_budget(head, rows, cost, head.options.budget, on_cpu), cost)
+
+
+def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, copies: int, taken: int) -> Plan:
+    """Chunks of whole rows, for gradients made in the forward pass. copies: bytes a column that GEMMs copy, in a quarter
+    of the budget; ``taken`` bytes are out of it already.
     """
-    rows = _rows_or_refuse(budget, cost, v, "one pass over token chunks", accumulator)
-    return Plan(min(max(n, 1), rows), v, cost)
+    rows = _rows_or_refuse(budget, cost, v, "one pass over token chunks", taken)
+    columns = min(v, max(1, budget // 4 // copies)) if copies else v
+    return Plan(min(max(n, 1), rows), columns, cost.of_rows(v), stored=v, taken=taken)
 
 
 def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
@@ -432,10 +425,11 @@ def plan_vocabulary_slices(n: int, v: int, budget: int, cost: TileCost) -> Plan:
 
 def plan_slices(head: Head, cost: TileCost, rows: int) -> Plan:
     """Slices of ``rows`` rows at most, with the sums of dW where a slice has several tiles."""
-    plan = plan_vocabulary_slices(rows, head.v, cpu_tile_budget(head, rows, cost), cost)
+    given = head.options.budget, head.device.type == "cpu"
+    plan = plan_vocabulary_slices(rows, head.v, _tile_budget(head, rows, cost, *given), cost)
     if plan.rows < head.n and head.needs.lm_head_weight:
         cost = replace(cost, column=cost.column + head.d * head.wide.itemsize)
-        plan = plan_vocabulary_slices(rows, head.v, cpu_tile_budget(head, rows, cost), cost)
+        plan = plan_vocabulary_slices(rows, head.v, _tile_budget(head, rows, cost, *given), cost)
     return plan
 
 

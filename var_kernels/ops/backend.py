@@ -12,6 +12,7 @@ import torch
 
 from var_kernels.kernels import gemm_native, gemm_torch, labels_torch, rows_native, rows_torch
 from var_kernels.kernels.compile_time import compile_time
+from var_kernels.ops.checks import check_choice
 
 BACKENDS = ("torch", "native", "triton")
 _ENVIRONMENT = "VAR_KERNELS_BACKEND"
@@ -30,17 +31,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Every call inside the block runs on this backend, in this thread or task alone (``VAR_KERNELS_BACKEND``: in a
     whole process).
     """
-    _known(name, "use_backend")
+    check_choice("use_backend: backend", name, BACKENDS)
     token = _FORCED.set(name)
     try:
         yield
     finally:
         _FORCED.reset(token)
-
-
-def _known(name: str, source: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
 @compile_time
@@ -53,7 +49,7 @@ def choose_backend(device: torch.device, tile: torch.dtype) -> tuple[str, str]:
     forced = _FORCED.get() or os.environ.get(_ENVIRONMENT)
     if forced:
         if forced not in BACKENDS:
-            _known(forced, _ENVIRONMENT)
+            check_choice(f"{_ENVIRONMENT}: backend", forced, BACKENDS)
         obstacle = _OBSTACLES[forced](device, tile) if forced in _OBSTACLES else None
         if obstacle:
             raise ValueError(f"backend {forced!r} was forced but {obstacle}; unset {_ENVIRONMENT} to choose by device")

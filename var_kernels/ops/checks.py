@@ -73,9 +73,11 @@ def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> 
         )
     for name, value in given.items():
         if value.device != hidden.device:
-            raise ValueError(
-                f"{name} must be on {hidden.device} like {prefix}hidden, got {value.device}; move it there"
-            )
+            raise misplaced(name, value, f"{prefix}hidden", hidden)
+
+
+def misplaced(name: str, value: Tensor, like: str, other: Tensor) -> ValueError:
+    return ValueError(f"{name} must be on {other.device} like {like}, got {value.device}; move it there")
 
 
 def check_values(labels: Tensor, token_weight: Tensor | None, ignore_index: int, v: int) -> None:
@@ -142,10 +144,7 @@ def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_m
     for name, factor in (("left", left), ("right", right)):
         check_whole(f"{prefix}low_rank's {name}", factor)
         if factor.device != hidden.device:
-            raise ValueError(
-                f"{prefix}low_rank's {name} must be on {hidden.device} like {prefix}hidden, got {factor.device}; move "
-                "it there"
-            )
+            raise misplaced(f"{prefix}low_rank's {name}", factor, f"{prefix}hidden", hidden)
     if workspace_mb == 0:
         raise ValueError(
             f"workspace_mb must be positive with {prefix}low_rank, got 0; the fused forward has no second product, "
@@ -153,7 +152,7 @@ def check_low_rank(low_rank, hidden: Tensor, lm_head_weight: Tensor, workspace_m
         )
 
 
-def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, low_rank, prefix: str = "") -> None:
+def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, left, right, prefix: str = "") -> None:
     """One dtype for all operands; a bias, and the two of low_rank, may be of fp32 beside 16 bit. Called after autocast
     had its say. prefix: "ref_" for the reference model's.
     """
@@ -164,10 +163,10 @@ def check_dtypes(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, lo
                 f"{prefix}{name} is {value.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them, or run under "
                 "torch.autocast"
             )
-    if low_rank is not None and not low_rank[0].dtype == low_rank[1].dtype in allowed:
+    if left is not None and not left.dtype == right.dtype in allowed:
         raise TypeError(
             f"{prefix}low_rank must be of one dtype, {' or '.join(map(str, allowed))} beside {prefix}hidden of "
-            f"{hidden.dtype}, got {low_rank[0].dtype} and {low_rank[1].dtype}; cast them, or run under torch.autocast"
+            f"{hidden.dtype}, got {left.dtype} and {right.dtype}; cast them, or run under torch.autocast"
         )
 
 
@@ -209,15 +208,6 @@ def check_head_options(options: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
 
 
-def check_budget(needs_gradients: bool) -> None:
-    """Without a workspace there is no backward, which works on tiles of logits."""
-    if needs_gradients:
-        raise ValueError(
-            "workspace_mb must be positive for a call that needs gradients, got 0; pass None for the default, 1 or "
-            "more (MiB), or call it under torch.no_grad()"
-        )
-
-
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -237,9 +227,7 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
             "expand per-sequence weights over their tokens"
         )
     if token_weight.device != labels.device:
-        raise ValueError(
-            f"token_weight must be on {labels.device} like labels, got {token_weight.device}; move it there"
-        )
+        raise misplaced("token_weight", token_weight, "labels", labels)
 
 
 def check_num_items(num_items, active_NK: Tensor) -> None:
@@ -261,14 +249,6 @@ def check_num_active(num_active) -> None:
         )
     if num_active < 0:
         raise ValueError(f"num_active must be 0 or positive, got {num_active}; None counts the rows that carry a label")
-
-
-def check_enough_rows(enough: bool, active_N: Tensor, num_active: int) -> None:
-    if not enough:
-        raise ValueError(
-            f"num_active must be at least the number of rows that count, {int(active_N.sum())}, got {num_active}; "
-            "count labels != ignore_index after the shift"
-        )
 
 
 def check_token_inputs(token_loss, token_inputs, labels: Tensor, hidden: Tensor) -> None:

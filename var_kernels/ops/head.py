@@ -297,10 +297,6 @@ class _TakeRows(torch.autograd.Function):
         return dtaken_nD.new_zeros(ctx.shape).index_copy_(0, rows, dtaken_nD), None
 
 
-def _taken(values_NX: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if values_NX is None else _TakeRows.apply(values_NX, rows)
-
-
 def _active_rows(active_N: Tensor, num_active: int) -> Tensor | None:
     """``num_active`` distinct rows with every active one among them, or None for all rows; nothing is read from the
     device, where a count that is too small ends the run by a device-side assertion.
@@ -308,20 +304,56 @@ def _active_rows(active_N: Tensor, num_active: int) -> Tensor | None:
     if num_active >= active_N.shape[0]:
         return None
     enough = active_N.sum() <= num_active
-    if checks.values_readable(active_N):
-        checks.check_enough_rows(bool(enough), active_N, num_active)
-    else:
+    if not checks.values_readable(active_N):
         torch._assert_async(enough, "num_active is smaller than the number of rows that count")
+    elif not enough:
+        raise ValueError(
+            f"num_active must be at least the number of rows that count, {int(active_N.sum())}, got {num_active}; "
+            "count labels != ignore_index after the shift"
+        )
     return (~active_N).to(torch.uint8).argsort(stable=True)[:num_active]
 
 
-def autocast(hidden: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """A model's tensors in autocast's dtype under autocast, but for those of a model in fp64."""
-    kind = hidden.device.type
-    if hidden.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return [hidden, *others]
-    dtype = torch.get_autocast_dtype(kind)
-    return [None if t is None else t.to(dtype) for t in (hidden, *others)]
+def model_head(
+    tensors,
+    options: LogprobKeywords,
+    labels_NK: Tensor,
+    rows: Tensor | None,
+    active_N1: Tensor | None,
+    prefix: str = "",
+    **asked: bool,
+) -> Head:
+    """A model's head over some ``rows`` (None: all) of its ``tensors`` (hidden, lm_head_weight, bias, left, right), in
+    autocast's dtype under autocast unless it is in fp64. active_N1: the rows that count; None: all do.
+    """
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if dtype != torch.float64 and device.type != "meta" and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        tensors = [None if t is None else t.to(dtype) for t in tensors]
+    checks.check_dtypes(*tensors, prefix)
+    hidden, lm_head_weight, bias, left, right = tensors
+    grad = torch.is_grad_enabled()
+    needs = Needs(*[grad and t is not None and t.requires_grad for t in tensors])
+    budget = budget_bytes(options["workspace_mb"], lm_head_weight)
+    if budget == 0 and any(needs):  # a backward works on tiles
+        raise ValueError(
+            "workspace_mb must be positive for a call that needs gradients, got 0; pass None for the default, 1 or "
+            "more (MiB), or call it under torch.no_grad()"
+        )
+    of_rows = []
+    for values in (hidden, left):
+        if values is not None:
+            values = values.reshape(values.shape[:-1].numel(), values.shape[-1])
+            values = values if rows is None else _TakeRows.apply(values, rows)
+            values = values if active_N1 is None else values.where(active_N1, 0.0)  # padding may hold NaN
+        of_rows.append(values)
+    hidden_ND, left_NR = of_rows
+    bias = None if bias is None else bias.contiguous()  # row kernels read it by index
+    transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
+    tile = tile_dtype(dtype, options["precision"])
+    backend, _ = choose_backend(device, tile)
+    head_options = HeadOptions(transform, options["label_smoothing"], tile, budget, backend, **asked)
+    return Head(hidden_ND, lm_head_weight, bias, labels_NK, head_options, needs, left_NR, right)
 
 
 def prepare(
@@ -333,9 +365,7 @@ def prepare(
     *,
     token_weight: Tensor | None = None,
     vocabulary: int | None = None,
-    lse: bool = False,
-    entropy: bool = False,
-    argmax: bool = False,
+    **asked: bool,
 ) -> HeadCall:
     """Check everything, then flatten; rows without a target that counts are left out. Their number is read from the
     device (one synchronisation on an accelerator) unless ``num_active`` gives it; where nothing may be read, under
@@ -353,9 +383,6 @@ def prepare(
     if low_rank is not None:
         checks.check_low_rank(low_rank, hidden, lm_head_weight, options["workspace_mb"])
         left, right = low_rank
-    hidden, lm_head_weight, bias, left, right = autocast(hidden, lm_head_weight, bias, left, right)
-    checks.check_dtypes(hidden, lm_head_weight, bias, None if left is None else (left, right))
-    bias = None if bias is None else bias.contiguous()  # row kernels read it by index
     leading = hidden.shape[:-1]
     several = labels.dim() == hidden.dim()
     labels_NK = labels.reshape(leading.numel(), labels.shape[-1] if several else 1).to(torch.int64)
@@ -364,8 +391,6 @@ def prepare(
     if token_weight is not None and not (torch.is_grad_enabled() and token_weight.requires_grad):
         active_NK = active_NK & (token_weight.reshape(active_NK.shape) != 0)
     labels_NK = labels_NK.where(active_NK, 0)
-    hidden_ND = hidden.reshape(leading.numel(), hidden.shape[-1])
-    left_NR = None if left is None else left.reshape(leading.numel(), left.shape[-1])
 
     capturing = not traced and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     masked = num_active is not None or traced or capturing
@@ -375,25 +400,12 @@ def prepare(
     elif not masked:
         # The one synchronisation of a call: the number of rows decides the sizes of every GEMM that follows.
         rows = active_NK.any(1).nonzero().squeeze(1)
-        rows = None if rows.numel() == hidden_ND.shape[0] else rows
+        rows = None if rows.numel() == leading.numel() else rows
     if rows is not None:
-        hidden_ND, left_NR = _taken(hidden_ND, rows), _taken(left_NR, rows)
         labels_NK, active_NK = labels_NK.index_select(0, rows), active_NK.index_select(0, rows)
-    if masked:
-        # Some of these rows may not count. Padding may hold NaN.
-        active_N1 = active_NK.any(1, keepdim=True)
-        hidden_ND, left_NR = hidden_ND.where(active_N1, 0.0), None if left_NR is None else left_NR.where(active_N1, 0.0)
-
-    grad, tensors = torch.is_grad_enabled(), (hidden, lm_head_weight, bias, left, right)
-    needs = Needs(*[grad and t is not None and t.requires_grad for t in tensors])
-    budget = budget_bytes(options["workspace_mb"], lm_head_weight)
-    if budget == 0:
-        checks.check_budget(any(needs))
+    # Some of these rows may not count.
+    active_N1 = active_NK.any(1, keepdim=True) if masked else None
+    head = model_head((hidden, lm_head_weight, bias, left, right), options, labels_NK, rows, active_N1, **asked)
     if not traced:
-        warn_in_plain_torch(device, hidden.dtype, labels_NK.shape[0] * lm_head_weight.shape[0])
-    transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
-    tile, smoothing = tile_dtype(hidden.dtype, options["precision"]), options["label_smoothing"]
-    backend, _ = choose_backend(device, tile)
-    head_options = HeadOptions(transform, smoothing, tile, budget, backend, lse, entropy, argmax)
-    head = Head(hidden_ND, lm_head_weight, bias, labels_NK, head_options, needs, left_NR, right)
+        warn_in_plain_torch(device, head.operand, head.n * head.v)
     return HeadCall(head, active_NK, rows, masked, traced, leading, several)

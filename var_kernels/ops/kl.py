@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops import checks
-from var_kernels.ops.backend import choose_backend
 from var_kernels.ops.define import Forward, define_op, gradient_shapes
 from var_kernels.ops.engines import new_cached
-from var_kernels.ops.head import Head, HeadCall, HeadPair, Needs, Tensors, autocast, prepare, tile_dtype
+from var_kernels.ops.head import HeadCall, HeadPair, Tensors, model_head, prepare
 from var_kernels.ops.kl_engine import (
     divergence_pass,
     gradient_chunk_pass,
@@ -187,7 +185,10 @@ def prepare_pair(
     call = prepare(hidden, lm_head_weight, labels, bias, options, **checked)
     _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
     head = replace(call.head, labels_NK=call.head.labels_NK[:, :0])
-    ref = _reference_head(call, head, ref_hidden, ref_lm_head_weight, ref_bias, of_ref)
+    tensors = ref_hidden, ref_lm_head_weight, ref_bias, *(of_ref["low_rank"] or (None, None))
+    constants = [None if t is None else t.detach() for t in tensors]
+    active_N1 = call.active_NK.any(1, keepdim=True) if call.masked else None
+    ref = model_head(constants, of_ref, head.labels_NK, call.rows, active_N1, "ref_")
     return call, HeadPair(head, ref, direction, float(beta)), call.active_NK.squeeze(1)
 
 
@@ -214,7 +215,7 @@ def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref
     checks.check_model(ref_hidden, ref_lm_head_weight, ref_bias, prefix="ref_")
     (v, d_ref), leading = ref_lm_head_weight.shape, hidden.shape[:-1]
     if ref_hidden.device != hidden.device:
-        raise ValueError(f"ref_hidden must be on {hidden.device} like hidden, got {ref_hidden.device}; move it there")
+        raise checks.misplaced("ref_hidden", ref_hidden, "hidden", hidden)
     if v != lm_head_weight.shape[0]:
         raise ValueError(
             f"ref_lm_head_weight must have shape ({lm_head_weight.shape[0]}, D_ref), the vocabulary of lm_head_weight, "
@@ -227,29 +228,6 @@ def _check_reference(hidden, lm_head_weight, ref_hidden, ref_lm_head_weight, ref
         )
     if options["low_rank"] is not None:
         checks.check_low_rank(options["low_rank"], ref_hidden, ref_lm_head_weight, options["workspace_mb"], "ref_")
-
-
-def _reference_head(call: HeadCall, policy: Head, hidden, lm_head_weight, bias, options) -> Head:
-    """Constants, of the active rows, in autocast's dtype under autocast."""
-    left, right = options["low_rank"] or (None, None)
-    tensors = [None if t is None else t.detach() for t in (hidden, lm_head_weight, bias, left, right)]
-    hidden, lm_head_weight, bias, left, right = autocast(*tensors)
-    checks.check_dtypes(hidden, lm_head_weight, bias, None if left is None else (left, right), "ref_")
-
-    def active_rows(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        values_NX = values.reshape(call.leading.numel(), values.shape[-1])
-        if call.rows is not None:
-            values_NX = values_NX.index_select(0, call.rows)
-        return values_NX.where(call.active_NK.any(1, keepdim=True), 0.0) if call.masked else values_NX
-
-    transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
-    tile = tile_dtype(hidden.dtype, options["precision"])
-    backend, _ = choose_backend(hidden.device, tile)
-    head_options = replace(policy.options, transform=transform, tile=tile, backend=backend)
-    factors = active_rows(left), right
-    return Head(active_rows(hidden), lm_head_weight, bias, policy.labels_NK, head_options, Needs(), *factors)
 
 
 @dataclass

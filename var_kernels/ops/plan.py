@@ -404,8 +404,8 @@ def plan_tiles(head: Head, cost: TileCost) -> Plan:
 
 
 def plan_token_chunks(n: int, v: int, budget: int, cost: TileCost, copies: int, taken: int) -> Plan:
-    """Chunks of whole rows, for gradients made in the forward pass. copies: bytes a column that GEMMs copy, in a quarter
-    of the budget; ``taken`` bytes are out of it already.
+    """Chunks of whole rows, for gradients made in the forward pass. copies: bytes of a column that GEMMs copy, in a
+    quarter of the budget; ``taken`` bytes are out of it already.
     """
     rows = _rows_or_refuse(budget, cost, v, "one pass over token chunks", taken)
     columns = min(v, max(1, budget // 4 // copies)) if copies else v

@@ -111,9 +111,13 @@ def low_rank_into(out_nv: Tensor, left_nr: Tensor, right_vr: Tensor) -> None:
     torch.mm(left_nr.to(dtype), right_vr.to(dtype).t(), out=out_nv)
 
 
-def new_gradients(head: Head, dhidden: torch.dtype, dweight: torch.dtype) -> Gradients:
-    """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0."""
-    dtypes = dhidden, dweight, head.wide, head.wide, head.wide
+def new_gradients(head: Head, chunk: int | None = None) -> Gradients:
+    """Memory for dhidden and dW, which are written before they are added to; sums of the others from 0. chunk: rows at
+    a time, each of which is final; None: slices of the vocabulary are, and dhidden is a sum.
+    """
+    operand, wide = head.operand, head.wide
+    dhidden, dweight = (wide, operand) if chunk is None else (operand, wide if chunk < head.n else operand)
+    dtypes = dhidden, dweight, wide, wide, wide
     create: tuple[Callable[..., Tensor], ...] = torch.empty, torch.empty if head.n else torch.zeros, *(torch.zeros,) * 3
     device, parts = head.device, zip(head.tensors, head.needs, dtypes, create, strict=True)
     return Gradients(*[new(t.shape, dtype=dtype, device=device) if needed else None for t, needed, dtype, new in parts])
@@ -173,6 +177,14 @@ def token_products(
             gemm.add_product(dright_cr[part], tile_cn, left_nr)
 
 
+def add_scaled_rows(head: Head, dbias_c: Tensor, tile_nc: Tensor, scale_n: Tensor) -> None:
+    """dbias += tile^T scale, in two parts, so that the scale keeps its digits in 16 bit."""
+    scale_n2 = torch.stack((scale_n, scale_n - scale_n.to(head.operand)), 1).to(head.operand)
+    sums_c2 = dbias_c.new_zeros(dbias_c.shape[0], 2)
+    head.gemm.add_product(sums_c2, tile_nc.t(), scale_n2)
+    dbias_c += sums_c2.sum(1)
+
+
 def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable[[slice, slice], Tensor]) -> None:
     """Adds what tiles give, slice of the vocabulary by slice: a slice of dW is written once. slices: (columns, rows at
     a time). tile_gradient(rows, columns): the gradient in the raw logits.
@@ -194,7 +206,7 @@ def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable
 
 def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, slice], Tensor]) -> Gradients:
     """Gradients from those in the raw logits of every tile, see ``add_slices``."""
-    gradients = new_gradients(head, head.wide, head.operand)
+    gradients = new_gradients(head)
     if head.needs.hidden:
         gradients.dhidden_ND.zero_()
     add_slices(head, gradients, [(columns, plan.rows) for columns in spans(0, head.v, plan.columns)], tile_gradient)
@@ -210,7 +222,13 @@ def forward_pass(head: Head, cached_NC: Tensor | None = None, *, exp: bool = Fal
     """
     stats = _new_stats(head, exp)
     if head.options.budget == 0:
-        _fused_forward(head, stats)
+        kernel = fused_forward(head.options.backend)
+        if kernel is None:
+            raise ValueError(
+                f"workspace_mb must be positive on backend {head.options.backend!r}, got 0; only 'triton' (a GPU, "
+                "operands of 16 or 32 bit) keeps logits in registers; pass None for the default"
+            )
+        kernel(head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.labels_NK, stats, head.options.transform)
         return stats
     cached = 0 if cached_NC is None else cached_NC.shape[1]
     plan, fused = forward_plan(head, cached), exp and head.ends_in_exp
@@ -249,13 +267,7 @@ def _row_stats(head: Head, logits_nv: Tensor, rows: slice, stats: RowStats, v_st
 
 
 def _store_exp(
-    head: Head,
-    storage: Tensor | None,
-    rows: slice,
-    columns,
-    stats: RowStats,
-    exp_nc: Tensor | None,
-    first: int = 0,
+    head: Head, storage: Tensor | None, rows: slice, columns, stats: RowStats, exp_nc: Tensor | None, first: int = 0
 ) -> None:
     """``row_exp`` of some rows over spans of columns: statistics, and the exponentials of as many as exp_nc holds from
     column ``first`` on; through tiles of logits in ``storage``, or (None) as their GEMM ends.
@@ -271,17 +283,6 @@ def _store_exp(
             head.gemm.product_exp(head.hidden_ND[rows], head.lm_head_weight_VD[part], *given)
         else:
             head.kernels.row_exp(compute_logits(head, storage, rows, part), *given)
-
-
-def _fused_forward(head: Head, stats: RowStats) -> None:
-    """GEMM and statistics in one kernel."""
-    kernel = fused_forward(head.options.backend)
-    if kernel is None:
-        raise ValueError(
-            f"workspace_mb must be positive on backend {head.options.backend!r}, got 0; only 'triton' (a GPU, operands "
-            "of 16 or 32 bit) keeps logits in registers; pass None for the default"
-        )
-    kernel(head.hidden_ND, head.lm_head_weight_VD, head.bias_V, head.labels_NK, stats, head.options.transform)
 
 
 CoefficientsOf = Callable[[slice, RowStats], RowCoefficients]
@@ -302,7 +303,7 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
     for the label's own entry, which joins in fp32. None: what ``frozen_gradient`` begins with, in place of dhidden.
     """
     stats, plan, wide = _new_stats(head, True), one_pass_plan(head), head.wide
-    gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
+    gradients = new_gradients(head, plan.rows)
     slope, whole_rows = head.options.transform.slope, head.needs.whole_rows
     smooth = head.options.label_smoothing > 0 and coefficients_of is not None
     weight_sum_D = head.lm_head_weight_VD.sum(0, dtype=wide) if smooth else None
@@ -338,10 +339,9 @@ def exp_pass(head: Head, coefficients_of: CoefficientsOf | None) -> tuple[RowSta
             if smooth:
                 constant = coefficients.constant_N * slope, weight_sum_D
         if whole_rows:
-            scaled_nd = torch.empty_like(head.hidden_ND[rows]) if dhidden_nd is None else dhidden_nd
-            _add_token_sums(head, gradients, exp_nv, rows, scales, scaled_nd, step, add=rows.start > 0)
+            _add_token_sums(head, gradients, exp_nv, rows, scales, step, add=rows.start > 0)
             row_products(head, exp_nv, 0, sum_nd, dleft_nr, add=False)
-        _end_row_sums(head, gradients, rows, scales, sum_nd, head.v, constant)
+        _end_row_sums(head, dhidden_nd, dleft_nr, rows, scales, sum_nd, head.v, constant)
     return stats, gradients
 
 
@@ -380,18 +380,9 @@ def _follow_pivots(before_n: Tensor, pivot_n: Tensor, *sums: Tensor | None) -> N
             sum_nx.mul_(decay_n1)
 
 
-def _end_row_sums(
-    head: Head,
-    gradients: Gradients,
-    rows: slice,
-    scales: tuple[Tensor, Tensor | None],
-    sum_nd: Tensor | None,
-    c: int,
-    constant: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """They become gradients: scaled, with the vector of a label among the c leading columns (if any)."""
+def _end_row_sums(head: Head, dhidden_nd, dleft_nr, rows: slice, scales, sum_nd, c: int, constant=None) -> None:
+    """Sums of rows become gradients: scaled, with the vector of a label among the c leading columns (if any)."""
     (scale_n, label_n), labels_n = scales, head.labels_NK[rows].squeeze(1)
-    dhidden_nd, dleft_nr = gradients.of_rows(rows)
     if sum_nd is not None and sum_nd.dtype == dhidden_nd.dtype:
         sum_nd = dhidden_nd
     for out_nx, sum_nx, matrix_VX, more in (
@@ -404,32 +395,22 @@ def _end_row_sums(
 
 
 def _add_token_sums(
-    head: Head,
-    gradients: Gradients,
-    exp_nc: Tensor,
-    rows: slice,
-    scales: tuple[Tensor, Tensor],
-    scaled_nd: Tensor | None,
-    step: int | None,
-    *,
-    add: bool,
+    head: Head, gradients: Gradients, exp_nc: Tensor, rows: slice, scales, step: int | None, *, add: bool
 ) -> None:
-    """Gradients that sum over the rows, of the leading columns that exp_nc holds: dW, dbias and dright.
-    scaled_nd: memory for scale_n hidden_n.
-    """
+    """Gradients that sum over the rows, of the leading columns that exp_nc holds: dW, dbias and dright."""
     (scale_n, label_n), c, kernels = scales, exp_nc.shape[1], head.label_kernels
     segments = head.labels_NK[rows].squeeze(1).sort(stable=True)  # the labels in order, and the row of each
     (hidden_nd, left_nr), (dweight_cd, dbias_c, dright_cr) = head.of_rows(rows), gradients.of_columns(slice(0, c))
+    scaled_nd, dhidden_ND = None, gradients.dhidden_ND
     if dweight_cd is not None:
+        # dhidden's memory, which is not written yet, holds it where it has the dtype.
+        reused = dhidden_ND is not None and dhidden_ND.dtype == head.operand
+        scaled_nd = dhidden_ND[rows] if reused else torch.empty_like(hidden_nd)
         kernels.combine_rows(scaled_nd, hidden_nd, scale_n, gathered=head.gathered)
     scaled_nr = None if dright_cr is None else left_nr * scale_n.unsqueeze(1)
     token_products(head, exp_nc, scaled_nd, dweight_cd, scaled_nr, dright_cr, step, add=add)
     if dbias_c is not None:
-        # In two parts, so that the scale keeps its digits in 16 bit.
-        scale_n2 = torch.stack((scale_n, scale_n - scale_n.to(head.operand)), 1).to(head.operand)
-        sums_c2 = scale_n.new_zeros(c, 2)
-        head.gemm.add_product(sums_c2, exp_nc.t(), scale_n2)
-        dbias_c += sums_c2.sum(1)
+        add_scaled_rows(head, dbias_c, exp_nc, scale_n)
         ones_n1 = torch.ones_like(label_n).unsqueeze(1)
         kernels.add_label_rows(dbias_c.unsqueeze(1), segments, label_n, ones_n1, head.gathered)
     for total_cx, vectors_nx in ((dweight_cd, hidden_nd), (dright_cr, left_nr)):
@@ -439,8 +420,8 @@ def _add_token_sums(
 
 def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, Gradients]:
     """``one_pass`` over chunks of whole rows of logits."""
-    stats, plan, wide = _new_stats(head, False), one_pass_plan(head), head.wide
-    gradients = new_gradients(head, head.operand, wide if plan.rows < head.n else head.operand)
+    stats, plan = _new_stats(head, False), one_pass_plan(head)
+    gradients = new_gradients(head, plan.rows)
     storage = new_tile(head, plan.rows, head.v)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, head.v))
     for rows in spans(0, head.n, plan.rows):
@@ -468,20 +449,17 @@ def vocabulary_pass(
     Products of what ``forward_pass`` cached: exponentials, or logits, which are overwritten (or copied slice by slice);
     the other logits are recomputed once, slice by slice.
     """
-    wide, exp, all_rows = head.wide, saved.shape[0] == 4, slice(0, head.n)
+    exp, all_rows = saved.shape[0] == 4, slice(0, head.n)
     cached = 0 if cached_NC is None else cached_NC.shape[1]
-    gradients = new_gradients(head, wide, head.operand)
+    gradients = new_gradients(head)
     dhidden_ND, norms_2N = gradients.dhidden_ND, saved
     if exp and cached < head.v:
         norms_2N = torch.stack((saved[0], saved[1].log()))
     if exp and cached:
         scales = _row_scales(head, all_rows, coefficients, saved, cached)
-        reused = dhidden_ND if wide == head.operand else None
-        scaled_ND = torch.empty_like(head.hidden_ND) if reused is None and head.needs.lm_head_weight else reused
-        _add_token_sums(head, gradients, cached_NC, all_rows, scales, scaled_ND, None, add=False)
-        del scaled_ND
+        _add_token_sums(head, gradients, cached_NC, all_rows, scales, None, add=False)
         row_products(head, cached_NC, 0, dhidden_ND, gradients.dleft_NR, add=False)
-        _end_row_sums(head, gradients, all_rows, scales, dhidden_ND, cached)
+        _end_row_sums(head, dhidden_ND, gradients.dleft_NR, all_rows, scales, dhidden_ND, cached)
     elif head.needs.hidden:
         dhidden_ND.zero_()
     slices = [(slice(0, cached), head.n)] if cached and in_place and not exp else []

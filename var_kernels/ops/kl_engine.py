@@ -16,6 +16,7 @@ from torch import Tensor
 from var_kernels.kernels.rows import spans
 from var_kernels.ops.engines import (
     Gradients,
+    add_scaled_rows,
     compute_logits,
     gradients_by_slices,
     new_cached,
@@ -94,8 +95,7 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Ten
     """Divergences (N,) and the gradients of sum_n upstream_n divergence_n, in one pass."""
     head, plan = pair.head, gradient_chunk_plan(pair)
     step, storages = plan.columns, _tiles(pair, plan.rows, pair.v)
-    dweight = head.wide if plan.rows < head.n else head.operand
-    state_6N, gradients = pair.empty_state(), new_gradients(head, head.operand, dweight)
+    state_6N, gradients = pair.empty_state(), new_gradients(head, plan.rows)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     for rows in spans(0, pair.n, plan.rows):
         tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
@@ -141,8 +141,7 @@ def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> G
     """Gradients of sum_n upstream_n divergence_n from what ``stored_gradient_pass`` gave."""
     head, grad_NV = pair.head, stored_NV[:, : pair.v]
     step = stored_gradient_plan(pair).columns
-    wide, upstream_N1 = head.wide, upstream_N.unsqueeze(1)
-    gradients = new_gradients(head, wide, head.operand)
+    upstream_N1, gradients = upstream_N.unsqueeze(1), new_gradients(head)
     if head.needs.hidden:
         _product_in_slices(head, gradients.dhidden_ND, grad_NV, step)
         gradients.dhidden_ND.mul_(upstream_N1)
@@ -153,11 +152,7 @@ def stored_gradients(pair: HeadPair, stored_NV: Tensor, upstream_N: Tensor) -> G
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     token_products(head, grad_NV, scaled[0], dweight_VD, scaled[1], dright_VR, step, add=False)
     if dbias_V is not None:
-        # In two parts, so that the upstream gradient keeps its digits in 16 bit.
-        parts_N2 = torch.stack((upstream_N, upstream_N - upstream_N.to(head.operand)), 1).to(head.operand)
-        sums_V2 = torch.zeros(pair.v, 2, dtype=wide, device=pair.device)
-        head.gemm.add_product(sums_V2, grad_NV.t(), parts_N2)
-        dbias_V.copy_(sums_V2.sum(1))
+        add_scaled_rows(head, dbias_V, grad_NV, upstream_N)
     return gradients
 
 

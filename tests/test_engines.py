@@ -8,11 +8,11 @@ import torch
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
-from var_kernels.kernels.rows import LogitTransform, RowCoefficients
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, aligned
 from var_kernels.ops import checks
 from var_kernels.ops.ava_literal import linear_prob_lse
 from var_kernels.ops.backend import choose_backend, use_backend
-from var_kernels.ops.engines import aligned, rounded, row_grad, zero_row_ends
+from var_kernels.ops.engines import rounded, row_grad, zero_row_ends
 from var_kernels.ops.head import Head, HeadOptions, Needs
 
 N, V, D = 63, 507, 72

@@ -108,8 +108,7 @@ sys.path[:0] = [SCRIPTS, ROOT]
 import torch
 import compile_kernels as script
 from var_kernels.kernels import forward_triton, rows_triton
-from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.engines import aligned
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats, aligned
 
 launched = {}
 

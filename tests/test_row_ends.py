@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import TARGETS
-from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats
-from var_kernels.ops.engines import aligned
+from var_kernels.kernels.rows import LogitTransform, RowCoefficients, RowStats, aligned
 
 pytest.importorskip("triton", reason="triton is not installed")
 from var_kernels.kernels import rows_triton

@@ -270,7 +270,7 @@ KERNEL_MISTAKES = {
         "their sum keeps the old pivot": ("stats.others_N.mul_(decay_n)", "stats.others_N.clone().mul_(decay_n)", None),
         "the label stays": ("masked_fill_(inside_nk, 0.0))", "masked_fill_(inside_nk & False, 0.0))", None),
         "the raised pivot is not kept": ("stats.max_N.copy_(raised_n)", "stats.max_N.clone().copy_(raised_n)", None),
-        "no slope of the softcap": ("exp_nv.mul_(cap_slope_nv)", "exp_nv", Case("", options={"softcap": 5.0})),
+        "no slope of the softcap": ("exp_nv.mul_(transform.cap", "(transform.cap", Case("", options={"softcap": 5.0})),
     },
     "triton": {
         "earlier exponentials keep the old pivot": ("to(tl.float32) * decay", "to(tl.float32)", None),

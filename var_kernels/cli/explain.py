@@ -4,7 +4,7 @@ import torch
 
 from var_kernels.kernels.rows import LogitTransform
 from var_kernels.ops.backend import choose_backend
-from var_kernels.ops.head import MIB, Head, HeadOptions, HeadPair, Needs, budget_bytes, tile_dtype
+from var_kernels.ops.head import MIB, Head, HeadOptions, HeadPair, Needs, budget_bytes
 from var_kernels.ops.plan import (
     backward_plan,
     cached_columns,
@@ -27,7 +27,7 @@ def _stand_in(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device, 
     def stand_in(*shape, dtype=dtype):
         return torch.zeros(shape[-1], dtype=dtype, device=device).expand(*shape)
 
-    backend, _ = choose_backend(device, tile_dtype(dtype, "fp32"))
+    backend, _ = choose_backend(device, torch.promote_types(dtype, torch.float32))
     lm_head_weight = stand_in(v, d)
     options = HeadOptions(LogitTransform(), 0.0, torch.float32, budget_bytes(workspace_mb, lm_head_weight), backend)
     needs = Needs(hidden=True, lm_head_weight=True)

@@ -111,9 +111,11 @@ class Traits(NamedTuple):
 
 
 def traits(hidden_nd: Tensor, lm_head_weight_vd: Tensor, tile: torch.dtype) -> Traits:
-    operand, wide = hidden_nd.dtype, widens(hidden_nd.dtype, hidden_nd.device)
+    operand = hidden_nd.dtype
+    if operand.itemsize != 2 or widens(operand, hidden_nd.device):
+        return Traits(False, False, 0, 0)
     # A partial result in 16 bit, and the fp32 copy that torch makes to add it.
-    return Traits(operand != tile and not wide, False, 0 if operand.itemsize != 2 or wide else 2 + 4, 0)
+    return Traits(operand != tile, False, 2 + 4, 0)
 
 
 def logits_into(out_nv: Tensor, hidden_nd: Tensor, lm_head_weight_vd: Tensor, add: bool = False) -> None:

@@ -106,5 +106,4 @@ def _gradient(z_nv: Tensor, w_nv: Tensor, state_6: Tensor, pair: PairOptions, up
         above_nv = _log_share(p_nv, q_nv, mixture_nv, pair.beta).sub_(state_6[4].to(math).unsqueeze(1))
         grad_nv = above_nv.mul_(p_nv).mul_(1 - pair.beta)
     grad_nv.mul_((upstream_n.to(math) * transform.slope).unsqueeze(1))
-    cap_slope_nv = transform.cap_slope(z_nv)
-    return grad_nv if cap_slope_nv is None else grad_nv.mul_(cap_slope_nv)
+    return grad_nv if transform.softcap is None else grad_nv.mul_(transform.cap_slope(z_nv))

@@ -21,10 +21,18 @@ from torch import Tensor
 LARGEST_SUM = 1e17
 
 
-def spans(start: int, stop: int, step: int | None) -> list[slice]:
-    """Consecutive pieces of a range; step: None: the whole."""
-    if step is None:
-        return [slice(start, stop)]
+# Rows of a tile start at multiples of so many elements: GEMMs and vector loads want 64 bytes, and read up to 32
+# elements at once.
+ROW_ELEMENTS = 32
+
+
+def aligned(columns: int) -> int:
+    """A row's stride."""
+    return -(-columns // ROW_ELEMENTS) * ROW_ELEMENTS
+
+
+def spans(start: int, stop: int, step: int) -> list[slice]:
+    """Consecutive pieces of a range."""
     return [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
 
 
@@ -64,10 +72,8 @@ class LogitTransform:
             return x_nv if self.is_identity else x_nv.mul_(self.slope)
         return x_nv.mul_(self.inner).tanh_().mul_(self.cap)
 
-    def cap_slope(self, z: Tensor) -> Tensor | None:
-        """The softcap's own derivative where the transform gives z; None without a softcap."""
-        if self.softcap is None:
-            return None
+    def cap_slope(self, z: Tensor) -> Tensor:
+        """The softcap's own derivative where the transform gives z."""
         return (z * self.inverse_cap).square_().neg_().add_(1.0)
 
     def derivative(self, z: Tensor) -> Tensor | float:

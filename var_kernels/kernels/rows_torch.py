@@ -134,8 +134,9 @@ def _exp_block(z_nv, labels_nk, stats, v_start, transform, out_nv, earlier_nc) -
     stats.others_N += sum_n
     if out_nv is None:
         return
-    cap_slope_nv = transform.cap_slope(z_nv)
-    out_nv.copy_(exp_nv if cap_slope_nv is None else exp_nv.mul_(cap_slope_nv))
+    if transform.softcap is not None:
+        exp_nv.mul_(transform.cap_slope(z_nv))
+    out_nv.copy_(exp_nv)
 
 
 def row_grad(
@@ -166,7 +167,7 @@ def _grad_block(
     v_start: int,
     transform: LogitTransform,
 ) -> Tensor:
-    cap_slope_nv = transform.cap_slope(z_nv)
+    cap_slope_nv = None if transform.softcap is None else transform.cap_slope(z_nv)
     slope = transform.slope
     prob_n1 = (coefficients.prob_N * slope).unsqueeze(1)
     logp_nv = z_nv.sub_(norms_2n[0].unsqueeze(1)).sub_(norms_2n[1].unsqueeze(1))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LARGEST_SUM, LogitTransform, RowCoefficients, RowStats
+from .rows import LARGEST_SUM, ROW_ELEMENTS, LogitTransform, RowCoefficients, RowStats, aligned
 
 # Dtypes of a tile. fp64 is not among them: Triton's scalar arguments are fp32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,8 +24,6 @@ BLOCK_COLUMNS = 4096
 NUM_WARPS = 8
 # Of row_exp, whose rare second walk takes registers too; half of it with a bias or a softcap.
 EXP_BLOCK_COLUMNS = 2048
-# Rows of a tile go on to a multiple of so many columns (see ``ops/head.py``): 64 bytes of 16-bit elements.
-ROW_ELEMENTS = 32
 # Options of every launch. From Triton 3.10 on a * b + c is no longer one instruction by default: more work, other bits.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
@@ -346,7 +344,7 @@ def _block(columns: int, most: int) -> int:
 def _padded(tile_nc: Tensor) -> bool:
     """Return whether rows whose columns are no multiple of 16 have memory up to a multiple of ROW_ELEMENTS."""
     n, columns = tile_nc.shape
-    stride, offset, end = tile_nc.stride(0), tile_nc.storage_offset(), -(-columns // ROW_ELEMENTS) * ROW_ELEMENTS
+    stride, offset, end = tile_nc.stride(0), tile_nc.storage_offset(), aligned(columns)
     if columns % 16 == 0 or stride % ROW_ELEMENTS or offset % ROW_ELEMENTS:
         return False
     return offset + (n - 1) * stride + end <= tile_nc.untyped_storage().nbytes() // tile_nc.itemsize

@@ -118,7 +118,7 @@ class _Tiles:
 
         def tile_gradient(rows: slice, columns: slice) -> Tensor:
             z_nv = self.logits(storage, rows, columns)
-            cap_slope_nv = transform.cap_slope(z_nv)
+            cap_slope_nv = None if transform.softcap is None else transform.cap_slope(z_nv)
             p_nv = self.probabilities_(z_nv, rows)
             shares_nv = self.shares(p_nv, rows).div_(total_N[rows].unsqueeze(1)).sub_(mean_N[rows].unsqueeze(1))
             scale_n = upstream_N[rows] * (self.alpha * transform.slope)

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from var_kernels.ops.backend import choose_backend, kernels_of
-from var_kernels.ops.head import Head, Tensors
+from var_kernels.ops.head import LEARNING, Head, Tensors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_LEARNING = ("hidden_ND", "lm_head_weight_VD", "bias_V", "left_NR", "right_VR")  # the order of ``Head.tensors``
 _SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType"}
 
 
@@ -62,7 +61,7 @@ def define_op(
         outputs: how many there are.
     """
     layout = _Layout(arguments)
-    paths = [*(f"head.{tensor}" for tensor in _LEARNING), *learns]
+    paths = [*(f"head.{tensor}" for tensor in LEARNING), *learns]
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
@@ -136,7 +135,7 @@ def _registered(name: str, layout: "_Layout", paths, forward, backward, shapes, 
 
     def fake_backward(*arguments) -> list[Tensor]:
         *leaves, _, _ = arguments
-        others = (leaves[at].new_empty(leaves[at].shape) for at in positions[len(_LEARNING) :])
+        others = (leaves[at].new_empty(leaves[at].shape) for at in positions[len(LEARNING) :])
         return [_given(g, leaves[0]) for g in (*gradient_shapes(layout.build(iter(leaves)).head), *others)]
 
     def keep(ctx, inputs, output):

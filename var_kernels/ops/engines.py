@@ -15,21 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from var_kernels.kernels.rows import RowCoefficients, RowStats, spans
+from var_kernels.kernels.rows import RowCoefficients, RowStats, aligned, spans
 from var_kernels.ops.backend import fused_forward
 from var_kernels.ops.head import Head, Tensors
 from var_kernels.ops.plan import Plan, backward_plan, forward_plan, one_pass_plan
 
 # ---- tiles and gradients ---------------------------------------------------------------------------------------------
-
-_ROW_ELEMENTS = 32
-
-
-def aligned(columns: int) -> int:
-    """A row's stride: GEMMs and vector loads want rows that start at multiples of 64 bytes, and read up to
-    32 elements at once (see ``zero_row_ends``).
-    """
-    return -(-columns // _ROW_ELEMENTS) * _ROW_ELEMENTS
 
 
 def zero_row_ends(values_nv: Tensor) -> None:
@@ -43,7 +34,7 @@ def zero_row_ends(values_nv: Tensor) -> None:
     stride, offset = values_nv.stride(0), values_nv.storage_offset()
     # A copy of one row keeps the tile's stride, and ends with its columns.
     last_row = values_nv.untyped_storage().nbytes() // values_nv.itemsize - offset - (n - 1) * stride
-    end = min(-(-columns // 32) * 32, stride, last_row)
+    end = min(aligned(columns), stride, last_row)
     if columns < end:
         values_nv.as_strided((n, end - columns), values_nv.stride(), offset + columns).zero_()
 
@@ -97,7 +88,7 @@ def compute_logits(head: Head, storage: Tensor, rows: slice, columns: slice, ste
     hidden_nd, low_rank = head.hidden_ND[rows], head.left_NR is not None
     if head.traits.upcasts:
         hidden_nd = hidden_nd.to(head.tile)
-    for part in spans(columns.start, columns.stop, step):
+    for part in spans(columns.start, columns.stop, step) if step else [columns]:
         part_nv = logits_nv[:, part.start - columns.start : part.stop - columns.start]
         if low_rank:  # first, so that the large product adds to it as it ends
             low_rank_into(part_nv, head.left_NR[rows], head.right_VR[part])
@@ -155,7 +146,7 @@ def row_products(
         multiply = gemm.add_product if add else gemm.product_into
         multiply(dhidden_nd, tile_nc, head.lm_head_weight_VD[v_start : v_start + c])
     if dleft_nr is not None:
-        for part in spans(0, c, step):
+        for part in spans(0, c, step) if step else [slice(0, c)]:
             right_cr = head.right_VR[v_start + part.start : v_start + part.stop].to(head.operand)
             gemm.add_product(dleft_nr, tile_nc[:, part], right_cr)
 
@@ -169,7 +160,7 @@ def token_products(
     c, gemm = tile_nc.shape[1], head.gemm
     multiply = gemm.add_product if add else gemm.product_into
     left_nr = None if dright_cr is None else left_nr.to(head.operand)
-    for part in spans(0, c, step):
+    for part in spans(0, c, step) if step else [slice(0, c)]:
         tile_cn = tile_nc[:, part].t()
         if dweight_cd is not None:
             multiply(dweight_cd[part], tile_cn, hidden_nd)

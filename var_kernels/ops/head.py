@@ -3,6 +3,7 @@ way back to the caller's shape.
 """
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from var_kernels.ops.backend import choose_backend, kernels_of, pair_kernels, wa
 from var_kernels.ops.signatures import LogprobKeywords
 
 Tensors = tuple[Tensor | None, ...]
+# Fields of ``Head`` that may have a gradient, in the order in which autograd functions take them.
+LEARNING = ("hidden_ND", "lm_head_weight_VD", "bias_V", "left_NR", "right_VR")
 MIB = 1 << 20
 # Rows of a chunk that a default budget holds beside the sums of dW: reading and writing those costs more with fewer.
 _CPU_CHUNK = 512
@@ -48,13 +51,12 @@ class Needs(NamedTuple):
     right: bool = False
 
     @property
-    def hidden_alone(self) -> bool:
-        return self.hidden and sum(self) == 1
-
-    @property
     def whole_rows(self) -> bool:
         """Return whether a gradient sums over tokens, whose normalisers must be known first."""
         return self.lm_head_weight or self.bias or self.right
+
+
+HIDDEN_ALONE = Needs(hidden=True)
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,6 @@ class TileCost:
         return self.fixed + columns * self.column + rows * (columns * self.element + self.row)
 
 
-def tile_dtype(operand: torch.dtype, precision: str) -> torch.dtype:
-    """fp32 logits, fp64 ones for fp64 operands; "fast" keeps the operands' dtype."""
-    return operand if operand == torch.float64 or precision == "fast" else torch.float32
-
-
 @dataclass
 class Head:
     """One call over the head, built where it is prepared and handed to engines, autograd functions and registered ops.
@@ -109,59 +106,45 @@ class Head:
     needs: Needs
     left_NR: Tensor | None = None
     right_VR: Tensor | None = None
+    tensors = property(attrgetter(*LEARNING))
 
     def __post_init__(self):
         options = self.options
         (self.n, self.d), self.v = self.hidden_ND.shape, self.lm_head_weight_VD.shape[0]
         self.device = self.hidden_ND.device
         self.operand = self.hidden_ND.dtype
-        self.factor = self.operand if self.left_NR is None else self.left_NR.dtype
         self.tile = options.tile
         self.wide = torch.promote_types(self.operand, torch.float32)
         self.kernels, self.label_kernels, self.gemm = kernels_of(options.backend)
         self.traits = self.gemm.traits(self.hidden_ND, self.lm_head_weight_VD, self.tile)
-        self.stores_exp = self._stores_exp()
+        # One target a row, nothing of the entropy, none of a bias of more digits; label smoothing only with hidden's
+        # gradient alone and without a softcap. fp16 holds too narrow a range; where the host reads raised pivots, an
+        # accelerator would be waited for. A call without gradients goes the same way, so that its log-probs have the
+        # same bits.
+        self.stores_exp = (
+            self.labels_NK.shape[1] == 1
+            and not (options.entropy or options.budget == 0 or self.operand == torch.float16)
+            and not (self.needs.bias and self.bias_V.dtype != self.operand)
+            and not (self.kernels.READS_PIVOTS and self.device.type != "cpu")
+            and (not options.label_smoothing or (self.needs == HIDDEN_ALONE and options.transform.softcap is None))
+        )
         self.cached = self.operand if self.stores_exp else self.tile
         plain = not (options.argmax or options.label_smoothing or self.left_NR is not None)
         self.ends_in_exp = plain and self.tile == torch.float32 and self.traits.ends_in_exp
         # Bytes of the label vectors that the label kernels gather at a time, and of a tile of logits.
         self.gathered = self.label_kernels.gathered_bytes(options.budget, self.d, self.wide, self.device)
-        self.copies, self.gradient_copies = self._copies()
-        temporary = self.kernels.temporary_bytes(self.n, self.v, self.tile)
-        self.cost = TileCost(self.tile.itemsize, self.copies, self.copies, temporary)
-
-    def _stores_exp(self) -> bool:
-        """Return whether exponentials make the gradients: one target a row, none of the entropy, none of a bias of more
-        digits; label smoothing only with hidden's alone, and without a softcap. A call without gradients takes the same
-        way, so that its log-probs have the same bits.
-        """
-        options = self.options
-        if self.labels_NK.shape[1] != 1 or options.entropy or options.budget == 0:
-            return False
-        if self.needs.bias and self.bias_V.dtype != self.operand:
-            return False
-        # fp16 holds too narrow a range. Where the host reads raised pivots, an accelerator would be waited for.
-        if self.operand == torch.float16 or (self.kernels.READS_PIVOTS and self.device.type != "cpu"):
-            return False
-        return not options.label_smoothing or (self.needs.hidden_alone and options.transform.softcap is None)
-
-    def _copies(self) -> tuple[int, int]:
-        """Bytes a row or column of upcast operands, and of factors in the tile's dtype; the same with a backward, which
-        makes partial results in 16 bit and factors in the operands' dtype.
-        """
-        tile, operand, partial = self.tile.itemsize, self.operand.itemsize, self.traits.partial_bytes
-        forward = self.d * (tile if self.traits.upcasts else 0)
-        backward = forward + self.d * partial
+        # Bytes a row or column of upcast operands, and of factors in the tile's dtype; the same with a backward, which
+        # makes partial results in 16 bit and factors in the operands' dtype.
+        tile, partial = self.tile.itemsize, self.traits.partial_bytes
+        self.copies = self.d * tile if self.traits.upcasts else 0
+        self.gradient_copies = self.copies + self.d * partial
         if self.left_NR is not None:
-            rank, casts = self.left_NR.shape[1], tile if self.factor != self.tile else 0
-            forward += rank * casts
-            backward += rank * (casts + partial + (operand if self.factor != self.operand else 0))
-        return forward, backward
-
-    @property
-    def tensors(self) -> Tensors:
-        """Tensors that may have a gradient, in the order in which autograd functions take them."""
-        return self.hidden_ND, self.lm_head_weight_VD, self.bias_V, self.left_NR, self.right_VR
+            rank, factor = self.left_NR.shape[1], self.left_NR.dtype
+            casts, narrowed = tile * (factor != self.tile), self.operand.itemsize * (factor != self.operand)
+            self.copies += rank * casts
+            self.gradient_copies += rank * (casts + partial + narrowed)
+        temporary = self.kernels.temporary_bytes(self.n, self.v, self.tile)
+        self.cost = TileCost(tile, self.copies, self.copies, temporary)
 
     def of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Hidden states and left factor of some rows."""
@@ -350,7 +333,7 @@ def model_head(
     hidden_ND, left_NR = of_rows
     bias = None if bias is None else bias.contiguous()  # row kernels read it by index
     transform = LogitTransform(float(options["logit_scale"]), options["softcap"], float(options["temperature"]))
-    tile = tile_dtype(dtype, options["precision"])
+    tile = dtype if options["precision"] == "fast" else torch.promote_types(dtype, torch.float32)
     backend, _ = choose_backend(device, tile)
     head_options = HeadOptions(transform, options["label_smoothing"], tile, budget, backend, **asked)
     return Head(hidden_ND, lm_head_weight, bias, labels_NK, head_options, needs, left_NR, right)

@@ -13,7 +13,7 @@ from var_kernels.kernels.rows import RowCoefficients
 from var_kernels.ops.checks import complete_options
 from var_kernels.ops.define import Forward, define_op
 from var_kernels.ops.engines import exp_pass, forward_pass, frozen_gradient, new_cached, vocabulary_pass
-from var_kernels.ops.head import Head, HeadCall, Tensors, prepare
+from var_kernels.ops.head import HIDDEN_ALONE, Head, HeadCall, Tensors, prepare
 from var_kernels.ops.plan import cached_columns
 from var_kernels.ops.signatures import LogprobKeywords, names_options
 
@@ -122,7 +122,7 @@ def apply_logprob(call: HeadCall) -> tuple[Tensor, Tensor | None, Tensor | None,
     """logp (n, K) with 0 for targets that do not count, lse, entropy, argmax (n,) or None, of the active rows."""
     head, in_place = call.head, not call.traced
     # Only hidden needs a gradient, of one target: one [N, D] product serves every upstream gradient.
-    frozen_head = head.needs.hidden_alone and head.stores_exp
+    frozen_head = head.needs == HIDDEN_ALONE and head.stores_exp
     cached = cached_columns(head, in_place=in_place) if any(head.needs) and not frozen_head else 0
     logp_NK, *others = _logprob(LogprobArguments(head, frozen_head, cached, in_place), call.traced)
     return logp_NK.where(call.active_NK, 0.0), *others

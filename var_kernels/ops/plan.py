@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from var_kernels.ops.head import MIB, Head, HeadPair, TileCost, cpu_tiles_bytes
+from var_kernels.kernels.rows import aligned
+from var_kernels.ops.head import HIDDEN_ALONE, MIB, Head, HeadPair, TileCost, cpu_tiles_bytes
 
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
@@ -273,7 +274,7 @@ def way_of_gradients(pair: HeadPair, engine: str, known: bool) -> str:
     one_pass = engine == "one_pass" or (engine == "auto" and not underflows(head.operand) and chunks_fit(pair))
     if one_pass and known:
         return "known"
-    if one_pass and head.needs.hidden_alone:
+    if one_pass and head.needs == HIDDEN_ALONE:
         return "frozen"
     return "stored" if stored_fits(pair) else "recomputed"
 
@@ -357,7 +358,7 @@ def _holds_pair_chunks(pair: HeadPair, budget: int) -> bool:
 
 def _stored_bytes(pair: HeadPair) -> int:
     """Bytes of the gradient in all logits, in the operands' dtype."""
-    return pair.n * ((pair.v + 31) // 32 * 32) * pair.head.operand.itemsize
+    return pair.n * aligned(pair.v) * pair.head.operand.itemsize
 
 
 def _pair_accumulator(pair: HeadPair) -> int:

@@ -34,36 +34,29 @@ def _tiles(pair: HeadPair, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return new_tile(pair.head, rows, columns), new_tile(pair.ref, rows, columns)
 
 
-def _logits(pair: HeadPair, storages, rows: slice, columns: slice, step: int) -> tuple[Tensor, Tensor]:
-    """Raw logits of the policy and of the reference, each in its tile's dtype, from GEMMs of ``step`` columns."""
-    (own, other), whole = storages, (rows, columns, step)
-    return compute_logits(pair.head, own, *whole), compute_logits(pair.ref, other, *whole)
-
-
 def _pair_rows(
     pair: HeadPair,
-    tiles: tuple[Tensor, Tensor],
+    storages: tuple[Tensor, Tensor],
     rows: slice,
-    v_start: int,
+    columns: slice,
+    step: int,
     state_6N: Tensor,
     upstream_N: Tensor | None = None,
     out_nv: Tensor | None = None,
     **stages: bool,
 ) -> Tensor | None:
-    """The pair kernels on one tile of each model; a gradient is in the operands' dtype, or in the tile's beside a bias
-    that learns.
+    """The pair kernels on one tile of each model, raw logits in its tile's dtype from GEMMs of ``step`` columns; a
+    gradient is in the operands' dtype, or in the tile's beside a bias that learns.
     """
-    z_nv, w_nv = tiles
-    v_stop = v_start + z_nv.shape[1]
-    biases = (head.bias_slice(v_start, v_stop) for head in (pair.head, pair.ref))
+    heads = pair.head, pair.ref
+    tiles = [compute_logits(head, storage, rows, columns, step) for head, storage in zip(heads, storages, strict=True)]
     # The columns' entries cancel, so they are summed before they are rounded.
     dtype = pair.head.tile if pair.head.needs.bias else pair.head.operand
     return pair.kernels.pair_rows(
-        z_nv,
-        w_nv,
+        *tiles,
         state_6N[:, rows],
         pair.options,
-        *biases,
+        *[head.bias_slice(columns.start, columns.stop) for head in heads],
         **stages,
         upstream_n=None if upstream_N is None else upstream_N[rows],
         out_dtype=dtype,
@@ -84,8 +77,8 @@ def divergence_pass(pair: HeadPair, merge: Callable[[Tensor, str], None] | None 
     for together in passes:
         for rows in spans(0, pair.n, plan.rows):
             for columns in spans(0, pair.v, width):
-                tiles = _logits(pair, storages, rows, columns, plan.columns)
-                _pair_rows(pair, tiles, rows, columns.start, state_6N, **dict.fromkeys(together, True))
+                of_stages = dict.fromkeys(together, True)
+                _pair_rows(pair, storages, rows, columns, plan.columns, state_6N, **of_stages)
         if merge is not None:
             merge(state_6N, *together)
     return state_6N
@@ -98,20 +91,19 @@ def gradient_chunk_pass(pair: HeadPair, upstream_N: Tensor) -> tuple[Tensor, Ten
     state_6N, gradients = pair.empty_state(), new_gradients(head, plan.rows)
     dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, pair.v))
     for rows in spans(0, pair.n, plan.rows):
-        tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
-        grad_nv = rounded(head, _whole_rows(pair, tiles, rows, state_6N, upstream_N), dbias_V)
+        grad_nv = rounded(head, _whole_rows(pair, storages, rows, step, state_6N, upstream_N), dbias_V)
         (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
         if dhidden_nd is not None:
             _product_in_slices(head, dhidden_nd, grad_nv, step)
         row_products(head, grad_nv, 0, None, dleft_nr, step, add=True)
         token_products(head, grad_nv, hidden_nd, dweight_VD, left_nr, dright_VR, step, add=rows.start > 0)
-        del grad_nv, tiles  # a copy in 16 bit would live on beside the next tile
+        del grad_nv  # a copy in 16 bit would live on beside the next tile
     return pair.divergence(state_6N), gradients.like(head.tensors)
 
 
-def _whole_rows(pair: HeadPair, tiles, rows, state_6N, upstream_N, out_nv=None) -> Tensor:
-    stages = {"stats": True, "mixture": pair.options.needs_whole_rows}
-    return _pair_rows(pair, tiles, rows, 0, state_6N, upstream_N, out_nv, **stages)
+def _whole_rows(pair: HeadPair, storages, rows, step, state_6N, upstream_N, out_nv=None) -> Tensor:
+    given = storages, rows, slice(0, pair.v), step, state_6N, upstream_N, out_nv
+    return _pair_rows(pair, *given, stats=True, mixture=pair.options.needs_whole_rows)
 
 
 def _product_in_slices(head: Head, out_nd: Tensor, grad_nv: Tensor, step: int) -> None:
@@ -132,8 +124,7 @@ def stored_gradient_pass(pair: HeadPair) -> tuple[Tensor, Tensor]:
     step, storages, state_6N, ones_N = plan.columns, _tiles(pair, plan.rows, pair.v), pair.empty_state(), pair.ones()
     stored_NV = new_cached(pair.head, pair.v, pair.head.operand)
     for rows in spans(0, pair.n, plan.rows):
-        tiles = _logits(pair, storages, rows, slice(0, pair.v), step)
-        _whole_rows(pair, tiles, rows, state_6N, ones_N, out_nv=stored_NV[rows, : pair.v])
+        _whole_rows(pair, storages, rows, step, state_6N, ones_N, out_nv=stored_NV[rows, : pair.v])
     return pair.divergence(state_6N), stored_NV
 
 
@@ -162,7 +153,6 @@ def recomputed_gradients(pair: HeadPair, state_6N: Tensor, upstream_N: Tensor) -
     storages = _tiles(pair, plan.rows, plan.columns)
 
     def tile_gradient(rows: slice, columns: slice) -> Tensor:
-        tiles = _logits(pair, storages, rows, columns, plan.columns)
-        return _pair_rows(pair, tiles, rows, columns.start, state_6N, upstream_N)
+        return _pair_rows(pair, storages, rows, columns, plan.columns, state_6N, upstream_N)
 
     return gradients_by_slices(pair.head, plan, tile_gradient)

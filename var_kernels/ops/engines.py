@@ -81,6 +81,9 @@ class Gradients:
 
 # ---- products and gradients of a tile --------------------------------------------------------------------------------
 
+# (rows, columns) -> the gradient in their raw logits.
+TileGradient = Callable[[slice, slice], Tensor]
+
 
 def compute_logits(head: Head, storage: Tensor, rows: slice, columns: slice, step: int | None = None) -> Tensor:
     """The raw logits of some rows and columns in a tile's memory, from GEMMs of ``step`` columns."""
@@ -176,26 +179,26 @@ def add_scaled_rows(head: Head, dbias_c: Tensor, tile_nc: Tensor, scale_n: Tenso
     dbias_c += sums_c2.sum(1)
 
 
-def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: Callable[[slice, slice], Tensor]) -> None:
+def add_slices(head: Head, gradients: Gradients, slices, tile_gradient: TileGradient, step=None, *, add=True) -> None:
     """Adds what tiles give, slice of the vocabulary by slice: a slice of dW is written once. slices: (columns, rows at
-    a time). tile_gradient(rows, columns): the gradient in the raw logits.
+    a time). add: to dhidden, which is written otherwise.
     """
     for columns, rows_at_once in slices:
         dweight_vd, dbias_v, dright_vr = gradients.of_columns(columns)
-        split = rows_at_once < head.n and dweight_vd is not None
+        split = rows_at_once < head.n and dweight_vd is not None and dweight_vd.dtype != head.wide
         sums_vd = torch.empty_like(dweight_vd, dtype=head.wide) if split else dweight_vd
         for rows in spans(0, head.n, rows_at_once):
             dlogits_nv = rounded(head, tile_gradient(rows, columns), dbias_v)
             hidden_nd, left_nr, dhidden_nd, dleft_nr = *head.of_rows(rows), *gradients.of_rows(rows)
-            row_products(head, dlogits_nv, columns.start, dhidden_nd, dleft_nr, add=True)
-            token_products(head, dlogits_nv, hidden_nd, sums_vd, left_nr, dright_vr, add=rows.start > 0)
+            row_products(head, dlogits_nv, columns.start, dhidden_nd, dleft_nr, step, add=add)
+            token_products(head, dlogits_nv, hidden_nd, sums_vd, left_nr, dright_vr, step, add=rows.start > 0)
             del dlogits_nv  # a copy in 16 bit would live on beside the next tile
         if split:
             dweight_vd.copy_(sums_vd)
         del sums_vd  # would live on beside the next slice's
 
 
-def gradients_by_slices(head: Head, plan: Plan, tile_gradient: Callable[[slice, slice], Tensor]) -> Gradients:
+def gradients_by_slices(head: Head, plan: Plan, tile_gradient: TileGradient) -> Gradients:
     """Gradients from those in the raw logits of every tile, see ``add_slices``."""
     gradients = new_gradients(head)
     if head.needs.hidden:
@@ -374,8 +377,6 @@ def _follow_pivots(before_n: Tensor, pivot_n: Tensor, *sums: Tensor | None) -> N
 def _end_row_sums(head: Head, dhidden_nd, dleft_nr, rows: slice, scales, sum_nd, c: int, constant=None) -> None:
     """Sums of rows become gradients: scaled, with the vector of a label among the c leading columns (if any)."""
     (scale_n, label_n), labels_n = scales, head.labels_NK[rows].squeeze(1)
-    if sum_nd is not None and sum_nd.dtype == dhidden_nd.dtype:
-        sum_nd = dhidden_nd
     for out_nx, sum_nx, matrix_VX, more in (
         (dhidden_nd, sum_nd, head.lm_head_weight_VD, constant),
         (dleft_nr, dleft_nr, head.right_VR, None),
@@ -414,17 +415,13 @@ def logit_pass(head: Head, coefficients_of: CoefficientsOf) -> tuple[RowStats, G
     stats, plan = _new_stats(head, False), one_pass_plan(head)
     gradients = new_gradients(head, plan.rows)
     storage = new_tile(head, plan.rows, head.v)
-    dweight_VD, dbias_V, dright_VR = gradients.of_columns(slice(0, head.v))
-    for rows in spans(0, head.n, plan.rows):
-        chunk = stats.rows(rows)
-        logits_nv = compute_logits(head, storage, rows, slice(0, head.v), plan.columns)
+
+    def tile_gradient(rows: slice, columns: slice) -> Tensor:
+        chunk, logits_nv = stats.rows(rows), compute_logits(head, storage, rows, columns, plan.columns)
         _row_stats(head, logits_nv, rows, chunk, 0)
-        coefficients = coefficients_of(rows, chunk)
-        dlogits_nv = rounded(head, row_grad(head, logits_nv, rows, chunk.norms_2N, coefficients, 0), dbias_V)
-        (hidden_nd, left_nr), (dhidden_nd, dleft_nr) = head.of_rows(rows), gradients.of_rows(rows)
-        row_products(head, dlogits_nv, 0, dhidden_nd, dleft_nr, plan.columns, add=False)
-        token_products(head, dlogits_nv, hidden_nd, dweight_VD, left_nr, dright_VR, plan.columns, add=rows.start > 0)
-        del dlogits_nv  # a copy in 16 bit would live on beside the next chunk's logits
+        return row_grad(head, logits_nv, rows, chunk.norms_2N, coefficients_of(rows, chunk), 0)
+
+    add_slices(head, gradients, [(slice(0, head.v), plan.rows)], tile_gradient, plan.columns, add=False)
     return stats, gradients
 
 

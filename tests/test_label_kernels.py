@@ -106,7 +106,8 @@ def check_scales(device, module=labels_triton, transform=PLAIN):
     scale, label = module.row_scales(labels, prob, entry, sumexp, logp, logit, V, transform)
     known = (labels >= 0) & (labels < V)
     p_less_1 = logp.double().expm1()
-    truth = (prob.double() + entry.double() + prob.double() * p_less_1) * transform.derivative(logit.double())
+    slope = transform.slope * (1.0 if transform.softcap is None else transform.cap_slope(logit.double()))
+    truth = (prob.double() + entry.double() + prob.double() * p_less_1) * slope
     bound = 2.0**-20 * ((prob.double() + entry.double()).abs() + (prob.double() * p_less_1).abs()) * transform.slope
     assert ((label.double() - truth).abs() <= bound)[known].all()
     assert not label[~known].any()
@@ -240,7 +241,7 @@ TORCH_MISTAKES = {
     "the label is left out of the sum": ("stats.others_N + own_n.where", "stats.others_N + 0 * own_n.where", "finish"),
     "an unknown label joins": ("own_n.where((labels_n >= 0) & (labels_n < v), 0.0)", "own_n", "finish"),
     "p - 1 rounded": ("logp_n.expm1()", "(logp_n.exp() - 1)", "scales"),
-    "no slope of the cap": ("transform.derivative(label_logit_n)", "transform.slope", "scales, softcap"),
+    "no slope of the cap": ("transform.cap_slope(label_logit_n).mul_(", "(", "scales, softcap"),
     "an unknown label has an entry": ("label_n.where((labels_n >= 0) & (labels_n < c), 0.0)\n", "label_n\n", "scales"),
     "a step of rows is lost": ("spans(0, n, max(", "spans(0, n - 1, max(", "combine"),
     "the sign of an entry is lost": ("label[2][rows]", "label[2][rows].abs()", "combine"),

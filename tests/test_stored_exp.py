@@ -220,8 +220,8 @@ MISTAKES = {
     ),
     "the label's slope is left out": (
         labels,
-        "label_n * transform.derivative(label_logit_n)",
-        "label_n",
+        "logp_n.expm1()) * slope",
+        "logp_n.expm1())",
         "slices, scale and temperature",
     ),
     "p_y is left out": (labels, "+ prob_n * logp_n.expm1()", "- prob_n", "slices, confident"),

@@ -79,7 +79,7 @@ def test_hidden_states_go_through_few_files():
     assert len(handing) <= 4
     assert ends <= ENDS
     assert len(before_kernels) <= 7
-    assert len(calls) <= 114
+    assert len(calls) <= 99
 
 
 def outside_of_kernels(run) -> list[str]:

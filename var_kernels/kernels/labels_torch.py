@@ -84,9 +84,9 @@ def row_scales(
     """Two parts of the gradient in the raw logits, (n,) each: its factor of the exponentials, and the label's entry, 0
     of a label that is none of the c leading ones.
     """
+    slope = transform.slope if transform.softcap is None else transform.cap_slope(label_logit_n).mul_(transform.slope)
     # p - 1 of a confident token is formed as such.
-    label_n = prob_n + entry_n + prob_n * logp_n.expm1()
-    label_n = label_n * transform.derivative(label_logit_n)
+    label_n = (prob_n + entry_n + prob_n * logp_n.expm1()) * slope
     return prob_n * transform.slope / sumexp_n, label_n.where((labels_n >= 0) & (labels_n < c), 0.0)
 
 

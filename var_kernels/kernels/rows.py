@@ -76,10 +76,6 @@ class LogitTransform:
         """The softcap's own derivative where the transform gives z."""
         return (z * self.inverse_cap).square_().neg_().add_(1.0)
 
-    def derivative(self, z: Tensor) -> Tensor | float:
-        """dz/dx where the transform gives z."""
-        return self.slope if self.softcap is None else self.cap_slope(z).mul_(self.slope)
-
 
 @dataclass
 class RowStats:

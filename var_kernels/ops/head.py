@@ -182,29 +182,23 @@ class HeadPair:
         return divergence_of(state_6N, self.options).to(self.math)
 
 
-def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor) -> int:
-    """Bytes of a budget. None: on an accelerator 1/32 of its memory, at least 128 MiB; on a CPU ``cpu_tiles_bytes``, or
-    for 16-bit operands what one pass takes over chunks of 512 rows (the fp32 sums of dW and the rows' exponentials), if
-    that is at most 1/32 of the memory that this process may use.
+def budget_bytes(workspace_mb: float | None, lm_head_weight: Tensor, *, sums: bool = True) -> int:
+    """Bytes of a budget. None: on an accelerator 1/32 of its memory, at least 128 MiB; on a CPU half of the head's
+    bytes, at least 64 MiB (with less, dW is added up from chunks so short that memory and not arithmetic sets the
+    time), or with ``sums`` for 16-bit operands what one pass takes over chunks of 512 rows (the fp32 sums of dW and the
+    rows' exponentials), if that is at most 1/32 of the memory that this process may use.
     """
     if workspace_mb is not None:
         return int(workspace_mb * MIB)
     device, (v, d) = lm_head_weight.device, lm_head_weight.shape
     if device.type == "cuda":
         return max(128, _cuda_memory(device.index or 0) // 32 // MIB) * MIB
-    tiles = cpu_tiles_bytes(lm_head_weight)
-    if lm_head_weight.itemsize != 2:  # dW is itself the sum
+    tiles = max(64, v * d * lm_head_weight.itemsize // 2 // MIB) * MIB
+    if not sums or lm_head_weight.itemsize != 2:  # dW is itself the sum
         return tiles
     rows = _CPU_CHUNK * (2 * v + 8 * d)  # with their sums and scaled hidden states
     one_pass = ((4 * v * d + rows) // MIB + 8) * MIB  # with a tile
     return max(tiles, one_pass) if one_pass <= _cpu_memory() // 32 else tiles
-
-
-def cpu_tiles_bytes(lm_head_weight: Tensor) -> int:
-    """Half of the head's bytes, at least 64 MiB: with less, dW is added up from chunks so short that memory and not
-    arithmetic sets the time.
-    """
-    return max(64, lm_head_weight.numel() * lm_head_weight.itemsize // 2 // MIB) * MIB
 
 
 @compile_time

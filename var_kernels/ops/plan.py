@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from var_kernels.kernels.rows import aligned
-from var_kernels.ops.head import HIDDEN_ALONE, MIB, Head, HeadPair, TileCost, cpu_tiles_bytes
+from var_kernels.ops.head import HIDDEN_ALONE, MIB, Head, HeadPair, TileCost, budget_bytes
 
 # Narrower slices or shorter chunks than these starve a GEMM.
 _MIN_COLUMNS = 1024
@@ -247,7 +247,7 @@ def with_default_budget(pair: HeadPair, known: bool) -> HeadPair:
     takes twice the bytes of one: on a CPU, where short chunks of sums cost time, so do its tiles.
     """
     if pair.device.type == "cpu":
-        pair = _with_budget(pair, cpu_tiles_bytes(pair.head.lm_head_weight_VD))
+        pair = _with_budget(pair, budget_bytes(None, pair.head.lm_head_weight_VD, sums=False))
     head, sums, stored = pair.head, _pair_accumulator(pair), _stored_bytes(pair)
     most = head.v * head.d * head.wide.itemsize if head.needs.lm_head_weight else 0
     less = _stores_logit_gradients(head) and stored <= (sums if known else most)

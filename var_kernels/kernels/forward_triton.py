@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .rows import LogitTransform, RowStats
-from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of, packed
+from .rows import LogitTransform, RowStats, packed
+from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of
 
 # Below every finite logit that a network makes, and finite, so that differences are never NaN.
 LOWEST = tl.constexpr(-1e38)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LogitTransform, RowStats
-from .rows_triton import LAUNCH_OPTIONS, _block, _cap_slope, _scalars, _transformed, on_device_of, packed
+from .rows import LogitTransform, RowStats, packed
+from .rows_triton import LAUNCH_OPTIONS, _block, _cap_slope, _scalars, _transformed, on_device_of
 
 # Elements of a row that a program holds at a time, and its warps.
 BLOCK_DEPTH = 1024

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .pairs import KINDS, PairOptions
-from .rows_native import _level, _ops, packed
+from .rows import packed
+from .rows_native import _level, _ops
 
 # A narrower gradient lies in the tile's own storage.
 COPIES_GRADIENT = False

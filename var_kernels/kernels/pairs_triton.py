@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pairs import KINDS, NEGLIGIBLE, PairOptions
+from .rows import packed
 from .rows_triton import (
     _TRITON_DTYPE,
     LAUNCH_OPTIONS,
@@ -15,7 +16,6 @@ from .rows_triton import (
     _scalars,
     _transformed,
     on_device_of,
-    packed,
 )
 
 # A narrower gradient lies in the tile's own storage.

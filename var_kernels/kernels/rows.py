@@ -31,6 +31,10 @@ def aligned(columns: int) -> int:
     return -(-columns // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
+def packed(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def spans(start: int, stop: int, step: int) -> list[slice]:
     """Consecutive pieces of a range."""
     return [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .rows import LogitTransform, RowCoefficients, RowStats
+from .rows import LogitTransform, RowCoefficients, RowStats, packed
 
 # Dtypes of a tile. fp64 is left to plain torch.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,10 +57,6 @@ def best_level() -> int:
 
 def _level() -> int:
     return best_level() if LEVEL is None else LEVEL
-
-
-def packed(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def temporary_bytes(n: int, columns: int, tile: torch.dtype) -> int:

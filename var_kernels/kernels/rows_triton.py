@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LARGEST_SUM, ROW_ELEMENTS, LogitTransform, RowCoefficients, RowStats, aligned
+from .rows import LARGEST_SUM, ROW_ELEMENTS, LogitTransform, RowCoefficients, RowStats, aligned, packed
 
 # Dtypes of a tile. fp64 is not among them: Triton's scalar arguments are fp32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -326,10 +326,6 @@ def _scalars(transform: LogitTransform) -> dict[str, float | None]:
 
 def _cap_slope(transform: LogitTransform) -> float | None:
     return transform.inverse_cap or None
-
-
-def packed(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def on_device_of(t: Tensor):

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import LAUNCH_OPTIONS, on_device_of, packed
+from .rows import packed
+from .rows_triton import LAUNCH_OPTIONS, on_device_of
 
 MAX_SEQUENCES = 4096
 # From tokens to tokens in the same launch.

@@ -97,6 +97,7 @@ CASES = [
     Case("label smoothing 1", options={"label_smoothing": 1.0}, bias=True),
     Case("several targets", targets=5, tight=True),
     Case("several targets, smoothing", targets=3, options={"label_smoothing": 0.2}, outputs=("lse",)),
+    Case("several targets, smoothing 1", targets=3, options={"label_smoothing": 1.0}),
     Case("every logit far below 0", bias=True, offset=-1e4),
     Case("logits of 1e4", logits=1e4),
     Case("frozen head", frozen=("weight", "bias"), bias=True),

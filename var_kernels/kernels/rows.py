@@ -183,7 +183,9 @@ class RowStats:
         if label_smoothing:
             mean_logp = (self.logit_sum_N / vocabulary - self.max_N).unsqueeze(1) - log_sum
             # No difference of the two: both are -inf at a label that is forbidden.
-            logp = mean_logp if label_smoothing == 1 else (1 - label_smoothing) * logp + label_smoothing * mean_logp
+            if label_smoothing == 1:
+                return mean_logp.expand_as(logp).contiguous()
+            logp = (1 - label_smoothing) * logp + label_smoothing * mean_logp
         return logp
 
     @property

@@ -243,6 +243,7 @@ ZERO = torch.zeros(3)
 REFUSED = {
     "clip_range": (ValueError, r"clip_range must be in \[0, 1\], got 1.5", lambda: alol_loss(*[ZERO] * 4, clip_range=1.5)),
     "min_prob": (ValueError, r"min_prob must be in \[0, 1\]", lambda: rgold_loss(ZERO, ZERO, min_prob=-0.1)),
+    "text": (TypeError, "clip_range must be a Python number, got str", lambda: alol_loss(*[ZERO] * 4, clip_range="0.5")),
     "beta": (ValueError, "beta must be finite and >= 0, got -1", lambda: alol_kl_loss(*[ZERO] * 4, beta=-1.0)),
     "per token": (ValueError, r"policy_logp must be \(B,\).*sequence_sum", lambda: rlol_loss(*[torch.zeros(3, 4)] * 3)),
     "value short": (ValueError, r"value must be \(3,\) like policy_logp", lambda: alol_loss(ZERO, ZERO, ZERO, ZERO[:2])),

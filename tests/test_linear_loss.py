@@ -181,6 +181,10 @@ def call(name="ipo", labels=None, inputs=None, item_weight=None, **options):
         ({"item_weight": torch.ones(B, 1)}, r"item_weight must be \(4,\), one per pair of 'ipo', got \(8, 1\)"),
         ({"labels": torch.zeros(B * T, dtype=torch.int64)}, r"labels must be padded \(B, T\)"),
         ({"tau": -1.0}, "tau must be"),
+        ({"labels": [1, 2]}, "labels must be a torch.Tensor, got list"),
+        ({"item_weight": [1.0] * 4}, "item_weight must be a torch.Tensor, got list"),
+        ({"head_options": ["softcap"]}, "head_options must be a mapping from names to values, got list"),
+        ({"label_generator": torch.Generator()}, "label_generator must be None for 'ipo', whose labels are the data's"),
     ],
 )
 def test_bad_input(change, message):

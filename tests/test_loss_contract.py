@@ -76,7 +76,7 @@ def inputs_of(loss, seed=0, spread=3.0, dtype=torch.float64) -> dict[str, torch.
     for name in loss.tensors:
         if name == "group_ids":
             tensors[name] = GROUP_IDS
-        elif name == "desirable":
+        elif name in ("desirable", "counted"):
             tensors[name] = torch.tensor([True, False, True, True, False, False])
         elif name.endswith("lengths"):
             tensors[name] = torch.randint(1, 9, (ROWS,), generator=generator)
@@ -236,6 +236,8 @@ def test_every_tensor_and_option_is_checked(case):
     used = {key: value for key, value in tensors.items() if not (unused and key.endswith("lengths"))}
     for key, value in used.items():
         mistakes = [([0.0] * ROWS, TypeError), (value.cfloat(), TypeError)]
+        if key not in loss.optional_tensors:
+            mistakes.append((None, (TypeError, ValueError)))
         if len(used) > 1:  # else any number of rows is right
             mistakes.append((value[:2], ValueError))
         for wrong, error in mistakes:

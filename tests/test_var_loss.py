@@ -233,6 +233,15 @@ def test_lists_in_place_of_tensors_are_refused_by_name():
         sequence_sum(torch.zeros(6), cu_seqlens=[0, 2, 6])
     with pytest.raises(TypeError, match=r"ref_logp must be a floating-point tensor .*, got list"):
         var_loss(batch.hidden, batch.lm_head_weight, batch.labels, batch.rewards, batch.ref_logp.tolist(), **SETTINGS)
+    rows = (batch.hidden, batch.lm_head_weight, batch.labels)
+    with pytest.raises(TypeError, match=r"labels must be a torch.Tensor, got list"):
+        var_loss(*rows[:2], batch.labels.tolist(), batch.rewards, lam=1.0)
+    with pytest.raises(TypeError, match=r"lengths must be a torch.Tensor, got list"):
+        var_loss(*rows, batch.rewards, lam=1.0, lengths=[2] * len(batch.rewards))
+    with pytest.raises(TypeError, match=r"sample_weight must be a torch.Tensor, got list"):
+        weighted_sequence_nll(*rows, batch.rewards.tolist())
+    with pytest.raises(TypeError, match=r"labels must be a torch.Tensor, got list"):
+        sequence_lengths([[1, 2]])
 
 
 def test_sequence_sum_keeps_its_digits():

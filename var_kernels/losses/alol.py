@@ -9,6 +9,7 @@ from var_kernels.losses.checks import (
     check_range,
     check_rows,
     check_sequences,
+    check_share,
     check_tokens,
     times,
     wide,
@@ -184,7 +185,7 @@ def rlol_loss(
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_sequences(policy_logp, ref_logp=ref_logp, reward=reward)
+    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     return times(-_squashed(reward, squash) * _clipped_ratio(policy_logp, ref_logp, clip_range), wide(policy_logp))
 
 
@@ -207,8 +208,7 @@ def rgold_loss(token_logp: Tensor, advantage: Tensor, *, min_prob: float = 0.1) 
 
     GOLD is arXiv 2009.07839.
     """
-    if not 0 <= min_prob <= 1:
-        raise ValueError(f"min_prob must be in [0, 1], got {min_prob}; it bounds a probability from below")
+    check_share("min_prob", min_prob, "it bounds a probability from below")
     check_tokens(token_logp=token_logp, advantage=advantage)
     logp = wide(token_logp)
     return times(-wide(advantage.detach()) * logp.detach().exp().clamp(min=min_prob), logp)
@@ -227,7 +227,7 @@ def weighted_bc_loss(policy_logp: Tensor, reward: Tensor, *, squash: bool = True
     Returns:
         (B,) nats times reward units, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_sequences(policy_logp, reward=reward)
+    check_sequences(policy_logp=policy_logp, reward=reward)
     return times(-_squashed(reward, squash), wide(policy_logp))
 
 
@@ -238,8 +238,7 @@ def _squashed(reward: Tensor, squash: bool) -> Tensor:
 
 def _clipped_ratio(policy_logp: Tensor, ref_logp: Tensor, clip_range: float) -> Tensor:
     """exp(policy - ref) in [1 - e, 1 + e], detached; clipped before the exponential, which cannot overflow then."""
-    if not 0 <= clip_range <= 1:
-        raise ValueError(f"clip_range must be in [0, 1], got {clip_range}; the ratio is kept in 1 - e ... 1 + e")
+    check_share("clip_range", clip_range, "the ratio is kept in 1 - e ... 1 + e")
     low = math.log(1 - clip_range) if clip_range < 1 else -math.inf
     log_ratio = wide(policy_logp.detach()) - wide(ref_logp.detach())
     return log_ratio.clamp(low, math.log(1 + clip_range)).exp()

@@ -7,6 +7,7 @@ from torch import Tensor
 from var_kernels.losses.checks import check_range
 from var_kernels.losses.token import dft_loss, token_objective
 from var_kernels.ops import linear_token_kl, linear_token_loss
+from var_kernels.ops.checks import check_are_tensors
 
 _OF_THE_REFERENCE = ("ref_logit_scale", "ref_softcap", "ref_temperature", "ref_low_rank")
 
@@ -47,6 +48,7 @@ def linear_asft_loss(
     Source: ASFT, arXiv 2509.23753; direction, coefficient and mean over the tokens as in the authors' code.
     """
     check_range("kl_coef", kl_coef, closed=True, remedy="it weighs the distance from the reference")
+    check_are_tensors(hidden=hidden, labels=labels, **({} if token_weight is None else {"token_weight": token_weight}))
     weight = hidden.new_ones(labels.shape) if token_weight is None else token_weight.detach()
     of_policy = {name: value for name, value in options.items() if name not in _OF_THE_REFERENCE}
     sft = linear_token_loss(hidden, lm_head_weight, labels, token_objective(dft_loss), (weight,), bias, **of_policy)

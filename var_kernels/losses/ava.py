@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_range, check_rows, times, wide
+from var_kernels.losses.checks import check_choice, check_range, check_rows, check_share, times, wide
 from var_kernels.losses.registry import register
 
 REGULARISED = ("both", "chosen", "rejected")
@@ -223,8 +223,7 @@ def _masked(mask: Tensor, *values: Tensor) -> list[Tensor]:
 def _check_options(*, gamma: float, **weights: float) -> None:
     for name, value in weights.items():
         check_range(name, value, closed=True, remedy="it weighs a term of the objective")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}; it discounts the next position's Q")
+    check_share("gamma", gamma, "it discounts the next position's Q")
 
 
 def _check(prefix: str, **tensors: Tensor) -> None:

@@ -39,10 +39,10 @@ def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
         check_like(name, tensors[name], first, tensors[first])
 
 
-def check_sequences(policy_logp: Tensor | None = None, **constants: Tensor) -> None:
-    """(B,) of one shape and device; the constants are also finite (read on the CPU only)."""
-    check_rows("sequence", **(constants if policy_logp is None else {"policy_logp": policy_logp, **constants}))
-    check_constants(**constants)
+def check_sequences(**tensors: Tensor) -> None:
+    """(B,) of one shape and device; but for policy_logp they are constants, finite (read on the CPU only)."""
+    check_rows("sequence", **tensors)
+    check_constants(**{name: values for name, values in tensors.items() if name != "policy_logp"})
 
 
 def check_tokens(**tensors: Tensor) -> None:
@@ -71,6 +71,15 @@ def check_integers(like: str, values: Tensor, **tensors: Tensor) -> None:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"{name} must be an integer tensor {tuple(values.shape)}, got {got}; use .long()")
         check_like(name, ids, like, values)
+
+
+def check_flags(like: str, values: Tensor, **tensors: Tensor) -> None:
+    """Bool vectors beside ``values``, the argument named ``like``."""
+    for name, flags in tensors.items():
+        if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
+            got = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
+            raise TypeError(f"{name} must be a bool tensor {tuple(values.shape)}, got {got}; use .bool(), or value > 0")
+        check_like(name, flags, like, values)
 
 
 def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str, *, name: str, like: str) -> Tensor:
@@ -102,8 +111,7 @@ def check_range(
     remedy: str = "see the formula for its meaning",
 ) -> None:
     """low < value < high, finite; ``closed`` admits low itself."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}; pass {name}=float(...)")
+    _check_python_number(name, value)
     if math.isfinite(value) and value < high and (value > low or (closed and value == low)):
         return
     if high < math.inf:
@@ -111,6 +119,18 @@ def check_range(
     else:
         wanted = f"finite and {'>=' if closed else '>'} {low:g}"
     raise ValueError(f"{name} must be {wanted}, got {value}; {remedy}")
+
+
+def check_share(name: str, value: float, remedy: str) -> None:
+    """0 <= value <= 1."""
+    _check_python_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}; {remedy}")
+
+
+def _check_python_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}; pass {name}=float(...)")
 
 
 def check_like(name: str, values: Tensor, like: str, first: Tensor, remedy: str = "one entry for each row") -> None:

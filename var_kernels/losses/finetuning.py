@@ -38,7 +38,7 @@ def iw_sft_loss(
     """
     check_range("temperature", temperature, closed=True, remedy="0 is SFT")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
-    check_sequences(policy_logp, ref_logp=ref_logp)
+    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp)
     change_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
     mean_B = per_token(change_B, lengths, "mean", name="lengths", like="policy_logp")
     weight_B = importance_ratio(times(temperature, mean_B), mean_B.new_zeros(())).clamp(max=max_weight)

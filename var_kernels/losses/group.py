@@ -171,7 +171,7 @@ def scaled_log_ratio(
 
 
 def check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Groups:
-    check_sequences(policy_logp, reward=reward)
+    check_sequences(policy_logp=policy_logp, reward=reward)
     check_integers("policy_logp", policy_logp, group_ids=group_ids)
     return group_rows(group_ids)
 

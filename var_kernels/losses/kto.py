@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_like, check_range, check_rows, check_sequences, wide
+from var_kernels.losses.checks import check_constants, check_flags, check_range, check_rows, check_sequences, wide
 from var_kernels.losses.registry import register
 
 
@@ -53,8 +53,8 @@ def kto_loss(
     check_range("beta", beta, remedy="negate `desirable` to reverse the preference")
     check_range("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")
     check_range("undesirable_weight", undesirable_weight, closed=True, remedy="negate `desirable` instead")
-    check_sequences(policy_logp, ref_logp=ref_logp)
-    _check_desirable(desirable, policy_logp)
+    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp)
+    check_flags("policy_logp", policy_logp, desirable=desirable)
     if kl_baseline is None:
         kl_baseline = kto_baseline(policy_logp, ref_logp)
     else:
@@ -78,13 +78,6 @@ def kto_baseline(policy_logp: Tensor, ref_logp: Tensor) -> Tensor:
     check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
     ratio_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
     return (ratio_B.sum() / max(ratio_B.numel(), 1)).clamp(min=0)
-
-
-def _check_desirable(desirable: Tensor, policy_logp: Tensor) -> None:
-    if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
-        got = desirable.dtype if isinstance(desirable, Tensor) else type(desirable).__name__
-        raise TypeError(f"desirable must be a bool tensor (B,), got {got}; use reward > threshold, or .bool()")
-    check_like("desirable", desirable, "policy_logp", policy_logp, "one flag per sequence")
 
 
 def _check_baseline(kl_baseline: Tensor) -> None:

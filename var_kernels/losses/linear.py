@@ -14,6 +14,7 @@ from var_kernels.losses.sail import draw_preference
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
 from var_kernels.losses.var import HEAD_OPTIONS
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
+from var_kernels.ops.checks import check_are_tensors
 from var_kernels.ops.signatures import Engine
 
 _FROM_THE_HEAD = ("token_logp", "entropy")
@@ -138,6 +139,15 @@ def linear_loss(
     if not isinstance(inputs, Mapping | None):
         got = type(inputs).__name__
         raise TypeError(f"inputs must be a mapping from names to tensors, got {got}; {{'reward': reward_B}}")
+    if not isinstance(head_options, Mapping | None):
+        got = type(head_options).__name__
+        raise TypeError(f"head_options must be a mapping from names to values, got {got}; {{'softcap': 30.0}}")
+    if label_generator is not None and not loss.policy_labels:
+        raise ValueError(
+            f"label_generator must be None for {name!r}, whose labels are the data's, got a generator; only losses "
+            "registered with policy_labels, such as 'sail_pp', draw theirs"
+        )
+    check_are_tensors(hidden=hidden, labels=labels, **({} if item_weight is None else {"item_weight": item_weight}))
     rows = _Rows(loss, dict(inputs or {}), item_weight, labels, cu_seqlens, ignore_index)
     head: dict[str, Any] = {"ignore_index": ignore_index, **(head_options or {})}
     asked: dict[str, Any] = {"return_logp": return_logp, "return_argmax": return_argmax}

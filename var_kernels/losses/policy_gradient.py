@@ -123,7 +123,7 @@ def gspo_loss(
 
     TRL's ``importance_sampling_level="sequence"``.
     """
-    check_sequences(policy_logp, old_logp=old_logp, advantage=advantage)
+    check_sequences(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
     means = [per_token(wide(s), lengths, "mean", name="lengths", like="policy_logp") for s in (policy_logp, old_logp)]
     return clipped_surrogate(importance_ratio(*means), wide(advantage.detach()), clip_low, clip_high)
 
@@ -153,7 +153,7 @@ def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     Returns:
         (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_sequences(policy_logp, advantage=advantage)
+    check_sequences(policy_logp=policy_logp, advantage=advantage)
     return times(-wide(advantage.detach()), wide(policy_logp))
 
 
@@ -193,7 +193,7 @@ def vespo_loss(
     """
     for name, value in (("k_pos", k_pos), ("lam_pos", lam_pos), ("k_neg", k_neg), ("lam_neg", lam_neg)):
         check_range(name, value, remedy="the defaults are the authors'")
-    check_sequences(policy_logp, old_logp=old_logp, advantage=advantage)
+    check_sequences(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
     advantage_B = wide(advantage.detach())
     k_B, lam_B = (torch.where(advantage_B >= 0, *pair) for pair in ((k_pos, k_neg), (lam_pos, lam_neg)))
     log_w_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=20.0)  # phi is 0 long before
@@ -224,7 +224,7 @@ def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tenso
 
     The ratio is that of the whole sequence, as in the paper.
     """
-    check_sequences(policy_logp, old_logp=old_logp, advantage=advantage)
+    check_sequences(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
     advantage_B = wide(advantage.detach())
     ratio_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=0.0).exp()
     return times(-torch.where(advantage_B >= 0, 1.0, ratio_B) * advantage_B, wide(policy_logp))

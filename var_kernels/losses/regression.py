@@ -95,7 +95,7 @@ def qrpo_loss(
         (B,) per sequence, in squared units of T(q), fp32 (fp64 for fp64 inputs).
     """
     check_range("beta", beta, remedy="negate the rewards to minimise them")
-    check_sequences(policy_logp, ref_logp=ref_logp, reward=reward)
+    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
     if log_z is None:
         log_z = math.log(beta) + 1 / beta + math.log(-math.expm1(-1 / beta))  # exp(1 / beta) overflows below 0.0015
     check_range("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
@@ -249,7 +249,7 @@ def _check_dro(
     policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, name: str, temperature: float
 ) -> None:
     check_range(name, temperature, remedy="negate the rewards to minimise them")
-    check_sequences(policy_logp, ref_logp=ref_logp, reward=reward, value=value)
+    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
 
 
 def _dro_residual(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> Tensor:

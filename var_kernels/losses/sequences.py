@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_kernels.ops.checks import check_are_tensors, values_readable
+
 
 def sequence_sum(
     token_values: Tensor,
@@ -40,6 +42,7 @@ def sequence_sum(
         ValueError: shapes that do not belong together; on the CPU also a ``cu_seqlens`` that does not run from 0 to N
             (CUDA values are not read, which would stall the device).
     """
+    check_are_tensors(token_values=token_values, **({} if labels is None else {"labels": labels}))
     if cu_seqlens is None and token_values.dim() != 2:
         raise ValueError(
             f"token_values must be padded (B, T), got {tuple(token_values.shape)}; for packed rows pass cu_seqlens"
@@ -89,6 +92,7 @@ def sequence_lengths(
 
     process_group: as in ``sequence_sum``.
     """
+    check_are_tensors(labels=labels)
     kept = (labels != ignore_index).to(torch.float64)
     return sequence_sum(kept, cu_seqlens=cu_seqlens, process_group=process_group).long()
 
@@ -111,7 +115,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
             f"cu_seqlens must be (B + 1,) int32 or int64, got shape {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "
             "build it as torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
         )
-    if cu_seqlens.device.type != "cpu":
+    if not values_readable(cu_seqlens):
         return
     starts = cu_seqlens.tolist()
     if starts[0] != 0 or starts[-1] != num_rows or any(b < a for a, b in pairwise(starts)):

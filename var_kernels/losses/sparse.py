@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.losses.checks import check_choice
+from var_kernels.ops.checks import check_are_tensors
 
 TAILS = ("bucket", "drop")
 SPARSE_DIRECTIONS = ("forward", "reverse")
@@ -40,6 +41,7 @@ def sparse_token_kl(
     """
     check_choice("direction", direction, SPARSE_DIRECTIONS)
     check_choice("tail", tail, TAILS)
+    check_are_tensors(logp=logp, teacher_logp=teacher_logp)
     if logp.shape != teacher_logp.shape or not logp.dim():
         raise ValueError(
             f"teacher_logp must have the shape of logp, {tuple(logp.shape)}, got {tuple(teacher_logp.shape)}; score "

@@ -55,7 +55,7 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     """
     check_range("beta", beta, remedy="negate the advantage to minimise the reward")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
-    check_sequences(policy_logp, advantage=advantage)
+    check_sequences(policy_logp=policy_logp, advantage=advantage)
     log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
     return times(-log_weight_B.exp(), wide(policy_logp))
 
@@ -84,5 +84,5 @@ def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
 
     Which estimator of Z the paper runs is open (docs/var.md).
     """
-    check_sequences(policy_logp, sample_weight=sample_weight)
+    check_sequences(policy_logp=policy_logp, sample_weight=sample_weight)
     return times(-wide(sample_weight.detach()), wide(policy_logp))

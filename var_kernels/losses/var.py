@@ -19,6 +19,7 @@ from var_kernels.losses.weights import (
     var_weights,
 )
 from var_kernels.ops import linear_weighted_nll
+from var_kernels.ops.checks import check_are_tensors
 from var_kernels.ops.signatures import VARHeadKeywords
 
 # what linear_weighted_nll takes from here as it is
@@ -115,6 +116,7 @@ def weighted_sequence_nll(
     """
     _check_loss_options(token_reduction, head_options)
     num_sequences = _check_layout(hidden, labels, cu_seqlens)
+    check_are_tensors(sample_weight=sample_weight)
     if sample_weight.shape != (num_sequences,):
         raise ValueError(
             f"sample_weight must be ({num_sequences},), one per sequence, got {tuple(sample_weight.shape)}; "
@@ -259,6 +261,8 @@ def var_loss(
             f"rewards must be ({num_sequences},), one per sequence of labels {tuple(labels.shape)}, got {got}; "
             "flatten prompts x completions and say which is whose with group_ids"
         )
+    if lengths is not None:
+        check_are_tensors(lengths=lengths)
     estimator: dict[str, Any] = {"lam": lam, "normalizer": normalizer, "reference": reference, "group_ids": group_ids}
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
     by_kernel = None
@@ -381,6 +385,7 @@ def _check_loss_options(token_reduction: str, head_options: VARHeadKeywords) -> 
 
 def _check_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
     """Refuse shapes that do not belong together; returns the number of sequences B."""
+    check_are_tensors(hidden=hidden, labels=labels)
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must be {tuple(hidden.shape[:-1])}, one label per row of hidden {tuple(hidden.shape)}, got "

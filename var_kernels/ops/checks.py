@@ -48,9 +48,8 @@ def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> 
     given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels, "bias": bias}
     optional = ("bias", "labels") if prefix else ("bias",)
     given = {f"{prefix}{name}": t for name, t in given.items() if t is not None or name not in optional}
+    check_are_tensors(**given)
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if type(value) is not Tensor:
             check_whole(name, value)
     if hidden.dtype not in DTYPES:
@@ -78,6 +77,12 @@ def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> 
 
 def misplaced(name: str, value: Tensor, like: str, other: Tensor) -> ValueError:
     return ValueError(f"{name} must be on {other.device} like {like}, got {value.device}; move it there")
+
+
+def check_are_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_values(labels: Tensor, token_weight: Tensor | None, ignore_index: int, v: int) -> None:
@@ -232,7 +237,13 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor) -> None:
 
 def check_num_items(num_items, active_NK: Tensor) -> None:
     """Positive; 0 items are none of which a row could be one."""
-    if num_items is None or (isinstance(num_items, Tensor) and not values_readable(num_items)):
+    if num_items is None:
+        return
+    if not isinstance(num_items, Tensor):
+        check_number("num_items", num_items)
+    elif num_items.numel() != 1:
+        raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}; sum the counts")
+    elif not values_readable(num_items):
         return
     if 0 < num_items < math.inf or (num_items == 0 and values_readable(active_NK) and not active_NK.any()):
         return

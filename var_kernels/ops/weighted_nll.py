@@ -99,6 +99,7 @@ def linear_weighted_nll(
     """
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_choice("engine", engine, ENGINES)
+    checks.check_number("z_loss", z_loss)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items divides reduction='mean' only, got reduction={reduction!r}; drop one of them")
     if engine == "one_pass" and reduction == "none":

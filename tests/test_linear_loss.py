@@ -281,6 +281,16 @@ def test_an_item_of_weight_zero_has_no_part_whatever_its_log_prob(name):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_under_inference_mode(name):
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    trained = linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+    with torch.inference_mode():
+        hidden, weight, labels, inputs, item_weight, options = problem(name)
+        loss = linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+    torch.testing.assert_close(loss, trained)
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_a_call_parses_no_signature(name, monkeypatch):
     """They are parsed as a loss is registered."""
@@ -289,9 +299,8 @@ def test_a_call_parses_no_signature(name, monkeypatch):
     linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo", "kto"])
+@pytest.mark.parametrize("name", ["alol_kl", "raft", "dpo", "grpo", "kto"])
 def test_compiled_in_one_graph(name):
-    """But for class A, whose weights autograd finds on the way."""
     hidden, weight, labels, inputs, item_weight, options = problem(name)
     torch._dynamo.reset()
     compiled = torch.compile(linear_loss, fullgraph=True, backend="aot_eager")

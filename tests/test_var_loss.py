@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from var_kernels import VARLoss, linear_logprob, var_loss, var_weights
 from var_kernels.losses import sequence_lengths, sequence_sum, weighted_sequence_nll
@@ -300,6 +301,56 @@ def test_module_equals_function():
     assert "lam=0.4, normalizer='group', reference='mean'" in repr(module)
     assert not list(module.parameters())
     assert not module.state_dict()
+
+
+LAYOUTS = {
+    "batch": {},
+    "one sequence": {"rows": 1},
+    "groups": {"normalizer": "group", "reference": None, "ref_logp": None, "grouped": True},
+    "means": {"reference": "mean", "token_reduction": "mean"},
+    "packed": {"packed": True},
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def of_layout(request):
+    """(hidden, weight) -> loss, and that hidden."""
+    options = {**SETTINGS, **LAYOUTS[request.param]}
+    batch, rows = Batch(), options.pop("rows", B)
+    labels, rewards = batch.labels[:rows], batch.rewards[:rows]
+    ref_logp = options.pop("ref_logp", batch.ref_logp[:rows])
+    if options.pop("grouped", False):
+        options["group_ids"] = batch.group_ids[:rows]
+    hidden = batch.hidden.detach()[:rows].requires_grad_()
+    packed = options.pop("packed", False)
+    if packed:
+        labels, options["cu_seqlens"] = labels.flatten(), torch.arange(rows + 1) * T
+
+    def loss(hidden, weight):
+        return var_loss(hidden.flatten(0, 1) if packed else hidden, weight, labels, rewards, ref_logp, **options)
+
+    return loss, hidden, batch.lm_head_weight
+
+
+@pytest.mark.filterwarnings("ignore::var_kernels.losses.IgnoredRewardsWarning")
+def test_compiled_in_one_graph(of_layout):
+    loss, *leaves = of_layout
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    pairs = zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss)), strict=True)
+    for got, eager in pairs:
+        torch.testing.assert_close(got, eager)
+
+
+def test_shapes_without_values():
+    with FakeTensorMode():
+        batch = Batch()
+        batch.loss().backward()
+        assert batch.lm_head_weight.grad.shape == (V, D)
+        cu_seqlens = torch.arange(B + 1) * T
+        packed = (batch.hidden.flatten(0, 1), batch.lm_head_weight, batch.labels.flatten(), batch.rewards)
+        assert var_loss(*packed, lam=1.0, cu_seqlens=cu_seqlens).shape == ()
 
 
 def test_all_ignored_batch_gives_a_differentiable_zero():

@@ -221,13 +221,16 @@ class _Rows:
 
     def token_weight(self, options: dict[str, Any], operand: torch.dtype) -> tuple[Tensor, Tensor]:
         """Class A is linear in the log-probs: minus its slope over the tokens, and its value at 0."""
-        with torch.enable_grad():
-            given = [operand, *(t.dtype for t in (*self.inputs.values(), self.item_weight) if t is not None)]
-            wide = torch.float64 if torch.float64 in given else torch.float32
-            zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device, requires_grad=True)
-            total = self._weighted(self.loss.function(**self._arguments({"policy_logp": zero_B}), **options))
-            (slope_B,) = torch.autograd.grad(total, zero_B)
-        return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), total.detach()
+        given = [operand, *(t.dtype for t in (*self.inputs.values(), self.item_weight) if t is not None)]
+        wide = torch.float64 if torch.float64 in given else torch.float32
+
+        def total(policy_logp: Tensor) -> Tensor:
+            return self._weighted(self.loss.function(**self._arguments({"policy_logp": policy_logp}), **options))
+
+        # Unlike autograd.grad it works under inference_mode, and in a compiled graph.
+        zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device)
+        slope_B, at_zero = torch.func.grad_and_value(total)(zero_B)
+        return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), at_zero
 
     def token_objective(self, options: dict[str, Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """Class B: the function of a chunk's tokens, and what it reads per token."""

@@ -93,8 +93,9 @@ def var_weights(
 
     Raises:
         TypeError, ValueError: a combination that lacks an argument, shapes, dtypes, devices; NaN or infinity in CPU
-            tensors. Values on CUDA are not read (that would stall the device): NaN there comes out as NaN weights. With
-            a process group every rank raises on bad values; one host sync is needed to learn the local batch sizes.
+            tensors. Values on CUDA, and in a compiled graph, are not read (that would stall the device, or break the
+            graph): NaN there comes out as NaN weights. With a process group every rank raises on bad values; one host
+            sync is needed to learn the local batch sizes.
 
     Warns:
         CollapsedWeightsWarning: see ``warn_if_collapsed``.
@@ -126,7 +127,7 @@ def var_weights(
         options = {"lam": lam, "mean": mean, "reference": term, "dtype": dtype}
         weight_B, log_z, ess, _ = kernels.var_weights(rewards, ref_logp, lengths=lengths, **options)
         weight_G, num_kept = weight_B, len(weight_B)
-        if weight_B.device.type == "cpu" and lengths is not None:
+        if values_readable(weight_B) and lengths is not None:
             num_kept = (lengths > 0).sum()
     elif normalizer == "cross":
         weight_B, log_z, num_kept = _cross_weights(rewards, ref_logp, lam, term, lengths, process_group)
@@ -147,13 +148,13 @@ def var_weights(
         weight_B, log_z = weight_G[own], log_z[own] if grouped else log_z
         kept_G = score_G > -torch.inf
         num_kept = kept_G.sum()
-        if ids_G is not None and kept_G.device.type == "cpu":
+        if ids_G is not None and values_readable(kept_G):
             num_groups = ids_G[kept_G].unique().numel()
         compared = {"lengths": kept_G.long(), "group_ids": ids_G}
     if not kernels:
         ess = effective_sample_size(weight_G)
 
-    if weight_G.device.type == "cpu":
+    if values_readable(weight_G):
         if weight_G.isnan().any():
             elsewhere = "rewards or ref_logp of another rank must be finite; see the message of that rank"
             overflow = f"rewards / lam must be finite, overflows at lam={lam}; raise lam, or scale the rewards down"
@@ -239,6 +240,7 @@ def _result_dtype(rewards: Tensor, ref_logp: Tensor | None) -> torch.dtype:
 
 def effective_sample_size(sample_weight: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2 of (B,) weights >= 0: (), in sequences, 1 (one has all) to B (uniform); 0 where all are 0."""
+    check_floating({"sample_weight": sample_weight}, "(B,)", "use torch.tensor(...), or .float()")
     largest = sample_weight.max().clamp(min=torch.finfo(sample_weight.dtype).tiny)
     scaled = sample_weight / largest  # squares of small weights would underflow
     return scaled.sum().square() / scaled.square().sum().clamp(min=1.0)
@@ -438,7 +440,7 @@ def check_batch(
 
 def bad_values(rewards: Tensor, ref_logp: Tensor | None, lengths: Tensor | None) -> str | None:
     """The message for NaN, infinities and negative lengths on the CPU; None where all is well or unread."""
-    if rewards.device.type != "cpu":
+    if not values_readable(rewards):
         return None
     for name, values in (("rewards", rewards), ("ref_logp", ref_logp)):
         if values is not None and not values.isfinite().all():
@@ -491,8 +493,8 @@ def warn_if_rewards_ignored(
 
 
 def warn_if_alone(rewards: Tensor) -> None:
-    """Check a batch whose values are not read, by metadata alone."""
-    if not values_readable(rewards) and rewards.shape[0] == 1:
+    """Check a batch whose values are not read, by metadata alone; a compiled graph cannot warn."""
+    if not (values_readable(rewards) or torch.compiler.is_compiling()) and rewards.shape[0] == 1:
         _warn_ignored(
             "the batch has one sequence, whose weight does not depend on its reward",
             "weigh the sequences of the whole optimiser step together",

@@ -31,7 +31,7 @@ def inputs_of(loss, dtype=torch.float64) -> dict[str, torch.Tensor]:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         if name == "group_ids":
             tensors[name] = torch.tensor([0, 0, 1, 1])
-        elif name == "desirable":
+        elif name in ("desirable", "counted"):
             tensors[name] = torch.tensor([True, False, True, False])
         elif name.endswith("mask"):
             tensors[name] = torch.ones(shape, dtype=torch.bool)

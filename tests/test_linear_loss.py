@@ -281,6 +281,20 @@ def test_an_item_of_weight_zero_has_no_part_whatever_its_log_prob(name):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["sail_pp", "sail_pr"])
+def test_a_pair_of_weight_zero_is_no_part_of_the_baseline(name):
+    hidden, weight, labels, inputs, item_weight, options = problem(name)
+    options["baseline"] = "leave_one_out"
+    item_weight[1] = 0.0
+    kept = torch.tensor([0, 1, 4, 5, 6, 7])
+    whole = linear_loss(name, hidden, weight, labels, inputs, item_weight=item_weight, **options)
+    others = (hidden[kept], weight, labels[kept], {key: values[kept] for key, values in inputs.items()})
+    without = linear_loss(name, *others, item_weight=item_weight[[0, 2, 3]], **options)
+    torch.testing.assert_close(whole, without)
+    for a, b in zip(gradients(whole, (hidden, weight)), gradients(without, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_under_inference_mode(name):
     hidden, weight, labels, inputs, item_weight, options = problem(name)

@@ -254,11 +254,12 @@ class _Rows:
         label_generator: torch.Generator | None,
     ) -> Tensor:
         """Classes C and D, from every log-prob."""
+        policy = {}
         if self.item_weight is not None and self.loss.item != "group":
-            counts = self.item_weight != 0
+            policy["counted"] = counts = self.item_weight != 0
             counts_B = counts.repeat_interleave(2) if self.loss.item == "pair" else counts
             logp = logp.where(self._over_tokens(counts_B), 0.0)  # -inf times a weight of 0 would be NaN
-        policy = {"token_logp": logp}
+        policy["token_logp"] = logp
         if not self.loss.reads_tokens:
             policy["policy_logp"] = sequence_sum(logp, self.labels, **self.layout)
         if "kl_baseline" in self.loss.tensors and "kl_baseline" not in self.inputs:
@@ -266,7 +267,7 @@ class _Rows:
             policy["kl_baseline"] = _global_baseline(*given, process_group)
         arguments = self._arguments(policy)
         if label_generator is not None:
-            arguments = _relabelled(arguments, options["beta"], label_generator)
+            arguments = _relabelled(arguments, {**self.loss.options, **options}["beta"], label_generator)
         return self._weighted(self.loss.function(**arguments, **options))
 
     def _arguments(self, policy: dict[str, Tensor]) -> dict[str, Tensor]:

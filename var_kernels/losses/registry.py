@@ -108,7 +108,8 @@ class Loss:
 
 _PARAMETER_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # What is no floating-point number.
-_KINDS = {"lengths": torch.int64, "group_ids": torch.int64, "desirable": torch.bool, "mask": torch.bool}
+_INTEGERS, _FLAGS = ("lengths", "group_ids"), ("desirable", "mask", "counted")
+_KINDS = dict.fromkeys(_INTEGERS, torch.int64) | dict.fromkeys(_FLAGS, torch.bool)
 # Of every loss here, as its checks have it.
 _RAISES = """
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_integers, check_range, times, wide
+from var_kernels.losses.checks import (
+    check_choice,
+    check_flags,
+    check_floating,
+    check_integers,
+    check_range,
+    times,
+    wide,
+)
 from var_kernels.losses.pair import log_ratios
 from var_kernels.losses.registry import register
 
@@ -80,6 +88,7 @@ def sail_pp_loss(
     ref_rejected_logp: Tensor,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    counted: Tensor | None = None,
     *,
     beta: float,
     squared_coef: float = 1.0,
@@ -101,6 +110,7 @@ def sail_pp_loss(
 
     Args:
         policy_*, ref_*, *_lengths, beta, squared_coef, revkl_coef: see ``sail_dp_loss``.
+        counted: (P,) bool, the pairs whose F enters the others' baseline; None: all.
         score_coef: >= 0, k. 1 is exact. Released: one coefficient of 0.2 for both terms, on a share of 0.3. That code
             divides the score by the sequence's log-prob, which flips its sign, and takes it 8 times (pairs a
             device times accumulation) as large as a loss a pair has it; its prompts and responses are mispaired
@@ -117,6 +127,7 @@ def sail_pp_loss(
         *logps,
         chosen_lengths,
         rejected_lengths,
+        counted,
         beta=beta,
         squared_coef=squared_coef,
         score_coef=score_coef,
@@ -141,6 +152,7 @@ def sail_pr_loss(
     ref_rejected_logp: Tensor,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    counted: Tensor | None = None,
     *,
     beta: float,
     score_coef: float = 1.0,
@@ -156,7 +168,7 @@ def sail_pr_loss(
     score_coef = 1 gives the exact gradient. Released: share 0.3, score_coef 0.3.
 
     Args:
-        policy_*, ref_*, *_lengths, beta, score_coef, baseline, revkl_coef: see ``sail_pp_loss``.
+        policy_*, ref_*, *_lengths, counted, beta, score_coef, baseline, revkl_coef: see ``sail_pp_loss``.
 
     Returns: as ``sail_dp_loss``.
     """
@@ -165,6 +177,7 @@ def sail_pr_loss(
         *logps,
         chosen_lengths,
         rejected_lengths,
+        counted,
         beta=beta,
         score_coef=score_coef,
         baseline=baseline,
@@ -186,6 +199,7 @@ def draw_preference(margin: Tensor, generator: torch.Generator | None = None) ->
 
     Source: arXiv 2406.15567.
     """
+    check_floating({"margin": margin}, "(P,)", "beta times the differences of the log-ratios")
     chance = torch.rand(margin.shape, generator=generator, device=margin.device, dtype=wide(margin).dtype)
     return chance >= wide(margin.detach()).sigmoid()
 
@@ -197,6 +211,7 @@ def _sail(
     ref_rejected_logp: Tensor,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    counted: Tensor | None = None,
     *,
     beta: float,
     squared_coef: float = 0.0,
@@ -210,6 +225,8 @@ def _sail(
     check_range("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
     check_choice("baseline", baseline, BASELINES)
     chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    counted_P = torch.ones_like(chosen_P, dtype=torch.bool) if counted is None else counted
+    check_flags("policy_chosen_logp", chosen_P, counted=counted_P)
     log_win_P = logsigmoid(beta * (chosen_P - rejected_P))
     loss_P = -log_win_P * (1 + times(0.5 * squared_coef, log_win_P))
     if revkl_coef:
@@ -217,8 +234,9 @@ def _sail(
     if score_coef == 0:
         return loss_P
     factor_P = log_win_P.detach()
-    if baseline == "leave_one_out" and len(factor_P) > 1:
-        factor_P = factor_P - (factor_P.sum() - factor_P) / (len(factor_P) - 1)
+    if baseline == "leave_one_out":
+        part_P = factor_P.where(counted_P, 0.0)
+        factor_P = factor_P - (part_P.sum() - part_P) / (counted_P.sum() - counted_P.long()).clamp(min=1)
     return loss_P - times(score_coef * factor_P, wide(policy_chosen_logp) + wide(policy_rejected_logp))
 
 

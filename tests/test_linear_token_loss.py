@@ -140,6 +140,11 @@ BAD = {
         ValueError,
         "token_loss must return one loss a token.*leave the sum",
     ),
+    "learns elsewhere": (
+        lambda h, w, y: linear_token_loss(h, w, y, lambda p: -torch.ones(3, requires_grad=True).exp()[0] * p),
+        ValueError,
+        r"token_loss must learn from the head alone in one pass, got .* of shape \(3,\); detach it, or .*two_pass",
+    ),
     "several targets": (
         lambda h, w, y: linear_token_loss(h, w, y.clamp(min=0).unsqueeze(1), lambda p: p),
         ValueError,
@@ -153,6 +158,22 @@ def test_refused_by_name(mistake, error, message):
     hidden, weight, labels, _ = Case("").inputs()
     with pytest.raises(error, match=message):
         mistake(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("frozen", [(), ("hidden", "weight")], ids=["trained head", "frozen head"])
+def test_another_tensor_learns_in_two_passes(frozen):
+    hidden, weight, labels, _ = Case("", frozen=frozen).inputs()
+    scale = torch.tensor(2.0, requires_grad=True)
+    engine = "auto" if frozen else "two_pass"
+    loss = linear_token_loss(hidden, weight, labels, lambda logp: -scale * logp, engine=engine)
+    loss.backward()
+    assert scale.grad.item() == pytest.approx(loss.item() / 2)
+
+
+def test_a_constant_has_no_slope():
+    hidden, weight, labels, _ = Case("").inputs()
+    linear_token_loss(hidden, weight, labels, torch.zeros_like).backward()
+    assert hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)

@@ -82,7 +82,8 @@ def linear_token_loss(
             ``linear_weighted_nll``.
         labels: (...) int64, one target a row.
         token_loss: f(logp (n,), *inputs (n,)) -> (n,), or f(logp, entropy, *inputs) with ``entropy=True``; fp32 (fp64
-            for fp64 inputs). Element by element: row i of the result may depend on row i of the arguments alone.
+            for fp64 inputs). Element by element: row i of the result may depend on row i of the arguments alone. What
+            else it reads is a constant, but for engine="two_pass", where such a tensor may learn.
         token_inputs: tensors in the shape of labels (advantages, old log-probs, masks), constants for the gradient.
 
     Returns:
@@ -99,8 +100,8 @@ def linear_token_loss(
     asked = {"entropy": entropy or return_entropy, "argmax": return_argmax}
     call = prepare(hidden, lm_head_weight, labels, bias, options, **asked)
     inputs = [call.select_targets(t.detach()).squeeze(1) for t in token_inputs]
-    # A compiled graph cannot call back; there autograd runs over the log-probs.
-    if not call.traced and takes_one_pass(call.head, engine):
+    # A compiled graph cannot call back; there autograd runs over the log-probs, as where none of the head learns.
+    if any(call.head.needs) and not call.traced and takes_one_pass(call.head, engine):
         arguments = TokenLossArguments(call.head, call.active_NK.squeeze(1), token_loss, entropy, inputs)
         loss, logp_NK, entropy_N, argmax_N = _token_loss(arguments)
     else:
@@ -122,6 +123,23 @@ def _evaluate(token_loss: TokenLoss, known: list[Tensor], inputs: list[Tensor], 
             "linear_token_loss"
         )
     return loss_n.where(active_n, 0.0)
+
+
+def _check_constants(loss_n: Tensor, leaves: list[Tensor]) -> None:
+    """Refuse a loss that another tensor than ``leaves`` learns from: its gradient would be lost."""
+    pending, seen = [loss_n.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(
+                "token_loss must learn from the head alone in one pass, got another tensor that requires gradients, of "
+                f"shape {tuple(variable.shape)}; detach it, or pass engine='two_pass'"
+            )
 
 
 @dataclass
@@ -148,16 +166,18 @@ def _forward(arguments: TokenLossArguments) -> Forward:
         leaves = [t.requires_grad_() for t in known_of(stats)]
         with torch.enable_grad():
             loss_n = evaluate(leaves, rows)
-            slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True)
+            if not losses:
+                _check_constants(loss_n, leaves)
+            slopes = ()
+            if loss_n.requires_grad:  # else it is a constant
+                slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True)
         losses.append(loss_n.detach().sum())
-        slope_n, entropy_slope_n = (*slopes, None)[:2]
+        slope_n, entropy_slope_n = (*slopes, None, None)[:2]
         slope_N1 = torch.zeros_like(leaves[0]) if slope_n is None else slope_n
         entropy_n = None if entropy_slope_n is None else leaves[1].detach()
         return RowCoefficients.from_upstream(slope_N1.unsqueeze(1), 0.0, head.v, None, entropy_slope_n, entropy_n)
 
     stats, gradients = one_pass(head, coefficients_of)
-    if not any(head.needs):  # no slopes: under inference_mode there are none to be had
-        losses.append(evaluate(known_of(stats), slice(None)).sum())
     logp_NK, entropy_N = stats.logp_NK(0.0, head.v), stats.entropy_N if head.options.entropy else None
     loss = torch.stack(losses).sum() if losses else logp_NK.new_zeros(())
     return Forward((loss, logp_NK, entropy_N, stats.argmax_N), gradients)

@@ -192,6 +192,31 @@ def test_bad_input(change, message):
         call(**change)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("ppo", {"advantage": torch.ones(1)}, r"advantage'\] must be \(8, 7\), .* or \(8,\), one a row, got \(1,\)"),
+        ("ppo", {"old_token_logp": torch.zeros(B)}, r"old_token_logp'\] must be \(8, 7\), one a token, got \(8,\)"),
+        ("kto", {"ref_logp": torch.zeros(B - 1)}, r"ref_logp must be \(8,\) like policy_logp, got \(7,\)"),
+    ],
+)  # fmt: skip
+def test_inputs_of_another_shape(name, wrong, message):
+    hidden, weight, labels, inputs, _, options = problem(name)
+    with pytest.raises(ValueError, match=message):
+        linear_loss(name, hidden, weight, labels, {**inputs, **wrong}, **options)
+
+
+@pytest.mark.parametrize("name", ["dpo", "weighted_bc", "ppo"])
+def test_packed_rows_that_do_not_fit(name):
+    hidden, weight, labels, inputs, _, options = problem(name)
+    inputs = {key: values.flatten() for key, values in inputs.items()}
+    rows = (hidden.flatten(0, 1), weight)
+    with pytest.raises(ValueError, match="cu_seqlens must increase from 0 to the number of rows, 56, got"):
+        linear_loss(name, *rows, labels.flatten(), inputs, cu_seqlens=torch.arange(1, B + 2) * T, **options)
+    with pytest.raises(ValueError, match=r"labels must be \(56,\), one label per row of hidden"):
+        linear_loss(name, *rows, labels.flatten().view(-1, 1).repeat(1, 2), inputs, **options)
+
+
 def test_an_odd_number_of_rows_is_no_pairs():
     hidden, weight, labels, _, _, _ = problem("ipo")
     with pytest.raises(ValueError, match="labels must hold pairs, chosen and rejected in turn, got 7 rows"):

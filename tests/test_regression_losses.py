@@ -145,6 +145,12 @@ REFUSED = {
         r"value must be \(3,\) like policy_logp, got \(3, 4\)",
     ),
     "no reference": (lambda: quantile_reward(ZERO, torch.zeros(3, 0)), ValueError, "at least one completion"),
+    "NaN among draws": (
+        lambda: quantile_reward(ZERO, torch.full((3, 2), torch.nan)),
+        ValueError,
+        "ref_rewards must be finite, got nan",
+    ),
+    "NaN to rank": (lambda: quantile_reward(ZERO / 0, torch.zeros(3, 2)), ValueError, "reward must be finite, got nan"),
     "flat reference": (lambda: quantile_reward(ZERO, ZERO), ValueError, r"ref_rewards must be \(B, M\) with B = 3"),
 }
 

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import times
+from var_kernels.losses.checks import check_rows, times
 from var_kernels.losses.pair import implicit_reward
 from var_kernels.losses.registry import Loss, find_loss
 from var_kernels.losses.sail import draw_preference
-from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths, sequence_sum
+from var_kernels.losses.sequences import check_layout, expand_to_tokens, sequence_lengths, sequence_sum
 from var_kernels.losses.var import HEAD_OPTIONS
 from var_kernels.ops import linear_logprob, linear_token_loss, linear_weighted_nll
 from var_kernels.ops.checks import check_are_tensors
@@ -147,8 +147,9 @@ def linear_loss(
             f"label_generator must be None for {name!r}, whose labels are the data's, got a generator; only losses "
             "registered with policy_labels, such as 'sail_pp', draw theirs"
         )
-    check_are_tensors(hidden=hidden, labels=labels, **({} if item_weight is None else {"item_weight": item_weight}))
-    rows = _Rows(loss, dict(inputs or {}), item_weight, labels, cu_seqlens, ignore_index)
+    if item_weight is not None:
+        check_are_tensors(item_weight=item_weight)
+    rows = _Rows(loss, dict(inputs or {}), item_weight, hidden, labels, cu_seqlens, ignore_index)
     head: dict[str, Any] = {"ignore_index": ignore_index, **(head_options or {})}
     asked: dict[str, Any] = {"return_logp": return_logp, "return_argmax": return_argmax}
     if loss.pass_class == "A":
@@ -180,6 +181,7 @@ class _Rows:
         loss: Loss,
         inputs: dict[str, Tensor],
         item_weight: Tensor | None,
+        hidden: Tensor,
         labels: Tensor,
         cu_seqlens: Tensor | None,
         ignore_index: int,
@@ -190,10 +192,7 @@ class _Rows:
                 raise TypeError(f"inputs[{name!r}] must be a tensor, got {type(value).__name__}; use torch.tensor(...)")
         self.item_weight = None if item_weight is None else item_weight.detach()
         self.layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
-        if cu_seqlens is None and labels.dim() != 2:
-            raise ValueError(
-                f"labels must be padded (B, T), got {tuple(labels.shape)}; for packed rows pass cu_seqlens"
-            )
+        self.num_rows = check_layout(hidden, labels, cu_seqlens)
         if missing := [name for name in loss.inputs if name not in inputs]:
             raise ValueError(
                 f"{loss.name!r} needs inputs {', '.join(map(repr, missing))}, got "
@@ -205,7 +204,6 @@ class _Rows:
             raise ValueError(
                 f"inputs of {loss.name!r} must be among {reads}, got {', '.join(map(repr, unknown))}; leave out others"
             )
-        self.num_rows = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if loss.item == "pair" and self.num_rows % 2:
             raise ValueError(
                 f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows; drop the one "
@@ -235,9 +233,9 @@ class _Rows:
     def token_objective(self, options: dict[str, Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """Class B: the function of a chunk's tokens, and what it reads per token."""
         names = [name for name in self.loss.tensors if name not in _FROM_THE_HEAD and name in self.inputs]
-        token_inputs = [self._over_tokens(self.inputs[name]) for name in names]
+        token_inputs = [self._over_tokens(f"inputs[{name!r}]", self.inputs[name]) for name in names]
         if self.item_weight is not None:
-            token_inputs.append(self._over_tokens(self.item_weight))
+            token_inputs.append(self._over_tokens("item_weight", self.item_weight))
         first = ("token_logp", "entropy") if "entropy" in self.loss.tensors else ("token_logp",)
 
         def token_loss(*values: Tensor) -> Tensor:
@@ -258,7 +256,9 @@ class _Rows:
         if self.item_weight is not None and self.loss.item != "group":
             policy["counted"] = counts = self.item_weight != 0
             counts_B = counts.repeat_interleave(2) if self.loss.item == "pair" else counts
-            logp = logp.where(self._over_tokens(counts_B), 0.0)  # -inf times a weight of 0 would be NaN
+            logp = logp.where(
+                expand_to_tokens(counts_B, self.labels, self.layout["cu_seqlens"]), 0.0
+            )  # -inf times a weight of 0 would be NaN
         policy["token_logp"] = logp
         if not self.loss.reads_tokens:
             policy["policy_logp"] = sequence_sum(logp, self.labels, **self.layout)
@@ -282,10 +282,17 @@ class _Rows:
                 found[name] = known[single] if row is None else known[single][row::2]
         return found
 
-    def _over_tokens(self, values: Tensor) -> Tensor:
+    def _over_tokens(self, name: str, values: Tensor) -> Tensor:
+        """A log-prob belongs to its token; other values may be a row's, for each of its tokens."""
         if values.shape == self.labels.shape:
             return values
-        return expand_to_tokens(values, self.labels, self.layout["cu_seqlens"])
+        of_rows = "token_logp" not in name
+        if of_rows and values.shape == (self.num_rows,):
+            return expand_to_tokens(values, self.labels, self.layout["cu_seqlens"])
+        raise ValueError(
+            f"{name} must be {tuple(self.labels.shape)}, one a token{f', or ({self.num_rows},), one a row' * of_rows}, "
+            f"got {tuple(values.shape)}; align them with labels"
+        )
 
     def _weighted(self, items: Tensor) -> Tensor:
         return (items if self.item_weight is None else times(self.item_weight.to(items.dtype), items)).sum()
@@ -307,6 +314,7 @@ def _global_baseline(
     policy_logp: Tensor, ref_logp: Tensor, item_weight: Tensor | None, process_group: dist.ProcessGroup | None
 ) -> Tensor:
     """``kto_baseline`` over the rows of every rank that have weight."""
+    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
     change_B = policy_logp.detach().double() - ref_logp.double()
     counted_B = torch.ones_like(change_B) if item_weight is None else (item_weight != 0).to(change_B)
     total = torch.stack([(change_B * counted_B).sum(), counted_B.sum()])

@@ -114,11 +114,11 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
         (B,) in [0, 1], fp32 (fp64 for fp64 inputs), detached.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, M = 0.
+        TypeError, ValueError: shapes, dtypes, M = 0; on the CPU also rewards that are not finite.
 
     Source: arXiv 2507.08068.
     """
-    check_rows(reward=reward)
+    check_sequences(reward=reward)
     if not isinstance(ref_rewards, Tensor) or ref_rewards.dim() != 2 or ref_rewards.shape[0] != reward.shape[0]:
         got = tuple(ref_rewards.shape) if isinstance(ref_rewards, Tensor) else type(ref_rewards).__name__
         raise ValueError(
@@ -129,6 +129,7 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
         raise ValueError(
             "ref_rewards must hold at least one completion a prompt, got M = 0; draw some from the reference"
         )
+    check_constants(ref_rewards=ref_rewards)
     not_above = ref_rewards.detach() <= reward.detach().unsqueeze(1)
     return not_above.to(wide(reward).dtype).mean(1)  # (B, M) -> (B,)
 

@@ -106,6 +106,24 @@ def expand_to_tokens(per_sequence_B: Tensor, labels: Tensor, cu_seqlens: Tensor 
     return per_row_N.reshape(labels.shape)
 
 
+def check_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Refuse shapes that do not belong together; returns the number of sequences B."""
+    check_are_tensors(hidden=hidden, labels=labels)
+    if cu_seqlens is None and labels.dim() != 2:
+        raise ValueError(
+            f"labels must be padded (B, T), got {tuple(labels.shape)}; for packed rows (N,) pass cu_seqlens"
+        )
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must be {tuple(hidden.shape[:-1])}, one label per row of hidden {tuple(hidden.shape)}, got "
+            f"{tuple(labels.shape)}; align them: hidden[:, :-1] with labels[:, 1:]"
+        )
+    if cu_seqlens is None:
+        return labels.shape[0]
+    check_cu_seqlens(cu_seqlens, labels.numel())
+    return cu_seqlens.numel() - 1
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
     """Refuse a cu_seqlens of the wrong form; its values are read on the CPU only."""
     if not isinstance(cu_seqlens, Tensor):

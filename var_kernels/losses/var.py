@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Required, Unpack
 
 from var_kernels.losses.checks import TOKEN_REDUCTIONS, TokenReduction, check_choice
-from var_kernels.losses.sequences import check_cu_seqlens, expand_to_tokens, sequence_lengths, sequence_sum
+from var_kernels.losses.sequences import check_layout, expand_to_tokens, sequence_lengths, sequence_sum
 from var_kernels.losses.weights import (
     DEFAULT_NORMALIZER,
     DEFAULT_REFERENCE,
@@ -115,7 +115,7 @@ def weighted_sequence_nll(
         A scalar, nats, fp32 (fp64 for fp64 inputs); with ``return_logp`` the pair (loss, logp).
     """
     _check_loss_options(token_reduction, head_options)
-    num_sequences = _check_layout(hidden, labels, cu_seqlens)
+    num_sequences = check_layout(hidden, labels, cu_seqlens)
     check_are_tensors(sample_weight=sample_weight)
     if sample_weight.shape != (num_sequences,):
         raise ValueError(
@@ -254,7 +254,7 @@ def var_loss(
     Source: arXiv 2502.11026 (objective and weighting); estimators of Z(x) and who needs which: docs/var.md.
     """
     _check_loss_options(token_reduction, head_options)
-    num_sequences = _check_layout(hidden, labels, cu_seqlens)
+    num_sequences = check_layout(hidden, labels, cu_seqlens)
     if not isinstance(rewards, Tensor) or rewards.dim() == 0 or rewards.shape[0] != num_sequences:
         got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ValueError(
@@ -381,21 +381,3 @@ def _check_loss_options(token_reduction: str, head_options: VARHeadKeywords) -> 
             f"options of the head must be among {', '.join(sorted(HEAD_OPTIONS))}, got {', '.join(unknown)}; leave out "
             "others"
         )
-
-
-def _check_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Refuse shapes that do not belong together; returns the number of sequences B."""
-    check_are_tensors(hidden=hidden, labels=labels)
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels must be {tuple(hidden.shape[:-1])}, one label per row of hidden {tuple(hidden.shape)}, got "
-            f"{tuple(labels.shape)}; align them: hidden[:, :-1] with labels[:, 1:]"
-        )
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, labels.numel())
-        return cu_seqlens.numel() - 1
-    if labels.dim() != 2:
-        raise ValueError(
-            f"labels must be padded (B, T), got {tuple(labels.shape)}; for packed rows (N,) pass cu_seqlens"
-        )
-    return labels.shape[0]

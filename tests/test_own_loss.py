@@ -11,9 +11,19 @@ from torch.nn.functional import logsigmoid, relu
 
 pytest.importorskip("transformers")
 
-from var_kernels import linear_logprob
+from var_kernels import linear_logprob, linear_loss
 from var_kernels.integrations.trainer import config, method_config, methods
-from var_kernels.losses import LOSSES, dpo_loss, exo_loss, hinge_loss, ipo_loss, register, robust_dpo_loss, simpo_loss
+from var_kernels.losses import (
+    LOSSES,
+    dpo_loss,
+    exo_loss,
+    group_advantage,
+    hinge_loss,
+    ipo_loss,
+    register,
+    robust_dpo_loss,
+    simpo_loss,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = {
@@ -91,6 +101,27 @@ def test_what_a_registration_refuses(registries, tmp_path):
     with pytest.raises(ValueError, match="'mine too' needs a default for tilt"):
         method_config("mine too")
     assert LOSSES["mine too"].option_types == {"tilt": float, "drop": float}
+
+
+@pytest.mark.parametrize("pass_class", "AC")
+def test_a_mean_in_place_of_items_is_refused(registries, pass_class):
+    register("mine", pass_class=pass_class, formula="-mean s")(lambda policy_logp: -policy_logp.mean())
+    given = names()
+    with pytest.raises(ValueError, match=r"'mine' must return one loss an item, shape \(4,\), got \(\); leave the sum"):
+        linear_loss("mine", given["hidden"], given["lm_head_weight"], given["labels"])
+
+
+def test_advantages_made_inside_of_a_loss(registries):
+    """Sums over prompts, too, where class A's slopes are taken."""
+
+    @register("mine", pass_class="A", formula="-A s")
+    def mine(policy_logp, reward, group_ids):
+        return -group_advantage(reward, group_ids) * policy_logp
+
+    given, reward, group_ids = names(), torch.tensor([1.0, 2.0, 5.0, 4.0]), torch.tensor([0, 0, 1, 1])
+    rows = (given["hidden"], given["lm_head_weight"], given["labels"])
+    got = linear_loss("mine", *rows, {"reward": reward, "group_ids": group_ids})
+    torch.testing.assert_close(got, linear_loss("reinforce", *rows, {"advantage": group_advantage(reward, group_ids)}))
 
 
 def test_several_losses_of_one_pass_over_the_head():

@@ -209,7 +209,7 @@ class _Rows:
                 f"labels must hold pairs, chosen and rejected in turn, got {self.num_rows} rows; drop the one "
                 "without a partner"
             )
-        num_items = self.num_rows // 2 if loss.item == "pair" else self.num_rows
+        self.num_items = num_items = self.num_rows // 2 if loss.item == "pair" else self.num_rows
         of_tokens = loss.item == "token" and item_weight is not None and item_weight.shape == labels.shape
         if item_weight is not None and item_weight.shape != (num_items,) and not of_tokens:
             raise ValueError(
@@ -295,6 +295,11 @@ class _Rows:
         )
 
     def _weighted(self, items: Tensor) -> Tensor:
+        if items.shape != (self.num_items,):
+            raise ValueError(
+                f"the loss {self.loss.name!r} must return one loss an item, shape ({self.num_items},), got "
+                f"{tuple(items.shape)}; leave the sum to linear_loss"
+            )
         return (items if self.item_weight is None else times(self.item_weight.to(items.dtype), items)).sum()
 
 

@@ -221,14 +221,13 @@ class _Rows:
         """Class A is linear in the log-probs: minus its slope over the tokens, and its value at 0."""
         given = [operand, *(t.dtype for t in (*self.inputs.values(), self.item_weight) if t is not None)]
         wide = torch.float64 if torch.float64 in given else torch.float32
-
-        def total(policy_logp: Tensor) -> Tensor:
-            return self._weighted(self.loss.function(**self._arguments({"policy_logp": policy_logp}), **options))
-
-        # Unlike autograd.grad it works under inference_mode, and in a compiled graph.
-        zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device)
-        slope_B, at_zero = torch.func.grad_and_value(total)(zero_B)
-        return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), at_zero
+        with torch.inference_mode(False), torch.enable_grad():
+            self.inputs = {name: _savable(t) for name, t in self.inputs.items()}
+            self.item_weight = None if self.item_weight is None else _savable(self.item_weight)
+            zero_B = torch.zeros(self.num_rows, dtype=wide, device=self.labels.device, requires_grad=True)
+            total = self._weighted(self.loss.function(**self._arguments({"policy_logp": zero_B}), **options))
+            (slope_B,) = torch.autograd.grad(total, zero_B)
+        return expand_to_tokens(-slope_B, self.labels, self.layout["cu_seqlens"]), total.detach()
 
     def token_objective(self, options: dict[str, Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """Class B: the function of a chunk's tokens, and what it reads per token."""
@@ -256,9 +255,8 @@ class _Rows:
         if self.item_weight is not None and self.loss.item != "group":
             policy["counted"] = counts = self.item_weight != 0
             counts_B = counts.repeat_interleave(2) if self.loss.item == "pair" else counts
-            logp = logp.where(
-                expand_to_tokens(counts_B, self.labels, self.layout["cu_seqlens"]), 0.0
-            )  # -inf times a weight of 0 would be NaN
+            counts = expand_to_tokens(counts_B, self.labels, self.layout["cu_seqlens"])
+            logp = logp.where(counts, 0.0)  # -inf times a weight of 0 would be NaN
         policy["token_logp"] = logp
         if not self.loss.reads_tokens:
             policy["policy_logp"] = sequence_sum(logp, self.labels, **self.layout)
@@ -301,6 +299,11 @@ class _Rows:
                 f"{tuple(items.shape)}; leave the sum to linear_loss"
             )
         return (items if self.item_weight is None else times(self.item_weight.to(items.dtype), items)).sum()
+
+
+def _savable(t: Tensor) -> Tensor:
+    """The tensor, or a copy where it was made under inference_mode and autograd would not save it."""
+    return t.clone() if t.is_inference() else t
 
 
 def _relabelled(arguments: dict[str, Tensor], beta: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -42,12 +42,9 @@ class _GroupSum(torch.autograd.Function):
     """A symmetric map of the rows, so its own derivative. No scatter: on CUDA their sums differ from run to run."""
 
     @staticmethod
-    def forward(values_B: Tensor, order_B: Tensor, offsets: Tensor, index_B: Tensor) -> Tensor:
+    def forward(ctx: Any, values_B: Tensor, order_B: Tensor, offsets: Tensor, index_B: Tensor) -> Tensor:
+        ctx.save_for_backward(order_B, offsets, index_B)
         return _reduce(values_B.double(), "sum", 0.0, order_B, offsets, index_B).to(values_B.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, dsum_B: Tensor) -> tuple[Tensor, None, None, None]:

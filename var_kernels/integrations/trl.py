@@ -24,12 +24,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.hf.calibration import calibrate
+from var_kernels.integrations.hf.calibration import HeadParams, calibrate
+from var_kernels.integrations.hf.capture import head_results, tied
 from var_kernels.integrations.hf.forwards import swapped
-from var_kernels.integrations.hf.head import HeadParams, head_results, tied
-from var_kernels.integrations.hf.model import find_head, inner_model, logits_of, row_labels, without_cache
+from var_kernels.integrations.hf.model import (
+    find_head,
+    inner_model,
+    is_adapter,
+    logits_of,
+    row_labels,
+    unwrapped,
+    without_cache,
+)
 from var_kernels.integrations.hf.probe import TrialFailedError
-from var_kernels.integrations.hf.weights import is_adapter, unwrapped
 from var_kernels.integrations.hf_trainer import refuse_behind_trainer
 from var_kernels.ops import linear_logprob, linear_token_loss
 

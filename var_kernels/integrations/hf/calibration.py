@@ -16,16 +16,47 @@ from torch import Tensor, nn
 
 from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.forwards import of_a_library
-from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.loss_rule import LossRule, fit_loss_rule
-from var_kernels.integrations.hf.model import find_head, inner_model, is_encoder_decoder, vocabulary_size
+from var_kernels.integrations.hf.model import (
+    dense_weight,
+    find_head,
+    inner_model,
+    is_adapter,
+    is_dtensor,
+    is_encoder_decoder,
+    vocabulary_size,
+)
 from var_kernels.integrations.hf.probe import Probe, TrialFailedError, noise, unseen, vector
-from var_kernels.integrations.hf.weights import dense_weight, is_adapter, is_dtensor, vocabulary_slice
 
 MASKED = -1e4  # logits below it, whatever the head puts out, are masked ids
 # save_pretrained writes these, on the rank that saves: a calibration there alone would wait for the others for ever
 _BOOKKEEPING = ("architectures", "dtype", "transformers_version", "use_cache")
 _MASK = -3e4  # what we give them: exp of it is 0, and every floating point type holds it
+
+
+# The term right left that active adapters add to the raw logits, left (B, T, R), a row for each of hidden's, and right
+# (V, R); a bias is a column of right, ones in left.
+LowRank = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class HeadParams:
+    """The map from hidden states to logits: z = softcap * tanh(logit_scale * (W h + bias) / softcap), or no tanh; W h +
+    right left where the head carries a LoRA adapter.
+    """
+
+    lm_head_weight: Tensor  # (V, D), with a group this rank's rows of it
+    bias: Tensor | None  # (V,) likewise
+    logit_scale: float
+    softcap: float | None
+    group: Any = None  # the ranks over which tensor parallelism shards the vocabulary
+    low_rank: LowRank | None = None
+
+    @property
+    def logit_options(self) -> dict[str, Any]:
+        """The keyword arguments by which the ops take the transform, and the adapter where there is one."""
+        options = {"logit_scale": self.logit_scale, "softcap": self.softcap}
+        return options if self.low_rank is None else {**options, "low_rank": self.low_rank}
 
 
 @dataclass(frozen=True)
@@ -64,18 +95,28 @@ class Transform:
         if weight.shape[0] != self.vocab:
             weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
         factors = getattr(head, "_var_kernels_low_rank", None)
-        low_rank = None if factors is None else (factors.left, factors.right[: self.vocab])
+        low_rank = None if factors is None else (factors[0], factors[1][: self.vocab])
         return HeadParams(weight, bias, self.logit_scale, self.softcap, low_rank=low_rank)
 
-    def _sharded_params(self, weight: Tensor, bias: Tensor | None, inner: nn.Module) -> HeadParams:
+    def _sharded_params(self, weight: Any, bias: Any, inner: nn.Module) -> HeadParams:
+        """With this rank's rows of the weight and of the bias, and the group of the ranks that share the vocabulary."""
+        from torch.distributed.tensor import Shard
+
         name = type(inner).__name__
         if self.vocabulary_bias is not None or self.masked or weight.shape[0] != self.vocab:
             raise ValueError(
                 f"{name}: an lm_head that is sharded over ranks must have no vocabulary bias, masked ids or cut after "
                 "it, got one of these; leave lm_head out of the tensor-parallel plan"
             )
-        weight, bias, group = vocabulary_slice(weight, bias, name)
-        return HeadParams(weight, bias, self.logit_scale, self.softcap, group)
+        mesh, placements = weight.device_mesh, tuple(weight.placements)
+        if mesh.ndim != 1 or placements != (Shard(0),) or (bias is not None and not is_dtensor(bias)):
+            raise ValueError(
+                f"{name}: inside its own forward the lm_head weight (and its bias) must be a DTensor sharded by the "
+                f"vocabulary over one group of ranks, (Shard(dim=0),), got one placed as {placements}; use the plan "
+                "'colwise_gather_output', or leave lm_head out of it"
+            )
+        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+        return HeadParams(weight, bias, self.logit_scale, self.softcap, mesh.get_group())
 
 
 # Model -> (its fingerprint then, what was found of it)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.hf.calibration import calibrate
+from var_kernels.integrations.hf.calibration import HeadParams, calibrate
 from var_kernels.integrations.hf.capture import capture
-from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.logprobs import sequence_logprobs
 from var_kernels.integrations.hf.model import inner_model, input_device
 from var_kernels.integrations.hf.probe import undisturbed

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations import IGNORE_INDEX
+from var_kernels.integrations.hf.calibration import HeadParams
 from var_kernels.integrations.hf.capture import capture
-from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.model import next_labels
-from var_kernels.integrations.hf.weights import gathers_weights
 from var_kernels.ops import linear_token_kl
 from var_kernels.ops.signatures import Direction
 
@@ -32,7 +31,7 @@ def head_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> HeadInputs:
     found = []
 
     def keep(hidden: Tensor, head: HeadParams) -> Tensor:
-        if gathers_weights(model):
+        if _gathers_weights(model):
             whole: Any = {"lm_head_weight": head.lm_head_weight.clone()}
             whole["bias"] = None if head.bias is None else head.bias.clone()
             whole["low_rank"] = None if head.low_rank is None else (head.low_rank[0], head.low_rank[1].clone())
@@ -43,6 +42,12 @@ def head_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> HeadInputs:
     with torch.no_grad():
         (hidden, *_), _ = capture(model, keep, inputs, low_rank=True)
     return HeadInputs(hidden, found[0])
+
+
+def _gathers_weights(model: nn.Module) -> bool:
+    """Return whether FSDP1, FSDP2 or ZeRO-3 shards the weights over ranks, which are whole only while they are used."""
+    fsdp = any(hasattr(type(m), "reshard") or "_fsdp_wrapped_module" in m._modules for m in model.modules())
+    return fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def divergence_in_head(

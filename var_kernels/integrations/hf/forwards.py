@@ -1,4 +1,4 @@
-"""A module's forward: whose code it is, and another one in its place for the time of a block."""
+"""A module's forward: whose code it is, another one in its place for a block, and what a head returns there."""
 
 import functools
 import inspect
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
@@ -124,3 +125,27 @@ def swapped_forward(module: nn.Module, forward: Callable):
         return (forward if threading.get_ident() == thread else plain)(*args, **kwargs)
 
     return swapped(module, name, here)
+
+
+def placeholder(hidden: Tensor, *results: Tensor, vocab: int | None = None, value: float = 0.0) -> Tensor:
+    """Make the tensor that a head returns in place of (B, T, V) logits: (B, T, 1), or (B, T, vocab) on the meta device,
+    which takes no memory."""
+    width, device = (1, hidden.device) if vocab is None else (vocab, torch.device("meta"))
+    return Placeholder.apply((*hidden.shape[:-1], width), value, hidden.dtype, device, *results)
+
+
+class Placeholder(torch.autograd.Function):
+    """One value in place of logits. The results are its ancestors in the graph and get a gradient of zero from it."""
+
+    @staticmethod
+    def forward(ctx, shape, value, dtype, device, *results):
+        ctx.like = [(r.shape, r.dtype, r.device) for r in results]
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    @staticmethod
+    def backward(ctx, _grad):
+        return None, None, None, None, *zeros(ctx.like)
+
+
+def zeros(like):
+    return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in like)

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from var_kernels.integrations.hf.head import HeadParams, tied
+from var_kernels.integrations.hf.calibration import HeadParams
+from var_kernels.integrations.hf.capture import tied
 from var_kernels.ops import linear_logprob, linear_weighted_nll, vocab_parallel_logprob
 
 _NEVER = -(2**62)  # an ignore_index that no label has

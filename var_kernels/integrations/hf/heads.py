@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from var_kernels.integrations.files import atomic_write
-from var_kernels.integrations.hf.model import head_sizes, inner_model
-from var_kernels.integrations.hf.weights import unwrapped
+from var_kernels.integrations.hf.model import head_sizes, inner_model, unwrapped
 
 PER = ("token", "sequence")
 _NAME = "value_head"

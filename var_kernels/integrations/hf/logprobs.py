@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.hf.calibration import is_causal
+from var_kernels.integrations.hf.calibration import HeadParams, is_causal
 from var_kernels.integrations.hf.capture import capture
-from var_kernels.integrations.hf.head import HeadParams
 from var_kernels.integrations.hf.model import decoder_inputs, find_head, inner_model, is_encoder_decoder, row_labels
 from var_kernels.integrations.hf.packing import check_apart, sequence_starts, tokens_of
 from var_kernels.losses import sequence_sum

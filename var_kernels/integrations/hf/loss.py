@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.hf.calibration import MASKED, calibrate, calibrate_loss, fingerprint
-from var_kernels.integrations.hf.forwards import of_a_library, swapped
-from var_kernels.integrations.hf.head import HeadParams, head_results, placeholder, tied
+from var_kernels.integrations.hf.calibration import MASKED, HeadParams, calibrate, calibrate_loss, fingerprint
+from var_kernels.integrations.hf.capture import head_results, tied
+from var_kernels.integrations.hf.forwards import of_a_library, placeholder, swapped
 from var_kernels.integrations.hf.logits_functions import Source, no_logits, open_logits
 from var_kernels.integrations.hf.model import (
     decoder_inputs,
@@ -217,7 +217,7 @@ class fused_lm_head:  # noqa: N801  (used like a function: with fused_lm_head(mo
             kind = hidden.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
             learns = hidden if hidden.requires_grad else params.lm_head_weight
-            nothing = placeholder(head, hidden, False, learns, value=math.nan)  # for code that torch does not show us
+            nothing = placeholder(hidden, learns, value=math.nan)  # for code that torch does not show us
             return open_logits(nothing, source, vocabulary_size(head), dtype)
 
         options = {"sharded": True, "low_rank": True, "as_logits": True}

@@ -17,22 +17,23 @@ from var_kernels.integrations.hf.forwards import (
     evaluating,
     known_arguments,
     of_a_library,
+    placeholder,
     swapped,
     swapped_forward,
     swapped_head,
 )
-from var_kernels.integrations.hf.head import placeholder
 from var_kernels.integrations.hf.model import (
     decoder_inputs,
     find_head,
     input_device,
     input_embeddings,
+    is_dtensor,
     is_encoder_decoder,
+    local_rows,
     logits_of,
     vocabulary_size,
     without_cache,
 )
-from var_kernels.integrations.hf.weights import is_dtensor, local_rows
 
 _TOKENS = 8
 _SMALL = 2**20  # elements; of larger buffers (packed weights) no copy is made
@@ -227,7 +228,7 @@ class Probe:
             hidden, restore = local_rows(hidden)
             shape = hidden.shape[:-1]
             if draw is None:
-                value = placeholder(self.head, hidden, wide)
+                value = placeholder(hidden, vocab=self.vocab if wide else None)
             else:
                 value = draw((*shape, self.vocab), torch.Generator().manual_seed(seed))
                 value = value.to(hidden.device, torch.float32 if hidden.device.type == "mps" else torch.float64)

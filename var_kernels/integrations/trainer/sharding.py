@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
-from var_kernels.integrations.hf.model import find_head, inner_model
-from var_kernels.integrations.hf.weights import is_dtensor
+from var_kernels.integrations.hf.model import find_head, inner_model, is_dtensor
 
 
 def rows_of(weight: Tensor) -> int:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from tests.tiny_training import tiny_trainer
 from var_kernels.cli import main
 from var_kernels.integrations.trainer import VARConfig, reference
-from var_kernels.integrations.trainer.metrics import peak_memory_mb
+from var_kernels.integrations.trainer.step import peak_memory_mb
 
 without_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is there")
 

@@ -35,7 +35,7 @@ def test_trains(method, tmp_path):
     before, after = tiny_model().state_dict(), trainer.model.state_dict()
     assert all(value == value and abs(value) < 1e6 for value in losses(trainer))
     moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
-    assert ("lm_head.weight" in moved) == METHODS[method].reads_policy
+    assert ("lm_head.weight" in moved) == METHODS[method].loss.reads_policy
     assert "model.layers.0.self_attn.q_proj.weight" in moved
 
 
@@ -147,7 +147,7 @@ def naive_loss(method, config):
     sr = s.detach()
     length = torch.tensor([len(entry["logp"]) for entry in table])
     loss = LOSSES[method]
-    options = METHODS[method].loss_options(config)
+    options = METHODS[method].loss.options_of(config)
     columns = {"policy_logp": s, "ref_logp": sr, "reward": reward, "lengths": length, "group_ids": group}
     columns["old_logp"] = sr  # the reference stands for what drew the data
     if hasattr(config, "advantages"):

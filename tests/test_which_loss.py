@@ -36,7 +36,7 @@ def test_a_row_is_true(name):
     wanted = {"": "no", "sequence": "sequences", "token": "tokens"}[method.reference]
     wanted = "distributions" if method.teacher == "reference" else wanted
     assert reference == (wanted if name != "var" else "no; sequences with `mean` or `sum`")
-    assert passes == ("none" if not method.reads_policy else "1" if method.loss.pass_class in "AB" else "2")
+    assert passes == ("none" if not method.loss.reads_policy else "1" if method.loss.pass_class in "AB" else "2")
     assert study.split()[0] == (objective(NAMES[name]) if name in NAMES else "-")
 
 

@@ -39,9 +39,9 @@ class Loss:
 
     From the signature: tensors: names of the tensors, in the function's order; single_names: ``single_name`` of each;
     optional_tensors: those with a default. inputs: what a caller must give of each row, the required tensors but the
-    policy's own and those that labels give, a pair's two under one name. reads_tokens: the policy's log-probs come per
-    token and not as sums of sequences. options: defaults, ``inspect.Parameter.empty`` where there is none;
-    option_types: annotations, else the defaults' types, or float.
+    policy's own and those that labels give, a pair's two under one name. reads_policy: log-probs of the lm_head are
+    among the tensors; reads_tokens: they come per token and not as sums of sequences. options: defaults,
+    ``inspect.Parameter.empty`` where there is none; option_types: annotations, else the defaults' types, or float.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Loss:
     single_names: dict[str, tuple[str, int | None]] = field(init=False, repr=False, compare=False)
     optional_tensors: frozenset[str] = field(init=False, repr=False, compare=False)
     inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    reads_policy: bool = field(init=False, repr=False, compare=False)
     reads_tokens: bool = field(init=False, repr=False, compare=False)
     options: dict[str, object] = field(init=False, repr=False, compare=False)
     option_types: dict[str, object] = field(init=False, repr=False, compare=False)
@@ -75,6 +76,7 @@ class Loss:
             "single_names": single,
             "optional_tensors": frozenset(p.name for p in rows if p.default is not p.empty),
             "inputs": tuple(name for name in inputs if name not in _KNOWN),
+            "reads_policy": any(name in ("policy_logp", "token_logp") for name, _ in single.values()),
             "reads_tokens": any(name == "token_logp" for name, _ in single.values()),
             "options": {p.name: p.default for p in options},
             "option_types": types | {p.name: p.annotation for p in options if p.annotation is not p.empty},
@@ -90,6 +92,10 @@ class Loss:
             if name != "kl_baseline":
                 empty[name] = torch.zeros((0, 1) if self.reads_tokens and self.pass_class == "C" else 0, dtype=kind)
         return empty
+
+    def options_of(self, settings: object) -> dict[str, object]:
+        """The attributes of ``settings`` that are options of the loss."""
+        return {name: getattr(settings, name) for name in self.options}
 
     def check_options(self, given: Mapping[str, object]) -> None:
         """Raises ValueError for options that the loss does not have, and for missing ones."""

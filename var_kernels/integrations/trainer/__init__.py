@@ -15,15 +15,15 @@ from var_kernels.integrations import missing_package
 
 if TYPE_CHECKING:
     from var_kernels.integrations.trainer.config import AlignConfig, VARConfig, method_config
-    from var_kernels.integrations.trainer.metrics import NonFiniteLossError
     from var_kernels.integrations.trainer.reward_model import RewardModel
     from var_kernels.integrations.trainer.rewards import RewardSum
+    from var_kernels.integrations.trainer.step import NonFiniteLossError
     from var_kernels.integrations.trainer.trainer import VARTrainer
 
 # The table of methods is also read where transformers is not installed.
 _HOME = {
     "AlignConfig": "config",
-    "NonFiniteLossError": "metrics",
+    "NonFiniteLossError": "step",
     "RewardModel": "reward_model",
     "RewardSum": "rewards",
     "VARConfig": "config",

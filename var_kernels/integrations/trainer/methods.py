@@ -1,42 +1,24 @@
-"""The methods by name: what an item of a batch is, what is known before the forward pass, and the loss inside the
-lm_head.
+"""The methods by name: what an item of a batch is, and what is known before the forward pass.
 
 A step is prepared once for all of its micro-batches on this rank (``prepare``), because normalisers span the global
 batch. The micro-batch losses of a step, summed over accumulation steps and ranks, are the loss of the global batch.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.integrations import IGNORE_INDEX
-from var_kernels.integrations.hf.distill import HeadInputs, divergence_in_head
 from var_kernels.integrations.trainer import collator, row_weights
 from var_kernels.integrations.trainer.reward_effect import z_over_batch
 from var_kernels.integrations.trainer.row_weights import Prepared, Rows
-from var_kernels.integrations.trainer.value_head import prompt_end
-from var_kernels.losses import (
-    LOSSES,
-    MODEL_LOSSES,
-    Loss,
-    dft_loss,
-    dro_value_loss,
-    linear_loss,
-    quantile_reward,
-    register,
-    single_name,
-    soft_value,
-)
+from var_kernels.losses import LOSSES, MODEL_LOSSES, Loss, dft_loss, quantile_reward, register, soft_value
 from var_kernels.losses.advantages import ADVANTAGES
-from var_kernels.losses.ava import last_value
 from var_kernels.losses.checks import check_choice, check_range
-from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.token import LENGTH_NORMALIZATIONS
 from var_kernels.losses.weights import DEFAULT_NORMALIZER, DEFAULT_REFERENCE
 from var_kernels.ops.signatures import DIRECTIONS
@@ -72,11 +54,6 @@ class Method:
         return "sequence" if reads & {"ref_logp", "old_logp"} or self.loss.name == "var" else ""
 
     @property
-    def reads_policy(self) -> bool:
-        """True where the loss reads log-probs of the lm_head, and not the head beside it alone."""
-        return any(single_name(name)[0] in ("policy_logp", "token_logp") for name in self.loss.tensors)
-
-    @property
     def own_settings(self) -> dict[str, tuple[object, object, str]]:
         """Name -> (type, default, meaning) of the config's fields that are this method's alone: the loss's options
         first."""
@@ -92,15 +69,12 @@ class Method:
         """Settings out of range are refused before anything is read: by the loss itself, on no rows, and here."""
         for name in _CHOICES.keys() & self.settings.keys():
             check_choice(name, getattr(config, name), _CHOICES[name])
-        self.loss.function(**self.loss.no_rows(), **self.loss_options(config))
+        self.loss.function(**self.loss.no_rows(), **self.loss.options_of(config))
         if getattr(config, "baseline", "none") != "none" and config.per_device_train_batch_size == 1:
             raise ValueError(
                 f"per_device_train_batch_size must be at least 2 for baseline={config.baseline!r}, the mean over the "
                 "other pairs of a micro-batch, got 1; raise it, or pass baseline='none'"
             )
-
-    def loss_options(self, config) -> dict[str, object]:
-        return {name: getattr(config, name) for name in self.loss.options}
 
 
 # ---- columns that are known of the whole data set --------------------------------------------------------------------
@@ -134,101 +108,6 @@ def _standardised(rows, config, train) -> Rows:
     """DRO: rewards of mean 0 and standard deviation 1 over the training set."""
     spread, mean = torch.std_mean(train.reward, correction=0)
     return {"reward": (rows.reward - mean) / spread.clamp(min=1e-8)} if config.standardise_rewards else {}
-
-
-# ---- losses inside the head ------------------------------------------------------------------------------------------
-
-
-class HeadResult(NamedTuple):
-    """loss: the micro-batch's share of it, (). token_logp: of the labels, (B, T), and logp, of the sequences, (B,); 0
-    where not computed. hits: the label is the most likely token, (B, T). computed: where the head was computed at all,
-    (B, T): one pass leaves out what has no weight. score: what the policy or its reward head makes of each sequence,
-    (B,); pairs are judged by it."""
-
-    loss: Tensor
-    token_logp: Tensor
-    logp: Tensor
-    hits: Tensor
-    computed: Tensor
-    score: Tensor
-
-
-def loss_in_head(
-    method: Method,
-    hidden: Tensor,
-    head,
-    labels: Tensor,
-    rows: Rows,
-    config,
-    *,
-    extra_head=None,
-    teacher: HeadInputs | None = None,
-    process_group=None,
-    label_generator=None,
-) -> "HeadResult":
-    """The loss and metrics of a micro-batch, computed inside the head. A method that does not read the policy makes no
-    logits, and has zeros for log-probs and hits."""
-    loss = method.loss
-    inputs = {name: rows[name] for name in loss.inputs if name in rows}
-    kept = labels != IGNORE_INDEX
-    if not method.reads_policy:
-        score_B = last_value(extra_head(hidden)[0], kept)
-        items = loss.function(score_B[0::2], score_B[1::2], **method.loss_options(config))
-        total, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
-        return HeadResult(total, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
-    name = loss.name
-    anchor: Tensor | float = 0.0
-    options: Any = method.loss_options(config)
-    if method.teacher:
-        shared: Any = {"temperature": config.logp_temperature, "workspace_mb": config.workspace_mb}
-        shared["vocabulary"] = min(of.lm_head_weight.shape[0] for of in (head, teacher.head))
-        divergence_of = functools.partial(divergence_in_head, hidden, head, labels, teacher, **shared)
-        weight = rows["weight"].unsqueeze(1).expand_as(labels)
-    if method.teacher == "given":
-        total, nothing = divergence_of(token_weight=weight, **options), torch.zeros_like(kept)
-        zeros = nothing.to(total.dtype)
-        return HeadResult(total, zeros, zeros[:, 0], nothing, nothing, zeros[:, 0])
-    if method.teacher == "reference":  # ASFT
-        name, anchor = "dft", options.pop("kl_coef") * divergence_of(token_weight=weight)
-    if method.head == "reward":
-        inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
-    elif method.head == "value":
-        inputs["value"] = extra_head(hidden.detach(), prompt_end(labels))
-    total, logp, argmax = linear_loss(
-        name,
-        hidden,
-        head.lm_head_weight,
-        labels,
-        inputs,
-        head.bias,
-        item_weight=_item_weight(loss, rows),
-        head_options={
-            **head.logit_options,
-            "workspace_mb": config.workspace_mb,
-            "temperature": config.logp_temperature,
-        },
-        process_group=process_group,
-        label_generator=label_generator,
-        return_logp=True,
-        return_argmax=True,
-        **options,
-    )
-    total = total + anchor
-    logp_B = sequence_sum(logp, labels)
-    if method.head == "value":
-        given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
-        total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
-    score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
-    return HeadResult(total, logp, logp_B, argmax == labels, argmax >= 0, score_B.detach())
-
-
-def _item_weight(loss: Loss, rows: Rows) -> Tensor:
-    """One a pair or a row; of tokens that another engine drew, one a token."""
-    if loss.item == "pair":
-        return rows["weight"][0::2]
-    if "sampler_weight" in rows:
-        return rows["weight"].unsqueeze(1) * rows["sampler_weight"]
-    return rows["weight"]
 
 
 _CHOICES = {

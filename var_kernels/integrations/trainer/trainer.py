@@ -41,8 +41,7 @@ from var_kernels.integrations.trainer.collator import (
 )
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer, pad_token
-from var_kernels.integrations.trainer.methods import METHODS, HeadResult, Method, loss_in_head
-from var_kernels.integrations.trainer.metrics import StepMetrics, stop_unless_finite
+from var_kernels.integrations.trainer.methods import METHODS, Method
 from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.online.loop import seed_of
@@ -55,6 +54,13 @@ from var_kernels.integrations.trainer.sharding import (
     check_layout,
     of_first_rank,
     whole_when_saved,
+)
+from var_kernels.integrations.trainer.step import (
+    HeadResult,
+    StepMetrics,
+    loss_in_head,
+    method_rows,
+    stop_unless_finite,
 )
 from var_kernels.integrations.trainer.value_head import new_head
 
@@ -175,7 +181,7 @@ class VARTrainer(Trainer):
         self.extra_head = None
         if self.method.head in ("value", "reward"):
             self.extra_head = attach_head(model, new_head(model, self.method.head))
-        if not self.method.reads_policy:
+        if not self.method.loss.reads_policy:
             freeze_head(model)
         if train_dataset is not None:
             check_learns(model)
@@ -299,7 +305,7 @@ class VARTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         if "micro_batches" not in inputs:
             self._prepare_step([inputs], None, mode)
-        rows = _method_rows(inputs, self.method)
+        rows = method_rows(inputs, self.method)
         group = dist.group.WORLD if self.args.world_size > 1 and mode == "train" else None
         generator = self._label_generator(inputs) if self.method.loss.policy_labels and mode == "train" else None
 
@@ -500,17 +506,3 @@ class VARTrainer(Trainer):
         """README.md in output_dir: what was trained on what, the settings, the last metrics."""
         if self.is_world_process_zero():
             write_model_card(self)
-
-
-def _method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
-    """The loss's inputs under its own names; values of tokens beside the labels that they belong to."""
-    rows: dict[str, Tensor] = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
-    for name in (*method.loss.inputs, *({"sampler_weight"} & set(inputs))):
-        if name not in inputs and method.head in ("value", "reward"):
-            continue  # made inside the head
-        # completions of a data set come from the reference: it is the policy that drew them, too
-        others = {"group_ids": "group", "old_token_logp": "ref_token_logp", "old_logp": "ref_logp"}
-        source = others.get(name, name)
-        values = inputs[name if name in inputs else source]
-        rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
-    return rows

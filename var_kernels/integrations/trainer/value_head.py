@@ -5,7 +5,6 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import RewardHead, ValueHead
@@ -20,13 +19,6 @@ def new_head(model: nn.Module, kind: str) -> nn.Module:
     """An untrained head of the lm_head's width: "value" (one number a prompt) or "reward" (AVA's posterior)."""
     _, width = head_sizes(find_head(inner_model(model)))
     return RewardHead(width) if kind == "reward" else ValueHead(width, per="sequence")
-
-
-def prompt_end(labels: Tensor) -> Tensor:
-    """(B, T) bool, True at the last position of each prompt; labels aligned with hidden: it predicts the first token of
-    the completion."""
-    kept = labels != IGNORE_INDEX
-    return kept & (kept.long().cumsum(1) == 1)
 
 
 @torch.no_grad()

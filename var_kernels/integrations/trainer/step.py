@@ -1,22 +1,143 @@
-"""Numbers of a step: means over ranks and steps for the log, the peak memory, and the stop at a loss that is NaN or
+"""A micro-batch of a step: its loss inside the lm_head, its numbers for the log, and the stop at a loss that is NaN or
 infinite, before it reaches the weights, with the rows to blame.
 """
 
+import functools
 import math
 import time
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from var_kernels.losses import kl_k3, ppo_clipped
+from var_kernels.integrations import IGNORE_INDEX
+from var_kernels.integrations.hf.distill import HeadInputs, divergence_in_head
+from var_kernels.integrations.trainer.methods import Method
+from var_kernels.integrations.trainer.row_weights import Rows
+from var_kernels.losses import Loss, dro_value_loss, kl_k3, linear_loss, ppo_clipped
+from var_kernels.losses.ava import last_value
+from var_kernels.losses.sequences import sequence_sum
 from var_kernels.losses.weights import PER_PROMPT, warn_if_collapsed
 from var_kernels.measure import peak_resident_mb
 
 SHOWN_ROWS = 10
+
+
+def method_rows(inputs: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
+    """The loss's inputs under its own names; values of tokens beside the labels that they belong to."""
+    rows: dict[str, Tensor] = {key: inputs[key] for key in ("weight", "ref_logp", "length") if key in inputs}
+    for name in (*method.loss.inputs, *({"sampler_weight"} & set(inputs))):
+        if name not in inputs and method.head in ("value", "reward"):
+            continue  # made inside the head
+        # completions of a data set come from the reference: it is the policy that drew them, too
+        others = {"group_ids": "group", "old_token_logp": "ref_token_logp", "old_logp": "ref_logp"}
+        source = others.get(name, name)
+        values = inputs[name if name in inputs else source]
+        rows[name] = F.pad(values[:, 1:], (0, 1)) if values.dim() == 2 else values
+    return rows
+
+
+class HeadResult(NamedTuple):
+    """loss: the micro-batch's share of it, (). token_logp: of the labels, (B, T), and logp, of the sequences, (B,); 0
+    where not computed. hits: the label is the most likely token, (B, T). computed: where the head was computed at all,
+    (B, T): one pass leaves out what has no weight. score: what the policy or its reward head makes of each sequence,
+    (B,); pairs are judged by it."""
+
+    loss: Tensor
+    token_logp: Tensor
+    logp: Tensor
+    hits: Tensor
+    computed: Tensor
+    score: Tensor
+
+
+def loss_in_head(
+    method: Method,
+    hidden: Tensor,
+    head,
+    labels: Tensor,
+    rows: Rows,
+    config,
+    *,
+    extra_head=None,
+    teacher: HeadInputs | None = None,
+    process_group=None,
+    label_generator=None,
+) -> HeadResult:
+    """The loss and metrics of a micro-batch, computed inside the head. A method that does not read the policy makes no
+    logits, and has zeros for log-probs and hits."""
+    loss = method.loss
+    inputs = {name: rows[name] for name in loss.inputs if name in rows}
+    kept = labels != IGNORE_INDEX
+    if not loss.reads_policy:
+        score_B = last_value(extra_head(hidden)[0], kept)
+        items = loss.function(score_B[0::2], score_B[1::2], **loss.options_of(config))
+        total, nothing, score_B = (items * rows["weight"][0::2]).sum(), torch.zeros_like(kept), score_B.detach()
+        return HeadResult(total, nothing.to(score_B), torch.zeros_like(score_B), nothing, nothing, score_B)
+    name = loss.name
+    anchor: Tensor | float = 0.0
+    options: Any = loss.options_of(config)
+    if method.teacher:
+        shared: Any = {"temperature": config.logp_temperature, "workspace_mb": config.workspace_mb}
+        shared["vocabulary"] = min(of.lm_head_weight.shape[0] for of in (head, teacher.head))
+        divergence_of = functools.partial(divergence_in_head, hidden, head, labels, teacher, **shared)
+        weight = rows["weight"].unsqueeze(1).expand_as(labels)
+    if method.teacher == "given":
+        total, nothing = divergence_of(token_weight=weight, **options), torch.zeros_like(kept)
+        zeros = nothing.to(total.dtype)
+        return HeadResult(total, zeros, zeros[:, 0], nothing, nothing, zeros[:, 0])
+    if method.teacher == "reference":  # ASFT
+        name, anchor = "dft", options.pop("kl_coef") * divergence_of(token_weight=weight)
+    if method.head == "reward":
+        inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
+    elif method.head == "value":
+        inputs["value"] = extra_head(hidden.detach(), _prompt_end(labels))
+    total, logp, argmax = linear_loss(
+        name,
+        hidden,
+        head.lm_head_weight,
+        labels,
+        inputs,
+        head.bias,
+        item_weight=_item_weight(loss, rows),
+        head_options={
+            **head.logit_options,
+            "workspace_mb": config.workspace_mb,
+            "temperature": config.logp_temperature,
+        },
+        process_group=process_group,
+        label_generator=label_generator,
+        return_logp=True,
+        return_argmax=True,
+        **options,
+    )
+    total = total + anchor
+    logp_B = sequence_sum(logp, labels)
+    if method.head == "value":
+        given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
+        total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
+    score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
+    return HeadResult(total, logp, logp_B, argmax == labels, argmax >= 0, score_B.detach())
+
+
+def _item_weight(loss: Loss, rows: Rows) -> Tensor:
+    """One a pair or a row; of tokens that another engine drew, one a token."""
+    if loss.item == "pair":
+        return rows["weight"][0::2]
+    if "sampler_weight" in rows:
+        return rows["weight"].unsqueeze(1) * rows["sampler_weight"]
+    return rows["weight"]
+
+
+def _prompt_end(labels: Tensor) -> Tensor:
+    """(B, T) bool, True at the last position of each prompt; labels aligned with hidden: it predicts the first token of
+    the completion."""
+    kept = labels != IGNORE_INDEX
+    return kept & (kept.long().cumsum(1) == 1)
 
 
 class StepMetrics:
@@ -37,7 +158,7 @@ class StepMetrics:
 
     def add_batch(self, method, config, rows: dict[str, Tensor], result) -> None:
         """Add the metrics of a micro-batch: rows as its loss reads them, result of ``loss_in_head``."""
-        if method.reads_policy:
+        if method.loss.reads_policy:
             # a row that the loss gives no weight costs nothing, and has no log-prob
             tokens = result.computed.sum()
             self.add("token_accuracy", result.hits.sum(), tokens)
@@ -79,7 +200,7 @@ class StepMetrics:
         pairs = counted.sum()
         self.add("pair_accuracy", (margin > 0).sum(), pairs)
         self.add("pair_margin", margin.sum(), pairs)
-        if method.reads_policy:
+        if method.loss.reads_policy:
             for name, logp in (("logp_chosen", result.logp[0::2]), ("logp_rejected", result.logp[1::2])):
                 self.add(name, logp.where(counted, 0.0).sum(), pairs)
 

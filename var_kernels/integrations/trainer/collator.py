@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,12 @@ def first_items(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
                 batch[key] = torch.zeros_like(batch[key])
         batch |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX), "stand_in": kept[kept]}
     return batch
+
+
+def model_inputs(rows: EncodedRows, numbers: Sequence[int], pad_token_id: int, device: Any) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels (B, T) of the rows of these numbers."""
+    batch = RowCollator(pad_token_id)([[rows.row(number)] for number in numbers])
+    return {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:

@@ -17,8 +17,7 @@ from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.checks import check_arguments, check_online, check_positions, check_vocabulary
-from var_kernels.integrations.trainer.collator import Items, RowCollator, equal_pair, parsed_examples, read_items
-from var_kernels.integrations.trainer.loading import pad_token
+from var_kernels.integrations.trainer.collator import Items, equal_pair, model_inputs, parsed_examples, read_items
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
@@ -66,10 +65,8 @@ def preview(
     calibrate_first_rank(model, config.device, config.process_index)
     if config.online:
         check_online(config, reward_func, sampler, None)
-        pad = pad_token(tokenizer)
-        loop = OnlineLoop(
-            config, method, parsed_examples(rows, "train_dataset", "prompt"), None, tokenizer, pad, None, reward_func
-        )
+        prompts = parsed_examples(rows, "train_dataset", "prompt")
+        loop = OnlineLoop(config, prompts, None, tokenizer, None, reward_func)
         loop.check_model(model)
         sections = [_prompt_lines(loop, tokenizer, config, shown)]
         longest = max(len(prompt.ids) for prompt in loop.prompts) + config.max_new_tokens
@@ -274,13 +271,11 @@ def _within_budget(table: EncodedRows, steps: list[list[int]]) -> list[list[int]
 def _score(model, table: EncodedRows, rows: list[int], config) -> Tensor:
     """(all rows,) log-probs of these rows' completions under the model, 0 elsewhere."""
     result = torch.zeros(len(table))
-    items, collate = Items(table, [[row] for row in range(len(table))]), RowCollator(0)
     device, size = next(model.parameters()).device, config.per_device_eval_batch_size
     with evaluating(model):
         for at in range(0, len(rows), size):
             members = rows[at : at + size]
-            batch = collate([items[row] for row in members])
-            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+            inputs = model_inputs(table, members, 0, device)
             result[members] = token_logprobs(model, inputs, workspace_mb=config.workspace_mb).float().sum(1).cpu()
     return result
 

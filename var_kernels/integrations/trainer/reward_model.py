@@ -16,7 +16,7 @@ from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.hf.heads import RewardHead, load_head
 from var_kernels.integrations.hf.model import next_labels
-from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.collator import model_inputs
 from var_kernels.integrations.trainer.loading import check_folder, load_causal_lm, pad_token
 from var_kernels.integrations.trainer.scoring import over_rows
 from var_kernels.losses.ava import last_value, pair_accuracy
@@ -147,12 +147,10 @@ class RewardModel:
         given = enumerate(zip(prompts, completions, strict=True))
         examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in given]
         rows = encode_examples(examples, self.tokenizer, self.max_length, end_tokens(self.tokenizer, self.model))
-        items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(self.pad_token_id)
         order = sorted(range(len(rows)), key=rows.length)
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
-            batch = collate([items[row] for row in members])
-            yield members, {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+            yield members, model_inputs(rows, members, self.pad_token_id, device)
 
     def _text_pairs(self, prompts: list[str], completions: list[str]) -> list[dict]:
         """Pairs of texts as the tokenizer joins them, cut as training cuts: equal prompts alike, to the newest tokens.
@@ -208,9 +206,9 @@ def judge_pairs(trainer, rows: EncodedRows) -> tuple[float, int]:
     reward = torch.zeros(len(rows), dtype=torch.float64, device=device)
 
     def visit(batch: dict[str, Tensor], members: list[int]) -> None:
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        labels = batch.pop("labels")
         with torch.no_grad(), trainer.accelerator.autocast():
-            made = _last_mu(trainer.model, trainer.extra_head, inputs, batch["labels"].to(device))
+            made = _last_mu(trainer.model, trainer.extra_head, batch, labels)
         reward[members] = made[: len(members)].to(reward)
 
     over_rows(trainer, trainer.model, rows, visit, "rewards")

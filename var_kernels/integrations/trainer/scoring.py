@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.forwards import evaluating
-from var_kernels.integrations.trainer.collator import Items, RowCollator
+from var_kernels.integrations.trainer.collator import model_inputs
 from var_kernels.integrations.trainer.progress import progress_bar
 
 
@@ -37,7 +37,7 @@ def over_rows(
     title: str,
     wanted: Sequence[int] | None = None,
 ) -> None:
-    """``visit(batch, its row numbers)`` for this rank's share of the rows, or of the ``wanted`` ones, in batches of
+    """``visit(model_inputs, row numbers)`` for this rank's share of the rows, or of the ``wanted`` ones, in batches of
     rows of like length, with the model in eval mode.
 
     Every rank makes as many visits, the last perhaps of a row that is none of its own (no row numbers): a forward pass
@@ -48,14 +48,13 @@ def over_rows(
     order = sorted(members, key=rows.length, reverse=True)  # out of memory, if at all, at the first batch
     size = args.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    items, collate = Items(rows, [[row] for row in range(len(rows))]), RowCollator(trainer.pad_token_id)
     ranks = accelerator.num_processes
     own = batches[accelerator.process_index :: ranks]
     own += [[]] * (-(-len(batches) // ranks) - len(own))
     tokens = [sum(rows.length(row) for row in batch) for batch in own]
     with evaluating(model), progress_bar(args, title, sum(tokens), "token") as advance:
         for batch, count in zip(own, tokens, strict=True):
-            visit(collate([items[row] for row in batch or order[-1:]]), batch)
+            visit(model_inputs(rows, batch or order[-1:], trainer.pad_token_id, accelerator.device), batch)
             advance(count)
 
 

@@ -153,9 +153,7 @@ class VARTrainer(Trainer):
         if args.online:
             named = (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
             prompts = [None if rows is None else parsed_examples(rows, name, "prompt") for name, rows in named]
-            self.online = OnlineLoop(
-                args, self.method, prompts[0], prompts[1], processing_class, self.pad_token_id, sampler, reward_function
-            )
+            self.online = OnlineLoop(args, prompts[0], prompts[1], processing_class, sampler, reward_function)
             self.online.check_model(model)
             data: list[Any] = [self.online.dataset, self.online.eval_prompts]
         else:
@@ -252,7 +250,8 @@ class VARTrainer(Trainer):
         return batches, num_items if num_items is not None else torch.tensor(0)
 
     def _without_fillers(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """accelerate fills the last batches of an epoch, rank by rank, with items that were in it before."""
+        """accelerate fills the last batches of an epoch, rank by rank, with items that were in it before. How many it
+        says too (``_own_items``), but not in an epoch that is resumed."""
         size = int(batch["item"][-1]) + 1
         remainder = len(self.train_dataset) % (size * self.args.world_size)
         own = remainder - self.args.process_index * size

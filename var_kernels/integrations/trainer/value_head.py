@@ -80,7 +80,7 @@ def prompt_states(trainer, model: nn.Module, rows: EncodedRows) -> Tensor:
 
     def visit(batch: dict[str, Tensor], members: list[int]) -> None:
         last = (prompts.prompt_length[members] - 1).to(device)
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         with trainer.accelerator.autocast():
             (hidden,), _ = capture(
                 model,

@@ -18,6 +18,8 @@ from var_kernels.integrations.data import DataError, EncodedRows, Example, Probl
 from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.checks import check_positions
 from var_kernels.integrations.trainer.config import draws_pairs, say_temperatures
+from var_kernels.integrations.trainer.loading import pad_token
+from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online.buffer import Buffer, Drawn, Iteration
 from var_kernels.integrations.trainer.online.draws import (
     FixedLengthItems,
@@ -53,8 +55,8 @@ class OnlineLoop(TrainerCallback):
     killed draws the same again.
 
     Args:
-        args: the settings of the run. method: its ``Method``.
-        prompts, eval_prompts: examples, of which the prompts are read. tokenizer, pad_token_id: of the policy.
+        args: the settings of the run.
+        prompts, eval_prompts: examples, of which the prompts are read. tokenizer: of the policy.
         sampler: None: ``GenerateSampler``. reward_function: None where the policy itself labels.
 
     Raises:
@@ -64,16 +66,14 @@ class OnlineLoop(TrainerCallback):
     def __init__(
         self,
         args,
-        method,
         prompts: list[Example],
         eval_prompts: list[Example] | None,
         tokenizer,
-        pad_token_id: int,
         sampler: Sampler | None,
         reward_function: RewardFunction | None,
     ):
-        self.args, self.method, self.tokenizer = args, method, tokenizer
-        self.pad_token_id, self.sampler, self.reward_function = pad_token_id, sampler, reward_function
+        self.args, self.method, self.tokenizer = args, METHODS[args.method], tokenizer
+        self.pad_token_id, self.sampler, self.reward_function = pad_token(tokenizer), sampler, reward_function
         self.prompts = prompts_of(prompts, tokenizer, args, reward_function)
         self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args, reward_function)
         self.buffer = Buffer(Path(args.output_dir) / BUFFER)
@@ -167,7 +167,8 @@ class OnlineLoop(TrainerCallback):
         settings, policy = self._settings(iteration), self._policy()
         prompts = self._prompts_of(iteration)
         began = time.monotonic()
-        mine = self._together(lambda: self._draw(iteration, prompts))
+        count = self.args.generations_per_prompt
+        mine = self._together(lambda: self._draw(prompts, count, f"iteration {iteration}", "sample", iteration))
         sampling_seconds = time.monotonic() - began
         began = time.monotonic()
         mine = self._together(lambda: self._score(mine, prompts, f"iteration {iteration}, "))
@@ -182,21 +183,17 @@ class OnlineLoop(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         return stored
 
-    def _draw(self, iteration: int, prompts: list[Prompt]) -> list[tuple[int, Drawn]]:
-        """This rank's share: every so many batches, of prompts of like length."""
-        count, result = self.args.generations_per_prompt, []
-        for number, members in self._batches(prompts, count, f"iteration {iteration}: sampling"):
-            samples = self._sample([prompts[member].ids for member in members], count, ("sample", iteration, number))
-            result += self._drawn(prompts, members, samples)
-        return result
-
-    def _drawn(self, prompts: list[Prompt], members: list[int], samples: Samples) -> list[tuple[int, Drawn]]:
+    def _draw(self, prompts: list[Prompt], count: int, title: str, *place) -> list[tuple[int, Drawn]]:
+        """``count`` completions of each prompt of this rank's share: every so many batches, of prompts of like length.
+        place: what the seeds depend on, beside the batch."""
         result = []
-        for place, (member, ids) in enumerate(zip(members, samples.completions, strict=True)):
-            prompt = prompts[member]
-            texts = [self._text(prompt.text, i) for i in ids]
-            logps = None if samples.logps is None else samples.logps[place]
-            result.append((member, Drawn(prompt.text, texts, None, prompt.where, prompt.ids, ids, logps)))
+        for number, members in self._batches(prompts, count, f"{title}: sampling"):
+            chunk = [prompts[member] for member in members]
+            made, logps = self._sample([prompt.ids for prompt in chunk], count, (*place, number))
+            for at, (member, prompt) in enumerate(zip(members, chunk, strict=True)):
+                texts = [self._text(prompt.text, ids) for ids in made[at]]
+                known = (prompt.where, prompt.ids, made[at], None if logps is None else logps[at])
+                result.append((member, Drawn(prompt.text, texts, None, *known)))
         return result
 
     def _batches(self, prompts: list[Prompt], count: int, title: str):
@@ -277,11 +274,7 @@ class OnlineLoop(TrainerCallback):
             raise ValueError("eval_dataset must hold prompts to evaluate on, got none; pass an evaluation set")
 
         def work():
-            result = []
-            for number, members in self._batches(eval_prompts, 1, "evaluation: sampling"):
-                made = self._sample([eval_prompts[member].ids for member in members], 1, ("eval", number))
-                result += self._drawn(eval_prompts, members, made)
-            return self._score(result, eval_prompts, "")
+            return self._score(self._draw(eval_prompts, 1, "evaluation", "eval"), eval_prompts, "")
 
         return measures(self._gathered(self._together(work)), self._end_token_ids)
 

@@ -8,8 +8,8 @@ from tests.hf_zoo import VOCAB, ZOO, build, llama
 from tests.tolerance import assert_result
 from var_kernels import VARLoss
 from var_kernels.integrations.hf import capture, sequence_logprobs, token_logprobs
+from var_kernels.integrations.hf.logprobs import sequence_starts
 from var_kernels.integrations.hf.model import next_labels
-from var_kernels.integrations.hf.packing import sequence_starts
 
 transformers = pytest.importorskip("transformers")
 

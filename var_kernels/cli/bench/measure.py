@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from var_kernels.cli.bench.sides import OURS, OURS_ANY, PLAIN
+from var_kernels.cli.memory import PLAIN_BYTES
 from var_kernels.measure import peak_extra_bytes
 
 MODES = ("training", "frozen head", "scoring")
@@ -26,8 +27,6 @@ _CALLS = 3.5
 _COMPILATION, _SLOWEST, _USUAL = 20.0, 4.0, 2.0
 _FEWEST = 128
 _NO_TIME = "not run: no time left; give more --seconds"
-# Logits, log-softmax and two gradients in fp32, of a loss that makes them all.
-_PLAIN_BYTES = 12
 
 
 @dataclass
@@ -134,7 +133,7 @@ def measure(
     run, with "" before a timing.
     """
     n, device = len(operands.hidden), operands.hidden.device
-    logits_bytes = _PLAIN_BYTES * n * len(operands.weight)
+    logits_bytes = PLAIN_BYTES * n * len(operands.weight)
     rows: dict[tuple[str, str], Row] = {}
     calls: dict[tuple[str, str], Callable] = {}
     errors: dict[str, float] = {}

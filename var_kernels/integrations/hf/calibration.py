@@ -142,7 +142,11 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, enco
         ValueError: what follows the head is not in this family (several streams, other positions ...).
     """
     inner = inner_model(model)
-    _refuse_unless_handled(inner, encoder_decoder)
+    if is_encoder_decoder(inner) and not encoder_decoder:
+        raise ValueError(
+            f"model must be a decoder alone here, got the encoder-decoder {type(inner).__name__}; use fused_lm_head, "
+            "token_logprobs or sequence_logprobs, which support it"
+        )
     found = _found(inner)
     if "transform" not in found:
         found["transform"] = _try(inner, inputs, lambda given: _calibrate_transform(Probe(model, inner, given)))
@@ -164,7 +168,6 @@ def calibrate_loss(
             does not depend on them (an MoE auxiliary loss): smoothed labels, a z-loss, other label shapes.
     """
     inner = inner_model(model)
-    _refuse_unless_handled(inner, encoder_decoder)
     transform = calibrate(model, inputs, encoder_decoder=encoder_decoder)
     found = _found(inner)
     if "loss" not in found:
@@ -209,14 +212,6 @@ def keeps_sequences_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
             except TrialFailedError:
                 found[key] = False
     return found[key]
-
-
-def _refuse_unless_handled(inner: nn.Module, encoder_decoder: bool) -> None:
-    if is_encoder_decoder(inner) and not encoder_decoder:
-        raise ValueError(
-            f"model must be a decoder alone here, got the encoder-decoder {type(inner).__name__}; use fused_lm_head, "
-            "token_logprobs or sequence_logprobs, which support it"
-        )
 
 
 def _found(inner: nn.Module) -> dict[Any, Any]:

@@ -1,5 +1,6 @@
 """Callbacks: the metrics file, and the reference that follows the policy."""
 
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from var_kernels.integrations.files import atomic_write
 from var_kernels.integrations.trainer.progress import ProgressLines
+from var_kernels.integrations.trainer.sharding import parameter_counts
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -24,9 +26,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
-        kept = [line for line in complete_lines(path) if json.loads(line).get("step", 0) <= state.global_step > 0]
+        kept = [entry for entry in logged_entries(path) if entry.get("step", 0) <= state.global_step > 0]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -39,18 +41,13 @@ class MetricsFile(TrainerCallback):
             os.fsync(file.fileno())
 
 
-def complete_lines(path: Path) -> list[str]:
+def logged_entries(path: Path) -> list[dict]:
     """The lines that are whole JSON: a killed process may leave half of one at the end."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        lines.append(line)
-    return lines
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 class StepLines(TrainerCallback):
@@ -74,11 +71,7 @@ class StepLines(TrainerCallback):
 
 def summary(trainer) -> str:
     """The method, the data and the model of a run, in a line."""
-    parameters = {id(p): p for p in trainer.model.parameters()}.values()
-    count, learning = (
-        sum(getattr(p, "ds_numel", p.numel()) for p in group)
-        for group in (parameters, [p for p in parameters if p.requires_grad])
-    )
+    count, learning = parameter_counts(trainer.model)
     if trainer.online is not None:
         data = f"{len(trainer.online.prompts)} prompts to draw for"
     else:

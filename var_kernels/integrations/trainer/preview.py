@@ -21,7 +21,7 @@ from var_kernels.integrations.trainer.collator import Items, equal_pair, model_i
 from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import OnlineLoop
 from var_kernels.integrations.trainer.reward_effect import check_rewards
-from var_kernels.integrations.trainer.sharding import calibrate_first_rank
+from var_kernels.integrations.trainer.sharding import calibrate_first_rank, parameter_counts
 from var_kernels.ops.head import budget_bytes
 
 MIB = 2**20
@@ -316,17 +316,13 @@ def _memory_lines(model, config, batch: tuple[int, int], live_reference: bool) -
         f"activations of {batch[0]} x {batch[1]:,} tokens": _activations(model, config, batch),
     }
     known = [size for size in parts.values() if size is not None]
-    lines = ["memory, an estimate", f"  parameters {_count(parameters):,}, of which {_count(learned):,} are trained"]
+    lines = ["memory, an estimate", "  parameters {:,}, of which {:,} are trained".format(*parameter_counts(model))]
     for part, size in parts.items():
         if size != 0:
             lines.append(f"  {part:<40}" + ("unknown" if size is None else f"{size / MIB:>10,.1f} MiB"))
     rest = "" if len(known) == len(parts) else " without activations"
     title = f"peak of a rank{rest}, at least"
     return [*lines, f"  {title:<40}{sum(known) / MIB:>10,.1f} MiB, and what Python and torch take"]
-
-
-def _count(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

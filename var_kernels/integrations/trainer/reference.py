@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from var_kernels.integrations.data import DataError, EncodedRows, Problem
+from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.files import atomic_write, cache_folder
 from var_kernels.integrations.hf.distill import HeadInputs, head_inputs
 from var_kernels.integrations.hf.forwards import evaluating
@@ -75,16 +75,18 @@ def cached_ref_logp(
     if not missing:
         logger.info("reference log-probs of %d rows read from %s", len(rows), path)
         return found
-    if trainer.args.should_save:
-        _announce(rows, path, wanted)
-    logp = score_rows(trainer, model, rows, wanted)
-    sums = rows.row_sums(logp)
-    bad = [row for row in (range(len(rows)) if wanted is None else wanted) if not sums[row].isfinite()]
-    if bad:
-        reason = "the reference model's log-prob must be finite, got"
-        problems = [Problem(rows.where[row], f"{reason} {sums[row].item()}") for row in bad]
-        remedy = "-inf: its head forbids a label of the row, drop it; nan: it overflows, load it in a wider dtype"
-        raise DataError(problems, remedy=remedy)
+    if trainer.args.should_save and wanted is None:
+        logger.info(
+            "scoring %d rows (%d tokens) with the reference, once: kept in %s for this run's resumes and for others",
+            len(rows), len(rows.token_ids), path.parent,
+        )  # fmt: skip
+    elif trainer.args.should_save:
+        logger.info(
+            "scoring %d of %d rows (%d tokens) with the reference: those that the run's steps read",
+            len(wanted), len(rows), sum(rows.length(row) for row in wanted),
+        )  # fmt: skip
+    remedy = "-inf: its head forbids a label of the row, drop it; nan: it overflows, load it in a wider dtype"
+    logp = score_rows(trainer, model, rows, "reference model", remedy, wanted)
     if trainer.args.should_save and wanted is None:
         try:
             with atomic_write(path) as temporary:
@@ -95,19 +97,6 @@ def cached_ref_logp(
                 "(--cache-dir), or $VAR_KERNELS_CACHE, names another place", path.parent, error,
             )  # fmt: skip
     return logp
-
-
-def _announce(rows: EncodedRows, path: Path, wanted: Sequence[int] | None) -> None:
-    if wanted is None:
-        logger.info(
-            "scoring %d rows (%d tokens) with the reference, once: kept in %s for this run's resumes and for others",
-            len(rows), len(rows.token_ids), path.parent,
-        )  # fmt: skip
-    else:
-        logger.info(
-            "scoring %d of %d rows (%d tokens) with the reference: those that the run's steps read",
-            len(wanted), len(rows), sum(rows.length(row) for row in wanted),
-        )  # fmt: skip
 
 
 def rows_of_run(trainer) -> list[int] | None:
@@ -232,10 +221,10 @@ class ReferencePolicy:
 
     def _at_hand(self) -> nn.Module | None:
         policy = self.trainer.model
-        if self.model is not None:
+        if self.model is not None or self._was_given:
             return self.model
-        if self._was_given or _is_peft(policy):
-            return None if self._was_given else policy
+        if _is_peft(policy):
+            return policy
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             return None
         return policy if model_fingerprint(policy) == self._fingerprint else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from var_kernels.integrations.data import EncodedRows
+from var_kernels.integrations.data import DataError, EncodedRows, Problem
 from var_kernels.integrations.hf import token_logprobs
 from var_kernels.integrations.hf.forwards import evaluating
 from var_kernels.integrations.trainer.collator import model_inputs
@@ -14,9 +14,15 @@ from var_kernels.integrations.trainer.progress import progress_bar
 
 
 @torch.no_grad()
-def score_rows(trainer, model: nn.Module, rows: EncodedRows, wanted: Sequence[int] | None = None) -> Tensor:
+def score_rows(
+    trainer, model: nn.Module, rows: EncodedRows, whose: str, remedy: str, wanted: Sequence[int] | None = None
+) -> Tensor:
     """(tokens,) fp32 log-probs of the completions' tokens under ``model``, 0 in the prompts; NaN in rows that are not
-    ``wanted`` (None: all are)."""
+    ``wanted`` (None: all are).
+
+    Raises:
+        DataError: rows whose log-prob is not finite; it names the model by ``whose``, and the ``remedy``.
+    """
     start = 0.0 if wanted is None else math.nan
     logp = torch.full((len(rows.token_ids),), start, device=trainer.accelerator.device)
 
@@ -26,7 +32,13 @@ def score_rows(trainer, model: nn.Module, rows: EncodedRows, wanted: Sequence[in
             logp[rows.offset[row] : rows.offset[row + 1]] = values[: rows.length(row)]
 
     over_rows(trainer, model, rows, score, "reference log-probs", wanted)
-    return trainer.accelerator.reduce(logp, "sum").cpu()
+    logp = trainer.accelerator.reduce(logp, "sum").cpu()
+    sums = rows.row_sums(logp).tolist()
+    bad = [row for row in (range(len(rows)) if wanted is None else wanted) if not math.isfinite(sums[row])]
+    if bad:
+        reason = f"the {whose}'s log-prob must be finite, got"
+        raise DataError([Problem(rows.where[row], f"{reason} {sums[row]}") for row in bad], remedy=remedy)
+    return logp
 
 
 def over_rows(

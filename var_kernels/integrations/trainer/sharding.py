@@ -22,6 +22,12 @@ def rows_of(weight: Tensor) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """The numbers of all parameters, and of those that learn."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by its name, one at a time gathered where ZeRO-3 holds it in parts: a collective."""
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
@@ -117,16 +123,12 @@ def check_layout(trainer, ref_model: nn.Module | None) -> None:
     sharded = weight_sharding(trainer)
     if not sharded:
         return
-    if args.sync_ref_model:
-        raise ValueError(
-            f"sync_ref_model must be False under {sharded}, where the reference cannot follow the sharded weights, got "
-            "True; use DDP"
-        )
-    if args.online:
-        raise ValueError(
-            f"online must be False under {sharded}, where completions cannot be drawn from the sharded weights, got "
-            "True; use DDP"
-        )
+    for name, why in (
+        ("sync_ref_model", "the reference cannot follow the sharded weights"),
+        ("online", "completions cannot be drawn from the sharded weights"),
+    ):
+        if getattr(args, name):
+            raise ValueError(f"{name} must be False under {sharded}, where {why}, got True; use DDP")
     if sharded == "FSDP2":
         return
     remedy = "use FSDP2 (fsdp_version: 2), DDP or ZeRO-2"

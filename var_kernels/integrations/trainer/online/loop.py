@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from var_kernels.integrations.data import DataError, EncodedRows, Example, Problem, end_tokens
+from var_kernels.integrations.data import DataError, EncodedRows, Example, end_tokens
 from var_kernels.integrations.hf.model import inner_model
 from var_kernels.integrations.trainer.checks import check_positions
 from var_kernels.integrations.trainer.config import draws_pairs, say_temperatures
@@ -46,6 +46,7 @@ from var_kernels.integrations.trainer.scoring import score_rows
 
 logger = logging.getLogger(__name__)
 BUFFER = "buffer"
+_OVERFLOWS = "the model overflows on its own completions; lower the learning rate"
 
 
 class OnlineLoop(TrainerCallback):
@@ -287,11 +288,11 @@ class OnlineLoop(TrainerCallback):
         drawn_by = {"old_token_logp", "old_logp"} & set(reads)  # the policy as it is
         cap, by_policy = self.args.importance_cap, self.method.reference and refresh
         if drawn_by or by_policy or self.args.keep_initial_model or cap is not None:
-            now = self._log_probs(trainer.accelerator.unwrap_model(trainer.model), rows, "policy")
+            now = score_rows(trainer, trainer.accelerator.unwrap_model(trainer.model), rows, "policy", _OVERFLOWS)
         if self.reads_initial_model:
             model = trainer.model if trainer.ref_model is None else trainer.ref_model
             with trainer.reference_policy.applied(model):
-                initial = self._log_probs(model, rows, "initial model")
+                initial = score_rows(trainer, model, rows, "initial model", _OVERFLOWS)
         if "old_token_logp" in drawn_by:
             stored.token_columns["old_token_logp"] = now
         if now is not None and (drawn := sampler_logps(stored.drawn, rows)) is not None:
@@ -312,15 +313,6 @@ class OnlineLoop(TrainerCallback):
                 stored.columns["ref_logp"] = rows.row_sums(ref)
         if now is not None and initial is not None:
             stored.metrics["sample_kl"] = rows.row_sums(now - initial).mean().item()
-
-    def _log_probs(self, model, rows: EncodedRows, whose: str) -> torch.Tensor:
-        logp = score_rows(self.trainer, model, rows)
-        bad = (~rows.row_sums(logp).isfinite()).nonzero().flatten().tolist()
-        if bad:
-            reason = f"the {whose}'s log-prob must be finite, got NaN or infinity"
-            problems = [Problem(rows.where[row], reason) for row in bad]
-            raise DataError(problems, remedy="the model overflows on its own completions; lower the learning rate")
-        return logp
 
     # ---- what it depends on ------------------------------------------------------------------------------------------
 

@@ -367,6 +367,16 @@ def test_the_model_card_holds_settings_and_last_metrics(tmp_path):
     assert f"| loss | {losses(trainer)[1]:.6g} |" in text
 
 
+def test_the_model_card_counts_weights_that_are_held_in_parts(tmp_path):
+    """As ZeRO-3 holds them: empty, with their own number of elements in ``ds_numel``."""
+    trainer = tiny_trainer(tmp_path)
+    for parameter in trainer.model.parameters():
+        parameter.ds_numel, parameter.data = 1000, torch.empty(0)
+    trainer.create_model_card()
+    count = 1000 * len(list(trainer.model.parameters()))
+    assert f"with {count:,} parameters, trained" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_rewards_of_the_evaluation_set_are_standardised_as_those_of_the_training_set(tmp_path):
     rows = [{**row, "rewards": [10.0 + reward for reward in row["rewards"]]} for row in ROWS[:2]]
     trainer = tiny_trainer(tmp_path, method="dro", trainer_options={"eval_dataset": rows})

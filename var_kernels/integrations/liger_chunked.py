@@ -91,18 +91,28 @@ def _smoothed(margin: Tensor, smoothing: float) -> Tensor:
 # ---- what the classes share ------------------------------------------------------------------------------------------
 
 
-def _sequence_logp(token_logp: Tensor, target: Tensor, ignore_index: int, average: bool) -> Tensor:
-    """(B,) fp32 log-prob of each sequence's labels, summed or averaged over them, nats; 0 without a label."""
-    logp = sequence_sum(token_logp, target, ignore_index=ignore_index)
-    return logp / sequence_lengths(target, ignore_index=ignore_index).clamp(min=1) if average else logp
+def _log_probs(loss, hidden: Tensor, lm_head_weight: Tensor, target: Tensor, bias) -> tuple[Tensor, Tensor]:
+    """(B, T) log-probs of the labels, and (B,) their sum or mean in each sequence, fp32, nats; 0 without a label."""
+    token_logp = linear_logprob(hidden, lm_head_weight, target, bias, ignore_index=loss.ignore_index)
+    logp = sequence_sum(token_logp, target, ignore_index=loss.ignore_index)
+    if loss.average_log_prob:
+        logp = logp / sequence_lengths(target, ignore_index=loss.ignore_index).clamp(min=1)
+    return token_logp, logp
 
 
-@torch.no_grad()
-def _reference_logp(reference, target: Tensor, ignore_index: int, average: bool) -> Tensor:
-    """The same under (hidden, lm_head_weight, bias) of the reference, constants."""
-    hidden, lm_head_weight, bias = reference
-    token_logp = linear_logprob(hidden, lm_head_weight, target, bias, ignore_index=ignore_index)
-    return _sequence_logp(token_logp, target, ignore_index, average)
+def _log_ratio(loss, logp: Tensor, target: Tensor, ref_input=None, ref_weight=None, ref_bias=None) -> Tensor:
+    """(B,) ``logp`` less the reference's, which are constants; itself without use_ref_model."""
+    if not loss.use_ref_model:
+        return logp
+    if ref_input is None or ref_weight is None:
+        missing = "ref_input" if ref_input is None else "ref_weight"
+        raise ValueError(
+            f"{missing} must be the reference's tensor with use_ref_model=True, got None; pass it, or "
+            "use_ref_model=False"
+        )
+    with torch.no_grad():
+        _, ref_logp = _log_probs(loss, ref_input, ref_weight, target, ref_bias)
+    return logp - ref_logp
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -127,17 +137,15 @@ class _PairLoss(OptionsModule):
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Any:
         return self._compute(lin_weight, _input, target, bias)
 
-    def _compute(self, lin_weight, _input, target, bias, nll_target=None, reference=None):
+    def _compute(self, lin_weight, _input, target, bias, nll_target=None, reference=()):
         if _input.dim() != 3 or target.shape != _input.shape[:2] or len(target) % 2:
             raise ValueError(
                 f"_input must be (2 P, T, D) and target (2 P, T), chosen before rejected, got {tuple(_input.shape)} "
                 f"and {tuple(target.shape)}; for flat rows see var_kernels.linear_loss"
             )
         pairs = len(target) // 2
-        how: Any = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
-        token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
-        logp = _sequence_logp(token_logp, target, **how)
-        ratio = logp if reference is None else logp - _reference_logp(reference, target, **how)
+        token_logp, logp = _log_probs(self, _input, lin_weight, target, bias)
+        ratio = _log_ratio(self, logp, target, *reference)
         nll = logp.new_zeros(())
         if self.compute_nll_loss:
             wanted = (target if nll_target is None else nll_target)[:pairs]
@@ -213,9 +221,7 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> Any:
-        return self._compute(
-            lin_weight, _input, target, bias, reference=_reference(self, ref_input, ref_weight, ref_bias)
-        )
+        return self._compute(lin_weight, _input, target, bias, reference=(ref_input, ref_weight, ref_bias))
 
 
 @dataclass(eq=False, repr=False)
@@ -331,11 +337,8 @@ class LigerFusedLinearKTOLoss(OptionsModule):
     ) -> Any:
         if preference_labels is None:
             raise ValueError("preference_labels must be (B,) bool, got None; True where the sequence is desirable")
-        how: Any = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
-        token_logp = linear_logprob(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
-        logp = _sequence_logp(token_logp, target, **how)
-        reference = _reference(self, ref_input, ref_weight, ref_bias)
-        ratio = logp if reference is None else logp - _reference_logp(reference, target, **how)
+        _, logp = _log_probs(self, _input, lin_weight, target, bias)
+        ratio = _log_ratio(self, logp, target, ref_input, ref_weight, ref_bias)
         desirable = preference_labels.bool()
         margin = self.beta * (ratio if kl is None else ratio - kl)
         loss = _mean((-torch.where(desirable, margin, -margin)).sigmoid())
@@ -347,15 +350,3 @@ class LigerFusedLinearKTOLoss(OptionsModule):
     def _logit_sum(hidden, lin_weight, bias) -> Tensor:
         rows = hidden.shape[0] * hidden.shape[1]
         return _mean_logit(hidden, lin_weight, bias) * rows * len(lin_weight) if rows else hidden.new_zeros(()).float()
-
-
-def _reference(loss, ref_input, ref_weight, ref_bias) -> tuple | None:
-    if not loss.use_ref_model:
-        return None
-    if ref_input is None or ref_weight is None:
-        missing = "ref_input" if ref_input is None else "ref_weight"
-        raise ValueError(
-            f"{missing} must be the reference's tensor with use_ref_model=True, got None; pass it, or "
-            "use_ref_model=False"
-        )
-    return ref_input, ref_weight, ref_bias

@@ -18,12 +18,12 @@ _SHOWN = (
 
 _CARD = """---
 library_name: {library}
-tags: [var-kernels, {method}]
+tags: [var-kernels, {args.method}]
 ---
 
 # {name}
 
-{kind} with {parameters}, trained from {base} by {trained}.
+{kind} with {parameters}, trained from {base} by {method} on {rows:,} completions ({items:,} items), {steps} steps.
 
 ## Settings
 
@@ -35,7 +35,7 @@ tags: [var-kernels, {method}]
 
 Every logged step is in metrics.jsonl.
 
-{versions}.
+var-kernels {var_kernels.__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
 """
 
 
@@ -54,17 +54,18 @@ def write_model_card(trainer) -> None:
     count, learning = parameter_counts(model)
     text = _CARD.format(
         library="peft" if hasattr(model, "peft_config") else "transformers",
-        method=args.method,
+        method=args.method.upper(),
+        args=args,
         name=Path(args.output_dir).resolve().name,
         kind=type(model).__name__,
         parameters=f"{count:,} parameters" + ("" if learning == count else f", {learning:,} of them"),
         base=getattr(model.config, "_name_or_path", "") or "a model trained from scratch",
-        trained=f"{args.method.upper()} on {len(trainer.train_dataset.rows):,} completions "
-        f"({len(trainer.train_dataset):,} items), {trainer.state.global_step} steps",
+        rows=len(trainer.train_dataset.rows),
+        items=len(trainer.train_dataset),
+        steps=trainer.state.global_step,
         settings=_table(settings),
         metrics=_table({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in metrics.items()}),
-        versions=f"var-kernels {var_kernels.__version__}, transformers {transformers.__version__}, torch "
-        f"{torch.__version__}",
+        **{package.__name__: package for package in (var_kernels, transformers, torch)},
     )
     with atomic_write(Path(args.output_dir) / "README.md") as path:
         path.write_text(text, encoding="utf-8")

@@ -139,18 +139,19 @@ class RewardModel:
         device = next(self.model.parameters()).device
         if self.head is None and self.tokenizer.sep_token_id is not None and all(isinstance(p, str) for p in prompts):
             pairs = self._text_pairs(prompts, completions)
-            order = sorted(range(len(pairs)), key=lambda row: len(pairs[row]["input_ids"]))
-            for start in range(0, len(order), self.batch_size):
-                members = order[start : start + self.batch_size]
-                yield members, self.tokenizer.pad([pairs[row] for row in members], return_tensors="pt").to(device)
-            return
-        given = enumerate(zip(prompts, completions, strict=True))
-        examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in given]
-        rows = encode_examples(examples, self.tokenizer, self.max_length, end_tokens(self.tokenizer, self.model))
-        order = sorted(range(len(rows)), key=rows.length)
+            lengths = [len(pair["input_ids"]) for pair in pairs]
+        else:
+            pairs, given = None, enumerate(zip(prompts, completions, strict=True))
+            examples = [Example(p, [c], None, [f"completion {row + 1}"]) for row, (p, c) in given]
+            rows = encode_examples(examples, self.tokenizer, self.max_length, end_tokens(self.tokenizer, self.model))
+            lengths = [rows.length(row) for row in range(len(rows))]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
-            yield members, model_inputs(rows, members, self.pad_token_id, device)
+            if pairs is None:
+                yield members, model_inputs(rows, members, self.pad_token_id, device)
+            else:
+                yield members, self.tokenizer.pad([pairs[row] for row in members], return_tensors="pt").to(device)
 
     def _text_pairs(self, prompts: list[str], completions: list[str]) -> list[dict]:
         """Pairs of texts as the tokenizer joins them, cut as training cuts: equal prompts alike, to the newest tokens.

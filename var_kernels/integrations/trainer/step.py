@@ -153,8 +153,8 @@ class StepMetrics:
 
     def add(self, key: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         entry = self._sums[key]
-        entry[0] = entry[0] + (numerator.detach().double() if isinstance(numerator, Tensor) else numerator)
-        entry[1] = entry[1] + (denominator.detach().double() if isinstance(denominator, Tensor) else denominator)
+        for place, value in enumerate((numerator, denominator)):
+            entry[place] = entry[place] + (value.detach().double() if isinstance(value, Tensor) else value)
 
     def add_batch(self, method, config, rows: dict[str, Tensor], result) -> None:
         """Add the metrics of a micro-batch: rows as its loss reads them, result of ``loss_in_head``."""

@@ -16,6 +16,7 @@ from var_kernels.integrations.trainer.methods import METHODS
 from var_kernels.integrations.trainer.online import GenerateSampler
 from var_kernels.integrations.trainer.online.buffer import Drawn
 from var_kernels.integrations.trainer.online.draws import FixedLengthItems, encode_drawn, label_pairs, measures
+from var_kernels.integrations.trainer.online.sampler import without_padding
 
 SAMPLER = GenerateSampler(pad_token_id=2, end_token_ids=(1,))
 FITTING = sorted(name for name, method in METHODS.items() if not _why_not(name, method))
@@ -80,9 +81,9 @@ def test_the_model_and_the_random_state_are_left_as_they_were():
 
 
 def test_a_completion_ends_with_its_first_end_token():
-    assert GenerateSampler(2, (1, 7))._until_end([4, 7, 2, 2]) == [4, 7]
-    assert GenerateSampler(1, (1,))._until_end([1, 1, 1]) == [1]
-    assert GenerateSampler(1, (1,))._until_end([3, 4]) == [3, 4]
+    assert without_padding([4, 7, 2, 2], (1, 7), {1, 7, 2}) == [4, 7]
+    assert without_padding([1, 1, 1], (1,), {1}) == [1]
+    assert without_padding([3, 4], (1,), {1}) == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from var_kernels.integrations.hf import fused_lm_head
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
+    from transformers import Trainer as TrainerBase
 else:
-    _Trainer = object
+    TrainerBase = object
 
 
-class FusedLossMixin(_Trainer):
+class FusedLossMixin(TrainerBase):
     """Mixin in front of transformers.Trainer or a class of its kind: training and evaluating the loss make no logits.
 
     ``predict()``, and ``evaluate()`` with ``compute_metrics``, get the model's own logits, as Trainer's users expect;

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,8 @@ from var_kernels.integrations.hf.model import (
     without_cache,
 )
 from var_kernels.integrations.hf.probe import TrialFailedError
-from var_kernels.integrations.hf_trainer import refuse_behind_trainer
+from var_kernels.integrations.hf_trainer import TrainerBase, refuse_behind_trainer
 from var_kernels.ops import linear_logprob, linear_token_loss
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 _SEAM = "add_fused_lm_head"  # the name under which TRL's trainers look up what patches their models
 # A head of this class is refused by TRL's constructors, whose own answer reads only its base layer's weight.
@@ -55,7 +50,7 @@ _SFT_SLOPES = {"nll": torch.ones_like, "dft": torch.exp}
 _TILE_ELEMENTS = 2**22  # logits at once where their mean needs them
 
 
-class FusedHeadMixin(_Trainer):
+class FusedHeadMixin(TrainerBase):
     """Mixin in front of a TRL trainer (SFT, DPO, KTO, GRPO, RLOO): its models score tokens inside their own lm_head.
 
         class FusedSFTTrainer(FusedHeadMixin, SFTTrainer): ...

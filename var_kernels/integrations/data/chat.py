@@ -104,15 +104,14 @@ class ChatTemplate:
         head = self._render(messages, example, opens)
         if whole.startswith(head):
             return len(head), ""
+        at = next((n for n, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(whole))
         if not opens or not whole.startswith(self._render(messages, example, False)):
-            at = next((n for n, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(whole))
             raise ValueError(
                 "the chat template must render prompt + completion with the text of the prompt alone in front, "
                 f"{head[at:][:20]!r} at character {at}, got {whole[at:][:20]!r} there; write a template in which no "
                 "message depends on later ones"
             )
-        shared = next((n for n, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(whole))
-        return shared, head[shared:]
+        return at, head[at:]
 
     # ---- rendering ---------------------------------------------------------------------------------------------------
 

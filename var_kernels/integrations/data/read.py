@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from var_kernels.integrations import install_command
 from var_kernels.integrations.data.forms import DataError, Example, Problem, RewardNeed, key_names, parse_row
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 LOCAL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 
@@ -151,13 +153,8 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     decoder, at, line_number = json.JSONDecoder(), text.index("[") + 1, 1
     line_number += text.count("\n", 0, at)
 
-    def skip(position: int, characters: str) -> int:
-        while position < len(text) and text[position] in characters:
-            position += 1
-        return position
-
     while True:
-        start = skip(at, " \t\r\n")
+        start = _SPACE.match(text, at).end()
         line_number += text.count("\n", at, start)
         where = f"{path}:{line_number}"
         if text[start : start + 1] == "]":
@@ -169,7 +166,7 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
             yield where, Problem(f"{path}:{error.lineno}", reason)
             return
         yield where, row
-        comma = skip(end, " \t\r\n")
+        comma = _SPACE.match(text, end).end()
         line_number += text.count("\n", start, comma)
         if text[comma : comma + 1] == ",":
             at = comma + 1

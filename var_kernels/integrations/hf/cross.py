@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.hf.calibration import HeadParams, calibrate
@@ -174,7 +175,6 @@ class _Scorer:
 
     def _padded(self, sequences: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Right-padded (n, T) int64 ids and 0/1 mask."""
-        length = max(map(len, sequences))
-        ids = torch.tensor([[*s, *([0] * (length - len(s)))] for s in sequences], device=self.device)
-        mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=self.device)
+        rows = [torch.tensor(sequence, device=self.device) for sequence in sequences]
+        ids, mask = (pad_sequence(part, batch_first=True) for part in (rows, [*map(torch.ones_like, rows)]))
         return ids, mask

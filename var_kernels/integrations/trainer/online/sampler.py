@@ -98,12 +98,9 @@ class GenerateSampler:
             output = inner.generate(
                 input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
-        rows = [self._until_end(row) for row in output[:, width:].tolist()]  # (P n, new tokens)
+        ends, fillers = self.end_token_ids, {*self.end_token_ids, self.pad_token_id}
+        rows = [without_padding(row, ends, fillers) for row in output[:, width:].tolist()]  # (P n, new tokens)
         return [rows[start : start + n] for start in range(0, len(rows), n)]
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(ids) if token in self.end_token_ids]
-        return ids[: ends[0] + 1] if ends else ids
 
 
 def check_completions(made: object, prompts: Sequence, n: int, max_new_tokens: int, vocabulary: int) -> Samples:

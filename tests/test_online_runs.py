@@ -16,9 +16,9 @@ from tests.ranks import run_alone, run_ranks
 from tests.tiny_online import Recording, buffered, online_trainer, reward, trained
 from tests.tiny_training import ROWS, losses, tiny_trainer
 from var_kernels.integrations.data import DataError
-from var_kernels.integrations.trainer.callbacks import METRICS_FILE
 from var_kernels.integrations.trainer.online import Buffer, GenerateSampler
 from var_kernels.integrations.trainer.online.buffer import Drawn, Iteration
+from var_kernels.integrations.trainer.record import METRICS_FILE
 
 SAMPLER = GenerateSampler(pad_token_id=2, end_token_ids=(1,))
 # Three iterations of three steps; a checkpoint after steps 2, 4, ...: in the middle and at the end of iterations.

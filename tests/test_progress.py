@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from tests.tiny_online import online_trainer
 from tests.tiny_training import ROWS, losses, tiny_trainer
-from var_kernels.integrations.trainer import callbacks, progress
+from var_kernels.integrations.trainer import progress, record
 from var_kernels.integrations.trainer.progress import ProgressLines, progress_bar
 
 ARGS = SimpleNamespace(disable_tqdm=True, should_save=True)
@@ -96,7 +96,7 @@ def test_an_online_run_and_an_adapter_say_theirs(tmp_path, caplog):
     assert "method dpo: 8 prompts to draw for" in caplog.text
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = tiny_trainer(tmp_path / "lora", ROWS, trainer_options={"peft_config": adapter})
-    assert callbacks.summary(trainer).endswith(", 192 of them learn")
+    assert record.summary(trainer).endswith(", 192 of them learn")
 
 
 def test_the_reference_scores_what_the_steps_read(tmp_path, caplog):

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.tiny_training import ROWS, losses, oracle_rows, oracle_var, tiny_model, tiny_trainer
-from var_kernels.integrations.trainer.callbacks import METRICS_FILE
+from var_kernels.integrations.trainer.record import METRICS_FILE
 from var_kernels.losses.weights import CollapsedWeightsWarning
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # fp64 throughout; only the order of additions differs

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from tests.tiny_training import ROWS, losses, oracle_rows, oracle_var, tiny_config, tiny_model, tiny_trainer, tokenizer
 from var_kernels.integrations.trainer import VARTrainer, reference
-from var_kernels.integrations.trainer.callbacks import METRICS_FILE
+from var_kernels.integrations.trainer.record import METRICS_FILE
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 

@@ -216,16 +216,14 @@ class VARConfig(AlignConfig):
     reference: str = DEFAULT_REFERENCE
 
     def _check_method(self) -> None:
-        if self.normalizer != "cross":
-            choices = tuple(name for name in NORMALIZERS if name != "cross")  # those that the message may propose
-            check_choice("normalizer", self.normalizer, choices)
-        self.reference = check_weight_options(self.lam, self.normalizer, self.reference)
         if self.normalizer == "cross":
             raise ValueError(
                 "normalizer must be 'batch', 'batch_mean', 'group' or 'self_normalised' in the trainer, got 'cross', "
                 "which needs the reference's score of every completion under every prompt; use VARLoss in a loop of "
                 "your own for it"
             )
+        check_choice("normalizer", self.normalizer, tuple(name for name in NORMALIZERS if name != "cross"))
+        self.reference = check_weight_options(self.lam, self.normalizer, self.reference)
 
 
 def method_config(method: str) -> type[typing.Any]:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from var_kernels.integrations.data import EncodedRows
 from var_kernels.integrations.files import atomic_write, cache_folder
@@ -256,6 +257,47 @@ class ReferencePolicy:
         fit_value_head(trainer.extra_head, states[0], train, squashed)
         for rows, states_of_rows in zip(tables, states, strict=True):
             rows.columns["value"] = values_of(trainer.extra_head, states_of_rows)
+
+
+class SyncReference(TrainerCallback):
+    """reference = alpha * policy + (1 - alpha) * reference, every so many steps, weight by weight of the same name.
+
+    Raises:
+        ValueError: a reference whose weights are not the policy's, by name and shape, or are tied where those are not.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self._pairs(trainer.model)
+
+    def _pairs(self, policy) -> list[tuple[Tensor, Tensor]]:
+        """Each weight of the reference once, with the policy's; a tied one has two names."""
+        ours, theirs = (
+            dict(model.named_parameters(remove_duplicate=False)) for model in (policy, self.trainer.ref_model)
+        )
+        for name in sorted({*ours, *theirs}):
+            shapes = [tuple(weights[name].shape) if name in weights else None for weights in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"sync_ref_model: the reference must have the policy's weights, got {name} of shape {shapes[0]} in "
+                    f"the policy and {shapes[1]} in ref_model; pass a ref_model of the same architecture, or drop one"
+                )
+        pairs = {}
+        for name, weight in theirs.items():
+            if pairs.setdefault(id(weight), (weight, ours[name]))[1] is not ours[name]:
+                raise ValueError(
+                    f"sync_ref_model: ref_model must be tied as the policy is, got {name} tied to another weight in "
+                    "ref_model alone; pass a ref_model that is tied alike, or drop one"
+                )
+        return list(pairs.values())
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        for ref_param, param in self._pairs(policy):
+            ref_param.lerp_(param.detach().to(ref_param.dtype), args.ref_model_mixup_alpha)
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -18,7 +18,6 @@ from var_kernels.integrations.data import EncodedRows, Example, end_tokens
 from var_kernels.integrations.hf.capture import capture
 from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.model import inner_model, next_labels
-from var_kernels.integrations.trainer.callbacks import MetricsFile, StepLines, SyncReference
 from var_kernels.integrations.trainer.checks import (
     check_arguments,
     check_learns,
@@ -42,10 +41,10 @@ from var_kernels.integrations.trainer.collator import (
 from var_kernels.integrations.trainer.config import AlignConfig, VARConfig
 from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokenizer, pad_token
 from var_kernels.integrations.trainer.methods import METHODS, Method
-from var_kernels.integrations.trainer.model_card import write_model_card
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.online.loop import seed_of
-from var_kernels.integrations.trainer.reference import ReferencePolicy, model_fingerprint
+from var_kernels.integrations.trainer.record import MetricsFile, StepLines, write_model_card
+from var_kernels.integrations.trainer.reference import ReferencePolicy, SyncReference, model_fingerprint
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.reward_model import judge_pairs
 from var_kernels.integrations.trainer.rewards import RewardFunction, RewardSum, as_reward_function

@@ -1,4 +1,4 @@
-"""Callbacks: the metrics file, and the reference that follows the policy."""
+"""The record of a run: metrics.jsonl, lines in the log on its steps, and README.md of the model."""
 
 import contextlib
 import json
@@ -7,14 +7,43 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import TrainerCallback
 
+import var_kernels
 from var_kernels.integrations.files import atomic_write
 from var_kernels.integrations.trainer.progress import ProgressLines
 from var_kernels.integrations.trainer.sharding import parameter_counts
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
+_SHOWN = (
+    *("max_length", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "bf16", "fp16"),
+    *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model"),
+)
+
+_CARD = """---
+library_name: {library}
+tags: [var-kernels, {args.method}]
+---
+
+# {name}
+
+{kind} with {parameters}, trained from {base} by {method} on {rows:,} completions ({items:,} items), {steps} steps.
+
+## Settings
+
+{settings}
+
+## Last logged metrics
+
+{metrics}
+
+Every logged step is in metrics.jsonl.
+
+var-kernels {var_kernels.__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
+"""
 
 
 class MetricsFile(TrainerCallback):
@@ -81,42 +110,37 @@ def summary(trainer) -> str:
     return f"method {trainer.args.method}: {data}; {count:,} parameters{share}"
 
 
-class SyncReference(TrainerCallback):
-    """reference = alpha * policy + (1 - alpha) * reference, every so many steps, weight by weight of the same name.
+def write_model_card(trainer) -> None:
+    """Write output_dir/README.md, whole or not at all."""
+    args = trainer.args
+    history = logged_entries(Path(args.output_dir) / METRICS_FILE)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    settings = {"method": args.method}
+    settings |= {name: getattr(args, name) for name in (*trainer.method.own_settings, *_SHOWN)}
+    settings["world_size"] = args.world_size
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations
+    last = next((entry for entry in reversed(history) if "loss" in entry), {})
+    summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    metrics = {**last, **{key: summary[key] for key in ("train_loss", "train_runtime") if key in summary}}
+    count, learning = parameter_counts(model)
+    text = _CARD.format(
+        library="peft" if hasattr(model, "peft_config") else "transformers",
+        method=args.method.upper(),
+        args=args,
+        name=Path(args.output_dir).resolve().name,
+        kind=type(model).__name__,
+        parameters=f"{count:,} parameters" + ("" if learning == count else f", {learning:,} of them"),
+        base=getattr(model.config, "_name_or_path", "") or "a model trained from scratch",
+        rows=len(trainer.train_dataset.rows),
+        items=len(trainer.train_dataset),
+        steps=trainer.state.global_step,
+        settings=_table(settings),
+        metrics=_table({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in metrics.items()}),
+        **{package.__name__: package for package in (var_kernels, transformers, torch)},
+    )
+    with atomic_write(Path(args.output_dir) / "README.md") as path:
+        path.write_text(text, encoding="utf-8")
 
-    Raises:
-        ValueError: a reference whose weights are not the policy's, by name and shape, or are tied where those are not.
-    """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self._pairs(trainer.model)
-
-    def _pairs(self, policy) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each weight of the reference once, with the policy's; a tied one has two names."""
-        ours, theirs = (
-            dict(model.named_parameters(remove_duplicate=False)) for model in (policy, self.trainer.ref_model)
-        )
-        for name in sorted({*ours, *theirs}):
-            shapes = [tuple(weights[name].shape) if name in weights else None for weights in (ours, theirs)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"sync_ref_model: the reference must have the policy's weights, got {name} of shape {shapes[0]} in "
-                    f"the policy and {shapes[1]} in ref_model; pass a ref_model of the same architecture, or drop one"
-                )
-        pairs = {}
-        for name, weight in theirs.items():
-            if pairs.setdefault(id(weight), (weight, ours[name]))[1] is not ours[name]:
-                raise ValueError(
-                    f"sync_ref_model: ref_model must be tied as the policy is, got {name} tied to another weight in "
-                    "ref_model alone; pass a ref_model that is tied alike, or drop one"
-                )
-        return list(pairs.values())
-
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.ref_model_sync_steps:
-            return
-        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        for ref_param, param in self._pairs(policy):
-            ref_param.lerp_(param.detach().to(ref_param.dtype), args.ref_model_mixup_alpha)
+def _table(values: dict) -> str:
+    return "\n".join(["| name | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])

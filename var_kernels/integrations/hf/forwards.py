@@ -65,7 +65,7 @@ def own_forward(head: nn.Module) -> Callable | None:
 
 
 @contextmanager
-def swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
     """``owner.name = value`` inside the block; afterwards the instance attribute that was there before, or none."""
     before = owner.__dict__.get(name, _ABSENT)
     setattr(owner, name, value)

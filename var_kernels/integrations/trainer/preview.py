@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -121,12 +122,9 @@ def _row_lines(items: Items, tokenizer, shown: int) -> list[str]:
         group = table.groups[int(table.group[row])]
         place = f", completion {group.index(row) + 1} of {len(group)}" if len(group) > 1 else ""
         lines.append(f"  {table.where[row]}{place}: {len(ids)} tokens, {sum(kept)} of them trained{reward}")
-        start = 0
-        for stop in range(1, len(ids) + 1):
-            if stop == len(ids) or kept[stop] != kept[start]:
-                name = "trained" if kept[start] else "not trained"
-                lines.append(f"    {name:<12}{token_line(tokenizer, ids[start:stop])}")
-                start = stop
+        for trained, run in itertools.groupby(zip(ids, kept, strict=True), itemgetter(1)):
+            name = "trained" if trained else "not trained"
+            lines.append(f"    {name:<12}{token_line(tokenizer, [token for token, _ in run])}")
     return lines
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
+from var_kernels.integrations.hf.forwards import swapped
 from var_kernels.integrations.hf.model import find_head, inner_model, is_dtensor
 
 
@@ -172,12 +173,9 @@ def place_reference(trainer, model: nn.Module) -> nn.Module:
 def whole_when_saved(trainer) -> Iterator[None]:
     """Inside the block FSDP gathers the weights that are saved, whatever form its checkpoints have."""
     plugin = trainer.accelerator.state.fsdp_plugin
-    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
-    before = {name: getattr(plugin, name) for name in names}
-    plugin.state_dict_config = plugin.optim_state_dict_config = None
-    plugin.set_state_dict_type("FULL_STATE_DICT")
-    try:
+    config, optimizer_config = (
+        swapped(plugin, name, None) for name in ("state_dict_config", "optim_state_dict_config")
+    )
+    with swapped(plugin, "state_dict_type", plugin.state_dict_type), config, optimizer_config:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
         yield
-    finally:
-        for name, value in before.items():
-            setattr(plugin, name, value)

@@ -6,6 +6,7 @@ class FusedTrainer(FusedLossMixin, Trainer): ...
 from typing import TYPE_CHECKING, Any
 
 from var_kernels.integrations.hf import fused_lm_head
+from var_kernels.integrations.hf.forwards import swapped
 
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerBase
@@ -46,11 +47,8 @@ class FusedLossMixin(TrainerBase):
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         if loss_only:
             # As plain Trainer: a batch without labels is NaN, which its mean over the batches leaves out.
-            self._fused_head.loss_without_labels = float("nan")
-            try:
+            with swapped(self._fused_head, "loss_without_labels", float("nan")):
                 return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
-            finally:
-                self._fused_head.loss_without_labels = 0.0
         self._fused_head.restore()
         try:
             return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)

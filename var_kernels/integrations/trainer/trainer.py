@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from var_kernels.integrations import IGNORE_INDEX
 from var_kernels.integrations.data import EncodedRows, Example, end_tokens
 from var_kernels.integrations.hf.capture import capture
+from var_kernels.integrations.hf.forwards import swapped
 from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.model import inner_model, next_labels
 from var_kernels.integrations.trainer.checks import (
@@ -380,8 +381,7 @@ class VARTrainer(Trainer):
         """See ``transformers.Trainer.evaluate``; eval_dataset: None, the name of a set that the trainer was given, or
         rows as it takes them, which are scored by the reference now. Online: measures of fresh completions of the
         evaluation prompts, or of these."""
-        before, self._evaluating = self._evaluating, True  # the training's metrics wait for its own next log
-        try:
+        with swapped(self, "_evaluating", True):  # the training's metrics wait for its own next log
             if self.online is None or isinstance(eval_dataset, dict):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             examples = None
@@ -390,8 +390,6 @@ class VARTrainer(Trainer):
             found = self.online.evaluate(examples)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
             self.log(metrics)
-        finally:
-            self._evaluating = before
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

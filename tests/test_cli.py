@@ -2,6 +2,8 @@
 bench."""
 
 import dataclasses
+import errno
+import io
 import json
 import logging
 import math
@@ -289,6 +291,30 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, dataset, monkeypatch, ca
     monkeypatch.setattr(VARTrainer, "train", interrupted)
     assert main(words(tmp_path, dataset)) == 130
     assert "var-kernels train: interrupted; the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_a_run_whose_output_nobody_reads_says_how_to_go_on(tmp_path, dataset, monkeypatch, capsys):
+    """`train | head`: the command has lost more than its output."""
+    from var_kernels.integrations.trainer import VARTrainer
+
+    def broken(self, **options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(VARTrainer, "train", broken)
+    with open(os.devnull, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(words(tmp_path, dataset)) == 2
+    assert "train: standard output must stay open while training runs" in capsys.readouterr().err
+
+
+def test_letters_that_the_terminal_lacks_are_shown_by_code(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + " \u00e9"}) + "\n" for row in ROWS))
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert main(words(tmp_path, rows, dry_run=True)) == 0
+    sys.stdout.flush()
+    assert rb"\xe9" in printed.getvalue()
 
 
 def test_resume_skips_a_half_written_checkpoint_and_starts_anew_without_one(tmp_path, dataset, capsys):

@@ -8,6 +8,7 @@ when it runs.
 import argparse
 import difflib
 import importlib
+import io
 import logging
 import os
 import re
@@ -46,6 +47,8 @@ def run_command(program: str, description: str, command, words: list[str]) -> in
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where DeepSpeed is installed, importing transformers' Trainer has it say that a machine without a GPU has none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters of the data that the terminal's encoding lacks
     parser = _Parser(program, description=description, allow_abbrev=False)
     command.add_arguments(parser)
     try:
@@ -58,9 +61,9 @@ def run_command(program: str, description: str, command, words: list[str]) -> in
         return command.run(args) or 0
     except KeyboardInterrupt:
         return _fail(program, getattr(command, "INTERRUPTED", "interrupted"), 130)
-    except BrokenPipeError:  # `| head`
+    except BrokenPipeError as error:  # `| head`; the system's own has a number, a command's says what was lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0 if error.errno else _fail(program, str(error))
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VAR_KERNELS_TRACEBACK"):
             raise

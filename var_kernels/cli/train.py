@@ -222,6 +222,11 @@ def _run(args: argparse.Namespace) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.create_model_card()
+    except BrokenPipeError as error:  # `| head`
+        raise BrokenPipeError(
+            "standard output must stay open while training runs, got a pipe whose reader has ended; the same command "
+            "with --resume goes on from the last checkpoint"
+        ) from error
     except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or one of safetensors' own
         if shutil.disk_usage(output_dir).free >= 2**20:
             raise

@@ -317,6 +317,17 @@ def test_letters_that_the_terminal_lacks_are_shown_by_code(tmp_path, monkeypatch
     assert rb"\xe9" in printed.getvalue()
 
 
+def test_the_home_folder_in_paths(tmp_path, dataset, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("method: dpo")
+    options = {"cache_dir": "~/kept", "config": "~/run.yaml", "max_steps": 1}
+    assert main(words(tmp_path, "~/rows.jsonl", **options)) == 0
+    assert (tmp_path / "kept" / "ref_logp").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 def test_resume_skips_a_half_written_checkpoint_and_starts_anew_without_one(tmp_path, dataset, capsys):
     assert main([*words(tmp_path, dataset, save_steps=2), "--resume"]) == 0
     assert "starting anew" in capsys.readouterr().out

@@ -22,7 +22,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"config must be an existing YAML file, got {path}; check the path") from None
     except UnicodeDecodeError as error:

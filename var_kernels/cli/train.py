@@ -52,6 +52,7 @@ _CONFIG = {
     "seed": (int, 42, "of the data order, and of a model from scratch"),
     "report_to": (str, None, "tracker(s) that transformers knows: tensorboard, wandb, ..."),
 }
+_PATHS = ("model", "teacher", "dataset", "eval_dataset", "reward_model")
 # Options of the default method; the other methods' are in `var-kernels methods NAME`.
 _VAR = {
     "lam": ("FLOAT", "in reward units: small follows the reward, large stays with the reference (default 1.0)"),
@@ -354,6 +355,9 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict]:
             config_options[name] = coerce(name, value, f"{(_CONFIG | _ONLINE)[name][0].__name__} | None")
         else:
             rest[name] = value
+    for name in _PATHS:  # the shell does it for --model ~/model, none for YAML and --model=~/model
+        if run_options[name]:
+            run_options[name] = os.path.expanduser(run_options[name])
     if rest:
         config_options |= _config_fields(rest, run_options["method"], option_names(args.parser))
     return run_options, config_options

@@ -56,7 +56,7 @@ def rows_fingerprint(rows: EncodedRows) -> str:
 
 
 def cache_path(args, key: str) -> Path:
-    return Path(args.cache_dir or cache_folder()) / "ref_logp" / f"{key}.safetensors"
+    return Path(args.cache_dir or cache_folder()).expanduser() / "ref_logp" / f"{key}.safetensors"
 
 
 def cached_ref_logp(

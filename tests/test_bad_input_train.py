@@ -49,6 +49,11 @@ def latin_1(path):
     path.write_bytes("reward: gewürze:punkte".encode("latin-1"))
 
 
+def cut_model(path):
+    tiny_model().save_pretrained(path)
+    os.truncate(path / "model.safetensors", 100)
+
+
 # name: (options over BASE, None taking one away; files to write first; what the message must say)
 COMMAND_LINES = {
     "no data set": ({"dataset": None}, {}, "--dataset must be given, got none: .json, .jsonl (also .gz)"),
@@ -82,7 +87,15 @@ COMMAND_LINES = {
     "another method's option": ({"beta": "1"}, {}, "--beta is no option of method 'var'; it belongs to"),
     "unknown reduction": ({"method": "ipo", "token-reduction": "all"}, {}, "one of 'sum', 'mean', got 'all'"),
     "no room": ({"max-length": "1"}, {}, "max_length must be >= 2 tokens, got 1"),
-    "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate must be >= 0, got -1.0"),
+    "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate must be finite and >= 0, got -1.0"),
+    "endless rate": ({"learning-rate": "inf"}, {}, "learning_rate must be finite and >= 0, got inf"),
+    "endless epochs": ({"max-steps": "-1", "epochs": "inf"}, {}, "num_train_epochs must be finite and > 0, got inf"),
+    "an unknown level": ({"log-level": "loud"}, {}, "log_level must be one of detail, debug, info,"),
+    "a checkpoint by its path": (
+        {"resume-from-checkpoint": "run/checkpoint-1"},
+        {},
+        "resume-from-checkpoint must be left out, got run/checkpoint-1; --resume goes on",
+    ),
     "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size must be >= 1, got 0"),
     "no step": ({"max-steps": "0"}, {}, "max_steps must be >= 1, or -1 for num_train_epochs, got 0"),
     "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps must be >= 1"),
@@ -124,7 +137,7 @@ COMMAND_LINES = {
     ),
     "malformed evaluation": (
         {"eval-dataset": "m.jsonl", "eval-strategy": "epoch"},
-        {"m.jsonl": "[]x\n"},
+        {"m.jsonl": "[]\n"},
         "m.jsonl: must hold at least one row, got none",
     ),
     "evaluation at no time": ({"eval-dataset": "rows.jsonl"}, {}, "eval-dataset must be given with an evaluation"),
@@ -140,13 +153,29 @@ COMMAND_LINES = {
         {"m.jsonl": GOOD_LINE + '\n{"prompt": \n'},
         "train: m.jsonl:2: not JSON: Expecting value at column 11; mend what is malformed",
     ),
+    "two arrays": (
+        {"dataset": "m.json"},
+        {"m.json": f"[{GOOD_LINE}]\n\n[{GOOD_LINE}]\n"},
+        "m.json:3: not JSON: expected nothing after the array, got '[{",
+    ),
     "unknown dtype": ({"from-scratch": None, "model": ".", "dtype": "fp8"}, {}, "dtype must be float32, bfloat16,"),
     "a dtype from scratch": ({"dtype": "bfloat16"}, {}, "dtype: a model from scratch is in float32, got 'bfloat16'"),
     "a folder without a model": (
         {"from-scratch": None, "model": "."},
         {},
-        "model must be a causal LM that transformers can load, got .; check its config.json: ",
+        "model must be a causal LM that transformers can load, got .; check its config.json and weights: ",
     ),
+    "weights cut short": (
+        {"from-scratch": None, "model": "cut"},
+        {"cut": cut_model},
+        "model must be a causal LM that transformers can load, got cut; check its config.json and weights: Error while",
+    ),
+    "a teacher's weights cut short": (
+        {"method": "distill", "teacher": "cut"},
+        {"cut": cut_model},
+        "teacher must be a causal LM that transformers can load, got cut; check",
+    ),
+    "no teacher": ({"method": "distill", "teacher": "./none"}, {}, "teacher must be an existing folder or a name on"),
     "no folder of a reward model": ({"reward-model": "./none"}, {}, "reward model must be an existing folder"),
     "no reward model": ({"reward-model": "nobody/nothing"}, {}, "reward-model must be a folder with a model"),
     "VAR without rewards": (
@@ -314,6 +343,12 @@ TRAINERS = {
         TypeError,
         "train_dataset must be rows, got the name 'rows.jsonl'",
     ),
+    "all splits": (
+        lambda f: tiny_trainer(f, {"train": ROWS, "test": ROWS}),
+        TypeError,
+        "train_dataset must be rows, .* got a dict of train, test; pass one split of a DatasetDict",
+    ),
+    "a number": (lambda f: tiny_trainer(f, 5), TypeError, "train_dataset must be rows, .* got a int; pass"),
     "no rows": (lambda f: tiny_trainer(f, []), DataError, "train_dataset: must hold at least one row, got none"),
     "a malformed row": (
         lambda f: tiny_trainer(f, [*ROWS, {"prompt": "p"}]),

@@ -156,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from var_kernels.integrations.data import is_local, load_examples
     from var_kernels.integrations.trainer import VARTrainer, method_config
+    from var_kernels.integrations.trainer.loading import load_causal_lm
     from var_kernels.integrations.trainer.methods import METHODS
     from var_kernels.integrations.trainer.rewards import load_function
 
@@ -165,6 +166,11 @@ def _run(args: argparse.Namespace) -> int:
         disable_progress_bar()
     config = method_config(settings["method"])(**config_values)
     output_dir = Path(config.output_dir)
+    if config.resume_from_checkpoint:  # a field that Trainer leaves to scripts
+        raise ValueError(
+            f"resume-from-checkpoint must be left out, got {config.resume_from_checkpoint}; --resume goes on from the "
+            "newest whole checkpoint in --output-dir"
+        )
     _check_evaluation(settings, config)
     _check_optimisation(config)
     checkpoint = None
@@ -204,7 +210,8 @@ def _run(args: argparse.Namespace) -> int:
             print(report)
         return 0
     if settings["teacher"]:
-        options["ref_model"] = settings["teacher"]
+        with _loading("teacher", settings["teacher"]):
+            options["ref_model"] = load_causal_lm(settings["teacher"])
     try:
         trainer = VARTrainer(model, config, examples, eval_examples, tokenizer, sampler=sampler, **options)
     except RuntimeError as error:
@@ -306,7 +313,7 @@ def _reward_function(settings: dict, config):
     if settings["reward"]:
         return load_rewards(settings["reward"])
     if settings["reward_model"]:
-        try:
+        with _loading("reward-model", settings["reward_model"], "sequence classifier, or a model with a reward head,"):
             return RewardModel.from_pretrained(
                 settings["reward_model"],
                 device=config.device,
@@ -314,10 +321,6 @@ def _reward_function(settings: dict, config):
                 max_length=config.max_length,
                 as_chat=settings["reward_model_chat"],
             )
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise no_such_model("reward-model", settings["reward_model"], error) from error
     return None
 
 
@@ -391,7 +394,8 @@ def _config_fields(options: dict, method: str, known: list[str]) -> dict:
     from var_kernels.integrations.trainer import method_config
     from var_kernels.integrations.trainer.methods import METHODS
 
-    types = {field.name: field.type for field in dataclasses.fields(method_config(method)) if field.init}
+    declared = {field.name: field for field in dataclasses.fields(method_config(method)) if field.init}
+    types = {name: field.type for name, field in declared.items()}
     fields = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in types.items()}
     for name in options:
         if name in fields:
@@ -402,7 +406,12 @@ def _config_fields(options: dict, method: str, known: list[str]) -> dict:
         everything = [*known, *("--" + field.replace("_", "-") for field in fields)]
         near = nearest(flag, everything) or "; --help and `var-kernels methods NAME` list the options"
         raise ValueError(f"unknown option {flag}{near}")
-    return {name: coerce(name, value, fields[name]) for name, value in options.items()}
+    values = {name: coerce(name, value, fields[name]) for name, value in options.items()}
+    for name, value in values.items():
+        choices = declared[name].metadata.get("choices")  # what argparse would refuse
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return values
 
 
 def _checkpoint(output_dir: Path, resume: bool) -> str | None:
@@ -436,7 +445,7 @@ def last_complete_checkpoint(output_dir: Path) -> str | None:
 def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str | None):
     from transformers import AutoTokenizer
 
-    from var_kernels.integrations.trainer.loading import check_folder, load_causal_lm
+    from var_kernels.integrations.trainer.loading import load_causal_lm
 
     if settings["from_scratch"]:
         from var_kernels.integrations.from_scratch import ScratchSpec, make_model, train_tokenizer
@@ -451,18 +460,30 @@ def _model_and_tokenizer(settings: dict, config, examples: list, checkpoint: str
         tokenizer = AutoTokenizer.from_pretrained(checkpoint) if checkpoint else train_tokenizer(texts, spec.vocab)
         return make_model(spec, len(tokenizer), config.max_length, config.seed), tokenizer
     name = settings["model"]
-    check_folder("model", name)
+    with _loading("model", name):
+        return load_causal_lm(name, settings["dtype"]), AutoTokenizer.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def _loading(option: str, name: str, kind: str = "causal LM"):
+    """Name the option in whatever transformers raises where no model is, or its files are of another kind or cut
+    short."""
+    from var_kernels.integrations.trainer.loading import check_folder
+
+    check_folder(option.replace("-", " "), name)
     try:
-        model = load_causal_lm(name, settings["dtype"])
-        return model, AutoTokenizer.from_pretrained(name)
+        yield
+    except ImportError:
+        raise
     except OSError as error:
-        raise no_such_model("model", name, error) from error
-    except ValueError as error:  # a folder or an architecture that AutoModelForCausalLM does not take
-        if str(error).startswith("model: "):  # ours
-            raise
+        raise no_such_model(option, name, error) from error
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, ValueError) and reason.startswith(("model: ", "reward model")):  # ours
+            raise
         raise ValueError(
-            f"model must be a causal LM that transformers can load, got {name}; check its config.json: {reason:.300}"
+            f"{option} must be a {kind} that transformers can load, got {name}; check its config.json and weights: "
+            f"{reason:.300}"
         ) from error
 
 

@@ -158,7 +158,7 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
         line_number += text.count("\n", at, start)
         where = f"{path}:{line_number}"
         if text[start : start + 1] == "]":
-            return
+            break
         try:
             row, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
@@ -171,8 +171,14 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
         if text[comma : comma + 1] == ",":
             at = comma + 1
         elif text[comma : comma + 1] == "]":
-            return
+            start = comma
+            break
         else:
             where = f"{path}:{line_number}"
             yield where, Problem(where, "not JSON: expected ',' or ']' after an element; nothing after it was read")
             return
+    after = skip(start + 1, " \t\r\n")
+    if after < len(text):  # two files in one
+        where = f"{path}:{line_number + text.count(chr(10), start, after)}"
+        reason = f"not JSON: expected nothing after the array, got {text[after : after + 20]!r}; write one array"
+        yield where, Problem(where, reason)

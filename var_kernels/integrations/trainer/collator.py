@@ -1,7 +1,7 @@
 """Rows of data as items of each kind of loss, and items padded into batches."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +101,13 @@ def _pad(sequences: list[Tensor], value: int) -> Tensor:
 
 
 def parsed_examples(rows, name: str, need_rewards: RewardNeed) -> list[Example]:
+    table = type(rows).__module__.partition(".")[0] in ("pandas", "polars", "pyarrow")
+    if table or isinstance(rows, Mapping) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+        keys = f" of {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else ""
+        raise TypeError(
+            f"{name} must be rows, a list of dicts or a datasets.Dataset, got a {type(rows).__name__}{keys:.80}; pass "
+            "one split of a DatasetDict, Dataset.from_dict(...) or Dataset.from_pandas(...)"
+        )
     if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
         parsed = list(rows)
         if need_rewards not in ("optional", "prompt"):

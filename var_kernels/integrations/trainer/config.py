@@ -115,11 +115,11 @@ class AlignConfig(OnlineSettings, TrainingArguments):
             self,
             ("max_length", self.max_length >= 2, ">= 2 tokens"),
             ("workspace_mb", self.workspace_mb is None or self.workspace_mb > 0, "> 0, or None"),
-            ("learning_rate", self.learning_rate >= 0, ">= 0"),
+            ("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate >= 0, "finite and >= 0"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, ">= 1"),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, ">= 1"),
             ("max_steps", self.max_steps != 0, ">= 1, or -1 for num_train_epochs"),
-            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "> 0"),
+            ("num_train_epochs", _positive(self.num_train_epochs) or self.max_steps > 0, "finite and > 0"),
             ("ref_model_mixup_alpha", not self.sync_ref_model or 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]"),
             ("ref_model_sync_steps", not self.sync_ref_model or self.ref_model_sync_steps >= 1, ">= 1"),
         )

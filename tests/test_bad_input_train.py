@@ -427,6 +427,15 @@ def test_the_trainer_refuses_before_anything_is_written(build, kind, message, fo
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_that_is_cut_short_is_named(name, folder):
+    tiny_trainer(folder, save_strategy="steps", save_steps=1).train()
+    checkpoint = folder / "run" / "checkpoint-1"
+    os.truncate(checkpoint / name, 50)
+    with pytest.raises(ValueError, match=r"checkpoint must be whole, .* got .*checkpoint-1; give those"):
+        tiny_trainer(folder, max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_reference_that_overflows_names_its_rows_and_caches_nothing(folder):
     model = tiny_model()
     before = tree(folder)

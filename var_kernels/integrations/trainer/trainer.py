@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -483,13 +483,22 @@ class VARTrainer(Trainer):
             self.extra_head.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # under FSDP it is among the model's own weights
-        if self.method.head in ("value", "reward") and not self.is_fsdp_enabled:
-            self.extra_head.load_state_dict(load_head(resume_from_checkpoint).state_dict())
-        if self.args.sync_ref_model:
-            moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
-            self.ref_model.load_state_dict(moved.state_dict())
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            # under FSDP it is among the model's own weights
+            if self.method.head in ("value", "reward") and not self.is_fsdp_enabled:
+                self.extra_head.load_state_dict(load_head(resume_from_checkpoint).state_dict())
+            if self.args.sync_ref_model:
+                moved = AutoModelForCausalLM.from_pretrained(Path(resume_from_checkpoint) / _REF_MODEL_DIR)
+                self.ref_model.load_state_dict(moved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Without the second names of tied weights among the missing: a checkpoint holds them once."""
@@ -502,3 +511,16 @@ class VARTrainer(Trainer):
         """README.md in output_dir: what was trained on what, the settings, the last metrics."""
         if self.is_world_process_zero():
             write_model_card(self)
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Name the checkpoint in whatever is raised where its files are cut short, or are those of another model."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"checkpoint must be whole, and of this model and these settings, got {checkpoint}; give those that "
+            f"it was saved with or, if its files are cut short, delete it and resume from the one before: {reason:.300}"
+        ) from error

@@ -303,6 +303,9 @@ def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
     path.write_text(json.dumps(SINGLE) + '\n{"prompt": ' + "[" * 200_000 + "\n")
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
         load_examples(path)
+    path.write_text(f"[{json.dumps(SINGLE)},\n" + "[" * 200_000)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON that can be read: nested too deeply"):
+        load_examples(path)
 
 
 def test_a_json_array_names_the_line_its_element_begins_on(tmp_path):

@@ -165,6 +165,9 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
             reason = f"not JSON: {error.msg} at column {error.colno}; nothing after it was read"
             yield where, Problem(f"{path}:{error.lineno}", reason)
             return
+        except RecursionError:
+            yield where, Problem(where, "not JSON that can be read: nested too deeply; nothing after it was read")
+            return
         yield where, row
         comma = _SPACE.match(text, end).end()
         line_number += text.count("\n", start, comma)
@@ -177,7 +180,7 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
             where = f"{path}:{line_number}"
             yield where, Problem(where, "not JSON: expected ',' or ']' after an element; nothing after it was read")
             return
-    after = skip(start + 1, " \t\r\n")
+    after = _SPACE.match(text, start + 1).end()
     if after < len(text):  # two files in one
         where = f"{path}:{line_number + text.count(chr(10), start, after)}"
         reason = f"not JSON: expected nothing after the array, got {text[after : after + 20]!r}; write one array"

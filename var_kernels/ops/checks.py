@@ -48,9 +48,9 @@ def check_model(hidden, lm_head_weight, bias, labels=None, prefix: str = "") -> 
     given = {"hidden": hidden, "lm_head_weight": lm_head_weight, "labels": labels, "bias": bias}
     optional = ("bias", "labels") if prefix else ("bias",)
     given = {f"{prefix}{name}": t for name, t in given.items() if t is not None or name not in optional}
-    check_are_tensors(**given)
     for name, value in given.items():
         if type(value) is not Tensor:
+            check_are_tensors(**{name: value})
             check_whole(name, value)
     if hidden.dtype not in DTYPES:
         supported, own = ", ".join(map(str, DTYPES)), hidden.is_floating_point()

@@ -88,6 +88,7 @@ COMMAND_LINES = {
     "unknown reduction": ({"method": "ipo", "token-reduction": "all"}, {}, "one of 'sum', 'mean', got 'all'"),
     "no room": ({"max-length": "1"}, {}, "max_length must be >= 2 tokens, got 1"),
     "negative rate": ({"learning-rate": "-1"}, {}, "learning_rate must be finite and >= 0, got -1.0"),
+    "not a number": ({"weight-decay": "nan"}, {}, "weight_decay must be a number, got nan; write one, or leave it out"),
     "endless rate": ({"learning-rate": "inf"}, {}, "learning_rate must be finite and >= 0, got inf"),
     "endless epochs": ({"max-steps": "-1", "epochs": "inf"}, {}, "num_train_epochs must be finite and > 0, got inf"),
     "an unknown level": ({"log-level": "loud"}, {}, "log_level must be one of detail, debug, info,"),

@@ -171,7 +171,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
 
 
 def _read_numbers(config: AlignConfig) -> None:
-    """Numbers that came as text: YAML reads 1e-4, without a point, as a string."""
+    """Numbers that came as text: YAML reads 1e-4, without a point, as a string. NaN is none."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value = getattr(config, name, None)
         kinds = [kind, *typing.get_args(kind)]
@@ -182,6 +182,9 @@ def _read_numbers(config: AlignConfig) -> None:
             except ValueError:
                 text = f"{name} must be of type {wanted.__name__}, got {value!r}; write a number"
                 raise ValueError(text) from None
+        value = getattr(config, name, None)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got nan; write one, or leave it out")
 
 
 def _check_ranges(config, *rows: tuple[str, bool, str]) -> None:

@@ -97,6 +97,10 @@ COMMAND_LINES = {
         {},
         "resume-from-checkpoint must be left out, got run/checkpoint-1; --resume goes on",
     ),
+    "a beta of 1": ({"adam-beta2": "1"}, {}, "adam_beta2 must be >= 0 and < 1, got 1.0"),
+    "no epsilon": ({"adam-epsilon": "0"}, {}, "adam_epsilon must be finite and > 0, got 0.0"),
+    "negative decay": ({"weight-decay": "-1"}, {}, "weight_decay must be finite and >= 0, got -1.0"),
+    "fewer than no workers": ({"dataloader-num-workers": "-1"}, {}, "dataloader_num_workers must be >= 0, got -1"),
     "empty batch": ({"per-device-train-batch-size": "0"}, {}, "per_device_train_batch_size must be >= 1, got 0"),
     "no step": ({"max-steps": "0"}, {}, "max_steps must be >= 1, or -1 for num_train_epochs, got 0"),
     "no accumulation": ({"gradient-accumulation-steps": "0"}, {}, "gradient_accumulation_steps must be >= 1"),
@@ -391,6 +395,11 @@ TRAINERS = {
         ValueError,
         "remove_unused_columns must be False",
     ),
+    "no batch left": (
+        lambda f: tiny_trainer(f, ROWS[:2], dataloader_drop_last=True),
+        ValueError,
+        "dataloader_drop_last must be False where 6 items are less than a batch of all processes, 8, got True",
+    ),
     "a frozen model": (
         lambda f: tiny_trainer(f, model=tiny_model().requires_grad_(False)),
         ValueError,
@@ -435,6 +444,21 @@ def test_a_checkpoint_that_is_cut_short_is_named(name, folder):
     os.truncate(checkpoint / name, 50)
     with pytest.raises(ValueError, match=r"checkpoint must be whole, .* got .*checkpoint-1; give those"):
         tiny_trainer(folder, max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_another_method_is_refused(folder):
+    tiny_trainer(folder, save_strategy="steps", save_steps=1).train()
+    checkpoint = folder / "run" / "checkpoint-1"
+    before = tree(folder)
+    with pytest.raises(ValueError, match=r"method must be 'var', that of the run whose checkpoint .* got 'sft'"):
+        tiny_trainer(folder, method="sft", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+    assert tree(folder) == before
+
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["MetricsFile"]  # as older versions saved it
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    tiny_trainer(folder, max_steps=2, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=str(checkpoint))
+    assert (folder / "run" / "checkpoint-2").is_dir()
 
 
 def test_a_reference_that_overflows_names_its_rows_and_caches_nothing(folder):

@@ -152,6 +152,16 @@ def check_steps(model: nn.Module, args: AlignConfig) -> None:
         )  # fmt: skip
 
 
+def check_drops(args: AlignConfig, items: int) -> None:
+    """Refuse a set that is less than a batch where incomplete batches are dropped: training would end at once."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and items < batch:
+        raise ValueError(
+            f"dataloader_drop_last must be False where {items} items are less than a batch of all processes, {batch}, "
+            "got True; drop it, or lower per_device_train_batch_size"
+        )
+
+
 def check_positions(model: nn.Module, rows: EncodedRows) -> None:
     """A table of learned positions ends; rows beyond it would stop the run with an index error in its middle."""
     inner = inner_model(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 import var_kernels
 from var_kernels.integrations.files import atomic_write
@@ -46,11 +47,24 @@ var-kernels {var_kernels.__version__}, transformers {transformers.__version__}, 
 """
 
 
-class MetricsFile(TrainerCallback):
+class MetricsFile(TrainerCallback, ExportableState):
     """One JSON object a line in output_dir/metrics.jsonl, on disk before the next step begins. A resumed run continues
-    the file from its checkpoint's step, so that every step is in it once."""
+    the file from its checkpoint's step, so that every step is in it once. Checkpoints hold the run's method in
+    trainer_state.json: one of another method is refused."""
+
+    def __init__(self, method: str):
+        self.method = method
+
+    def state(self) -> dict:
+        return {"args": {"method": self.method}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["args"]["method"]
+        if saved != args.method:
+            raise ValueError(
+                f"method must be {saved!r}, that of the run whose checkpoint is resumed, got {args.method!r}; another "
+                "method needs a run of its own: start it from the saved model, with another output_dir"
+            )
         self._begun = state.global_step
         if not state.is_world_process_zero:
             return

@@ -21,6 +21,7 @@ from var_kernels.integrations.hf.heads import attach_head, load_head
 from var_kernels.integrations.hf.model import inner_model, next_labels
 from var_kernels.integrations.trainer.checks import (
     check_arguments,
+    check_drops,
     check_learns,
     check_online,
     check_positions,
@@ -165,6 +166,8 @@ class VARTrainer(Trainer):
                 data.append({name: self._read(model, rows, f"eval_dataset {name}") for name, rows in sets})
             else:
                 data.append(None if eval_dataset is None else self._read(model, eval_dataset, "eval_dataset"))
+        if train_dataset is not None:
+            check_drops(args, len(data[0]))
         if args.disable_dropout:
             disable_dropout(model)
         fingerprint = ""
@@ -191,7 +194,7 @@ class VARTrainer(Trainer):
             train_dataset=data[0],
             eval_dataset=data[1],
             processing_class=processing_class,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[MetricsFile(args.method), *(callbacks or [])],
             optimizers=optimizers,
         )
         # With get_batch_samples' item count this keeps every release of Trainer from dividing the loss by the

@@ -2,6 +2,9 @@
 derivative of its value, nothing flows to constants, 16-bit inputs are widened, and 1e4 nats do no harm."""
 
 import inspect
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from var_kernels.losses import (
     sail,
     supervised,
 )
-from var_kernels.losses.registry import LOSSES
+from var_kernels.losses.registry import LOSSES, MEANINGS, MODEL_LOSSES
 
 MODULES = (finetuning, group, kto, listwise, margin, pair, policy_gradient, regression, sail, supervised)
 
@@ -120,6 +123,42 @@ def test_signature_and_docstring_keep_the_contract(name):
         assert word in doc, word
     for option in loss.options:
         assert option in doc or f"as ``{name[:4]}" in doc, option
+
+
+@pytest.mark.parametrize("name", sorted({**LOSSES, **MODEL_LOSSES}))
+def test_every_tensor_and_result_is_described(name):
+    """By the loss itself, or by the registry from the tensor's name."""
+    loss = LOSSES.get(name) or MODEL_LOSSES[name]
+    args, returns = inspect.getdoc(loss.function).split("\nArgs:\n")[-1].split("\n\nReturns:\n")
+    described = {word for line in re.findall(r"^    ([\w*, ]+):", args, re.MULTILINE) for word in line.split(", ")}
+    patterns = {*described, *(["chosen_*", "rejected_*"] if "chosen_*: " in args and "rejected_*: " in args else [])}
+    for tensor in loss.tensors:
+        assert any(fnmatchcase(tensor, pattern) for pattern in patterns), tensor
+    assert "fp32 (fp64 for fp64" in returns
+
+
+def test_the_page_says_what_tensors_are():
+    page = (Path(__file__).parents[1] / "docs" / "api" / "losses.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == MEANINGS
+
+
+@pytest.mark.parametrize("name", sorted(name for name, loss in LOSSES.items() if not loss.reads_tokens))
+def test_what_is_called_wrongly_is_refused_by_name(name):
+    """By position and by name: a tensor too few, one too many, one twice."""
+    loss = LOSSES[name]
+    tensors, options = inputs_of(loss), {**dict.fromkeys(loss.options, 0.3), **loss.defaults}
+    options = {key: value for key, value in options.items() if loss.options[key] is inspect.Parameter.empty}
+    expected = loss.function(**tensors, **options)
+    assert torch.equal(loss.function(*tensors.values(), **options), expected)
+    first, *_ = tensors
+    with pytest.raises(TypeError, match=f"missing 1 required positional argument: '{first}'"):
+        loss.function(**{key: value for key, value in tensors.items() if key != first}, **options)
+    with pytest.raises(TypeError, match="positional argument"):
+        loss.function(*tensors.values(), None, None, **options)
+    with pytest.raises(TypeError, match=f"multiple values for argument '{first}'"):
+        loss.function(*tensors.values(), **{first: tensors[first]}, **options)
+    with pytest.raises(TypeError, match=f"{first} must be a floating-point tensor"):
+        loss.function(**{**tensors, first: [1.0]}, **options)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_integers, check_sequences, wide
+from var_kernels.losses.checks import check_choice, check_integers, read_rows
 from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weights import warn_if_advantages_vanish
 
@@ -43,8 +43,7 @@ def advantages_by_name(
     """
     check_choice("advantages", name, ADVANTAGES)
     if name == "given":
-        check_sequences(reward=reward)
-        return wide(reward.detach())
+        return read_rows(reward=reward)[0]
     if name == "batch":
         return standardised_advantage(reward, process_group=process_group)
     if name == "leave_one_out":
@@ -74,16 +73,16 @@ def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = 
 
     Source: arXiv 2402.03300 and 2503.20783, as other trainers implement them.
     """
-    check_sequences(reward=reward)
+    (reward_B,) = read_rows(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
-    groups, exact_B = group_rows(group_ids), reward.detach().double()
+    groups, exact_B = group_rows(group_ids), reward_B.double()
     size_B = groups.sum(torch.ones_like(exact_B))
     advantage_B = exact_B - groups.sum(exact_B) / size_B
     warn_if_advantages_vanish(advantage_B, exact_B, "group")
     if divide_by_std:
         spread_B = (groups.sum(advantage_B.square()) / (size_B - 1).clamp(min=1)).sqrt()
         advantage_B = advantage_B / (spread_B + _GROUP_EPS)
-    return advantage_B.to(wide(reward).dtype)
+    return advantage_B.to(reward_B.dtype)
 
 
 def leave_one_out_advantage(reward: Tensor, group_ids: Tensor) -> Tensor:
@@ -118,11 +117,10 @@ def standardised_advantage(
 
     Source: arXiv 1910.00177, the authors' code.
     """
-    tensors: dict[str, Any] = {"reward": reward} if value is None else {"reward": reward, "value": value}
-    check_sequences(**tensors)
-    advantage_B = wide(reward.detach())
-    if value is not None:
-        advantage_B = advantage_B - wide(value.detach())
+    baseline: Any = {} if value is None else {"value": value}
+    advantage_B, *values = read_rows(reward=reward, **baseline)
+    if values:
+        advantage_B = advantage_B - values[0]
     exact_B = advantage_B.double()
     total = torch.stack([exact_B.sum(), exact_B.new_tensor(exact_B.numel())])  # a sum and a count
     if process_group is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_range, check_rows, check_share, times, wide
+from var_kernels.losses.checks import check_choice, check_range, check_share, read_rows, times, wide
 from var_kernels.losses.registry import register
 
 REGULARISED = ("both", "chosen", "rejected")
@@ -178,19 +178,22 @@ def literal_q(token_logp: Tensor, prob_lse: Tensor, *, alpha: float) -> Tensor:
     of_log_probs=False,
 )
 def bradley_terry_loss(chosen_mu: Tensor, rejected_mu: Tensor) -> Tensor:
-    """The loss of a reward model on pairs: -log sigmoid(mu_w - mu_l). (P,), (P,) -> (P,) nats; both differentiated.
+    """The loss of a reward model on pairs: -log sigmoid(mu_w - mu_l).
 
-    mu: the score of a completion, of any reward model; for ``VARTrainer`` that of the reward head at the last token.
-    The lm_head is not computed there, and its weight, if it is not the embedding's too, is left as it is.
+    The lm_head is not computed in ``VARTrainer``, and its weight, if it is not the embedding's too, is left as it is.
+
+    Args:
+        chosen_mu, rejected_mu: (P,) scores of completions, of any reward model; for ``VARTrainer`` those of the reward
+            head at the last token. Differentiated.
     """
-    check_rows("pair", chosen_mu=chosen_mu, rejected_mu=rejected_mu)
-    return -logsigmoid(wide(chosen_mu) - wide(rejected_mu))
+    return -logsigmoid(chosen_mu - rejected_mu)
 
 
 def pair_accuracy(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
     """The share of pairs whose chosen reward is the larger, ties counting half: (P,), (P,) -> (), detached."""
-    check_rows("pair", chosen_reward=chosen_reward, rejected_reward=rejected_reward)
-    margin_P = wide(chosen_reward.detach()) - wide(rejected_reward.detach())
+    rewards = {"chosen_reward": chosen_reward, "rejected_reward": rejected_reward}
+    chosen_P, rejected_P = read_rows("pair", rewards, **rewards)
+    margin_P = (chosen_P - rejected_P).detach()
     return ((margin_P.sign() + 1) / 2).mean()
 
 

@@ -1,6 +1,7 @@
 """Checks of the losses' arguments, with the remedy in each error. Metadata everywhere; values on the CPU only."""
 
 import math
+from collections.abc import Collection
 from typing import Literal, get_args
 
 import torch
@@ -25,8 +26,10 @@ def times(weight: float | Tensor, values: Tensor) -> Tensor:
     return weight * values if weight else torch.zeros_like(values)
 
 
-def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
-    """Floating-point vectors of one shape and device, one entry per ``item``: named after the arguments."""
+def read_rows(item: str = "sequence", learning: Collection[str] = (), **tensors: Tensor) -> list[Tensor]:
+    """``wide`` vectors of one shape and device, one entry per ``item``: named after the arguments. All but those that
+    are ``learning`` are constants: finite (read on the CPU only), detached.
+    """
     size = "P" if item == "pair" else "B"
     check_floating(tensors, f"({size},)", f"pass one value per {item}")
     first, *others = tensors
@@ -37,21 +40,18 @@ def check_rows(item: str = "sequence", **tensors: Tensor) -> None:
         )
     for name in others:
         check_like(name, tensors[name], first, tensors[first])
+    check_constants(**{name: values for name, values in tensors.items() if name not in learning})
+    return [wide(values if name in learning else values.detach()) for name, values in tensors.items()]
 
 
-def check_sequences(**tensors: Tensor) -> None:
-    """(B,) of one shape and device; but for policy_logp they are constants, finite (read on the CPU only)."""
-    check_rows("sequence", **tensors)
-    check_constants(**{name: values for name, values in tensors.items() if name != "policy_logp"})
-
-
-def check_tokens(**tensors: Tensor) -> None:
-    """Floating-point tensors of one shape, any, and one device, one value a token."""
+def read_tokens(**tensors: Tensor) -> list[Tensor]:
+    """``wide`` tensors of one shape, any, and one device, one value a token; all but the first detached."""
     check_floating(tensors, "(...)", "pass one value a token")
     first, *others = tensors
     for name in others:
         remedy = "give one value a token (expand_to_tokens repeats a sequence's over its tokens)"
         check_like(name, tensors[name], first, tensors[first], remedy)
+    return [wide(tensors[first]), *(wide(tensors[name].detach()) for name in others)]
 
 
 def check_constants(**tensors: Tensor) -> None:
@@ -82,11 +82,11 @@ def check_flags(like: str, values: Tensor, **tensors: Tensor) -> None:
         check_like(name, flags, like, values)
 
 
-def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str, *, name: str, like: str) -> Tensor:
-    """Sums over tokens as they are ("sum"), or divided by the number of tokens ("mean"); no token counts as one.
-
-    ``name`` and ``like`` are the arguments' names, of lengths and of values.
+def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str = "mean", row: str = "") -> Tensor:
+    """Sums over tokens as they are ("sum"), or divided by the number of tokens ("mean"); no token counts as one. row:
+    of a pair, "chosen_" or "rejected_".
     """
+    name, like = f"{row}lengths", f"policy_{row}logp"
     check_choice("token_reduction", token_reduction, TOKEN_REDUCTIONS)
     if token_reduction == "sum":
         return values

@@ -4,7 +4,7 @@ SFT, entropy-adaptive fine-tuning and CHORD's phi. Weights are constants; DFT, t
 
 from torch import Tensor
 
-from var_kernels.losses.checks import check_range, check_sequences, check_tokens, per_token, times, wide
+from var_kernels.losses.checks import check_range, per_token, times
 from var_kernels.losses.registry import register
 from var_kernels.losses.token import importance_ratio
 
@@ -25,24 +25,17 @@ def iw_sft_loss(
 
         loss = -sg(min(exp(temperature (s - sr) / len), max_weight)) s
 
-    On curated data, a tighter lower bound of the reward than SFT's. At the reference it is SFT.
+    On curated data, a tighter lower bound of the reward than SFT's. At the reference it is SFT. The authors divide by
+    the batch's tokens.
 
     Args:
-        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the frozen reference, nats; constants.
-        lengths: (B,) integers, tokens that carry loss.
         temperature: >= 0, a factor of the mean log-ratio. max_weight: > 0.
-
-    Returns:
-        (B,) nats per sequence, fp32 (fp64 for fp64 inputs); the authors divide by the batch's tokens.
     """
     check_range("temperature", temperature, closed=True, remedy="0 is SFT")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
-    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp)
-    change_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
-    mean_B = per_token(change_B, lengths, "mean", name="lengths", like="policy_logp")
+    mean_B = per_token(policy_logp.detach() - ref_logp, lengths)
     weight_B = importance_ratio(times(temperature, mean_B), mean_B.new_zeros(())).clamp(max=max_weight)
-    return times(-weight_B, wide(policy_logp))
+    return times(-weight_B, policy_logp)
 
 
 @register(
@@ -60,18 +53,12 @@ def iw_sft_token_loss(
         loss_t = -sg(clip(exp(lp_t - lp_ref_t), ratio_min, ratio_max)) lp_t
 
     Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
-        ref_token_logp: (...) the same under the frozen reference; a constant.
         ratio_min, ratio_max: 0 <= ratio_min <= ratio_max.
-
-    Returns:
-        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
     """
     check_range("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
     check_range("ratio_max", ratio_max, ratio_min, closed=True, remedy="1e9 hardly clips")
-    check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp)
     ratio = importance_ratio(token_logp.detach(), ref_token_logp).clamp(ratio_min, ratio_max)
-    return times(-ratio, wide(token_logp))
+    return times(-ratio, token_logp)
 
 
 @register(
@@ -84,21 +71,16 @@ def iw_sft_token_loss(
 def psft_loss(token_logp: Tensor, old_token_logp: Tensor, *, clip_high: float = 0.2) -> Tensor:
     """Proximal SFT: PPO's clipped surrogate with an advantage of 1 for every token of the data.
 
-        loss_t = -min(ratio_t, 1 + clip_high),     ratio_t = exp(lp_t - lp_old_t)
+        loss_t = -min(ratio_t, 1 + clip_high),     ratio_t = exp(lp_t - lp_old_t)          without unit
 
     ``ppo_loss`` at advantage 1, whose lower clip never binds there. A token stops learning once the policy finds it
     1 + clip_high times as likely as the old policy did.
 
     Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
         old_token_logp: (...) the same under an earlier policy, such as the one training began with; a constant.
         clip_high: >= 0.
-
-    Returns:
-        The shape of token_logp, without unit, fp32 (fp64 for fp64).
     """
     check_range("clip_high", clip_high, closed=True, remedy="the ratio is kept below 1 + clip_high")
-    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp)
     return -importance_ratio(token_logp, old_token_logp).clamp(max=1 + clip_high)
 
 
@@ -119,19 +101,13 @@ def eaft_loss(token_logp: Tensor, entropy: Tensor, *, alpha: float = 1.0, max_en
     divide by 3, about log 20; the two differ where the tail of the distribution has mass.
 
     Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
-        entropy: (...) H of the policy at each token, nats; a constant here.
         alpha: >= 0; 0 is SFT.
         max_entropy: > 0, nats.
-
-    Returns:
-        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
     """
     check_range("alpha", alpha, closed=True, remedy="0 is SFT")
     check_range("max_entropy", max_entropy, remedy="3 is about the log of the authors' 20 tokens")
-    check_tokens(token_logp=token_logp, entropy=entropy)
-    gate = (wide(entropy.detach()).clamp(min=0.0) / max_entropy).pow(alpha)
-    return times(-gate, wide(token_logp))
+    gate = (entropy.clamp(min=0.0) / max_entropy).pow(alpha)
+    return times(-gate, token_logp)
 
 
 @register(
@@ -147,14 +123,6 @@ def chord_phi_loss(token_logp: Tensor) -> Tensor:
         loss_t = -sg(p_t (1 - p_t)) lp_t,     p_t = exp(lp_t)
 
     The gradient in a token's log-prob is that of -p + p^2 / 2. CHORD adds it, scaled, to a policy gradient.
-
-    Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
-
-    Returns:
-        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
     """
-    check_tokens(token_logp=token_logp)
-    logp = wide(token_logp)
-    p = logp.detach().exp()
-    return times(-p * (1 - p), logp)
+    p = token_logp.detach().exp()
+    return times(-p * (1 - p), token_logp)

@@ -4,16 +4,7 @@ returns one term per row; a group's loss is the sum of its rows' terms."""
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import (
-    TokenReduction,
-    check_constants,
-    check_integers,
-    check_range,
-    check_rows,
-    check_sequences,
-    per_token,
-    wide,
-)
+from var_kernels.losses.checks import TokenReduction, check_integers, check_range, per_token, read_rows
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
 
@@ -40,17 +31,11 @@ def exo_loss(
     softmax is (1 - e, e).
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the frozen reference, nats; constants.
-        reward: (B,) reward units; constants.
         group_ids: (B,) integers, equal for the same prompt. A group of one row costs nothing.
         beta: > 0, on the policy's log-ratio.
         reward_temperature: > 0, reward units.
-
-    Returns:
-        (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
     """
-    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    groups, scaled_B = group_rows(group_ids), scaled_log_ratio(policy_logp, ref_logp, beta)
     log_f_B = group_log_softmax(scaled_B, groups)
     log_p_B = reward_log_softmax(reward, reward_temperature, groups)
     f_B = log_f_B.exp()
@@ -77,27 +62,21 @@ def lire_loss(
     """Listwise reward enhancement: the expected (normalised) reward under the policy restricted to the completions.
 
         f = softmax_k(s_k / temperature),   R = softmax_k(r_k)
-        loss of row k = -f_k R_k
+        loss of row k = -f_k R_k          in [-1, 0]
 
     No reference: add ``sft_loss`` on the best completion, or stop early, against drift.
 
     Args:
-        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
         reward: (B,), divided by its own temperature where one is wanted; constants.
         group_ids: (B,) integers, equal for the same prompt. A group of one row has the constant loss -1.
-        lengths: (B,) integers, tokens that carry loss; for "mean".
         temperature: > 0, nats. 2 in the authors' code; sums are tens of nats apart there too, where f is one-hot and
             the gradient vanishes.
-        token_reduction: "sum", as the authors' code has it, or "mean" over the tokens.
-
-    Returns:
-        (B,) the rows' terms, each in [-1, 0], fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
+        token_reduction: "sum", as the authors' code has it, or "mean" over the tokens, for which it needs lengths.
     """
     check_range("temperature", temperature, remedy=NEGATE)
-    groups = check_groups(policy_logp, reward, group_ids)
-    s_B = per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
+    groups, s_B = group_rows(group_ids), per_token(policy_logp, lengths, token_reduction)
     log_f_B = group_log_softmax(s_B / temperature, groups)
-    log_r_B = group_log_softmax(wide(reward.detach()), groups)
+    log_r_B = group_log_softmax(reward, groups)
     return -(log_f_B + log_r_B).exp()
 
 
@@ -120,30 +99,21 @@ def raft_loss(
 
         loss = -s (or -s / len) for the row with its group's highest reward (``best_of_group``), 0 for the others
 
-    To train by it alone, drop the others before the forward pass and use ``linear_weighted_nll``.
+    To train by it alone, drop the others before the forward pass and use ``linear_weighted_nll``. The best of each
+    prompt's K samples is the local ranking of the authors' code (LMFlow); its other strategy takes the best 1 / K of
+    all samples together.
 
     Args:
-        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
-        reward: (B,); constants.
-        group_ids: (B,) integers, equal for the same prompt.
-        lengths: (B,) integers, tokens that carry loss; for "mean".
-        token_reduction: "sum" | "mean".
-
-    Returns:
-        (B,) nats per sequence or per token, fp32 (fp64 for fp64 inputs); one row of each group is not 0.
-
-    The best of each prompt's K samples is the local ranking of the authors' code (LMFlow); its other strategy takes the
-    best 1 / K of all samples together.
+        token_reduction: "sum" or "mean" over the tokens, for which it needs lengths.
     """
-    check_rows(policy_logp=policy_logp, reward=reward)
-    nll_B = -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
+    nll_B = -per_token(policy_logp, lengths, token_reduction)
     # where, not times 0: a left-out row of -inf would make NaN
     return nll_B.where(best_of_group(reward, group_ids), 0.0)
 
 
 def best_of_group(reward: Tensor, group_ids: Tensor) -> Tensor:
     """(B,) bool: the row with the highest reward of its group, the first one where several have it."""
-    check_sequences(reward=reward)
+    read_rows(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
     groups = group_rows(group_ids)
     row_B = torch.arange(reward.shape[0], device=reward.device)
@@ -159,23 +129,11 @@ def group_log_softmax(score_B: Tensor, groups: Groups) -> Tensor:
     return below_top_B - groups.sum(below_top_B.exp()).log()
 
 
-def scaled_log_ratio(
-    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, beta: float
-) -> tuple[Groups, Tensor]:
-    """The groups and beta (s - sr), (B,), checked; no gradient to the reference."""
+def scaled_log_ratio(policy_logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
     check_range("beta", beta, remedy=NEGATE)
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
-    groups = check_groups(policy_logp, reward, group_ids)
-    check_constants(ref_logp=ref_logp)
-    return groups, beta * (wide(policy_logp) - wide(ref_logp.detach()))
-
-
-def check_groups(policy_logp: Tensor, reward: Tensor, group_ids: Tensor) -> Groups:
-    check_sequences(policy_logp=policy_logp, reward=reward)
-    check_integers("policy_logp", policy_logp, group_ids=group_ids)
-    return group_rows(group_ids)
+    return beta * (policy_logp - ref_logp)
 
 
 def reward_log_softmax(reward: Tensor, reward_temperature: float, groups: Groups) -> Tensor:
     check_range("reward_temperature", reward_temperature, remedy=NEGATE)
-    return group_log_softmax(wide(reward.detach()) / reward_temperature, groups)
+    return group_log_softmax(reward / reward_temperature, groups)

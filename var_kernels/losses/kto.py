@@ -1,9 +1,11 @@
 """KTO: completions judged one by one, against a baseline over the whole batch. Class D."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_flags, check_range, check_rows, check_sequences, wide
+from var_kernels.losses.checks import check_constants, check_range, read_rows, wide
 from var_kernels.losses.registry import register
 
 
@@ -40,27 +42,19 @@ def kto_loss(
     max(0, mean), and pass it. Left to this function it is the micro-batch's own, another objective.
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the frozen reference, nats; constants.
         desirable: (B,) bool.
         kl_baseline: () z0, nats; a constant. None: max(0, mean rho) of this batch.
         beta: > 0.
-        desirable_weight, undesirable_weight: >= 0, the paper's lambda_D and lambda_U.
-
-    Returns:
-        (B,) per sequence, between 0 and its weight, fp32 (fp64 for fp64 inputs).
+        desirable_weight, undesirable_weight: >= 0, the paper's lambda_D and lambda_U; the loss is between 0 and these.
     """
     check_range("beta", beta, remedy="negate `desirable` to reverse the preference")
     check_range("desirable_weight", desirable_weight, closed=True, remedy="negate `desirable` instead")
     check_range("undesirable_weight", undesirable_weight, closed=True, remedy="negate `desirable` instead")
-    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp)
-    check_flags("policy_logp", policy_logp, desirable=desirable)
     if kl_baseline is None:
         kl_baseline = kto_baseline(policy_logp, ref_logp)
     else:
         _check_baseline(kl_baseline)
-    ratio_B = wide(policy_logp) - wide(ref_logp.detach())
-    gain_B = beta * (ratio_B - wide(kl_baseline.detach()))
+    gain_B = beta * (policy_logp - ref_logp - wide(kl_baseline.detach()))
     # 1 - sigmoid(x) as sigmoid(-x): no cancellation where x is large
     liked_B = desirable_weight * torch.sigmoid(-gain_B)
     disliked_B = undesirable_weight * torch.sigmoid(gain_B)
@@ -75,8 +69,9 @@ def kto_baseline(policy_logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     Source: arXiv 2402.01306; third-party code.
     """
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
-    ratio_B = wide(policy_logp.detach()) - wide(ref_logp.detach())
+    logps: Any = {"policy_logp": policy_logp, "ref_logp": ref_logp}
+    policy_B, ref_B = read_rows(learning=logps, **logps)
+    ratio_B = (policy_B - ref_B).detach()
     return (ratio_B.sum() / max(ratio_B.numel(), 1)).clamp(min=0)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import check_rows, times
+from var_kernels.losses.checks import read_rows, times
 from var_kernels.losses.pair import implicit_reward
 from var_kernels.losses.registry import Loss, find_loss
 from var_kernels.losses.sail import draw_preference
@@ -322,7 +322,7 @@ def _global_baseline(
     policy_logp: Tensor, ref_logp: Tensor, item_weight: Tensor | None, process_group: dist.ProcessGroup | None
 ) -> Tensor:
     """``kto_baseline`` over the rows of every rank that have weight."""
-    check_rows(policy_logp=policy_logp, ref_logp=ref_logp)
+    read_rows(learning=("policy_logp", "ref_logp"), policy_logp=policy_logp, ref_logp=ref_logp)
     change_B = policy_logp.detach().double() - ref_logp.double()
     counted_B = torch.ones_like(change_B) if item_weight is None else (item_weight != 0).to(change_B)
     total = torch.stack([(change_B * counted_B).sum(), counted_B.sum()])

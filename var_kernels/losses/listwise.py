@@ -6,9 +6,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from var_kernels.losses.advantages import group_advantage
-from var_kernels.losses.checks import check_constants, check_range, check_rows, times, wide
-from var_kernels.losses.group import NEGATE, check_groups, group_log_softmax, reward_log_softmax, scaled_log_ratio
+from var_kernels.losses.checks import check_range, times
+from var_kernels.losses.group import NEGATE, group_log_softmax, reward_log_softmax, scaled_log_ratio
 from var_kernels.losses.registry import register
+from var_kernels.losses.segments import group_rows
 
 
 @register(
@@ -27,17 +28,13 @@ def info_nca_loss(
         loss of row k = -softmax_k(r / reward_temperature) log softmax_k(beta (s - sr))
 
     ``exo_loss`` with the divergence the other way round: forward KL, up to the target's entropy. Its minimiser over a
-    full candidate set is pi_ref exp(r / (beta reward_temperature)) / Z. Only differences of log-ratios matter.
+    full candidate set is pi_ref exp(r / (beta reward_temperature)) / Z. Only differences of log-ratios matter. Of a
+    pair with a hard preference it is DPO.
 
     Args:
-        policy_logp, ref_logp, reward, group_ids, beta, reward_temperature: see ``exo_loss``.
-
-    Returns:
-        (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
-
-    Of a pair with a hard preference it is DPO.
+        beta, reward_temperature: see ``exo_loss``.
     """
-    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    groups, scaled_B = group_rows(group_ids), scaled_log_ratio(policy_logp, ref_logp, beta)
     target_B = reward_log_softmax(reward, reward_temperature, groups).exp()
     return times(-target_B, group_log_softmax(scaled_B, groups))
 
@@ -63,11 +60,12 @@ def nca_loss(
     faster. Where the K completions are draws of the reference it aims at pi_ref exp(r / reward_temperature) / Z for
     beta 1, with Z their mean of exp(r / reward_temperature). TRL's ``nca_pair`` is this with (1, 0) for the softmax.
 
-    Args: as ``info_nca_loss``; a group of one costs log 2 or more.
+    A group of one costs log 2 or more.
 
-    Returns: as ``info_nca_loss``.
+    Args:
+        beta, reward_temperature: see ``exo_loss``.
     """
-    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
+    groups, scaled_B = group_rows(group_ids), scaled_log_ratio(policy_logp, ref_logp, beta)
     size_B = groups.sum(torch.ones_like(scaled_B))
     target_B = reward_log_softmax(reward, reward_temperature, groups).exp()
     return -logsigmoid(-scaled_B) / size_B - times(target_B, logsigmoid(scaled_B))
@@ -85,23 +83,18 @@ def nca_loss(
 def gvpo_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, group_ids: Tensor, *, beta: float) -> Tensor:
     """GVPO: half the variance, over a prompt's completions, of what the log-ratios miss of the rewards.
 
-        loss of row k = (beta (rho_k - mean rho) - (r_k - mean r))^2 / (2 (K - 1)),     rho = s - sr
+        loss of row k = (beta (rho_k - mean rho) - (r_k - mean r))^2 / (2 (K - 1))     reward units^2; rho = s - sr
 
     Z cancels in the differences from the mean, and whoever drew the completions need not be the reference: the
     minimiser over completions of any full support is pi_ref exp(r / beta) / Z. With two completions it is
-    ``rebel_loss`` at eta = 1 / beta, times beta^2 / 4.
+    ``rebel_loss`` at eta = 1 / beta, times beta^2 / 4. A group of one costs nothing. The paper's loss, divided by beta,
+    has the same gradient.
 
     Args:
-        policy_logp, ref_logp, reward, group_ids: see ``info_nca_loss``. A group of one costs nothing.
         beta: > 0, the KL temperature, reward units per nat.
-
-    Returns:
-        (B,) the rows' terms, reward units^2, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
-
-    The paper's loss, divided by beta, has the same gradient.
     """
-    groups, scaled_B = scaled_log_ratio(policy_logp, ref_logp, reward, group_ids, beta)
-    missed_B = scaled_B - wide(reward.detach())
+    groups, scaled_B = group_rows(group_ids), scaled_log_ratio(policy_logp, ref_logp, beta)
+    missed_B = scaled_B - reward
     size_B = groups.sum(torch.ones_like(missed_B))
     missed_B = missed_B - groups.sum(missed_B) / size_B
     return missed_B.square() / (2 * (size_B - 1).clamp(min=1))
@@ -123,21 +116,11 @@ def target_po_loss(
         u = (r - mean r) / std r,   q = softmax_k(s_old + u / eta),   loss of row k = -q_k log softmax_k(s)
 
     The gradient, softmax_k(s) - q_k, is 0 once the target is met, and needs no clip. Not to be taken for the loss of
-    triples that is called TPO too.
+    triples that is called TPO too. A group of one row costs nothing.
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        old_logp: (B,) the same under the policy that drew the completions, nats; constants.
-        reward: (B,) reward units; constants.
-        group_ids: (B,) integers, equal for the same prompt. A group of one row costs nothing.
         eta: > 0; small ones follow the reward.
-
-    Returns:
-        (B,) the rows' terms, nats, fp32 (fp64 for fp64 inputs); sum them and divide by the number of groups.
     """
     check_range("eta", eta, remedy=NEGATE)
-    check_rows(policy_logp=policy_logp, old_logp=old_logp)
-    groups = check_groups(policy_logp, reward, group_ids)
-    check_constants(old_logp=old_logp)
-    tilted_B = wide(old_logp.detach()) + group_advantage(reward, group_ids) / eta
-    return times(-group_log_softmax(tilted_B, groups).exp(), group_log_softmax(wide(policy_logp), groups))
+    groups, tilted_B = group_rows(group_ids), old_logp + group_advantage(reward, group_ids) / eta
+    return times(-group_log_softmax(tilted_B, groups).exp(), group_log_softmax(policy_logp, groups))

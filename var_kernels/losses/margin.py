@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_range, check_rows, per_token, times, wide
+from var_kernels.losses.checks import check_range, per_token, times
 from var_kernels.losses.registry import register
 
 
@@ -28,27 +28,17 @@ def slic_loss(
 
         loss = max(0, delta - s_w + s_l) - target_weight s_target
 
+    Which delta and lambda the paper takes is open.
+
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
         policy_target_logp: (P,) of the sequence that regularises, nats; differentiated. None: the chosen one.
         delta: >= 0, the margin, nats.
         target_weight: >= 0, the paper's lambda.
-
-    Returns:
-        (P,) nats per pair, fp32 (fp64 for fp64 inputs).
-
-    Which delta and lambda the paper takes is open.
     """
     check_range("delta", delta, closed=True, remedy="swap chosen and rejected to reverse the preference")
     check_range("target_weight", target_weight, closed=True, remedy="0 leaves the hinge alone")
-    tensors = {"policy_chosen_logp": policy_chosen_logp, "policy_rejected_logp": policy_rejected_logp}
-    if policy_target_logp is None:
-        policy_target_logp = policy_chosen_logp
-    else:
-        tensors["policy_target_logp"] = policy_target_logp
-    check_rows("pair", **tensors)
-    hinge_P = torch.relu(delta - (wide(policy_chosen_logp) - wide(policy_rejected_logp)))
-    return hinge_P - times(target_weight, wide(policy_target_logp))
+    hinge_P = torch.relu(delta - (policy_chosen_logp - policy_rejected_logp))
+    return hinge_P - times(target_weight, policy_chosen_logp if policy_target_logp is None else policy_target_logp)
 
 
 @register(
@@ -73,17 +63,13 @@ def simpo_loss(
         loss = -log sigmoid(beta (s_w / len_w - s_l / len_l) - gamma)
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) SUMMED log-probs under the policy, nats; differentiated.
-        chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss.
         beta: > 0. Much larger than DPO's, for a mean is divided by the length.
         gamma: >= 0, the margin after beta (code that takes gamma / beta: multiply).
-
-    Returns:
-        (P,) nats per pair, fp32 (fp64 for fp64 inputs).
     """
     check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
     check_range("gamma", gamma, closed=True, remedy="0 is no margin")
-    chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
+    chosen_P = per_token(policy_chosen_logp, chosen_lengths, row="chosen_")
+    rejected_P = per_token(policy_rejected_logp, rejected_lengths, row="rejected_")
     return -logsigmoid(beta * (chosen_P - rejected_P) - gamma)
 
 
@@ -109,19 +95,15 @@ def orpo_loss(
         loss = -lp_w - odds_weight log sigmoid(log odds_w - log odds_l)
 
     lp is held at -eps of its dtype or below in the odds, which are infinite at probability 1; there the odds have no
-    gradient.
+    gradient. The SFT part is the mean over each sequence's own tokens; code that averages over all tokens of the batch
+    weighs long sequences more.
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) SUMMED log-probs under the policy, nats; differentiated.
-        chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss.
         odds_weight: >= 0, the paper's lambda.
-
-    Returns:
-        (P,) nats per pair, fp32 (fp64 for fp64 inputs). The SFT part is the mean over each sequence's own tokens; code
-        that averages over all tokens of the batch weighs long sequences more.
     """
     check_range("odds_weight", odds_weight, closed=True, remedy="0 is plain SFT on the chosen completions")
-    chosen_P, rejected_P = _token_means(policy_chosen_logp, policy_rejected_logp, chosen_lengths, rejected_lengths)
+    chosen_P = per_token(policy_chosen_logp, chosen_lengths, row="chosen_")
+    rejected_P = per_token(policy_rejected_logp, rejected_lengths, row="rejected_")
     return -chosen_P - times(odds_weight, logsigmoid(log_odds(chosen_P) - log_odds(rejected_P)))
 
 
@@ -129,19 +111,3 @@ def log_odds(logp_P: Tensor) -> Tensor:
     """logit(exp(lp)) of mean log-probs lp, (P,), finite and without a gradient where lp is 0."""
     logp_P = logp_P.clamp(max=-torch.finfo(logp_P.dtype).eps)
     return logp_P - (-torch.expm1(logp_P)).log()
-
-
-def _token_means(
-    policy_chosen_logp: Tensor,
-    policy_rejected_logp: Tensor,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_rows("pair", policy_chosen_logp=policy_chosen_logp, policy_rejected_logp=policy_rejected_logp)
-    chosen_P = per_token(
-        wide(policy_chosen_logp), chosen_lengths, "mean", name="chosen_lengths", like="policy_chosen_logp"
-    )
-    rejected_P = per_token(
-        wide(policy_rejected_logp), rejected_lengths, "mean", name="rejected_lengths", like="policy_rejected_logp"
-    )
-    return chosen_P, rejected_P

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import TokenReduction, check_constants, check_range, check_rows, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_range, per_token, read_rows, times
 from var_kernels.losses.registry import register
 
 _SWAP = "swap chosen and rejected to reverse the preference"
@@ -37,13 +37,8 @@ def dpo_loss(
     VAR's pi* at lam = beta.
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
-        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; taken as constants.
         beta: > 0, the KL temperature.
         label_smoothing: in [0, 0.5): probability that a label is flipped.
-
-    Returns:
-        (P,) loss of each pair, nats, fp32 (fp64 for fp64 inputs); the caller reduces over pairs.
     """
     _check_smoothing(label_smoothing)
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -72,15 +67,12 @@ def robust_dpo_loss(
         m = beta D
         loss = [-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2e)
 
-    Its mean over the flips, (1 - e) loss(m) + e loss(-m), is -log sigmoid(m). A single pair's loss has no lower bound:
-    for large m its slope stays -e / (1 - 2e).
+    Its mean over the flips, (1 - e) loss(m) + e loss(-m), is -log sigmoid(m). A single pair's loss may be negative and
+    has no lower bound: for large m its slope stays -e / (1 - 2e).
 
     Args:
-        policy_*, ref_*, beta: see ``dpo_loss``.
+        beta: see ``dpo_loss``.
         label_smoothing: e, in [0, 0.5): the rate of flipped labels.
-
-    Returns:
-        (P,) nats per pair, fp32 (fp64 for fp64 inputs); may be negative.
     """
     _check_smoothing(label_smoothing)
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
@@ -110,28 +102,20 @@ def ipo_loss(
     """Identity preference optimisation: regress D onto 1 / (2 tau), instead of driving it to infinity.
 
         D = (s_w - sr_w) / n_w - (s_l - sr_l) / n_l,     n = tokens ("mean") or 1 ("sum")
-        loss = (D - 1 / (2 tau))^2
+        loss = (D - 1 / (2 tau))^2                       nats^2, for "mean" per token^2
 
     Which of the two reductions the paper means is open: its text writes sums, the DPO authors' code takes sums, TRL
     takes means and says that IPO's authors confirmed it. With sums over all pairs of a candidate set the minimiser is
     pi_ref exp(E_y'[p(y > y')] / tau) / Z.
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) SUMMED log-probs under the policy, nats; differentiated.
-        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
         chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss; needed for "mean".
         tau: > 0, the KL temperature.
         token_reduction: "mean" | "sum".
-
-    Returns:
-        (P,) nats^2 per pair (per token^2 for "mean"), fp32 (fp64 for fp64 inputs).
     """
     check_range("tau", tau, remedy=_SWAP)
-    chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    chosen_P = per_token(chosen_P, chosen_lengths, token_reduction, name="chosen_lengths", like="policy_chosen_logp")
-    rejected_P = per_token(
-        rejected_P, rejected_lengths, token_reduction, name="rejected_lengths", like="policy_rejected_logp"
-    )
+    chosen_P = per_token(policy_chosen_logp - ref_chosen_logp, chosen_lengths, token_reduction, "chosen_")
+    rejected_P = per_token(policy_rejected_logp - ref_rejected_logp, rejected_lengths, token_reduction, "rejected_")
     return (chosen_P - rejected_P - 1 / (2 * tau)).square()
 
 
@@ -153,18 +137,14 @@ def hinge_loss(
 ) -> Tensor:
     """SLiC's hinge on DPO's margin: pairs with a margin of 1 or more cost nothing.
 
-        loss = max(0, 1 - beta D)
+        loss = max(0, 1 - beta D)          beta x nats
 
     The gradient per sequence is -beta (chosen) and +beta (rejected) inside the hinge, 0 outside; which one is known
-    only after both sums: class C all the same. ``slic_loss`` is SLiC-HF's own, without a reference.
+    only after both sums: class C all the same. ``slic_loss`` is SLiC-HF's own, without a reference. RSO's hinge, TRL's
+    "hinge".
 
     Args:
-        policy_*, ref_*, beta: see ``dpo_loss``.
-
-    Returns:
-        (P,) per pair, in units of beta x nats, fp32 (fp64 for fp64 inputs).
-
-    RSO's hinge, TRL's "hinge".
+        beta: see ``dpo_loss``.
     """
     margin_P = _scaled_margin(beta, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
     return torch.relu(1 - margin_P)
@@ -179,31 +159,16 @@ def implicit_reward(policy_logp: Tensor, ref_logp: Tensor, *, beta: float) -> Te
     Source: arXiv 2305.18290 eq. 5.
     """
     check_range("beta", beta, remedy=_SWAP)
-    check_rows("pair", policy_logp=policy_logp, ref_logp=ref_logp)
-    return beta * (wide(policy_logp.detach()) - wide(ref_logp.detach()))
+    logps = {"policy_logp": policy_logp, "ref_logp": ref_logp}
+    policy_P, ref_P = read_rows("pair", logps, **logps)
+    return beta * (policy_P - ref_P).detach()
 
 
-def log_ratios(
-    policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor
-) -> tuple[Tensor, Tensor]:
-    """rho_w = s_w - sr_w and rho_l, (P,) each, checked; no gradient to the reference."""
-    check_rows(
-        "pair",
-        policy_chosen_logp=policy_chosen_logp,
-        policy_rejected_logp=policy_rejected_logp,
-        ref_chosen_logp=ref_chosen_logp,
-        ref_rejected_logp=ref_rejected_logp,
-    )
-    check_constants(ref_chosen_logp=ref_chosen_logp, ref_rejected_logp=ref_rejected_logp)
-    chosen_P = wide(policy_chosen_logp) - wide(ref_chosen_logp.detach())
-    rejected_P = wide(policy_rejected_logp) - wide(ref_rejected_logp.detach())
-    return chosen_P, rejected_P
-
-
-def _scaled_margin(beta: float, *logps: Tensor) -> Tensor:
+def _scaled_margin(
+    beta: float, chosen_P: Tensor, rejected_P: Tensor, ref_chosen_P: Tensor, ref_rejected_P: Tensor
+) -> Tensor:
     check_range("beta", beta, remedy=_SWAP)
-    chosen_P, rejected_P = log_ratios(*logps)
-    return beta * (chosen_P - rejected_P)
+    return beta * ((chosen_P - ref_chosen_P) - (rejected_P - ref_rejected_P))
 
 
 def _check_smoothing(label_smoothing: float) -> None:

@@ -7,7 +7,7 @@ PPO and GRPO, and the ratio and the clip that all share, are in ``token``.
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_range, check_sequences, check_tokens, per_token, times, wide
+from var_kernels.losses.checks import check_range, per_token, times
 from var_kernels.losses.registry import register
 from var_kernels.losses.token import clipped_surrogate, importance_ratio
 
@@ -26,25 +26,21 @@ def cispo_loss(
 ) -> Tensor:
     """CISPO: the importance ratio is clipped and held constant, so that every token keeps a gradient.
 
-        loss_t = -sg(clip(ratio_t, ratio_min, ratio_max)) A_t lp_t,     ratio_t = exp(lp_t - lp_old_t)
+        loss_t = -sg(clip(ratio_t, ratio_min, ratio_max)) A_t lp_t          nats x units of the advantage
+        ratio_t = exp(lp_t - lp_old_t)
 
     The bounds are of the ratio itself. The paper tunes the upper one alone, as TRL has it (its ``epsilon_high`` is
     ratio_max, 5 as in arXiv 2510.13786) and OpenRLHF; verl clips on both sides (ratio_min = 1 - low, ratio_max =
     1 + high).
 
     Args:
-        token_logp, old_token_logp, advantage: see ``ppo_loss``.
         ratio_min: >= 0.
         ratio_max: >= ratio_min.
-
-    Returns:
-        The shape of token_logp, nats times units of the advantage, fp32 (fp64 for fp64).
     """
     check_range("ratio_min", ratio_min, closed=True, remedy="0 leaves small ratios as they are")
     check_range("ratio_max", ratio_max, ratio_min, closed=True, remedy="ratio_min is the lower of the two")
-    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
     ratio = importance_ratio(token_logp.detach(), old_token_logp).clamp(ratio_min, ratio_max)
-    return times(-ratio * wide(advantage.detach()), wide(token_logp))
+    return times(-ratio * advantage, token_logp)
 
 
 @register(
@@ -68,19 +64,13 @@ def sapo_loss(
 
         loss_t = -A_t (4 / t) sigmoid(t (ratio_t - 1)),     t = temperature_pos where A_t > 0, else temperature_neg
 
-    At ratio 1 the slope in the ratio is -A, as PPO's.
+    In units of the advantage. At ratio 1 the slope in the ratio is -A, as PPO's.
 
     Args:
-        token_logp, old_token_logp, advantage: see ``ppo_loss``.
         temperature_pos, temperature_neg: > 0; larger ones fade sooner.
-
-    Returns:
-        The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
     """
     for name, value in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
         check_range(name, value, remedy="1 is the paper's for positive advantages, 1.05 for negative ones")
-    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
-    advantage = wide(advantage.detach())
     temperature = torch.where(advantage > 0, temperature_pos, temperature_neg).to(advantage.dtype)
     gate = (temperature * (importance_ratio(token_logp, old_token_logp) - 1)).sigmoid()
     return -advantage * 4 / temperature * gate
@@ -108,24 +98,15 @@ def gspo_loss(
 
         ratio = exp((s - s_old) / len);   loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
 
-    The paper's other form, a token loss with sg(ratio) lp / sg(lp) in place of the ratio (GSPO-token, which verl runs),
-    has the same gradient where the advantage is the sequence's.
+    In units of the advantage. The paper's other form, a token loss with sg(ratio) lp / sg(lp) in place of the ratio
+    (GSPO-token, which verl runs), has the same gradient where the advantage is the sequence's. TRL's
+    ``importance_sampling_level="sequence"``.
 
     Args:
-        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
-        old_logp: (B,) the same under the policy that drew the sequences, nats; constants.
-        advantage: (B,) constants.
-        lengths: (B,) integers, tokens that carry loss.
         clip_low, clip_high: see ``ppo_loss``; a geometric mean is near 1, and so are the paper's bounds.
-
-    Returns:
-        (B,) in units of the advantage, fp32 (fp64 for fp64); the caller takes the mean over sequences.
-
-    TRL's ``importance_sampling_level="sequence"``.
     """
-    check_sequences(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
-    means = [per_token(wide(s), lengths, "mean", name="lengths", like="policy_logp") for s in (policy_logp, old_logp)]
-    return clipped_surrogate(importance_ratio(*means), wide(advantage.detach()), clip_low, clip_high)
+    means = [per_token(s, lengths) for s in (policy_logp, old_logp)]
+    return clipped_surrogate(importance_ratio(*means), advantage, clip_low, clip_high)
 
 
 @register(
@@ -140,21 +121,13 @@ def gspo_loss(
 def reinforce_loss(policy_logp: Tensor, advantage: Tensor) -> Tensor:
     """Signed REINFORCE: log-likelihood times a given weight, which may be negative. One pass of the head.
 
-        loss = -A s
+        loss = -A s          nats x units of the advantage
 
     The weight is a column of the data, or an advantage: that of a prompt's other completions (RLOO,
     ``leave_one_out_advantage``), standardised over the global batch (REINFORCE++, ``standardised_advantage``), or
     within the prompt (``group_advantage``). A sequence of negative weight has no lower bound of its loss.
-
-    Args:
-        policy_logp: (B,) SUMMED log-probs under the policy, nats; differentiated.
-        advantage: (B,) any sign; constants.
-
-    Returns:
-        (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
     """
-    check_sequences(policy_logp=policy_logp, advantage=advantage)
-    return times(-wide(advantage.detach()), wide(policy_logp))
+    return times(-advantage, policy_logp)
 
 
 @register(
@@ -178,27 +151,19 @@ def vespo_loss(
 ) -> Tensor:
     """VESPO: the sequence's importance ratio, reshaped by a gamma density that vanishes at 0 and at infinity.
 
-        w = exp(s - s_old),   phi(w) = w^k exp(lam (1 - w)),   loss = -sg(phi(w)) A s
+        w = exp(s - s_old),   phi(w) = w^k exp(lam (1 - w)),   loss = -sg(phi(w)) A s          nats x units of A
 
-    phi(1) = 1: on policy it is REINFORCE.
+    phi(1) = 1: on policy it is REINFORCE. TRL floors w at 1e-8, where phi is below 1e-14.
 
     Args:
-        policy_logp, old_logp, advantage: see ``gspo_loss``; the sums themselves, not means.
         k_pos, lam_pos: > 0, where A >= 0.  k_neg, lam_neg: > 0, where A < 0.
-
-    Returns:
-        (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
-
-    TRL floors w at 1e-8, where phi is below 1e-14.
     """
     for name, value in (("k_pos", k_pos), ("lam_pos", lam_pos), ("k_neg", k_neg), ("lam_neg", lam_neg)):
         check_range(name, value, remedy="the defaults are the authors'")
-    check_sequences(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
-    advantage_B = wide(advantage.detach())
-    k_B, lam_B = (torch.where(advantage_B >= 0, *pair) for pair in ((k_pos, k_neg), (lam_pos, lam_neg)))
-    log_w_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=20.0)  # phi is 0 long before
-    phi_B = (lam_B + k_B * log_w_B - lam_B * log_w_B.exp()).exp().to(advantage_B.dtype)
-    return times(-phi_B * advantage_B, wide(policy_logp))
+    k_B, lam_B = (torch.where(advantage >= 0, *pair) for pair in ((k_pos, k_neg), (lam_pos, lam_neg)))
+    log_w_B = (policy_logp.detach() - old_logp).clamp(max=20.0)  # phi is 0 long before
+    phi_B = (lam_B + k_B * log_w_B - lam_B * log_w_B.exp()).exp().to(advantage.dtype)
+    return times(-phi_B * advantage, policy_logp)
 
 
 @register(
@@ -213,18 +178,12 @@ def vespo_loss(
 def topr_loss(policy_logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
     """TOPR: SFT on good sequences; bad ones are pushed down only as far as the policy still draws them.
 
-        loss = -sg(c) A s,     c = 1 where A >= 0, else min(exp(s - s_old), 1)
-
-    Args:
-        policy_logp, old_logp: (B,) see ``gspo_loss``; the sums themselves.
-        advantage: (B,) the reward, of both signs (1 and -1 for right and wrong in the paper), or an advantage.
-
-    Returns:
-        (B,) nats times units of the advantage, fp32 (fp64 for fp64); the caller reduces over sequences.
+        loss = -sg(c) A s,     c = 1 where A >= 0, else min(exp(s - s_old), 1)          nats x units of A
 
     The ratio is that of the whole sequence, as in the paper.
+
+    Args:
+        advantage: (B,) the reward, of both signs (1 and -1 for right and wrong in the paper), or an advantage.
     """
-    check_sequences(policy_logp=policy_logp, old_logp=old_logp, advantage=advantage)
-    advantage_B = wide(advantage.detach())
-    ratio_B = (wide(policy_logp.detach()) - wide(old_logp.detach())).clamp(max=0.0).exp()
-    return times(-torch.where(advantage_B >= 0, 1.0, ratio_B) * advantage_B, wide(policy_logp))
+    ratio_B = (policy_logp.detach() - old_logp).clamp(max=0.0).exp()
+    return times(-torch.where(advantage >= 0, 1.0, ratio_B) * advantage, policy_logp)

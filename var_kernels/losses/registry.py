@@ -1,12 +1,20 @@
-"""The losses by name: what each one reads, what an item of its batch is, and which passes over the head it may take."""
+"""The losses by name: what each one reads, what an item of its batch is, and which passes over the head it may take.
 
+A loss of this library is its formula alone: what its tensors are follows from their names, so they are checked, widened
+and described here.
+"""
+
+import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from var_kernels.losses.checks import check_flags, check_integers, read_rows, read_tokens
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -116,7 +124,30 @@ _PARAMETER_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.K
 # What is no floating-point number.
 _INTEGERS, _FLAGS = ("lengths", "group_ids"), ("desirable", "mask", "counted")
 _KINDS = dict.fromkeys(_INTEGERS, torch.int64) | dict.fromkeys(_FLAGS, torch.bool)
-# Of every loss here, as its checks have it.
+MEANINGS = {
+    "policy_logp": "summed log-probs under the policy, nats; differentiated",
+    "ref_logp": "the same under the frozen reference; constants",
+    "old_logp": "the same under the policy that drew the completions; constants",
+    "token_logp": "log-probs of the labels under the policy, nats; differentiated",
+    "ref_token_logp": "the same under the frozen reference; constants",
+    "old_token_logp": "the same under the policy that drew the tokens; constants",
+    "entropy": "the policy's entropy at each token, nats; constants",
+    "reward": "reward units; constants",
+    "value": "V(x), the expected reward of the row's prompt, reward units; constants",
+    "advantage": "of any sign; constants",
+    "sample_weight": ">= 0; constants",
+    "lengths": "integers, the tokens that carry loss",
+    "group_ids": "integers, equal for the completions of a prompt",
+}
+"""Single name of a tensor -> what it holds in every loss of this library."""
+# Of every loss here, by its item: shape of a tensor, and what is returned.
+_RETURNS = {
+    "sequence": ("(B,)", "(B,) a loss of each sequence; the caller reduces."),
+    "group": ("(B,)", "(B,) the rows' terms; sum them, and divide by the number of groups."),
+    "pair": ("(P,)", "(P,) a loss of each pair; the caller reduces."),
+    "token": ("(...)", "The shape of token_logp: a loss of each token."),
+}
+_UNIT = "fp32 (fp64 for fp64 inputs), in nats unless the formula names another unit."
 _RAISES = """
 
 Raises:
@@ -140,6 +171,51 @@ def _item_of(names: Collection[str]) -> str:
     if any(single_name(name)[1] is not None for name in names):
         return "pair"
     return "group" if "group_ids" in names else "token" if "token_logp" in names else "sequence"
+
+
+def _reading(function: Function, item: str) -> Function:
+    """The function, its positional tensors checked by their names before it runs: one shape and device, ids and flags
+    of their dtypes. Those in floating point come in fp32 at least, constants (all but the policy's) detached and, but
+    for those of tokens, finite. Lengths are left to ``per_token``, since an option may leave them out.
+    """
+    rows = [p for p in inspect.signature(function).parameters.values() if p.kind is _PARAMETER_KINDS[0]]
+    names, required = [p.name for p in rows], {p.name for p in rows if p.default is p.empty}
+    kinds = {name: _KINDS.get(single_name(name)[0], torch.float32) for name in names if "lengths" not in name}
+    floating = [name for name, kind in kinds.items() if kind == torch.float32 and name != "kl_baseline"]
+    others = {n: check_flags if k == torch.bool else check_integers for n, k in kinds.items() if k != torch.float32}
+    learning = [name for name in names if name.startswith("policy_") or name.endswith("_mu")]
+    row = "pair" if item == "pair" else "sequence"
+
+    @functools.wraps(function)
+    def reading(*values: Any, **named: Any) -> Any:
+        given = {**dict(zip(names, values, strict=False)), **named}
+        there = [name for name in names if name in given and (name in required or given[name] is not None)]
+        tensors = {name: given[name] for name in floating if name in there}
+        if tensors:
+            read = read_tokens(**tensors) if item == "token" else read_rows(row, learning, **tensors)
+            for name, check in others.items():
+                if name in there:
+                    check(next(iter(tensors)), read[0], **{name: given[name]})
+            given.update(zip(tensors, read, strict=True))
+        in_order = [given[name] for name, _ in zip(names, values, strict=False)]
+        return function(*in_order, *values[len(names) :], **{name: given[name] for name in named})
+
+    return cast(Function, reading)
+
+
+def _described(loss: Loss) -> str:
+    """The docstring of a loss with its tensors, its result and its errors, where it says nothing of its own on them."""
+    body, _, args = (inspect.getdoc(loss.function) or "").partition("\n\nArgs:\n")
+    args, _, returns = args.partition("\n\nReturns:\n")
+    own = {name for line in re.findall(r"^    ([\w, ]+):", args, re.MULTILINE) for name in line.split(", ")}
+    shape, result = _RETURNS[loss.item]
+    by_meaning: dict[str, list[str]] = {}
+    for name, (single, _) in loss.single_names.items():
+        if name not in own and single in MEANINGS and "chosen_*" not in args:
+            by_meaning.setdefault(MEANINGS[single], []).append(name)
+    lines = [f"    {', '.join(names)}: {shape} {meaning}." for meaning, names in by_meaning.items()]
+    args = "\n".join([*lines, *([args] if args else [])])
+    return f"{body}\n\nArgs:\n{args}\n\nReturns:\n{returns or f'    {result} {_UNIT}'}{_RAISES}"
 
 
 def find_loss(name: str) -> Loss:
@@ -195,7 +271,10 @@ def register(
         )
 
     def enter(function: Function) -> Function:
-        kind = item or _item_of(inspect.signature(function).parameters)
+        names = inspect.signature(function).parameters
+        kind, own = item or _item_of(names), str(function.__module__).startswith("var_kernels.")
+        if own and not {"mask", "chosen_mask"} & names.keys():  # AVA's rows are of tokens
+            function = _reading(function, kind)
         compared = compares if compares is not None else "prompt" if kind == "group" else ""
         facts = (dict(defaults or {}), compared, reads_draws, policy_labels)
         loss = Loss(name, function, pass_class, kind, formula, source, evidence, *facts)
@@ -203,8 +282,8 @@ def register(
             raise ValueError(f"defaults must name options of the loss {name!r}, got {', '.join(unknown)}")
         table[name] = loss
         if source and function.__doc__:
-            raises = _RAISES if function.__module__.startswith("var_kernels.") else ""
-            function.__doc__ = f"{inspect.getdoc(function)}{raises}\n\nSource: {source} (evidence: {evidence})."
+            doc = _described(loss) if own else inspect.getdoc(function)
+            function.__doc__ = f"{doc}\n\nSource: {source} (evidence: {evidence})."
         return function
 
     return enter

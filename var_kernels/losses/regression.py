@@ -2,12 +2,13 @@
 Class C: the gradient is the residual, known only with the sequence's sum."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_integers, check_range, check_rows, check_sequences, wide
-from var_kernels.losses.pair import log_ratios
+from var_kernels.losses.checks import check_constants, check_integers, check_range, read_rows, wide
+from var_kernels.losses.group import NEGATE
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import group_rows
 
@@ -32,29 +33,19 @@ def rebel_loss(
 ) -> Tensor:
     """Regression of relative rewards. Which of the two is called chosen plays no part.
 
-        loss = (D - eta (r_w - r_l))^2,     D = (s_w - sr_w) - (s_l - sr_l)
+        loss = (D - eta (r_w - r_l))^2,     D = (s_w - sr_w) - (s_l - sr_l)          nats^2
 
     The minimiser over all pairs is pi_ref exp(eta r) / Z: VAR's pi* at lam = 1 / eta. Written as
     (D / eta - (r_w - r_l))^2, the loss and its gradient are eta^2 times smaller.
 
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats; differentiated.
         ref_chosen_logp, ref_rejected_logp: (P,) the same under the policy that drew the completions (the iteration's
             starting model), nats; constants.
-        chosen_reward, rejected_reward: (P,) reward units; constants.
         eta: > 0, nats per reward unit.
-
-    Returns:
-        (P,) nats^2 per pair, fp32 (fp64 for fp64 inputs).
     """
-    check_range("eta", eta, remedy="negate the rewards to minimise them")
-    chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    check_rows(
-        "pair", policy_chosen_logp=policy_chosen_logp, chosen_reward=chosen_reward, rejected_reward=rejected_reward
-    )
-    check_constants(chosen_reward=chosen_reward, rejected_reward=rejected_reward)
-    gap_P = wide(chosen_reward.detach()) - wide(rejected_reward.detach())
-    return (chosen_P - rejected_P - eta * gap_P).square()
+    check_range("eta", eta, remedy=NEGATE)
+    margin_P = (policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)
+    return (margin_P - eta * (chosen_reward - rejected_reward)).square()
 
 
 @register(
@@ -73,7 +64,7 @@ def qrpo_loss(
     """Quantile reward policy optimisation: with rewards replaced by their quantiles, Z is known and one completion is
     enough.
 
-        loss = (T(q) - beta log Z - beta (s - sr))^2
+        loss = (T(q) - beta log Z - beta (s - sr))^2          units of T(q), squared
 
     q, the quantile of the completion's reward among those of the reference's own completions (``quantile_reward``), is
     uniform on [0, 1] for completions of the reference. So for T(q) = q
@@ -84,23 +75,16 @@ def qrpo_loss(
     pi_ref exp(T(q) / beta) / Z.
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the frozen reference, nats; constants.
         reward: (B,) T(q): q itself, in [0, 1], or another transformation with its own log_z; constants.
         beta: > 0, the KL temperature, in units of T(q); 3e-4 to 3e-3 in the authors' experiments, on sums over long
             completions.
         log_z: log E[exp(T(q) / beta)] of the transformation, nats; None: that of T(q) = q.
-
-    Returns:
-        (B,) per sequence, in squared units of T(q), fp32 (fp64 for fp64 inputs).
     """
-    check_range("beta", beta, remedy="negate the rewards to minimise them")
-    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward)
+    check_range("beta", beta, remedy=NEGATE)
     if log_z is None:
         log_z = math.log(beta) + 1 / beta + math.log(-math.expm1(-1 / beta))  # exp(1 / beta) overflows below 0.0015
     check_range("log_z", log_z, -math.inf, remedy="pass None for T(q) = q")
-    ratio_B = wide(policy_logp) - wide(ref_logp.detach())
-    return (wide(reward.detach()) - beta * log_z - beta * ratio_B).square()
+    return (reward - beta * log_z - beta * (policy_logp - ref_logp)).square()
 
 
 def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
@@ -118,7 +102,7 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
 
     Source: arXiv 2507.08068.
     """
-    check_sequences(reward=reward)
+    (reward_B,) = read_rows(reward=reward)
     if not isinstance(ref_rewards, Tensor) or ref_rewards.dim() != 2 or ref_rewards.shape[0] != reward.shape[0]:
         got = tuple(ref_rewards.shape) if isinstance(ref_rewards, Tensor) else type(ref_rewards).__name__
         raise ValueError(
@@ -131,7 +115,7 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
         )
     check_constants(ref_rewards=ref_rewards)
     not_above = ref_rewards.detach() <= reward.detach().unsqueeze(1)
-    return not_above.to(wide(reward).dtype).mean(1)  # (B, M) -> (B,)
+    return not_above.to(reward_B.dtype).mean(1)  # (B, M) -> (B,)
 
 
 @register(
@@ -147,24 +131,19 @@ def quantile_reward(reward: Tensor, ref_rewards: Tensor) -> Tensor:
 def astar_po_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, beta: float) -> Tensor:
     """A*-PO: the log-ratio regressed onto the optimal advantage, its value estimated from draws of the reference.
 
-        loss = (r - V - beta (s - sr))^2,     V by ``soft_value`` of the rewards of the reference's own completions
+        loss = (r - V - beta (s - sr))^2          reward units^2
+
+    with V by ``soft_value`` of the rewards of the reference's own completions.
 
     At V = beta log Z the residual vanishes at pi* = pi_ref exp(r / beta) / Z, VAR's, whoever drew the completions.
     A*-PO draws these from the policy and V's from the reference beforehand; OAPL takes V from the same group, with the
     lagged policy that drew it as the reference. ``dro_loss`` learns V and is 2 beta times smaller.
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        ref_logp: (B,) the same under the reference, nats; constants.
-        reward: (B,) reward units; constants.
-        value: (B,) V of the row's prompt, reward units; constants.
         beta: > 0, the KL temperature, reward units per nat; 1e-3 in the authors' runs, on long completions.
-
-    Returns:
-        (B,) reward units^2 per sequence, fp32 (fp64 for fp64 inputs).
     """
-    _check_dro(policy_logp, ref_logp, reward, value, "beta", beta)
-    return _dro_residual(policy_logp, ref_logp, reward, value.detach(), beta).square()
+    check_range("beta", beta, remedy=NEGATE)
+    return (reward - value - beta * (policy_logp - ref_logp)).square()
 
 
 def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tensor:
@@ -185,13 +164,13 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
 
     Source: arXiv 2505.20686.
     """
-    check_range("temperature", temperature, remedy="negate the rewards to minimise them")
-    check_sequences(reward=reward)
+    check_range("temperature", temperature, remedy=NEGATE)
+    (reward_B,) = read_rows(reward=reward)
     check_integers("reward", reward, group_ids=group_ids)
-    groups, exact_B = group_rows(group_ids), reward.detach().double()
+    groups, exact_B = group_rows(group_ids), reward_B.double()
     best_B = groups.max(exact_B)
     mass_B = groups.sum(((exact_B - best_B) / temperature).exp()) / groups.sum(torch.ones_like(exact_B))
-    return (best_B + temperature * mass_B.log()).to(wide(reward).dtype)
+    return (best_B + temperature * mass_B.log()).to(reward_B.dtype)
 
 
 @register(
@@ -206,23 +185,17 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
 def dro_loss(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, *, tau: float) -> Tensor:
     """Direct reward optimisation with a learned value (DRO-V): the policy's part.
 
-        loss = (r - V - tau (s - sr))^2 / (2 tau)          dloss/ds = -(r - V - tau (s - sr))
+        loss = (r - V - tau (s - sr))^2 / (2 tau)          reward units x nats,   dloss/ds = -(r - V - tau (s - sr))
 
     1 / tau is the paper's, which keeps the gradient's size where tau is small. V gets no gradient here: train it by
     ``dro_value_loss``. Both residuals vanish at pi* = pi_ref exp(r / tau) / Z and V = tau log Z. The paper standardises
     rewards and learns one value per token; this function takes one value per sequence.
 
     Args:
-        policy_logp, ref_logp, reward: see ``astar_po_loss``.
-        value: (B,) V(x), the learned value of the prompt, reward units; a constant here.
         tau: > 0, the KL temperature, reward units per nat.
-
-    Returns:
-        (B,) reward units x nats per sequence, fp32 (fp64 for fp64 inputs).
     """
-    _check_dro(policy_logp, ref_logp, reward, value, "tau", tau)
-    residual_B = _dro_residual(policy_logp, ref_logp, reward, value.detach(), tau)
-    return residual_B.square() / (2 * tau)
+    check_range("tau", tau, remedy=NEGATE)
+    return (reward - value - tau * (policy_logp - ref_logp)).square() / (2 * tau)
 
 
 def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, *, tau: float) -> Tensor:
@@ -242,17 +215,7 @@ def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward:
 
     Source: arXiv 2405.19107.
     """
-    _check_dro(policy_logp, ref_logp, reward, value, "tau", tau)
-    return 0.5 * _dro_residual(policy_logp.detach(), ref_logp, reward, value, tau).square()
-
-
-def _check_dro(
-    policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, name: str, temperature: float
-) -> None:
-    check_range(name, temperature, remedy="negate the rewards to minimise them")
-    check_sequences(policy_logp=policy_logp, ref_logp=ref_logp, reward=reward, value=value)
-
-
-def _dro_residual(policy_logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, tau: float) -> Tensor:
-    ratio_B = wide(policy_logp) - wide(ref_logp.detach())
-    return wide(reward.detach()) - wide(value) - tau * ratio_B
+    check_range("tau", tau, remedy=NEGATE)
+    given: Any = {"policy_logp": policy_logp, "ref_logp": ref_logp, "reward": reward, "value": value}
+    policy_B, ref_B, reward_B, _ = read_rows(learning=("policy_logp",), **given)
+    return 0.5 * (reward_B - wide(value) - tau * (policy_B.detach() - ref_B)).square()

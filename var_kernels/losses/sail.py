@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import (
-    check_choice,
-    check_flags,
-    check_floating,
-    check_integers,
-    check_range,
-    times,
-    wide,
-)
-from var_kernels.losses.pair import log_ratios
+from var_kernels.losses.checks import check_choice, check_floating, check_integers, check_range, times, wide
 from var_kernels.losses.registry import register
 
 BASELINES = ("none", "leave_one_out")
@@ -52,23 +43,19 @@ def sail_dp_loss(
     labels so drawn, squared_coef = 1 gives the exact gradient of -E[F], the label's own dependence on the policy
     included.
 
+    The loss is not bounded below: of use for its gradient. The exactness, without revkl_coef, is checked by
+    enumeration. SAIL-RevKL: arXiv 2606.31524.
+
     Args:
-        policy_chosen_logp, policy_rejected_logp: (P,) summed log-probs under the policy, nats, winner and loser of the
-            drawn label; differentiated.
-        ref_chosen_logp, ref_rejected_logp: (P,) the same under the frozen reference, nats; constants.
         chosen_lengths, rejected_lengths: (P,) integers, tokens that carry loss; for revkl_coef.
         beta: > 0. Released: 0.1.
         squared_coef: >= 0, c. 1 is exact; 0 is DPO; released: 0.2, on a share of 0.4 of the pairs.
         revkl_coef: >= 0, of SAIL-RevKL's term, the mean of lp_ref - lp over the label tokens of both responses: it
             keeps the likelihood of both from falling. 1e-3 in its authors' code; 0: without.
-
-    Returns:
-        (P,) per pair, fp32 (fp64 for fp64 inputs); not bounded below: of use for its gradient.
-
-    The exactness, without revkl_coef, is checked by enumeration. SAIL-RevKL: arXiv 2606.31524.
     """
-    logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(*logps, chosen_lengths, rejected_lengths, beta=beta, squared_coef=squared_coef, revkl_coef=revkl_coef)
+    tensors = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    options: Any = {"beta": beta, "squared_coef": squared_coef, "score_coef": 0.0, "revkl_coef": revkl_coef}
+    return sail_pp_loss(*tensors, chosen_lengths, rejected_lengths, **options)
 
 
 @register(
@@ -108,8 +95,10 @@ def sail_pp_loss(
     policy's own draws, so a b that does not depend on the pair leaves the expected gradient as it is; and F hovers
     about log 1/2, so nearly all of the score term's variance goes with it.
 
+    The baseline "leave_one_out" is REINFORCE's (arXiv 2402.14740).
+
     Args:
-        policy_*, ref_*, *_lengths, beta, squared_coef, revkl_coef: see ``sail_dp_loss``.
+        chosen_lengths, rejected_lengths, beta, squared_coef, revkl_coef: see ``sail_dp_loss``.
         counted: (P,) bool, the pairs whose F enters the others' baseline; None: all.
         score_coef: >= 0, k. 1 is exact. Released: one coefficient of 0.2 for both terms, on a share of 0.3. That code
             divides the score by the sequence's log-prob, which flips its sign, and takes it 8 times (pairs a
@@ -117,23 +106,25 @@ def sail_pp_loss(
             there. That form is not offered: it is no gradient of the objective.
         baseline: "none", as derived, b = 0; or "leave_one_out", b_i = sum_{j != i} F_j / (P - 1), 0 for a single pair.
             It couples the pairs of a call (of a micro-batch of a rank); each call by itself stays unbiased.
-
-    Returns: as ``sail_dp_loss``.
-
-    The baseline is REINFORCE's, left one out (arXiv 2402.14740).
     """
-    logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(
-        *logps,
-        chosen_lengths,
-        rejected_lengths,
-        counted,
-        beta=beta,
-        squared_coef=squared_coef,
-        score_coef=score_coef,
-        baseline=baseline,
-        revkl_coef=revkl_coef,
-    )
+    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
+    check_range("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_range("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
+    check_range("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
+    check_choice("baseline", baseline, BASELINES)
+    chosen_P, rejected_P = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp
+    log_win_P = logsigmoid(beta * (chosen_P - rejected_P))
+    loss_P = -log_win_P * (1 + times(0.5 * squared_coef, log_win_P))
+    if revkl_coef:
+        loss_P = loss_P - revkl_coef * (chosen_P + rejected_P) / _tokens(chosen_P, chosen_lengths, rejected_lengths)
+    if score_coef == 0:
+        return loss_P
+    factor_P = log_win_P.detach()
+    if baseline == "leave_one_out":
+        counted_P = torch.ones_like(factor_P, dtype=torch.bool) if counted is None else counted
+        part_P = factor_P.where(counted_P, 0.0)
+        factor_P = factor_P - (part_P.sum() - part_P) / (counted_P.sum() - counted_P.long()).clamp(min=1)
+    return loss_P - times(score_coef * factor_P, policy_chosen_logp + policy_rejected_logp)
 
 
 @register(
@@ -168,21 +159,11 @@ def sail_pr_loss(
     score_coef = 1 gives the exact gradient. Released: share 0.3, score_coef 0.3.
 
     Args:
-        policy_*, ref_*, *_lengths, counted, beta, score_coef, baseline, revkl_coef: see ``sail_pp_loss``.
-
-    Returns: as ``sail_dp_loss``.
+        chosen_lengths, rejected_lengths, counted, beta, score_coef, baseline, revkl_coef: see ``sail_pp_loss``.
     """
-    logps = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    return _sail(
-        *logps,
-        chosen_lengths,
-        rejected_lengths,
-        counted,
-        beta=beta,
-        score_coef=score_coef,
-        baseline=baseline,
-        revkl_coef=revkl_coef,
-    )
+    tensors = (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    options: Any = {"beta": beta, "score_coef": score_coef, "baseline": baseline, "revkl_coef": revkl_coef}
+    return sail_pp_loss(*tensors, chosen_lengths, rejected_lengths, counted, squared_coef=0.0, **options)
 
 
 def draw_preference(margin: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -202,42 +183,6 @@ def draw_preference(margin: Tensor, generator: torch.Generator | None = None) ->
     check_floating({"margin": margin}, "(P,)", "beta times the differences of the log-ratios")
     chance = torch.rand(margin.shape, generator=generator, device=margin.device, dtype=wide(margin).dtype)
     return chance >= wide(margin.detach()).sigmoid()
-
-
-def _sail(
-    policy_chosen_logp: Tensor,
-    policy_rejected_logp: Tensor,
-    ref_chosen_logp: Tensor,
-    ref_rejected_logp: Tensor,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    counted: Tensor | None = None,
-    *,
-    beta: float,
-    squared_coef: float = 0.0,
-    score_coef: float = 0.0,
-    baseline: str = "none",
-    revkl_coef: float = 0.0,
-) -> Tensor:
-    check_range("beta", beta, remedy="swap chosen and rejected to reverse the preference")
-    check_range("squared_coef", squared_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_range("score_coef", score_coef, closed=True, remedy="1 is exact, 0 leaves the term out")
-    check_range("revkl_coef", revkl_coef, closed=True, remedy="0 leaves the term out")
-    check_choice("baseline", baseline, BASELINES)
-    chosen_P, rejected_P = log_ratios(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    counted_P = torch.ones_like(chosen_P, dtype=torch.bool) if counted is None else counted
-    check_flags("policy_chosen_logp", chosen_P, counted=counted_P)
-    log_win_P = logsigmoid(beta * (chosen_P - rejected_P))
-    loss_P = -log_win_P * (1 + times(0.5 * squared_coef, log_win_P))
-    if revkl_coef:
-        loss_P = loss_P - revkl_coef * (chosen_P + rejected_P) / _tokens(chosen_P, chosen_lengths, rejected_lengths)
-    if score_coef == 0:
-        return loss_P
-    factor_P = log_win_P.detach()
-    if baseline == "leave_one_out":
-        part_P = factor_P.where(counted_P, 0.0)
-        factor_P = factor_P - (part_P.sum() - part_P) / (counted_P.sum() - counted_P.long()).clamp(min=1)
-    return loss_P - times(score_coef * factor_P, wide(policy_chosen_logp) + wide(policy_rejected_logp))
 
 
 def _tokens(like_P: Tensor, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None) -> Tensor:

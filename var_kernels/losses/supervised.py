@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from var_kernels.losses.checks import TokenReduction, check_range, check_rows, check_sequences, per_token, times, wide
+from var_kernels.losses.checks import TokenReduction, check_range, per_token, times
 from var_kernels.losses.registry import register
 
 
@@ -16,15 +16,9 @@ def sft_loss(policy_logp: Tensor, lengths: Tensor | None = None, *, token_reduct
     None)`` does the same in one pass (class A: the gradient per token, -1, is known beforehand).
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        lengths: (B,) integers, tokens per sequence; for "mean".
-        token_reduction: "sum" or "mean" over the sequence's tokens.
-
-    Returns:
-        (B,), nats per sequence ("sum") or per token ("mean"), fp32 (fp64 for fp64); the caller reduces over sequences.
+        token_reduction: "sum" or "mean" over the sequence's tokens, for which it needs lengths.
     """
-    check_rows(policy_logp=policy_logp)
-    return -per_token(wide(policy_logp), lengths, token_reduction, name="lengths", like="policy_logp")
+    return -per_token(policy_logp, lengths, token_reduction)
 
 
 @register(
@@ -45,19 +39,14 @@ def awr_loss(policy_logp: Tensor, advantage: Tensor, *, beta: float, max_weight:
     Pass it standardised (``standardised_advantage``).
 
     Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
         advantage: (B,) A = r - V, standardised; constants.
         beta: > 0, the temperature, in units of A.
         max_weight: > 0.
-
-    Returns:
-        (B,) nats per sequence, fp32 (fp64 for fp64 inputs); the caller reduces over sequences.
     """
     check_range("beta", beta, remedy="negate the advantage to minimise the reward")
     check_range("max_weight", max_weight, remedy="1e9 hardly clips")
-    check_sequences(policy_logp=policy_logp, advantage=advantage)
-    log_weight_B = (wide(advantage.detach()) / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
-    return times(-log_weight_B.exp(), wide(policy_logp))
+    log_weight_B = (advantage / beta).clamp(max=math.log(max_weight))  # clipped before exp can overflow
+    return times(-log_weight_B.exp(), policy_logp)
 
 
 @register(
@@ -73,16 +62,6 @@ def reweighted_loss(policy_logp: Tensor, sample_weight: Tensor) -> Tensor:
     """Reward-weighted likelihood, VAR's loss once its weights are known: -w s.
 
     The weights belong to the global batch: ``var_weights`` makes them, ``var_loss`` does both. Minimised over all
-    responses by pi = w / sum w.
-
-    Args:
-        policy_logp: (B,) summed log-probs under the policy, nats; differentiated.
-        sample_weight: (B,) >= 0; constants.
-
-    Returns:
-        (B,) nats per sequence, fp32 (fp64 for fp64 inputs).
-
-    Which estimator of Z the paper runs is open (docs/var.md).
+    responses by pi = w / sum w. Which estimator of Z the paper runs is open (docs/var.md).
     """
-    check_sequences(policy_logp=policy_logp, sample_weight=sample_weight)
-    return times(-wide(sample_weight.detach()), wide(policy_logp))
+    return times(-sample_weight, policy_logp)

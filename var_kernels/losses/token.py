@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_range, check_tokens, times, wide
+from var_kernels.losses.checks import check_choice, check_range, read_tokens, times
 from var_kernels.losses.registry import register
 from var_kernels.losses.sequences import expand_to_tokens, sequence_lengths
 from var_kernels.ops.checks import values_readable
@@ -32,16 +32,8 @@ def dft_loss(token_logp: Tensor) -> Tensor:
         loss_t = -sg(exp(lp_t)) lp_t
 
     The gradient in the parameters is that of -p_t: the probability of the data, summed over tokens, is maximised.
-
-    Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
-
-    Returns:
-        The shape of token_logp, nats a token, fp32 (fp64 for fp64).
     """
-    check_tokens(token_logp=token_logp)
-    logp = wide(token_logp)
-    return times(-logp.detach().exp(), logp)
+    return times(-token_logp.detach().exp(), token_logp)
 
 
 @register(
@@ -65,27 +57,20 @@ def ppo_loss(
     """PPO's clipped surrogate, one importance ratio a token.
 
         ratio_t = exp(lp_t - lp_old_t);   loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
-        with dual_clip, where A_t < 0:    min(loss_t, -dual_clip A_t)
+        with dual_clip, where A_t < 0:    min(loss_t, -dual_clip A_t)          units of the advantage
 
     clip_high above clip_low is DAPO's "clip-higher". Without dual_clip a token of negative advantage that the policy
     has made much likelier costs without bound. From 20 nats on the ratio follows its tangent, so that it cannot
     overflow.
 
     Args:
-        token_logp: (...) log-prob of each label under the policy, nats; differentiated.
-        old_token_logp: (...) the same under the policy that drew the tokens; a constant.
         advantage: (...) a constant; for an outcome reward the sequence's, repeated over its tokens.
         clip_low: in [0, 1).
         clip_high: >= 0.
         dual_clip: > 1, the largest ratio that a negative advantage is multiplied by; None: any. 3 in verl and ms-swift;
             TRL's ``delta``.
-
-    Returns:
-        The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
     """
-    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
-    ratio = importance_ratio(token_logp, old_token_logp)
-    return clipped_surrogate(ratio, wide(advantage.detach()), clip_low, clip_high, dual_clip)
+    return clipped_surrogate(importance_ratio(token_logp, old_token_logp), advantage, clip_low, clip_high, dual_clip)
 
 
 def ppo_clipped(
@@ -104,8 +89,9 @@ def ppo_clipped(
     Args: as ``ppo_loss``, nothing differentiated.
     """
     _check_clip(clip_low, clip_high, dual_clip)
-    check_tokens(token_logp=token_logp, old_token_logp=old_token_logp, advantage=advantage)
-    ratio = importance_ratio(token_logp.detach(), old_token_logp)
+    given = {"token_logp": token_logp, "old_token_logp": old_token_logp, "advantage": advantage}
+    logp, old_logp, advantage = read_tokens(**given)
+    ratio = importance_ratio(logp.detach(), old_logp)
     outside = ratio < 1 - clip_low
     if dual_clip is not None:
         outside = outside | (ratio > dual_clip)
@@ -135,18 +121,14 @@ def grpo_loss(
 ) -> Tensor:
     """GRPO's loss of a token: PPO's clipped surrogate and beta times the estimate k3 of KL(policy || reference).
 
-        loss_t = ppo_t + beta (exp(lpr_t - lp_t) - 1 - (lpr_t - lp_t))
+        loss_t = ppo_t + beta (exp(lpr_t - lp_t) - 1 - (lpr_t - lp_t))          units of the advantage
 
     ``group_advantage`` makes the advantages, ``length_weights`` the weights of the tokens in the sum
     (``token_objective``). Without a reference use ``ppo_loss``.
 
     Args:
-        token_logp, old_token_logp, advantage, clip_low, clip_high, dual_clip: see ``ppo_loss``.
-        ref_token_logp: (...) log-probs of the labels under the frozen reference, nats; a constant.
+        clip_low, clip_high, dual_clip: see ``ppo_loss``.
         beta: >= 0, units of the advantage a nat.
-
-    Returns:
-        The shape of token_logp, in units of the advantage, fp32 (fp64 for fp64).
     """
     check_range("beta", beta, closed=True, remedy="it weighs the distance from the reference")
     clips: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
@@ -159,7 +141,8 @@ def grpo_loss(
 
 def importance_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     """exp(logp - old_logp), no gradient to old_logp; from 20 nats on its tangent, so that it cannot overflow."""
-    return _bounded_exp(wide(logp) - wide(old_logp.detach()))
+    near, beyond = _split(logp - old_logp)
+    return near.exp() + math.exp(_LARGEST_LOG_RATIO) * beyond  # the gradient does not vanish
 
 
 def clipped_surrogate(
@@ -272,14 +255,8 @@ def kl_k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
 
 
 def _log_ratio(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
-    check_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp)
-    return wide(ref_token_logp.detach()) - wide(token_logp)
-
-
-def _bounded_exp(x: Tensor) -> Tensor:
-    """exp(x), and beyond 20 its tangent there: never inf, and the gradient does not vanish."""
-    near, beyond = _split(x)
-    return near.exp() + math.exp(_LARGEST_LOG_RATIO) * beyond
+    logp, ref_logp = read_tokens(token_logp=token_logp, ref_token_logp=ref_token_logp)
+    return ref_logp - logp
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:

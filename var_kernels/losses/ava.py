@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_range, check_share, read_rows, times, wide
+from var_kernels.losses.checks import check_choice, check_kind, check_range, check_share, read_rows, times, wide
 from var_kernels.losses.registry import register
 
 REGULARISED = ("both", "chosen", "rejected")
@@ -233,14 +233,10 @@ def _check(prefix: str, **tensors: Tensor) -> None:
     """(B, T) tensors of one shape, floating point, and bool for a mask."""
     first = next(iter(tensors))
     for name, values in tensors.items():
+        kind, remedy = "floating-point", "pass what the head gives"
         if name == "mask":
-            right, kind = isinstance(values, Tensor) and values.dtype == torch.bool, "bool"
-            remedy = "; write labels != ignore_index"
-        else:
-            right, kind, remedy = isinstance(values, Tensor) and values.is_floating_point(), "floating-point", ""
-        if not right:
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"{prefix}{name} must be a {kind} tensor (B, T), one value a token, got {got}{remedy}")
+            kind, remedy = "bool", "write labels != ignore_index"
+        check_kind(f"{prefix}{name}", values, kind, "(B, T), one value a token", remedy)
         if values.dim() != 2 or values.shape != tensors[first].shape:
             like = "" if name == first else f" = {tuple(tensors[first].shape)} like {prefix}{first}"
             raise ValueError(f"{prefix}{name} must be (B, T){like}, got {tuple(values.shape)}; pad packed rows first")

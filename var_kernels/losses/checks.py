@@ -11,7 +11,6 @@ from var_kernels.ops.checks import check_choice, values_readable
 
 TokenReduction = Literal["sum", "mean"]
 TOKEN_REDUCTIONS: tuple[str, ...] = get_args(TokenReduction)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -66,20 +65,18 @@ def check_constants(**tensors: Tensor) -> None:
 
 def check_integers(like: str, values: Tensor, **tensors: Tensor) -> None:
     """Integer vectors, such as lengths or group_ids, beside ``values``, the argument named ``like``."""
-    for name, ids in tensors.items():
-        if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
-            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"{name} must be an integer tensor {tuple(values.shape)}, got {got}; use .long()")
-        check_like(name, ids, like, values)
+    _check_beside(like, values, "integer", "use .long()", tensors)
 
 
 def check_flags(like: str, values: Tensor, **tensors: Tensor) -> None:
     """Bool vectors beside ``values``, the argument named ``like``."""
-    for name, flags in tensors.items():
-        if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-            got = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
-            raise TypeError(f"{name} must be a bool tensor {tuple(values.shape)}, got {got}; use .bool(), or value > 0")
-        check_like(name, flags, like, values)
+    _check_beside(like, values, "bool", "use .bool(), or value > 0", tensors)
+
+
+def _check_beside(like: str, values: Tensor, kind: str, remedy: str, tensors: dict[str, Tensor]) -> None:
+    for name, others in tensors.items():
+        check_kind(name, others, kind, str(tuple(values.shape)), remedy)
+        check_like(name, others, like, values)
 
 
 def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str = "mean", row: str = "") -> Tensor:
@@ -143,6 +140,18 @@ def check_like(name: str, values: Tensor, like: str, first: Tensor, remedy: str 
 
 def check_floating(tensors: dict[str, Tensor], shape: str, remedy: str) -> None:
     for name, values in tensors.items():
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"{name} must be a floating-point tensor {shape}, got {got}; {remedy}")
+        check_kind(name, values, "floating-point", shape, remedy)
+
+
+_DTYPES = {"integer": (torch.int64, torch.int32, torch.int16, torch.int8), "bool": (torch.bool,)}
+
+
+def check_kind(name: str, values: Tensor, kind: str, shape: str, remedy: str) -> None:
+    """A tensor of a kind of dtypes, a key of ``_DTYPES`` or "floating-point"; the shape is for the message."""
+    fits = isinstance(values, Tensor) and (
+        values.is_floating_point() if kind == "floating-point" else values.dtype in _DTYPES[kind]
+    )
+    if not fits:
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        article = "an" if kind == "integer" else "a"
+        raise TypeError(f"{name} must be {article} {kind} tensor {shape}, got {got}; {remedy}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_floating, check_integers, check_range, times, wide
+from var_kernels.losses.checks import check_choice, check_integers, check_kind, check_range, times, wide
 from var_kernels.losses.registry import register
 
 BASELINES = ("none", "leave_one_out")
@@ -180,7 +180,7 @@ def draw_preference(margin: Tensor, generator: torch.Generator | None = None) ->
 
     Source: arXiv 2406.15567.
     """
-    check_floating({"margin": margin}, "(P,)", "beta times the differences of the log-ratios")
+    check_kind("margin", margin, "floating-point", "(P,)", "beta times the differences of the log-ratios")
     chance = torch.rand(margin.shape, generator=generator, device=margin.device, dtype=wide(margin).dtype)
     return chance >= wide(margin.detach()).sigmoid()
 

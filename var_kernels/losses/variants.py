@@ -5,12 +5,12 @@ Those of the first kind are methods of ``var-kernels train`` by their names: a l
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from var_kernels.losses.ava import literal_q
-from var_kernels.losses.registry import LOSSES, PASS_CLASSES
+from var_kernels.losses.registry import LOSSES
 from var_kernels.losses.var import var_loss
 from var_kernels.ops import linear_token_kl
 
@@ -23,26 +23,17 @@ class Variant:
     """A row of the table that points to another.
 
     loss: a name of ``LOSSES`` and settings: those of its method that make the variant (``linear_loss`` takes the loss's
-    own among them, ``VARTrainer`` all); or loss "" and function: what to call. pass_class: of the function; a loss has
-    its own.
+    own among them, ``VARTrainer`` all); or loss "" and function: what to call.
     """
 
     name: str
     formula: str
     source: str
     evidence: str
-    loss: str = ""
-    settings: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    function: Callable[..., Any] | None = None
-    function_class: str = ""
-
-    def __post_init__(self) -> None:
-        assert (self.loss in LOSSES) != (self.function is not None), self.name
-        assert self.pass_class in PASS_CLASSES, self.name
-
-    @property
-    def pass_class(self) -> str:
-        return LOSSES[self.loss].pass_class if self.loss else self.function_class
+    loss: str
+    settings: Mapping[str, object]
+    function: Callable[..., Any] | None
+    pass_class: str
 
     @property
     def use(self) -> str:
@@ -63,8 +54,9 @@ def _enter(
     pass_class: str = "",
     **settings: Any,
 ) -> None:
+    known = MappingProxyType(settings)
     VARIANTS[name] = Variant(
-        name, formula, source, evidence, loss, MappingProxyType(settings), function, function_class=pass_class
+        name, formula, source, evidence, loss, known, function, pass_class or LOSSES[loss].pass_class
     )
 
 

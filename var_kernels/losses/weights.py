@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import INTEGERS, check_choice, check_floating, values_readable
+from var_kernels.losses.checks import check_choice, check_constants, check_kind, values_readable
 from var_kernels.losses.segments import Groups, group_rows
 from var_kernels.ops.backend import triton_obstacle, uses_triton
 
@@ -240,7 +240,7 @@ def _result_dtype(rewards: Tensor, ref_logp: Tensor | None) -> torch.dtype:
 
 def effective_sample_size(sample_weight: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2 of (B,) weights >= 0: (), in sequences, 1 (one has all) to B (uniform); 0 where all are 0."""
-    check_floating({"sample_weight": sample_weight}, "(B,)", "use torch.tensor(...), or .float()")
+    check_kind("sample_weight", sample_weight, "floating-point", "(B,)", "use torch.tensor(...), or .float()")
     largest = sample_weight.max().clamp(min=torch.finfo(sample_weight.dtype).tiny)
     scaled = sample_weight / largest  # squares of small weights would underflow
     return scaled.sum().square() / scaled.square().sum().clamp(min=1.0)
@@ -405,7 +405,7 @@ def check_batch(
 ) -> None:
     """Refuse missing arguments and wrong dtypes, shapes and devices."""
     cross = normalizer == "cross"
-    check_floating({"rewards": rewards}, "(B,)", "use torch.tensor(...), or rewards.float()")
+    check_kind("rewards", rewards, "floating-point", "(B,)", "use torch.tensor(...), or rewards.float()")
     if rewards.dim() != 1 and not (cross and rewards.dim() == 2):
         remedy = "flatten prompts x completions and say which is whose with group_ids"
         allowed = "(B,) or (B, B)" if cross else "(B,), one per sequence"
@@ -421,7 +421,7 @@ def check_batch(
         if ref_logp is None:
             wanted = "(B, B) scores" if cross else "(B,) sequence sums"
             raise ValueError(f"ref_logp must be given for reference={reference!r}; pass {wanted}, or reference='none'")
-        check_floating({"ref_logp": ref_logp}, "(B,)", "use torch.tensor(...), or ref_logp.float()")
+        check_kind("ref_logp", ref_logp, "floating-point", "(B,)", "use torch.tensor(...), or ref_logp.float()")
         _check_like("ref_logp", ref_logp, pairwise if cross else (rows,), rewards)
     if reference == "mean" and lengths is None:
         raise ValueError(
@@ -430,22 +430,19 @@ def check_batch(
     if normalizer == "group" and group_ids is None:
         raise ValueError("group_ids must be given for normalizer='group'; pass (B,) ids, equal for the same prompt")
     for name, values in (("lengths", lengths), ("group_ids", group_ids)):
-        if values is None:
-            continue
-        if not isinstance(values, Tensor) or values.dtype not in INTEGERS:
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"{name} must be an integer tensor (B,), got {got}; use .long()")
-        _check_like(name, values, (rows,), rewards)
+        if values is not None:
+            check_kind(name, values, "integer", "(B,)", "use .long()")
+            _check_like(name, values, (rows,), rewards)
 
 
 def bad_values(rewards: Tensor, ref_logp: Tensor | None, lengths: Tensor | None) -> str | None:
     """The message for NaN, infinities and negative lengths on the CPU; None where all is well or unread."""
     if not values_readable(rewards):
         return None
-    for name, values in (("rewards", rewards), ("ref_logp", ref_logp)):
-        if values is not None and not values.isfinite().all():
-            first = tuple((~values.isfinite()).nonzero()[0].tolist())
-            return f"{name} must be finite, got {values[first].item()} at index {first}; repair or drop that sequence"
+    try:
+        check_constants(rewards=rewards, **({} if ref_logp is None else {"ref_logp": ref_logp}))
+    except ValueError as error:
+        return str(error)
     if lengths is not None and (lengths < 0).any():
         return f"lengths must be >= 0, got {int(lengths.min())}; count the labels that carry loss (sequence_lengths)"
     return None

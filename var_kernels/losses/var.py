@@ -352,20 +352,7 @@ class VARLoss(nn.Module, Generic[Result]):
         return var_loss(hidden, lm_head_weight, labels, rewards, ref_logp, bias, **of_batch, **options)
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
-
-        def __call__(
-            self,
-            hidden: Tensor,
-            lm_head_weight: Tensor,
-            labels: Tensor,
-            rewards: Tensor,
-            ref_logp: Tensor | None = None,
-            bias: Tensor | None = None,
-            *,
-            lengths: Tensor | None = None,
-            group_ids: Tensor | None = None,
-            cu_seqlens: Tensor | None = None,
-        ) -> Result: ...
+        __call__ = forward
 
     def extra_repr(self) -> str:
         reference = self.reference or DEFAULT_REFERENCE

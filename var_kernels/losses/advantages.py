@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_kernels.losses.checks import check_choice, check_integers, read_rows
+from var_kernels.losses.checks import check_beside, check_choice, read_rows
 from var_kernels.losses.segments import group_rows
 from var_kernels.losses.weights import warn_if_advantages_vanish
 
@@ -74,7 +74,7 @@ def group_advantage(reward: Tensor, group_ids: Tensor, *, divide_by_std: bool = 
     Source: arXiv 2402.03300 and 2503.20783, as other trainers implement them.
     """
     (reward_B,) = read_rows(reward=reward)
-    check_integers("reward", reward, group_ids=group_ids)
+    check_beside("reward", reward, group_ids=group_ids)
     groups, exact_B = group_rows(group_ids), reward_B.double()
     size_B = groups.sum(torch.ones_like(exact_B))
     advantage_B = exact_B - groups.sum(exact_B) / size_B

@@ -63,17 +63,9 @@ def check_constants(**tensors: Tensor) -> None:
             )
 
 
-def check_integers(like: str, values: Tensor, **tensors: Tensor) -> None:
-    """Integer vectors, such as lengths or group_ids, beside ``values``, the argument named ``like``."""
-    _check_beside(like, values, "integer", "use .long()", tensors)
-
-
-def check_flags(like: str, values: Tensor, **tensors: Tensor) -> None:
-    """Bool vectors beside ``values``, the argument named ``like``."""
-    _check_beside(like, values, "bool", "use .bool(), or value > 0", tensors)
-
-
-def _check_beside(like: str, values: Tensor, kind: str, remedy: str, tensors: dict[str, Tensor]) -> None:
+def check_beside(like: str, values: Tensor, kind: str = "integer", **tensors: Tensor) -> None:
+    """Vectors of ids, or of another kind, beside ``values``, the argument named ``like``."""
+    remedy = "use .long()" if kind == "integer" else "use .bool(), or value > 0"
     for name, others in tensors.items():
         check_kind(name, others, kind, str(tuple(values.shape)), remedy)
         check_like(name, others, like, values)
@@ -92,7 +84,7 @@ def per_token(values: Tensor, lengths: Tensor | None, token_reduction: str = "me
             f"{name} must be {tuple(values.shape)}, one per sequence, for token_reduction='mean', got None; "
             "count the labels of each sequence (sequence_lengths)"
         )
-    check_integers(like, values, **{name: lengths})
+    check_beside(like, values, "integer", **{name: lengths})
     if values_readable(lengths) and (lengths < 0).any():
         raise ValueError(f"{name} must be >= 0, got {int(lengths.min())}; count the labels (sequence_lengths)")
     return values / lengths.clamp(min=1)

@@ -4,7 +4,7 @@ returns one term per row; a group's loss is the sum of its rows' terms."""
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import TokenReduction, check_integers, check_range, per_token, read_rows
+from var_kernels.losses.checks import TokenReduction, check_beside, check_range, per_token, read_rows
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import Groups, group_rows
 
@@ -114,7 +114,7 @@ def raft_loss(
 def best_of_group(reward: Tensor, group_ids: Tensor) -> Tensor:
     """(B,) bool: the row with the highest reward of its group, the first one where several have it."""
     read_rows(reward=reward)
-    check_integers("reward", reward, group_ids=group_ids)
+    check_beside("reward", reward, group_ids=group_ids)
     groups = group_rows(group_ids)
     row_B = torch.arange(reward.shape[0], device=reward.device)
     earliest_first_B = (-row_B.double()).where(reward == groups.max(reward), -torch.inf)

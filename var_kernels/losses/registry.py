@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_flags, check_integers, read_rows, read_tokens
+from var_kernels.losses.checks import check_beside, read_rows, read_tokens
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -182,7 +182,7 @@ def _reading(function: Function, item: str) -> Function:
     names, required = [p.name for p in rows], {p.name for p in rows if p.default is p.empty}
     kinds = {name: _KINDS.get(single_name(name)[0], torch.float32) for name in names if "lengths" not in name}
     floating = [name for name, kind in kinds.items() if kind == torch.float32 and name != "kl_baseline"]
-    others = {n: check_flags if k == torch.bool else check_integers for n, k in kinds.items() if k != torch.float32}
+    others = {n: "bool" if k == torch.bool else "integer" for n, k in kinds.items() if k != torch.float32}
     learning = [name for name in names if name.startswith("policy_") or name.endswith("_mu")]
     row = "pair" if item == "pair" else "sequence"
 
@@ -193,9 +193,9 @@ def _reading(function: Function, item: str) -> Function:
         tensors = {name: given[name] for name in floating if name in there}
         if tensors:
             read = read_tokens(**tensors) if item == "token" else read_rows(row, learning, **tensors)
-            for name, check in others.items():
+            for name, kind in others.items():
                 if name in there:
-                    check(next(iter(tensors)), read[0], **{name: given[name]})
+                    check_beside(next(iter(tensors)), read[0], kind, **{name: given[name]})
             given.update(zip(tensors, read, strict=True))
         in_order = [given[name] for name, _ in zip(names, values, strict=False)]
         return function(*in_order, *values[len(names) :], **{name: given[name] for name in named})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_constants, check_integers, check_range, read_rows, wide
+from var_kernels.losses.checks import check_beside, check_constants, check_range, read_rows, wide
 from var_kernels.losses.group import NEGATE
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import group_rows
@@ -166,7 +166,7 @@ def soft_value(reward: Tensor, group_ids: Tensor, *, temperature: float) -> Tens
     """
     check_range("temperature", temperature, remedy=NEGATE)
     (reward_B,) = read_rows(reward=reward)
-    check_integers("reward", reward, group_ids=group_ids)
+    check_beside("reward", reward, group_ids=group_ids)
     groups, exact_B = group_rows(group_ids), reward_B.double()
     best_B = groups.max(exact_B)
     mass_B = groups.sum(((exact_B - best_B) / temperature).exp()) / groups.sum(torch.ones_like(exact_B))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var_kernels.losses.checks import check_choice, check_integers, check_kind, check_range, times, wide
+from var_kernels.losses.checks import check_beside, check_choice, check_kind, check_range, times, wide
 from var_kernels.losses.registry import register
 
 BASELINES = ("none", "leave_one_out")
@@ -191,5 +191,5 @@ def _tokens(like_P: Tensor, chosen_lengths: Tensor | None, rejected_lengths: Ten
     for name, values in lengths.items():
         if values is None:
             raise ValueError(f"{name} must be ({len(like_P)},) for revkl_coef, got None; count each response's labels")
-    check_integers("policy_chosen_logp", like_P, **lengths)
+    check_beside("policy_chosen_logp", like_P, **lengths)
     return (lengths["chosen_lengths"] + lengths["rejected_lengths"]).clamp(min=1)

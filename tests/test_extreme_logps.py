@@ -93,6 +93,17 @@ def test_a_forbidden_label_gives_the_limit(name, argument, edge):
     assert all(gradient.isfinite().all() for gradient in others)
 
 
+@pytest.mark.parametrize(("name", "argument", "edge"), CASES)
+def test_nan_is_never_hidden(name, argument, edge):
+    """The loss is what stops a training: with a finite one, weights of NaN would train on unseen."""
+    loss = LOSSES[name]
+    options = options_of(loss, edge)
+    items, _ = run(loss, options, argument, torch.nan)
+    if items.isfinite().all():  # where the loss gives it no weight
+        moved = (run(loss, options, argument, value)[0] for value in (-2.0, -2.5))
+        assert torch.equal(*moved)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(("name", "argument", "edge"), CASES)
 def test_a_thousand_nats_overflow_nothing(name, argument, edge, dtype):

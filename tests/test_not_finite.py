@@ -66,8 +66,9 @@ def test_it_stops_before_a_weight_moves(case, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], values, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_run_that_diverges_says_so(tmp_path):
-    trainer = tiny_trainer(tmp_path, DATA, method="dpo", max_steps=3, learning_rate=1e300)
+@pytest.mark.parametrize("method", ["dpo", "kto", "dro", "exo", "target_po"])
+def test_a_run_that_diverges_says_so(method, tmp_path):
+    trainer = tiny_trainer(tmp_path, DATA, method=method, max_steps=3, learning_rate=1e300)
     with pytest.raises(NonFiniteLossError, match=r"step 2: .*weights have diverged.*lower learning rate"):
         trainer.train()
 

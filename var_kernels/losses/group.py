@@ -125,7 +125,7 @@ def group_log_softmax(score_B: Tensor, groups: Groups) -> Tensor:
     """score - LSE of the scores of the row's group: (B,), differentiable; 0 for a group of one."""
     top_B = groups.max(score_B)
     # the difference to the maximum is formed first: fp32 sums of a thousand nats would lose four digits in an LSE
-    below_top_B = (score_B - top_B).where(top_B > -torch.inf, 0.0)  # rows that are all -inf count alike
+    below_top_B = (score_B - top_B).where(top_B != -torch.inf, 0.0)  # rows that are all -inf count alike
     return below_top_B - groups.sum(below_top_B.exp()).log()
 
 

@@ -321,11 +321,12 @@ def _relabelled(arguments: dict[str, Tensor], beta: float, generator: torch.Gene
 def _global_baseline(
     policy_logp: Tensor, ref_logp: Tensor, item_weight: Tensor | None, process_group: dist.ProcessGroup | None
 ) -> Tensor:
-    """``kto_baseline`` over the rows of every rank that have weight."""
+    """``kto_baseline`` over the rows of every rank that have weight; 0 where it is NaN: the row that made it so has a
+    loss of NaN, and no other needs one."""
     read_rows(learning=("policy_logp", "ref_logp"), policy_logp=policy_logp, ref_logp=ref_logp)
     change_B = policy_logp.detach().double() - ref_logp.double()
     counted_B = torch.ones_like(change_B) if item_weight is None else (item_weight != 0).to(change_B)
     total = torch.stack([(change_B * counted_B).sum(), counted_B.sum()])
     if process_group is not None:
         dist.all_reduce(total, group=process_group)
-    return (total[0] / total[1].clamp(min=1)).clamp(min=0).to(policy_logp.dtype)
+    return (total[0] / total[1].clamp(min=1)).clamp(min=0).nan_to_num(0.0).to(policy_logp.dtype)

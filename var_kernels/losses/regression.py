@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var_kernels.losses.checks import check_beside, check_constants, check_range, read_rows, wide
+from var_kernels.losses.checks import check_beside, check_constants, check_range, read_rows
 from var_kernels.losses.group import NEGATE
 from var_kernels.losses.registry import register
 from var_kernels.losses.segments import group_rows
@@ -217,5 +217,5 @@ def dro_value_loss(value: Tensor, policy_logp: Tensor, ref_logp: Tensor, reward:
     """
     check_range("tau", tau, remedy=NEGATE)
     given: Any = {"policy_logp": policy_logp, "ref_logp": ref_logp, "reward": reward, "value": value}
-    policy_B, ref_B, reward_B, _ = read_rows(learning=("policy_logp",), **given)
-    return 0.5 * (reward_B - wide(value) - tau * (policy_B.detach() - ref_B)).square()
+    policy_B, ref_B, reward_B, value_B = read_rows(learning=("policy_logp", "value"), **given)
+    return 0.5 * (reward_B - value_B - tau * (policy_B.detach() - ref_B)).square()

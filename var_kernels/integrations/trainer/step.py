@@ -95,7 +95,8 @@ def loss_in_head(
     if method.head == "reward":
         inputs["mu"], inputs["log_sigma"] = extra_head(hidden)
     elif method.head == "value":
-        inputs["value"] = extra_head(hidden.detach(), _prompt_end(labels))
+        value_B = extra_head(hidden.detach(), _prompt_end(labels))
+        inputs["value"] = value_B.detach().nan_to_num()  # a constant there; its own loss, below, tells of what diverged
     total, logp, argmax = linear_loss(
         name,
         hidden,
@@ -118,7 +119,7 @@ def loss_in_head(
     total = total + anchor
     logp_B = sequence_sum(logp, labels)
     if method.head == "value":
-        given = (inputs["value"], logp_B, inputs["ref_logp"], inputs["reward"])
+        given = (value_B, logp_B, inputs["ref_logp"], inputs["reward"])
         total = total + (dro_value_loss(*given, tau=config.tau) * rows["weight"]).sum().to(total.dtype)
     score_B = last_value(inputs["mu"], kept) if method.head == "reward" else logp_B
     return HeadResult(total, logp, logp_B, argmax == labels, argmax >= 0, score_B.detach())

@@ -122,7 +122,7 @@ COMMAND_LINES = {
         {},
         "model must be a folder with a model in it, or the name of one on the hub, got nobody/nothing; check",
     ),
-    "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb must be > 0, or None, got -3.0"),
+    "negative workspace": ({"workspace-mb": "-3"}, {}, "workspace_mb must be finite and > 0, or None, got -3.0"),
     "unknown SFT set": ({"method": "sft", "sft-on": "worst"}, {}, "sft_on must be one of 'best', 'all', got 'worst'"),
     "moving precomputed reference": ({"sync-ref-model": True}, {}, "pass precompute_ref_log_probs=False"),
     "no such file": ({"dataset": "none.jsonl"}, {}, "dataset must be an existing file or a name on the hub, got none"),
@@ -290,6 +290,17 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "--length must be at least 1, got 0" in capsys.readouterr().err
     assert main(["memory", "--length", "long"]) == 2
     assert capsys.readouterr().err == "var-kernels memory: --length must be at least 1, got long\n"
+    for words, message in (
+        (["--length", "²"], "--length must be at least 1, got ²"),
+        (["--length", "9" * 12], "--length must be less than 2^31, got 999999999999"),
+        (
+            ["--length", "2147483647", "--batch-size", "2147483647"],
+            "batch-size x length x vocab must be less than 2^60",
+        ),
+        *((["--workspace-mb", bad], "workspace_mb must be 0 or positive (MiB), got") for bad in ("inf", "nan", "-3")),
+    ):
+        assert main(["memory", "--hidden", "64", "--vocab", "500", *words]) == 2
+        assert message in capsys.readouterr().err
     assert main(["memory", "--model", "nobody/nothing"]) == 2
     assert capsys.readouterr().err.startswith("var-kernels memory: model must be a folder with a model in it")
 

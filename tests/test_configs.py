@@ -66,6 +66,18 @@ def test_settings_with_numbers_that_yaml_reads_as_text(instantiate, tmp_path):
         ("dpo", {"beta": "a lot"}, "beta must be of type float, got 'a lot'"),
         ("var", {"max_length": "8.5"}, "max_length must be of type int, got '8.5'"),
         ("var", {"normalizer": "rows"}, "normalizer"),
+        ("var", {"lam": True}, "lam must be of type float, got True"),
+        ("var", {"max_length": 8.5}, "max_length must be of type int, got 8.5"),
+        ("var", {"workspace_mb": float("inf")}, "workspace_mb must be finite and > 0, or None, got inf"),
+        ("var", {"disable_dropout": "no"}, "disable_dropout must be of type bool, got 'no'"),
+        ("alol", {"squash": "no"}, "squash must be of type bool, got 'no'"),
+        ("kto", {"desirable_above": None}, "desirable_above must be of type float, got None"),
+        ("sail_pp", {"online": True, "iterations": None}, "iterations must be of type int, got None"),
+        ("ava_p", {"head_learning_rate": -1.0}, "head_learning_rate must be finite and >= 0, got -1.0"),
+        ("dro", {"head_learning_rate": float("inf")}, "head_learning_rate must be finite and >= 0, got inf"),
+        ("astar_po", {"value_temperature": 0.0}, "value_temperature must be finite and > 0, got 0.0"),
+        ("distill", {"beta": 1.0}, r"beta must be in \(0, 1\), got 1.0; its limits are direction"),
+        ("distill", {"teacher_temperature": float("inf")}, "teacher_temperature must be finite and > 0, got inf"),
     ],
 )
 def test_what_is_no_number_is_named(method, settings, message, tmp_path):

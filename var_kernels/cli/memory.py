@@ -40,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.model) == bool(args.hidden):
         got = "both" if args.model else "neither"
         raise ValueError(f"expected --model, or --hidden and --vocab, got {got}")
+    if args.workspace_mb is not None and not 0 <= args.workspace_mb < 2**40:
+        got = args.workspace_mb
+        raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {got}; leave it out for the default")
     head = find_head_size(args.model) if args.model else HeadSize("", args.hidden, args.vocab)
+    if args.batch_size * args.length * max(head.hidden, head.vocab) >= 2**60:
+        got = f"{args.batch_size} x {args.length} x {max(head.hidden, head.vocab)}"
+        raise ValueError(f"batch-size x length x vocab must be less than 2^60, got {got}; give the sizes of one batch")
     for line in memory_lines(head, args):
         print(line)
     return 0

@@ -11,9 +11,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def positive(text: str) -> int:
-    """An argument's type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    """An argument's type: an integer of at least 1 that a tensor's size can be."""
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be less than 2^31, got {text}")
     return int(text)
 
 

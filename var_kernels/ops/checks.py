@@ -209,7 +209,7 @@ def check_head_options(options: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}; 1 leaves out the label")
     if options["precision"] not in PRECISIONS:
         check_choice("precision", options["precision"], PRECISIONS)
-    if workspace_mb is not None and not 0 <= workspace_mb < math.inf:
+    if workspace_mb is not None and not 0 <= workspace_mb * 2**20 < math.inf:
         raise ValueError(f"workspace_mb must be 0 or positive (MiB), got {workspace_mb}; pass None for the default")
 
 

@@ -8,6 +8,8 @@ import math
 import sys
 import typing
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from types import NoneType
 from typing import ClassVar
 
 import torch
@@ -104,6 +106,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
 
     def __post_init__(self):
         _read_numbers(self)
+        _check_types(self)
         # Checked first: TrainingArguments' own __post_init__ may already touch devices and directories.
         if self.method not in METHODS:
             raise TypeError(
@@ -114,7 +117,7 @@ class AlignConfig(OnlineSettings, TrainingArguments):
         _check_ranges(
             self,
             ("max_length", self.max_length >= 2, ">= 2 tokens"),
-            ("workspace_mb", self.workspace_mb is None or self.workspace_mb > 0, "> 0, or None"),
+            ("workspace_mb", self.workspace_mb is None or _positive(self.workspace_mb), "finite and > 0, or None"),
             ("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate >= 0, "finite and >= 0"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, ">= 1"),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, ">= 1"),
@@ -190,6 +193,24 @@ def _read_numbers(config: AlignConfig) -> None:
         value = getattr(config, name, None)
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{name} must be a number, got nan; write one, or leave it out")
+
+
+def _check_types(config: AlignConfig) -> None:
+    """Settings of this library that are numbers or flags: "no" is no False, True no rate, None only where allowed."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        kinds = set(typing.get_args(kind) or (kind,))
+        if name in TrainingArguments.__dataclass_fields__ or not kinds <= _ABSTRACT.keys():
+            continue
+        value = getattr(config, name)
+        taken = kinds | ({int} if float in kinds else set())
+        if not any(isinstance(value, _ABSTRACT[kind]) and isinstance(value, bool) <= (kind is bool) for kind in taken):
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in sorted(kinds, key=str))
+            raise ValueError(
+                f"{name} must be of type {wanted}, got {value!r:.60}; help() of its class lists the settings"
+            )
+
+
+_ABSTRACT = {bool: bool, int: Integral, float: Real, NoneType: NoneType}
 
 
 def _check_ranges(config, *rows: tuple[str, bool, str]) -> None:

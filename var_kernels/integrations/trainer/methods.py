@@ -69,6 +69,10 @@ class Method:
         """Settings out of range are refused before anything is read: by the loss itself, on no rows, and here."""
         for name in _CHOICES.keys() & self.settings.keys():
             check_choice(name, getattr(config, name), _CHOICES[name])
+        if "head_learning_rate" in self.settings:
+            check_range("head_learning_rate", config.head_learning_rate, closed=True, remedy="1e-3 is usual")
+        if getattr(config, "value_temperature", None) is not None:
+            check_range("value_temperature", config.value_temperature, remedy="None takes beta")
         self.loss.function(**self.loss.no_rows(), **self.loss.options_of(config))
         if getattr(config, "baseline", "none") != "none" and config.per_device_train_batch_size == 1:
             raise ValueError(
@@ -169,10 +173,8 @@ def _distillation(
 ) -> Tensor:
     """Options of the divergence from a teacher, ``token_divergence``; the loss itself reads both models' heads."""
     check_choice("direction", direction, DIRECTIONS)
-    if not 0 < beta < 1:
-        raise ValueError(f"beta must lie between 0 and 1, got {beta}; its limits are direction 'forward' and 'reverse'")
-    if not teacher_temperature > 0:
-        raise ValueError(f"teacher_temperature must be positive, got {teacher_temperature}; 1.0 is the teacher itself")
+    check_range("beta", beta, high=1.0, remedy="its limits are direction 'forward' and 'reverse'")
+    check_range("teacher_temperature", teacher_temperature, remedy="1.0 is the teacher itself")
     return token_logp
 
 

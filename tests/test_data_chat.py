@@ -173,6 +173,19 @@ def test_completions_of_a_prompt_that_share_less_of_the_header_are_given_the_sam
     assert trained_text(rows.row(1)) == "4<eos>"
 
 
+@pytest.mark.parametrize("answer", ["", "<b>4", "4"])
+def test_no_token_is_cut_where_the_thought_is_dropped(answer):
+    """<t> has its first character in common with <eos>, and with the answer."""
+    chat = chat_tokenizer(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><t>{% endif %}"
+    )
+    chat.add_tokens(["<t>"])
+    row = encode_examples([Example(HI, [[message("assistant", answer)]], [1.0], ["here"])], chat, 128).row(0)
+    assert trained_text(row) == f"{answer}<eos>"
+    assert row["input_ids"].tolist().count(chat.eos_token_id) == 2
+
+
 def part(text):
     return {"type": "text", "text": text}
 

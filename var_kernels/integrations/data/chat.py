@@ -111,6 +111,10 @@ class ChatTemplate:
                 f"{head[at:][:20]!r} at character {at}, got {whole[at:][:20]!r} there; write a template in which no "
                 "message depends on later ones"
             )
+        for token in self.tokenizer.get_added_vocab():  # <think> and <|im_end|> have their first character in common
+            for text in (head, whole):
+                begin = text.find(token, max(0, at - len(token) + 1), at - 1 + len(token))
+                at = begin if 0 <= begin < at else at
         return at, head[at:]
 
     # ---- rendering ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from tests.tiny_training import losses, tiny_config, tiny_model, tokenizer
 from var_kernels.integrations.data import DataError, Example, encode_examples, parse_row
 from var_kernels.integrations.trainer import VARTrainer
-from var_kernels.integrations.trainer.reference import rows_fingerprint
 
 
 def message(role, content):
@@ -57,7 +56,7 @@ def test_a_marked_template_trains_the_assistants_turns_alone():
     assert trained_text(row) == tokenizer().decode(marked) == "yo<eos>ciao<eos>"
     assert trained_text(rows.row(1)) == "ciao<eos>"
     unlabelled = dataclasses.replace(rows, others=None)
-    assert rows_fingerprint(unlabelled) != rows_fingerprint(rows)  # other log-probs of the reference
+    assert unlabelled.fingerprint() != rows.fingerprint()  # other log-probs of the reference
 
 
 def test_a_marked_conversation_is_cut_with_its_labels():

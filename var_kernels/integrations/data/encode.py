@@ -1,5 +1,6 @@
 """Examples to token ids: one flat table of rows (a prompt and one completion each), small enough to stay in memory."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,15 @@ class EncodedRows:
 
     def __len__(self) -> int:
         return len(self.prompt_length)
+
+    def fingerprint(self, *more: Tensor | None) -> str:
+        """Hash of the token ids and of which of them have labels: of the text, the tokenizer and max_length together;
+        and of more tensors."""
+        digest = hashlib.sha256()
+        for tensor in (self.token_ids, self.offset, self.prompt_length, self.others, *more):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def length(self, row: int) -> int:
         """Number of tokens, prompt and completion."""

@@ -20,6 +20,7 @@ from var_kernels.integrations.data import (
 )
 from var_kernels.integrations.data.encode import rewards_of
 from var_kernels.integrations.data.forms import RewardNeed
+from var_kernels.integrations.trainer.ranks import check_same_rows, together
 from var_kernels.integrations.trainer.rewards import apply_reward_function
 from var_kernels.losses.advantages import WITHIN_PROMPT
 from var_kernels.losses.weights import PER_PROMPT
@@ -140,13 +141,19 @@ def read_items(
     Raises:
         DataError, ValueError: rows that the method, the tokenizer or the reward function cannot use.
     """
-    examples = parsed_examples(rows, name, "optional" if reward_function is not None else method.need_rewards)
+
+    def read():
+        examples = parsed_examples(rows, name, "optional" if reward_function is not None else method.need_rewards)
+        if reward_function is not None:
+            examples = [replace(example, rewards=None) for example in examples]
+        examples = merge_prompts(examples)
+        return examples, encode_examples(examples, tokenizer, args.max_length, end_token_ids)
+
+    examples, table = together(read)
+    check_same_rows(table.fingerprint(table.group, table.reward), name)
     if reward_function is not None:
-        examples = [replace(example, rewards=None) for example in examples]
-    examples = merge_prompts(examples)
-    table = encode_examples(examples, tokenizer, args.max_length, end_token_ids)
-    if reward_function is not None:
-        table.reward = rewards_of(apply_reward_function(reward_function, examples, args, table.completion_ids))
+        scored = apply_reward_function(reward_function, examples, args, table.completion_ids, shared=True)
+        table.reward = rewards_of(scored)
     items = Items(table, method.items(table, args))
     if method.columns is not None:
         table.columns |= method.columns(table, args, table if train is None else train)

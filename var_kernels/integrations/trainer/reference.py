@@ -46,15 +46,6 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str
     return digest.hexdigest()
 
 
-def rows_fingerprint(rows: EncodedRows) -> str:
-    """Hash of the token ids and of which of them have labels: of the text, the tokenizer and max_length together."""
-    digest = hashlib.sha256()
-    for tensor in (rows.token_ids, rows.offset, rows.prompt_length, rows.others):
-        if tensor is not None:
-            digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def cache_path(args, key: str) -> Path:
     return Path(args.cache_dir or cache_folder()).expanduser() / "ref_logp" / f"{key}.safetensors"
 
@@ -242,7 +233,7 @@ class ReferencePolicy:
         self.model = None  # its memory is not needed any more
 
     def _cache_key(self, rows: EncodedRows) -> str:
-        content = f"{self._fingerprint} {rows_fingerprint(rows)} {self.trainer.accelerator.mixed_precision}"
+        content = f"{self._fingerprint} {rows.fingerprint()} {self.trainer.accelerator.mixed_precision}"
         if self.trainer.args.logp_temperature != 1:
             content += f" temperature {self.trainer.args.logp_temperature}"
         return hashlib.sha256(content.encode()).hexdigest()[:32]

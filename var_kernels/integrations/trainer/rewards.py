@@ -13,6 +13,7 @@ import torch
 from var_kernels.integrations.data import DataError, Example, Problem
 from var_kernels.integrations.data.forms import FORM_KEYS, Text, as_label, as_number, key_names
 from var_kernels.integrations.trainer.progress import progress_bar
+from var_kernels.integrations.trainer.ranks import in_shares, rank_and_size
 
 RewardFunction = Callable[..., Sequence[float]]
 _CHUNK = 64
@@ -169,19 +170,23 @@ def apply_reward_function(
     examples: Sequence[Example],
     args=None,
     completion_ids: Callable[[int], list[int]] | None = None,
+    *,
+    shared: bool = False,
 ) -> list[Example]:
     """New examples with the function's rewards in place of those in the data. It is called on whole prompts, up to 64
     rows at a time.
 
     args: the TrainingArguments; with them a progress bar is shown. completion_ids: the token ids of a completion by its
-    number, for a function that takes them.
+    number, for a function that takes them. shared: the ranks hold the same examples; each row is scored on one of them,
+    so that all of them have the same reward.
 
     Raises:
         ValueError: a function that needs a column which no row has. DataError: rows for which it raises, or returns
             something other than one finite number; a wrong number of results.
     """
     if isinstance(function, RewardSum):
-        parts = [apply_reward_function(part, examples, args, completion_ids) for part, _ in function.parts]
+        options: Any = {"shared": shared}
+        parts = [apply_reward_function(part, examples, args, completion_ids, **options) for part, _ in function.parts]
         weights = [weight for _, weight in function.parts]
 
         def total(*rewards: float) -> float:
@@ -201,25 +206,30 @@ def apply_reward_function(
         for completion, where, own in zip(example.completions, example.where, columns, strict=True):
             rows.append(_Row(example.prompt, completion, where, own, len(rows)))
         sizes.append(len(example.completions))
+    rank, size = rank_and_size() if shared else (0, 1)
+    chunks = list(_chunks(sizes))[rank::size]
 
     def value(row: _Row, name: str):
         return completion_ids(row.number) if name == "completion_ids" else row.columns.get(name)
 
-    rewards, problems = [], []
-    with progress_bar(args, "rewards", len(rows), "completion") as advance:
-        for start, stop in _chunks(sizes):
-            chunk = rows[start:stop]
-            columns = [{name: value(row, name) for name in names} for row in chunk]
-            for row, made in zip(chunk, _values(call, chunk, columns), strict=True):
-                if (number := _number(made)) is None:
-                    reason = f"the reward function must return finite numbers, got {made!r:.60}"
-                    problems.append(Problem(row.where, reason))
-                else:
-                    rewards.append(number)
-            advance(len(chunk))
-    if problems:
-        raise DataError(problems, remedy=_REMEDY)
-    values = iter(rewards)
+    def score() -> list[tuple[int, float]]:
+        rewards, problems = [], []
+        with progress_bar(args, "rewards", sum(stop - start for start, stop in chunks), "completion") as advance:
+            for start, stop in chunks:
+                chunk = rows[start:stop]
+                columns = [{name: value(row, name) for name in names} for row in chunk]
+                for row, made in zip(chunk, _values(call, chunk, columns), strict=True):
+                    if (number := _number(made)) is None:
+                        reason = f"the reward function must return finite numbers, got {made!r:.60}"
+                        problems.append(Problem(row.where, reason))
+                    else:
+                        rewards.append((row.number, number))
+                advance(len(chunk))
+        if problems:
+            raise DataError(problems, remedy=_REMEDY)
+        return rewards
+
+    values = (number for _, number in sorted(in_shares(score) if shared else score()))
     return [replace(example, rewards=[next(values) for _ in example.completions]) for example in examples]
 
 

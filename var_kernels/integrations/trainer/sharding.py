@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from var_kernels.integrations.hf.calibration import adopt_transform, calibrate
 from var_kernels.integrations.hf.forwards import swapped
 from var_kernels.integrations.hf.model import find_head, inner_model, is_dtensor
+from var_kernels.integrations.trainer.ranks import of_first_rank
 
 
 def rows_of(weight: Tensor) -> int:
@@ -39,15 +39,6 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor.detach()
         else:
             yield name, tensor.detach()
-
-
-def of_first_rank(value: Any, device: torch.device) -> Any:
-    """The first rank's value on every rank: hashes of weights that only it has, a calibration."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, device=device if device.type != "cpu" else None)
-    return box[0]
 
 
 def calibrate_first_rank(model: nn.Module, device: torch.device, rank: int) -> None:

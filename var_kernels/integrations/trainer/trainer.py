@@ -45,6 +45,7 @@ from var_kernels.integrations.trainer.loading import load_causal_lm, load_tokeni
 from var_kernels.integrations.trainer.methods import METHODS, Method
 from var_kernels.integrations.trainer.online import OnlineLoop, Sampler
 from var_kernels.integrations.trainer.online.loop import seed_of
+from var_kernels.integrations.trainer.ranks import of_first_rank
 from var_kernels.integrations.trainer.record import MetricsFile, StepLines, write_model_card
 from var_kernels.integrations.trainer.reference import ReferencePolicy, SyncReference, model_fingerprint
 from var_kernels.integrations.trainer.reward_effect import check_rewards
@@ -53,7 +54,6 @@ from var_kernels.integrations.trainer.rewards import RewardFunction, RewardSum, 
 from var_kernels.integrations.trainer.sharding import (
     calibrate_first_rank,
     check_layout,
-    of_first_rank,
     whole_when_saved,
 )
 from var_kernels.integrations.trainer.step import (

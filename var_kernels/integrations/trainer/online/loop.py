@@ -3,15 +3,13 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from var_kernels.integrations.data import DataError, EncodedRows, Example, end_tokens
@@ -39,6 +37,7 @@ from var_kernels.integrations.trainer.online.sampler import (
     without_padding,
 )
 from var_kernels.integrations.trainer.progress import progress_bar
+from var_kernels.integrations.trainer.ranks import check_same_rows, in_shares, together
 from var_kernels.integrations.trainer.reference import hash_tensors
 from var_kernels.integrations.trainer.reward_effect import check_rewards
 from var_kernels.integrations.trainer.rewards import RewardFunction, apply_reward_function
@@ -77,6 +76,8 @@ class OnlineLoop(TrainerCallback):
         self.pad_token_id, self.sampler, self.reward_function = pad_token(tokenizer), sampler, reward_function
         self.prompts = prompts_of(prompts, tokenizer, args, reward_function)
         self.eval_prompts = eval_prompts and prompts_of(eval_prompts, tokenizer, args, reward_function)
+        check_same_rows(_hash_of(self.prompts), "train_dataset")
+        check_same_rows(_hash_of(self.eval_prompts or []), "eval_dataset")
         self.buffer = Buffer(Path(args.output_dir) / BUFFER)
         self.expected_items, self.rows_an_item = self._count_items()
         self.steps = args.steps_per_iteration or -(-self.expected_items // args.items_per_step)
@@ -169,12 +170,11 @@ class OnlineLoop(TrainerCallback):
         prompts = self._prompts_of(iteration)
         began = time.monotonic()
         count = self.args.generations_per_prompt
-        mine = self._together(lambda: self._draw(prompts, count, f"iteration {iteration}", "sample", iteration))
+        mine = together(lambda: self._draw(prompts, count, f"iteration {iteration}", "sample", iteration))
         sampling_seconds = time.monotonic() - began
         began = time.monotonic()
-        mine = self._together(lambda: self._score(mine, prompts, f"iteration {iteration}, "))
+        drawn = _in_order(in_shares(lambda: self._score(mine, prompts, f"iteration {iteration}, ")))
         scoring_seconds = time.monotonic() - began
-        drawn = self._gathered(mine)
         stored = Iteration(settings, policy, drawn)
         self._add_log_probs(stored)
         stored.metrics |= measures(drawn, self._end_token_ids)
@@ -255,10 +255,6 @@ class OnlineLoop(TrainerCallback):
             for (place, drawn), example in zip(mine, scored, strict=True)
         ]
 
-    def _gathered(self, mine: list[tuple[int, Drawn]]) -> list[Drawn]:
-        shares = gather_object([mine]) if self.trainer.accelerator.num_processes > 1 else [mine]
-        return [entry for _, entry in sorted((item for share in shares for item in share), key=lambda item: item[0])]
-
     @property
     def _end_token_ids(self) -> tuple[int, ...]:
         return getattr(self.sampler, "end_token_ids", None) or end_tokens(
@@ -277,7 +273,7 @@ class OnlineLoop(TrainerCallback):
         def work():
             return self._score(self._draw(eval_prompts, 1, "evaluation", "eval"), eval_prompts, "")
 
-        return measures(self._gathered(self._together(work)), self._end_token_ids)
+        return measures(_in_order(in_shares(work)), self._end_token_ids)
 
     def _add_log_probs(self, stored: Iteration) -> None:
         """Under the policy as it is, and under the reference. Every rank calls it."""
@@ -336,11 +332,10 @@ class OnlineLoop(TrainerCallback):
                  "sampling_batch_size", "prompts_per_iteration", "refresh_reference", "logp_temperature",
                  "importance_cap")  # fmt: skip
         settings = {name: getattr(args, name) for name in names}
-        prompts = [(prompt.ids, prompt.columns) for prompt in self._prompts_of(iteration)]
         return {
             **settings,
             "steps_per_iteration": self.steps,
-            "prompts": hashlib.sha256(repr((prompts,)).encode()).hexdigest(),
+            "prompts": _hash_of(self._prompts_of(iteration)),
         }
 
     def _policy(self) -> str:
@@ -358,27 +353,14 @@ class OnlineLoop(TrainerCallback):
         items = self.method.items(encode_drawn(drawn, pairs=draws_pairs(self.args.method)), self.args)
         return len(items), max(map(len, items))
 
-    def _together(self, work: Callable):
-        """``work()`` on every rank; if it fails on one, all stop, with the same message."""
-        if self.trainer.accelerator.num_processes == 1:
-            return work()
-        result, failure = None, None
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-        rank = dist.get_rank()
-        says = getattr(failure, "remedy", f"{failure}")
-        mine = None if failure is None else (rank, getattr(failure, "problems", None), says)
-        failures = [entry for entry in gather_object([mine]) if entry is not None]
-        if not failures:
-            return result
-        if failure is not None and not isinstance(failure, DataError):
-            raise failure
-        problems = [problem for _, found, _ in failures for problem in found or []]
-        if problems:
-            raise DataError(problems, remedy=failures[0][2]) from failure
-        raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][2]}")
+
+def _hash_of(prompts: list[Prompt]) -> str:
+    known = [(prompt.ids, prompt.columns) for prompt in prompts]
+    return hashlib.sha256(repr((known,)).encode()).hexdigest()
+
+
+def _in_order(shares: list[tuple[int, Drawn]]) -> list[Drawn]:
+    return [entry for _, entry in sorted(shares, key=lambda item: item[0])]
 
 
 def seed_of(*place) -> int:

@@ -472,6 +472,16 @@ def test_a_checkpoint_of_another_method_is_refused(folder):
     assert (folder / "run" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_its_optimizer_is_named(name, folder):
+    """Trainer goes on with new moments, and at the schedule's beginning."""
+    tiny_trainer(folder, save_strategy="steps", save_steps=1).train()
+    checkpoint = folder / "run" / "checkpoint-1"
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=rf"got .*checkpoint-1; .* it holds no {name[:-3]}, .* begin a new one from"):
+        tiny_trainer(folder, max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_reference_that_overflows_names_its_rows_and_caches_nothing(folder):
     model = tiny_model()
     before = tree(folder)

@@ -497,6 +497,14 @@ class VARTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _reading(checkpoint):
+            # Trainer would begin with a new optimizer and schedule, in silence; DeepSpeed has them in files of its own
+            held = os.listdir(checkpoint) if checkpoint is not None and not self.is_deepspeed_enabled else None
+            for part in ("optimizer", "scheduler") if held is not None else ():
+                if not any(name.startswith(part) for name in held):
+                    raise FileNotFoundError(
+                        f"it holds no {part}, so a run cannot go on from it (save_only_model leaves it out); begin a "
+                        "new one from its weights"
+                    )
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint):

@@ -347,6 +347,16 @@ def test_malformed_rows_are_counted_when_skipped(tmp_path, dataset, capsys):
     assert "skipped 2 malformed rows of 10" in errors
 
 
+def test_what_concerns_all_ranks_is_said_once(tmp_path, monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        train._report_skipped(["row 3"], 8)
+        train._checkpoint(tmp_path, resume=True)
+    out, errors = capsys.readouterr()
+    assert errors.splitlines() == ["skipped row 3", "skipped 1 malformed rows of 9"]
+    assert out == f"no complete checkpoint in {tmp_path}: starting anew\n"
+
+
 def test_rows_left_out_of_the_evaluation_set_are_counted_too(tmp_path, dataset, capsys):
     worse = tmp_path / "worse.jsonl"
     worse.write_text(dataset.read_text() + '{"prompt": "p"}\n')

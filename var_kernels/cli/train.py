@@ -132,7 +132,7 @@ def _logged_to_stderr():
             show(message, category, *place, **options)
 
     warnings.showwarning = shown
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    log.setLevel(logging.INFO if _is_first_rank() else logging.WARNING)
     log.addHandler(handler)
     log.propagate = bool(logging.getLogger().handlers) and propagate
     try:
@@ -142,6 +142,11 @@ def _logged_to_stderr():
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
+
+
+def _is_first_rank() -> bool:
+    """By the launcher's own variable: torch.distributed knows it later."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -334,9 +339,9 @@ def _columns(text: str | None) -> dict[str, str]:
 
 
 def _report_skipped(skipped: list, kept: int) -> None:
-    for problem in skipped[:10]:
-        print(f"skipped {problem}", file=sys.stderr)
-    if skipped:
+    if skipped and _is_first_rank():
+        for problem in skipped[:10]:
+            print(f"skipped {problem}", file=sys.stderr)
         print(f"skipped {len(skipped)} malformed rows of {kept + len(skipped)}", file=sys.stderr)
 
 
@@ -418,7 +423,9 @@ def _checkpoint(output_dir: Path, resume: bool) -> str | None:
     """The checkpoint to continue from. A directory that holds a run is not written over."""
     if resume:
         checkpoint = last_complete_checkpoint(output_dir)
-        print(f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {output_dir}: starting anew")
+        none = f"no complete checkpoint in {output_dir}: starting anew"
+        if _is_first_rank():
+            print(f"resuming from {checkpoint}" if checkpoint else none)
         return checkpoint
     marks = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "buffer")
     if output_dir.is_dir() and any(next(output_dir.glob(mark), None) for mark in marks):

@@ -1,7 +1,10 @@
 """Bad input to training: what the message says, and that nothing is left behind."""
 
+import errno
 import json
 import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -308,13 +311,29 @@ def test_an_unknown_command_names_the_nearest(capsys):
 def test_a_full_disk_is_named_with_the_way_on(folder, capsys, monkeypatch):
     from var_kernels.cli import train
 
+    raised = []
+
     def save_model(self, *args, **options):
-        raise RuntimeError("basic_ios::clear: iostream error")  # as torch.save says it
+        if not raised:
+            shutil.rmtree("run")
+        raise raised.pop() if raised else FileNotFoundError("run/model.safetensors")
 
     monkeypatch.setattr(VARTrainer, "save_model", save_model)
     words = ["train", *(word for name, value in BASE.items() for word in (f"--{name}", value))]
-    with pytest.raises(RuntimeError, match="iostream"):
+    raised.append(RuntimeError("no write"))
+    with pytest.raises(RuntimeError, match="no write"):
         main(words)
+    unwritten = r"a file in run could not be written whole; see the quota .*"
+    cases = [
+        (RuntimeError("[enforce fail at inline_container.cc:672]"), unwritten),  # torch.save, by a limit of the size
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), unwritten),
+        (None, "run was removed while training ran; put it back"),
+    ]
+    for error, reason in cases:
+        raised.extend([error] if error else [])
+        assert main([*words, "--resume"]) == 2
+        assert re.search(f"output-dir: {reason}, and --resume goes on from", capsys.readouterr().err)
+    raised.append(RuntimeError("basic_ios::clear: iostream error"))
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4096}))
     assert main([*words, "--resume"]) == 2
     assert "output-dir: no space left on the disk of run; make room, and --resume goes on" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -52,6 +53,8 @@ _CONFIG = {
     "seed": (int, 42, "of the data order, and of a model from scratch"),
     "report_to": (str, None, "tracker(s) that transformers knows: tensorboard, wandb, ..."),
 }
+# In errors of torch.save and safetensors.
+_WRITING = ("iostream error", "inline_container", "PytorchStreamWriter", "SafetensorError")
 _PATHS = ("model", "teacher", "dataset", "eval_dataset", "reward_model")
 # Options of the default method; the other methods' are in `var-kernels methods NAME`.
 _VAR = {
@@ -240,18 +243,29 @@ def _run(args: argparse.Namespace) -> int:
             "standard output must stay open while training runs, got a pipe whose reader has ended; the same command "
             "with --resume goes on from the last checkpoint"
         ) from error
-    except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or one of safetensors' own
-        if shutil.disk_usage(output_dir).free >= 2**20:
+    except Exception as error:
+        if (reason := _unwritable(output_dir, error)) is None:
             raise
-        raise OSError(
-            f"output-dir: no space left on the disk of {output_dir}; make room, and --resume goes on from the last "
-            "whole checkpoint"
-        ) from error
+        raise OSError(f"output-dir: {reason}, and --resume goes on from the last whole checkpoint") from error
     if trainer.is_world_process_zero():
         print(f"saved to {output_dir}: the model, README.md, metrics.jsonl")
     trainer.accelerator.wait_for_everyone()  # a rank that ends while another still writes makes that one hang
     trainer.accelerator.end_training()
     return 0
+
+
+def _unwritable(output_dir: Path, error: Exception) -> str | None:
+    """Say why the folder of a run could not be written to any more, and what to do; None where something else failed:
+    a full disk is an OSError, a RuntimeError of torch's or one of safetensors' own."""
+    if not output_dir.is_dir():
+        return f"{output_dir} was removed while training ran; put it back"
+    if shutil.disk_usage(output_dir).free < 2**20:
+        return f"no space left on the disk of {output_dir}; make room"
+    unwritable = isinstance(error, OSError) and error.errno in (errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOSPC)
+    if unwritable or any(text in f"{type(error).__name__} {error}" for text in _WRITING):
+        reason = str(error).strip().partition("\n")[0]
+        return f"a file in {output_dir} could not be written whole; see the quota and the folder ({reason:.200})"
+    return None
 
 
 def _check_model_options(settings: dict) -> None:

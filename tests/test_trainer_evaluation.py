@@ -136,6 +136,23 @@ def test_new_rows_are_scored_where_a_reference_is_at_hand(case, tmp_path):
     assert several["eval_new_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-6)
 
 
+class MapStyle(torch.utils.data.Dataset):
+    """As torch's documentation has one: a length and items, and no IndexError that would end a loop over it."""
+
+    def __len__(self):
+        return len(NEW)
+
+    def __getitem__(self, number):
+        assert number < 2 * len(NEW), "read beyond its end"
+        return NEW[number % len(NEW)]
+
+
+def test_a_map_style_set_is_read_to_its_length(tmp_path):
+    trainer = tiny_trainer(tmp_path, MapStyle(), method="sft")
+    assert len(trainer.train_dataset.rows.groups) == len(NEW)
+    assert trainer.evaluate(MapStyle())["eval_loss"] == trainer.evaluate(NEW)["eval_loss"]
+
+
 def test_new_rows_that_the_cache_knows_or_that_come_before_training(tmp_path):
     before = tiny_trainer(tmp_path, method="dpo").evaluate(NEW)["eval_loss"]
     assert before == pytest.approx(0.693147, rel=1e-5)

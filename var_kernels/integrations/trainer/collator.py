@@ -109,6 +109,8 @@ def parsed_examples(rows, name: str, need_rewards: RewardNeed) -> list[Example]:
             f"{name} must be rows, a list of dicts or a datasets.Dataset, got a {type(rows).__name__}{keys:.80}; pass "
             "one split of a DatasetDict, Dataset.from_dict(...) or Dataset.from_pandas(...)"
         )
+    if not hasattr(rows, "__iter__") and hasattr(rows, "__len__"):  # torch's map-style set: a loop may find no end
+        rows = [rows[i] for i in range(len(rows))]
     if isinstance(rows, Sequence) and rows and isinstance(rows[0], Example):
         parsed = list(rows)
         if need_rewards not in ("optional", "prompt"):

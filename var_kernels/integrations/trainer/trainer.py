@@ -416,7 +416,8 @@ class VARTrainer(Trainer):
                     f"{dataset!r}; load_examples(path) reads a file"
                 )
             return dataset
-        if isinstance(dataset, bytes | os.PathLike) or not hasattr(dataset, "__iter__"):
+        iterable = hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+        if isinstance(dataset, bytes | os.PathLike) or not iterable:
             raise TypeError(
                 "eval_dataset must be None, a name, or rows in a form of docs/data.md, got "
                 f"{type(dataset).__name__}; load_examples(path) reads a file"

@@ -2,6 +2,7 @@
 kernels leave. torch's op exists on CUDA only; here a stand-in computes it, and refuses what that op refuses.
 """
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tests.op_cases import BF16, Case, check_logprob, check_weighted_nll
 from var_kernels import linear_logprob, linear_weighted_nll
 from var_kernels.kernels import gemm_torch as gemm
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients
+from var_kernels.losses.weights import weights_kernel
 from var_kernels.ops import engines
 from var_kernels.ops.backend import choose_backend, use_backend
 
@@ -120,14 +122,40 @@ def test_token_kl(direction, engine, as_on_cuda):
 @pytest.mark.parametrize("major", [7, 8, 9, 12])
 def test_what_torch_widens(major, monkeypatch):
     """As torch 2.11 and 2.13 refuse it: bf16 before compute capability 8.0, fp16 where sums in fp16 are allowed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
-    gemm._cuda_major.cache_clear()
+    monkeypatch.setattr(gemm, "_CUDA_MAJOR", {})
     assert gemm.widens(BF16, CUDA) == (major >= 8)
     assert gemm.widens(FP16, CUDA)
     assert not gemm.widens(FP16, torch.device("cpu"))
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
     assert not gemm.widens(FP16, CUDA)
-    gemm._cuda_major.cache_clear()
+
+
+def test_a_compiled_call_warns_of_nothing():
+    """What a GPU can do is a constant of the graph; a cached function would be traced, with a warning."""
+    compiled = torch.compile(lambda x: x * gemm.widens(BF16, CUDA), fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_fake_tensors_need_no_gpu():
+    with FakeTensorMode():
+        assert gemm.widens(BF16, CUDA)
+        hidden, weight = (torch.empty(*shape, 72, dtype=BF16, device="cuda") for shape in ((4, 6), (507,)))
+        labels = torch.empty(4, 6, dtype=torch.int64, device="cuda")
+        assert linear_logprob(hidden, weight, labels, num_active=24).shape == (4, 6)
+
+
+def test_weights_of_fake_tensors_are_launched_nowhere():
+    """Triton reads addresses, which they have none of."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with FakeTensorMode():
+        rewards, labels = torch.empty(4, device="cuda"), torch.empty(4, 6, dtype=torch.int64, device="cuda")
+        assert weights_kernel(rewards, "batch", None) is None
+        assert weights_kernel(rewards, "batch", None, labels) is None
 
 
 def test_the_probe_of_a_gpu_is_right(as_on_cuda, monkeypatch):

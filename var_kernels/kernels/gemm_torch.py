@@ -5,7 +5,6 @@ are upcast (exact products, fp32 sums), and those of gradients run in 16 bit and
 C++ kernels have one for bf16 (``gemm_native``, which has the same functions).
 """
 
-import functools
 import warnings
 from typing import NamedTuple
 
@@ -28,9 +27,17 @@ def widens(operand: torch.dtype, device: torch.device) -> bool:
     return operand == torch.float16 or _cuda_major(device.index or 0) >= 8
 
 
-@functools.cache
+# By device; a functools.cache would make torch.compile warn.
+_CUDA_MAJOR: dict[int, int] = {}
+
+
+@compile_time
 def _cuda_major(index: int) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return 8
+    if index not in _CUDA_MAJOR:
+        _CUDA_MAJOR[index] = torch.cuda.get_device_capability(index)[0]
+    return _CUDA_MAJOR[index]
 
 
 # (operands, device, BLAS library) -> verdict.

@@ -12,6 +12,7 @@ from torch import Tensor
 from var_kernels.losses.checks import check_choice, check_constants, check_kind, values_readable
 from var_kernels.losses.segments import Groups, group_rows
 from var_kernels.ops.backend import triton_obstacle, uses_triton
+from var_kernels.ops.checks import is_traced
 
 Normalizer = Literal["batch", "batch_mean", "cross", "group", "self_normalised"]
 Reference = Literal["sum", "mean", "none"]
@@ -222,7 +223,7 @@ def weights_kernel(
     """The Triton module where one launch gives the weights: Z over the batch, and a batch that one program holds."""
     grouped = normalizer in PER_PROMPT and group_ids is not None
     device, num_rows = rewards.device, rewards.shape[0]
-    if grouped or normalizer == "cross" or device.type == "meta" or torch.compiler.is_compiling():
+    if grouped or normalizer == "cross" or is_traced(rewards):
         return None
     if triton_obstacle(device, torch.float32) or not uses_triton(device):
         return None

@@ -1,6 +1,7 @@
 """What torch's machinery does to an op: second order, torch.func, checkpointing, threads, tensors without values."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.op_cases import Case
 from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
 from var_kernels.measure import peak_extra_bytes
+from var_kernels.ops import backend
 from var_kernels.ops.ava_literal import linear_prob_lse
 
 OPS = {
@@ -137,6 +139,19 @@ def test_threads_do_not_share(op):
         thread.join()
     assert len(found) == 4
     assert all(torch.equal(g, e) for got in found for g, e in zip(got, expected, strict=True))
+
+
+@every_op
+def test_a_backward_in_another_thread_keeps_the_backend(op, monkeypatch):
+    """As that of a GPU's tensors, which autograd runs in a thread of its own; ``use_backend`` holds in its thread."""
+    hidden, weight, labels = inputs()
+    loss, chosen = op(hidden, weight, labels), []
+    monkeypatch.setattr(backend, "_FORCED", SimpleNamespace(get=lambda: chosen.append("asked")))
+    thread = threading.Thread(target=loss.backward, args=(torch.tensor(3.0),))
+    thread.start()
+    thread.join()
+    assert weight.grad is not None
+    assert not chosen
 
 
 @pytest.mark.parametrize("op", ["logprob", "token_kl", "prob_lse"])

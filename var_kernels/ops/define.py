@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from var_kernels.ops.backend import choose_backend, kernels_of
 from var_kernels.ops.head import LEARNING, Head, Tensors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -68,6 +67,8 @@ def define_op(
         def forward(ctx, call, *_):
             ctx.set_materialize_grads(False)
             found = forward(call)
+            # A GPU's backward runs in a thread of its own, where no ``use_backend`` holds.
+            ctx.scale_ = call.head.label_kernels.scale_
             ctx.once, ctx.reads, tensors = found.once, found.reads, ()
             if found.reads is not None:
                 tensors = attrgetter(*layout.tensors)(found.reads)
@@ -83,7 +84,8 @@ def define_op(
                 saved, once, ctx.once = ctx.saved_tensors, ctx.once, None
                 if backward is None:
                     needed = zip(saved, ctx.needs_input_grad[1:], strict=True)
-                    gradients = scaled_gradients([g if needs else None for g, needs in needed], upstream[0])
+                    needed = [g if needs else None for g, needs in needed]
+                    gradients = scaled_gradients(needed, upstream[0], ctx.scale_)
                 else:
                     reads, count = ctx.reads, 0
                     if reads is not None:
@@ -222,9 +224,9 @@ class _Layout:
         return other
 
 
-def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
+def scaled_gradients(gradients, dloss: Tensor, scale_: Callable[[Tensor, Tensor], None]) -> list[Tensor | None]:
     """Finished gradients times the scalar upstream gradient, in their own memory; copies where the graph is kept, since
-    another backward may ask for them again.
+    another backward may ask for them again. scale_: of the label kernels.
     """
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return [_scaled(g, dloss) for g in gradients]
@@ -233,8 +235,7 @@ def scaled_gradients(gradients, dloss: Tensor) -> list[Tensor | None]:
         return list(gradients)
     for gradient in gradients:
         if gradient is not None:
-            _, label_kernels, _ = kernels_of(choose_backend(gradient.device, gradient.dtype)[0])
-            label_kernels.scale_(gradient, dloss)
+            scale_(gradient, dloss)
     return list(gradients)
 
 

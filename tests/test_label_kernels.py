@@ -160,6 +160,30 @@ def check_scale(device, module=labels_triton, factor=0.7, dtype=BF16):
     assert torch.equal(values, truth) if factor == 1 else close(values, truth, dtype)
 
 
+@on_triton
+def test_columns_far_from_each_other(target):
+    """A matrix of columns, the last of which begins 2^31 elements behind the first; little of the memory is touched."""
+    stride = 2**31 // (D - 1) + 2
+    labels, (scale, factor) = some_labels(target.device), normal(2, N, device=target.device)
+    hidden, weight = normal(N, D, dtype=BF16, device=target.device), normal(V, D, dtype=BF16, device=target.device)
+    known = (labels >= 0) & (labels < V)
+
+    def far(t):
+        memory = torch.empty((D - 1) * stride + t.shape[0], dtype=BF16, device=target.device)
+        return memory.as_strided(t.shape, (1, stride)).copy_(t)
+
+    found = []
+    for place in (torch.clone, far):
+        stats = RowStats.uninitialised(N, hidden, mean=False, argmax=False)
+        labels_triton.start_rows(hidden, place(weight), None, None, labels, stats, PLAIN)
+        out, total = torch.empty_like(hidden), weight.clone()
+        labels_triton.combine_rows(out, place(hidden), scale, (place(weight), labels, factor))
+        labels_triton.add_label_rows(total, labels.sort(stable=True), factor, place(hidden))
+        found.append((stats.label_logit_NK[known], out, total))
+    for near, far_away in zip(*found, strict=True):
+        assert torch.equal(near, far_away)
+
+
 SOFTCAP = LogitTransform(0.5, 3.0, 1.3)
 CHECKS = {
     "start": check_start,

@@ -33,7 +33,7 @@ def _dot(
 ):  # fmt: skip
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
-        offs_d = start + tl.arange(0, BLOCK)
+        offs_d = (start + tl.arange(0, BLOCK)).to(tl.int64)  # a transposed head's stride is V: the product is large
         mask = offs_d < D
         left = tl.load(left_ptr + offs_d * left_stride, mask=mask, other=0.0).to(tl.float32)
         right = tl.load(right_ptr + offs_d * right_stride, mask=mask, other=0.0).to(tl.float32)
@@ -184,7 +184,7 @@ def _combine_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask = offs_d < D
     sums = tl.load(sums_ptr + row * sums_stride_n + offs_d * sums_stride_d, mask=mask, other=0.0).to(tl.float32)
     out = sums * tl.load(scale_ptr + row)
@@ -222,7 +222,7 @@ def _label_rows_kernel(
     label = tl.load(sorted_ptr + first)
     before = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
     if (label != before) & (label >= 0) & (label < C):
-        offs_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        offs_d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         mask = offs_d < D
         sums = tl.zeros((ROWS, BLOCK), tl.float32)
         start = first

@@ -8,6 +8,7 @@ import torch
 from tests.op_cases import Case
 from tests.tolerance import assert_gradient, assert_result
 from var_kernels import linear_logprob, linear_token_kl, linear_token_loss, linear_weighted_nll
+from var_kernels.kernels import labels_torch
 from var_kernels.kernels.rows import LogitTransform, RowCoefficients, aligned
 from var_kernels.ops import checks
 from var_kernels.ops.ava_literal import linear_prob_lse
@@ -169,6 +170,26 @@ def test_rows_of_weight_0_need_not_be_counted():
     torch.testing.assert_close(
         linear_weighted_nll(hidden, weight, labels, token_weight, bias, num_active=kept), expected
     )
+
+
+def test_masked_rows_share_no_label(monkeypatch):
+    """Where rows are masked and not left out, a GPU's program that adds the rows of a label to dW would add all masked
+    ones, one after the other, where they had one label.
+    """
+    longest, add_label_rows = [], labels_torch.add_label_rows
+
+    def counting(total_CD, segments, *others):
+        longest.append(int(segments[0].bincount().max()))
+        add_label_rows(total_CD, segments, *others)
+
+    monkeypatch.setattr(labels_torch, "add_label_rows", counting)
+    hidden, weight, _, _ = inputs_with_padding("cpu")
+    rows = hidden.flatten(0, -2)
+    labels = torch.full(rows.shape[:1], -100)
+    labels[:3] = torch.arange(20, 23)
+    linear_weighted_nll(rows, weight, labels, None, num_active=len(labels), engine="one_pass")
+    assert len(labels) > 20
+    assert longest == [2]  # an id of its own, and once that of a row that counts
 
 
 def test_a_count_under_the_compiler():

@@ -367,10 +367,12 @@ def prepare(
     # A learned weight has a gradient at 0 too.
     if token_weight is not None and not (torch.is_grad_enabled() and token_weight.requires_grad):
         active_NK = active_NK & (token_weight.reshape(active_NK.shape) != 0)
-    labels_NK = labels_NK.where(active_NK, 0)
-
     capturing = not traced and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     masked = num_active is not None or traced or capturing
+    stand_in = 0
+    if masked:  # of its own: one program adds all rows of an id to dW
+        stand_in = torch.arange(leading.numel(), device=device).unsqueeze(1) % lm_head_weight.shape[0]
+    labels_NK = labels_NK.where(active_NK, stand_in)
     rows = None
     if num_active is not None:
         rows = _active_rows(active_NK.any(1), num_active)

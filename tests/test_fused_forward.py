@@ -245,6 +245,14 @@ def test_splits_keep_the_processors_busy(row_blocks, column_tiles, processors):
     assert busiest <= 1.15 * ideal + (ideal < 4)
 
 
+def test_splits_are_chosen_once():
+    """For one block of rows the search takes a millisecond, the kernel a third of one."""
+    choose_splits(1, 1002, 131)
+    before = choose_splits.cache_info().hits
+    choose_splits(1, 1002, 131)
+    assert choose_splits.cache_info().hits == before + 1
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 MUTATED_CASES = {
@@ -311,5 +319,8 @@ def test_the_tile_of_each_gpu(capability, wide, name, monkeypatch):
     assert forward_triton.choose_tile(hidden, hidden) == TILES[name]
     hidden.shape = (512, 4095)
     assert forward_triton.choose_tile(hidden, hidden) == TILES["small"]
+    hidden.shape = (512, 4096)
+    expanded = SimpleNamespace(**vars(hidden) | {"stride": lambda i: (0, 1)[i]})
+    assert forward_triton.choose_tile(expanded, hidden) == TILES["small"]
     hidden.shape, hidden.dtype = (512, 4096), torch.float32
     assert forward_triton.choose_tile(hidden, hidden) == TILES["small"]

@@ -4,6 +4,7 @@ A program owns a block of rows and one split of the vocabulary; for each tile of
 merges the tile into its rows' running statistics. A second kernel merges the splits. No atomics: same bits every time.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -275,11 +276,14 @@ def choose_tile(hidden_ND: Tensor, lm_head_weight_VD: Tensor) -> Tile:
 
 
 def _aligned(matrix: Tensor) -> bool:
-    """Contiguous rows of a length that Triton knows to load 16 bytes at a time; TMA asks for no more."""
-    rows_aligned = matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
+    """Contiguous rows of a length that Triton knows to load 16 bytes at a time, one behind the other: TMA asks for no
+    more, and refuses rows that lie on each other (an expanded one).
+    """
+    rows_aligned = matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return matrix.stride(1) == 1 and rows_aligned and matrix.shape[1] % 16 == 0
 
 
+@functools.cache  # of few rows it takes longer than the kernel
 def choose_splits(row_blocks: int, column_tiles: int, processors: int) -> int:
     """Into how many splits the vocabulary goes: the least work for the busiest processor. At least 8 where there are
     as many tiles, which is what lets a group of programs share both operands.

@@ -124,17 +124,19 @@ def test_what_torch_widens(major, monkeypatch):
     """As torch 2.11 and 2.13 refuse it: bf16 before compute capability 8.0, fp16 where sums in fp16 are allowed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
-    monkeypatch.setattr(gemm, "_CUDA_MAJOR", {})
+    gemm._cuda_major.cache_clear()
     assert gemm.widens(BF16, CUDA) == (major >= 8)
     assert gemm.widens(FP16, CUDA)
     assert not gemm.widens(FP16, torch.device("cpu"))
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
     assert not gemm.widens(FP16, CUDA)
+    gemm._cuda_major.cache_clear()
 
 
-def test_a_compiled_call_warns_of_nothing():
-    """What a GPU can do is a constant of the graph; a cached function would be traced, with a warning."""
-    compiled = torch.compile(lambda x: x * gemm.widens(BF16, CUDA), fullgraph=True, backend="eager")
+@pytest.mark.parametrize("operand", [BF16, FP16], ids=str)
+def test_a_compiled_call_takes_it_for_a_constant(operand):
+    """Traced, a cached function would warn, and no graph holds torch's setting of sums in fp16."""
+    compiled = torch.compile(lambda x: x * gemm.widens(operand, CUDA), fullgraph=True, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compiled(torch.ones(2)).tolist() == [1.0, 1.0]

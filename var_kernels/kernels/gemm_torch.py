@@ -5,6 +5,7 @@ are upcast (exact products, fp32 sums), and those of gradients run in 16 bit and
 C++ kernels have one for bf16 (``gemm_native``, which has the same functions).
 """
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from .compile_time import compile_time
 
 
+@compile_time
 def widens(operand: torch.dtype, device: torch.device) -> bool:
     """Return whether torch's GEMM makes an fp32 result of 16-bit operands: on CUDA, but for bf16 before Ampere and for
     fp16 where sums in fp16 are allowed; on ROCm where such products are right.
@@ -27,24 +29,17 @@ def widens(operand: torch.dtype, device: torch.device) -> bool:
     return operand == torch.float16 or _cuda_major(device.index or 0) >= 8
 
 
-# By device; a functools.cache would make torch.compile warn.
-_CUDA_MAJOR: dict[int, int] = {}
-
-
-@compile_time
+@functools.cache
 def _cuda_major(index: int) -> int:
     if not torch.cuda.is_available():  # a fake tensor's device
         return 8
-    if index not in _CUDA_MAJOR:
-        _CUDA_MAJOR[index] = torch.cuda.get_device_capability(index)[0]
-    return _CUDA_MAJOR[index]
+    return torch.cuda.get_device_capability(index)[0]
 
 
 # (operands, device, BLAS library) -> verdict.
 _ROCM_WIDENS: dict[tuple, bool] = {}
 
 
-@compile_time
 def _rocm_widens(operand: torch.dtype, index: int) -> bool:
     """CK has no such GEMM, and hipBLASLt has had wrong ones: small products are checked at the first use. Where the
     device may not be waited for, under capture or tracing, an unchecked library is trusted.

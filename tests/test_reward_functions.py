@@ -23,6 +23,9 @@ from var_kernels.integrations.trainer.rewards import RewardSum, apply_reward_fun
     [
         (lambda p, c: [1.0] * (len(c) - 1), "got 23; return a list with one float per completion"),
         (lambda p, c: 1.0, "must return one float each for 24 rows from here on, got float"),
+        (lambda p, c: torch.tensor(1.0), "must return one float each for 24 rows from here on, got Tensor"),
+        (lambda p, c: dict(enumerate(c)), "must return one float each for 24 rows from here on, got dict"),
+        (lambda p, c: set(range(len(c))), "must return one float each for 24 rows from here on, got set"),
         (
             lambda p, c: [float("nan") if x == "3" else 0.0 for x in c],
             "row 4: the reward function must return finite numbers, got nan",
@@ -37,7 +40,7 @@ from var_kernels.integrations.trainer.rewards import RewardSum, apply_reward_fun
         ),
         (lambda p, c: 1 / (len(c) == 1) and [0.0], "row 1: the reward function raised ZeroDivisionError"),
     ],
-    ids=["too few", "a number", "NaN", "text", "raises on a row", "raises on the whole"],
+    ids=["too few", "a number", "a tensor", "a dict", "a set", "NaN", "text", "raises on a row", "raises on the whole"],
 )
 def test_what_a_reward_function_does_wrong_is_reported_by_row(function, message, folder):  # noqa: F811
     before = tree(folder)

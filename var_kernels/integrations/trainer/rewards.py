@@ -4,7 +4,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -273,8 +273,9 @@ def _values(call: _Call, chunk: list[_Row], columns: list[dict]) -> list:
         values = called(len(chunk))
     except Exception as error:
         raise DataError([_failure(called, chunk, error)], remedy=_REMEDY) from error
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__") or len(values) != len(chunk):
-        came = f"{len(values)}" if hasattr(values, "__len__") else type(values).__name__
+    of_no_order = isinstance(values, str | bytes | Mapping | Set) or getattr(values, "ndim", 1) == 0
+    if of_no_order or not hasattr(values, "__len__") or len(values) != len(chunk):
+        came = type(values).__name__ if of_no_order or not hasattr(values, "__len__") else f"{len(values)}"
         reason = f"the reward function must return one float each for {len(chunk)} rows from here on, got {came}"
         raise DataError([Problem(chunk[0].where, reason)], remedy="return a list with one float per completion")
     return list(values)

@@ -333,6 +333,9 @@ def test_a_full_disk_is_named_with_the_way_on(folder, capsys, monkeypatch):
         raised.extend([error] if error else [])
         assert main([*words, "--resume"]) == 2
         assert re.search(f"output-dir: {reason}, and --resume goes on from", capsys.readouterr().err)
+    raised.append(OSError(errno.ENOSPC, "No space left on device"))  # of standard output: the folder's disk has room
+    assert main([*words, "--resume"]) == 2
+    assert "output-dir" not in capsys.readouterr().err
     raised.append(RuntimeError("basic_ios::clear: iostream error"))
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4096}))
     assert main([*words, "--resume"]) == 2

@@ -261,7 +261,7 @@ def _unwritable(output_dir: Path, error: Exception) -> str | None:
         return f"{output_dir} was removed while training ran; put it back"
     if shutil.disk_usage(output_dir).free < 2**20:
         return f"no space left on the disk of {output_dir}; make room"
-    unwritable = isinstance(error, OSError) and error.errno in (errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOSPC)
+    unwritable = isinstance(error, OSError) and error.errno in (errno.EDQUOT, errno.EFBIG, errno.EROFS)
     if unwritable or any(text in f"{type(error).__name__} {error}" for text in _WRITING):
         reason = str(error).strip().partition("\n")[0]
         return f"a file in {output_dir} could not be written whole; see the quota and the folder ({reason:.200})"

@@ -307,6 +307,15 @@ def test_a_run_whose_output_nobody_reads_says_how_to_go_on(tmp_path, dataset, mo
     assert "train: standard output must stay open while training runs" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_an_output_that_is_full_is_named(buffering, monkeypatch, capsys):
+    with open("/dev/full", "w", buffering) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["memory", "--hidden", "8", "--vocab", "100", "--length", "8"]) == 2
+    assert "standard output must be writable, got 'No space left on device'" in capsys.readouterr().err
+
+
 def test_letters_that_the_terminal_lacks_are_shown_by_code(tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({**row, "prompt": row["prompt"] + " \u00e9"}) + "\n" for row in ROWS))

@@ -58,16 +58,34 @@ def run_command(program: str, description: str, command, words: list[str]) -> in
         elif unknown:
             near = nearest(unknown[0], option_names(parser)) or "; --help lists the options"
             raise ValueError(f"unknown option {unknown[0]}{near}")
-        return command.run(args) or 0
+        status = command.run(args) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return _fail(program, getattr(command, "INTERRUPTED", "interrupted"), 130)
     except BrokenPipeError as error:  # `| head`; the system's own has a number, a command's says what was lost
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 0 if error.errno else _fail(program, str(error))
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("VAR_KERNELS_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.errno and not error.filename and not _writable_output():
+            _close_output()
+            error = ValueError(f"standard output must be writable, got {error.strerror!r}; send it elsewhere")
         return _fail(program, _text(error))
+
+
+def _writable_output() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _close_output() -> None:
+    """Else Python, on ending, tries once more, and says that it could not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,7 +3,8 @@
     python benchmarks/compile_kernels.py [--targets sm_80 sm_90 sm_100 sm_120 gfx942] [--csv FILE]
 
 Bare: V = 128256 without options. Every option: an odd V and several targets a row as well. Each is compiled as a launch
-compiles it: one target a row is a constant, sizes and strides that are multiples of 16 are known to be.
+compiles it: one target a row is a constant, sizes and strides that are multiples of 16 are known to be, but for a
+number of rows.
 
 Exit status 1 if a configuration does not compile, spills more than is known of this Triton, asks for more shared memory
 than the target has, lacks an instruction that it is there for, or feeds a wgmma from registers.
@@ -42,6 +43,7 @@ TARGETS = {
 # Bytes a thread on the stack, none on a hot path: (Triton, target, configuration). What is not listed keeps none.
 _SMALL_TILE = "fused_forward bf16, 64x128x16 (small), every option"
 KNOWN_SPILLS = {
+    ("3.7", "sm_120", "fused_forward bf16, 64x128x16 (small), bare"): 8,
     ("3.8", "sm_80", _SMALL_TILE): 64,
     ("3.8", "sm_100", _SMALL_TILE): 16,
     ("3.8", "sm_90", "var_weights batch of 32, packed tokens"): 8,
@@ -66,6 +68,7 @@ class Configuration:
     def __post_init__(self):
         missing = set(self.kernel.arg_names) - set(self.types) - set(self.constants)
         assert not missing, f"{self.name}: no type for {sorted(missing)}"
+        assert not set(rows_triton.ROW_COUNTS) & set(self.multiples_of_16), f"{self.name}: of any number of rows"
 
     def compile(self, target: GPUTarget):
         signature = {arg: self.types.get(arg, "constexpr") for arg in self.kernel.arg_names}
@@ -158,7 +161,7 @@ def pair_configurations() -> list[Configuration]:
         types |= dict.fromkeys((*strides, "C"), "i32") | dict.fromkeys(scalars, "fp32")
         constants = {"BLOCK": pairs_triton.BLOCK_COLUMNS, "KIND": kind, "OUT": getattr(tl, _LONG[out])}
         constants |= ({} if everything else dict.fromkeys(OPTIONAL)) | {"IN_PLACE": case != "bare"}
-        aligned = (*strides, "C") if case == "bare" else strides[:3]
+        aligned = (*strides[:3], "C") if case == "bare" else strides[:3]
         for name in ("stats", "grad", *(("mixture",) if KINDS[kind] == "jsd" else ())):
             kernel = getattr(pairs_triton, f"_pair_{name}_kernel")
             known = constants | {"BLOCK": constants["BLOCK"] // (2 if name == "mixture" else 1)}
@@ -289,15 +292,13 @@ def forward_configurations() -> list[Configuration]:
     for splits in (8, forward_triton.MAX_SPLITS):
         constants = {"ROWS": forward_triton.MERGE_ELEMENTS // splits, "SPLITS": splits}
         name = f"merge_splits {splits}, every option"
-        found.append(Configuration(name, kernel, types, constants, 4, multiples_of_16=("N", "V")))
+        found.append(Configuration(name, kernel, types, constants, 4, multiples_of_16=("V",)))
     return found
 
 
 def _aligned_arguments(rows: bool, odd: bool) -> tuple[str, ...]:
-    """Of the fused forward. rows: contiguous and of a length that is a multiple of 16; odd: N and V are multiples of
-    nothing.
-    """
-    found = ("split_columns",) if odd else ("split_columns", "N", "V")
+    """Of the fused forward. rows: contiguous, of a length that is a multiple of 16; odd: V is a multiple of nothing."""
+    found = ("split_columns",) if odd else ("split_columns", "V")
     return (*found, "D", "hidden_stride_n", "weight_stride_v") if rows else found
 
 
@@ -317,7 +318,7 @@ def weight_configurations() -> list[Configuration]:
     from_sums |= {"ROWS": largest, "TIME": 1}
     every = {"MEAN": True, "REFERENCE": "mean"}
     return [
-        _configuration(name, kernel, inputs, form | every, ("B", "T"), num_warps)
+        _configuration(name, kernel, inputs, form | every, (), num_warps)
         for name, form, num_warps in (
             (f"var_weights batch of {few}, packed tokens", from_tokens, weights_triton.NUM_WARPS),
             (f"var_weights batch of {largest}", from_sums, weights_triton.LARGE_BATCH_WARPS),

@@ -121,7 +121,8 @@ class Recorder:
             given = dict(zip(self.kernel.arg_names, args)) | named
             assert given["enable_fp_fusion"] is True
             launched[self.kernel] = {
-                p.name: "constant" if given[p.name] == 1 else "aligned" if given[p.name] % 16 == 0 else "plain"
+                p.name: "plain" if p.do_not_specialize
+                else "constant" if given[p.name] == 1 else "aligned" if given[p.name] % 16 == 0 else "plain"
                 for p in self.kernel.params
                 if not p.is_constexpr and type(given[p.name]) is int
             }
@@ -141,12 +142,12 @@ def compiled(prefix):
         arg: "constant" if found.constants.get(arg) == 1 and type(found.constants[arg]) is int
         else "aligned" if arg in found.multiples_of_16 else "plain"
         for arg, kind in {**found.types, "K": "i32", "hidden_stride_d": "i32", "weight_stride_d": "i32"}.items()
-        if kind in ("i32", "i64") and arg in found.kernel.arg_names and arg != "S"
+        if kind in ("i32", "i64") and arg in found.kernel.arg_names
     }
 
 def same(prefix):
     kernel, expected = compiled(prefix)
-    found = {arg: how for arg, how in launched.pop(kernel).items() if arg != "S"}
+    found = launched.pop(kernel)
     assert found == expected, f"{prefix}: launched {found}, compiled {expected}"
 
 with_recorders = {}
@@ -187,6 +188,12 @@ for name, tile in forward_triton.TILES.items():
         same(f"fused_forward bf16, {tile.rows}x{tile.columns}x{tile.depth} ({name}), {case}")
         if case == "bare":
             same("merge_splits 8, every option")
+
+# Another number of rows compiles nothing.
+for module in (rows_triton, forward_triton, script.labels_triton, script.pairs_triton, script.weights_triton):
+    for name, kernel in {**vars(module), **kernels}.items():
+        for p in getattr(kernel, "params", ()) if name.endswith("_kernel") else ():
+            assert p.do_not_specialize or p.name not in ("n", "N", "S", "B", "T", "state_stride"), (name, p.name)
 
 # Known spills are of kernels that there are, and may not grow; what is not listed keeps none.
 (known, most), *_ = script.KNOWN_SPILLS.items()

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .rows import LogitTransform, RowStats, packed
-from .rows_triton import LAUNCH_OPTIONS, _scalars, _transformed, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, ROW_COUNTS, _scalars, _transformed, on_device_of
 
 # Below every finite logit that a network makes, and finite, so that differences are never NaN.
 LOWEST = tl.constexpr(-1e38)
@@ -137,7 +137,7 @@ def _absorb(
     return running
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _fused_forward_kernel(
     hidden,  # (N, D): pointer or descriptor
     weight,  # (V, D): pointer or descriptor
@@ -214,7 +214,7 @@ def _fused_forward_kernel(
         tl.store(argmax_ptr + out, argmax_n, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _merge_splits_kernel(
     split_max_ptr,  # (S, N)
     split_sumexp_ptr,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import LogitTransform, RowStats, packed
-from .rows_triton import LAUNCH_OPTIONS, _block, _cap_slope, _scalars, _transformed, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, ROW_COUNTS, _block, _cap_slope, _scalars, _transformed, on_device_of
 
 # Elements of a row that a program holds at a time, and its warps.
 BLOCK_DEPTH = 1024
@@ -104,7 +104,7 @@ def _log1p(x):
     return 2.0 * s * series
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _finish_rows_kernel(
     labels_ptr,  # (n,) int64
     label_logit_ptr,  # (n,) fp32 and so on
@@ -130,7 +130,7 @@ def _finish_rows_kernel(
     tl.store(logp_ptr + rows, logp, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _row_scales_kernel(
     labels_ptr,  # (n,) int64
     prob_ptr,  # (n,) fp32: coefficients of the gradient in z
@@ -200,7 +200,7 @@ def _combine_rows_kernel(
     tl.store(out_ptr + row * out_stride_n + offs_d * out_stride_d, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _label_rows_kernel(
     total_ptr,  # (C, D), rows of labels are added to
     sorted_ptr,  # (n,) int64: the labels in ascending order

@@ -11,6 +11,7 @@ from .rows_triton import (
     _TRITON_DTYPE,
     LAUNCH_OPTIONS,
     NUM_WARPS,
+    ROW_COUNTS,
     _block,
     _cap_slope,
     _scalars,
@@ -64,7 +65,7 @@ def _moved(shifted, sum_a, drop_a, drop_b):
     return tl.where((decay == 0.0) & (shifted == shifted), 0.0, decay * (shifted + (drop_a - drop_b) * sum_a))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _pair_stats_kernel(
     z_ptr,  # (n, C), any floating dtype
     w_ptr,  # (n, C)
@@ -144,7 +145,7 @@ def _pair_stats_kernel(
     tl.store(state_ptr + at_b * state_stride, tl.where(top_b == lowest, float("-inf"), top_b))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _pair_mixture_kernel(
     z_ptr,
     w_ptr,
@@ -188,7 +189,7 @@ def _pair_mixture_kernel(
     tl.store(second_ptr, tl.load(second_ptr).to(tl.float32) + tl.sum(of_q, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _pair_grad_kernel(
     z_ptr,  # (n, C)
     w_ptr,

@@ -26,6 +26,9 @@ NUM_WARPS = 8
 EXP_BLOCK_COLUMNS = 2048
 # Options of every launch. From Triton 3.10 on a * b + c is no longer one instruction by default: more work, other bits.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+# Arguments that follow the number of rows: left to itself Triton compiles anew for 1 and for multiples of 16, in the
+# middle of a training, or of the capture of a CUDA graph.
+ROW_COUNTS = ["n", "N", "S", "B", "T", "state_stride"]
 
 
 @triton.jit

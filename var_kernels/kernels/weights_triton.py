@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import packed
-from .rows_triton import LAUNCH_OPTIONS, on_device_of
+from .rows_triton import LAUNCH_OPTIONS, ROW_COUNTS, on_device_of
 
 MAX_SEQUENCES = 4096
 # From tokens to tokens in the same launch.
@@ -74,7 +74,7 @@ def _spread(
         tl.store(token_weight_ptr + token, tl.where(counts, weight[:, None], 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["inverse_lam_bits", "ignore_index"])
+@triton.jit(do_not_specialize=["inverse_lam_bits", "ignore_index", *ROW_COUNTS])
 def _batch_weights_kernel(
     rewards_ptr,  # (B,)
     ref_ptr,  # (B,), or one per token

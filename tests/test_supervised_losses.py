@@ -68,6 +68,12 @@ def test_awr_refusals():
         awr_loss(ZERO, torch.zeros(1), beta=1.0)
 
 
+def test_standardised_advantage_copies_no_number_to_the_device(monkeypatch):
+    """Where it would be waited for."""
+    monkeypatch.setattr(torch.Tensor, "new_tensor", None)
+    assert standardised_advantage(REWARD).shape == REWARD.shape
+
+
 def test_standardised_advantage_by_hand():
     # A = 1, 3: mean 2, population standard deviation 1
     got = standardised_advantage(torch.tensor([2.0, 5.0]), torch.tensor([1.0, 2.0]))

@@ -162,18 +162,19 @@ def refused_dtensors(world):
 
 
 class HostReads(TorchDispatchMode):
-    """``count``: numbers of tensors that the block reads."""
+    """``count``: numbers of tensors that the block reads, and lists that it would copy to the device."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "index", "index_put_")
         return func(*args, **(kwargs or {}))
 
 
 def on_an_accelerator(rank, world):
     """Where values are not free to read: log-probs of two heads of one group in turn, equal on rank 0 in size; host
-    reads for a rank's place; what each rank is told where the last one has no rows.
+    reads for a rank's place and for divergences; what each rank is told where the last one has no rows.
     """
     hidden, weight, labels, _ = Case("").inputs()
 
@@ -187,8 +188,12 @@ def on_an_accelerator(rank, world):
         mock.patch.object(checks, "check_values"),
     ):
         heads = [logprob(sizes) for sizes in (SPLITS[world], OTHER_SPLITS[world], SPLITS[world])]
+        _, own, _, _, ref_hidden, ref_weight, _ = KLCase("", Case("", ignored=0.0)).inputs("cpu")
         with HostReads() as reads:
             start, _ = vocab_parallel._place(weight[: 3 + rank], dist.group.WORLD)
+            for direction in DIRECTIONS:
+                given = hidden, own[rank::world], ref_hidden, ref_weight[rank::world]
+                vocab_parallel_token_kl(*given, direction=direction, process_group=dist.group.WORLD)
         try:
             logprob((*SPLITS[world][:-1], 0))
         except (ValueError, RuntimeError) as refused:

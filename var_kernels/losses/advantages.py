@@ -122,7 +122,7 @@ def standardised_advantage(
     if values:
         advantage_B = advantage_B - values[0]
     exact_B = advantage_B.double()
-    total = torch.stack([exact_B.sum(), exact_B.new_tensor(exact_B.numel())])  # a sum and a count
+    total = torch.stack([exact_B.sum(), torch.ones_like(exact_B).sum()])  # a sum and a count, made on the device
     if process_group is not None:
         dist.all_reduce(total, group=process_group)
     count = total[1].clamp(min=1)

@@ -217,14 +217,16 @@ class VocabParallelKLArguments(HeadPair):
 
 def _forward_kl(pair: VocabParallelKLArguments) -> Forward:
     def merge(state_6N: Tensor, stage: str) -> None:
-        sums = [4, 5]
+        # Rows one by one: a list of them as an index is copied to the device, which is waited for.
+        rows = 4, 5
         if stage == "stats":
-            maxima_2N, sums = state_6N[[0, 2]], [1, 3, 4]
+            maxima_2N, rows = state_6N[0:3:2].contiguous(), (1, 3, 4)
             dist.all_reduce(maxima_2N, dist.ReduceOp.MAX, group=pair.group)
             raise_maxima_(state_6N, *maxima_2N, pair.kind)
-        partial = state_6N[sums]
+        partial = torch.stack([state_6N[row] for row in rows])
         dist.all_reduce(partial, group=pair.group)
-        state_6N[sums] = partial
+        for row, sum_N in zip(rows, partial, strict=True):
+            state_6N[row] = sum_N
 
     state_6N = divergence_pass(pair, merge)
     return Forward((pair.divergence(state_6N),), (state_6N,), pair)

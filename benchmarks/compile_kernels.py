@@ -43,11 +43,12 @@ TARGETS = {
 # Bytes a thread on the stack, none on a hot path: (Triton, target, configuration). What is not listed keeps none.
 _SMALL_TILE = "fused_forward bf16, 64x128x16 (small), every option"
 KNOWN_SPILLS = {
-    ("3.7", "sm_120", "fused_forward bf16, 64x128x16 (small), bare"): 8,
     ("3.8", "sm_80", _SMALL_TILE): 64,
     ("3.8", "sm_100", _SMALL_TILE): 16,
     ("3.8", "sm_90", "var_weights batch of 32, packed tokens"): 8,
     ("3.9", "sm_80", _SMALL_TILE): 64,
+    ("3.6", "sm_120", "fused_forward bf16, 64x128x16 (small), bare"): 16,
+    ("3.7", "sm_120", "fused_forward bf16, 64x128x16 (small), bare"): 8,
 }
 TRITON = ".".join(triton.__version__.split(".")[:2])
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

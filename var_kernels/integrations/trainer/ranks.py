@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 
 from var_kernels.integrations.data import DataError
 
@@ -13,6 +12,14 @@ from var_kernels.integrations.data import DataError
 def rank_and_size() -> tuple[int, int]:
     """This rank's number and the number of ranks, (0, 1) alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _of_all_ranks(value: Any) -> list:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    found = [value] * rank_and_size()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def of_first_rank(value: Any, device: torch.device) -> Any:
@@ -36,7 +43,7 @@ def together(work: Callable) -> Any:
         failure = error
     says = getattr(failure, "remedy", f"{failure}")
     mine = None if failure is None else (rank, getattr(failure, "problems", None), says)
-    failures = [entry for entry in gather_object([mine]) if entry is not None]
+    failures = [entry for entry in _of_all_ranks(mine) if entry is not None]
     if not failures:
         return result
     if failure is not None and not isinstance(failure, DataError):
@@ -49,8 +56,7 @@ def together(work: Callable) -> Any:
 
 def in_shares(work: Callable[[], list]) -> list:
     """The lists that ``work()`` returns on the ranks, one after the other, on every rank; failures as ``together``."""
-    mine = together(work)
-    return mine if rank_and_size()[1] == 1 else gather_object(mine)
+    return [entry for share in _of_all_ranks(together(work)) for entry in share]
 
 
 def check_same_rows(fingerprint: str, name: str) -> None:
@@ -59,7 +65,7 @@ def check_same_rows(fingerprint: str, name: str) -> None:
     Raises:
         ValueError: on every rank.
     """
-    found = [fingerprint] if rank_and_size()[1] == 1 else gather_object([fingerprint])
+    found = _of_all_ranks(fingerprint)
     if others := [rank for rank, text in enumerate(found) if text != found[0]]:
         raise ValueError(
             f"{name} must hold the same rows in the same order on every rank, which takes its share of them by number, "

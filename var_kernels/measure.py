@@ -1,5 +1,6 @@
 """Peak memory: of a piece of work, exact to the byte, and of the whole process."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak_extra_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Highest number of bytes allocated above those held before ``step()``; what step returns counts while it lives.
 
-    CUDA: the allocator's own maximum (its statistics are reset). CPU: the running sum of the profiler's memory events.
+    CUDA: the allocator's own maximum (its statistics are reset). CPU: the running sum of the profiler's memory events;
+    garbage of before is not collected meanwhile, since what that frees would be taken off the sum.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -23,7 +25,7 @@ def peak_extra_bytes(step: Callable[[], object], device: torch.device | str = "c
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _quiet_stderr(), _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = step()
     del result
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
@@ -49,6 +51,17 @@ def peak_resident_mb() -> float:
         return psutil.Process().memory_info().peak_wset / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

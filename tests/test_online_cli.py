@@ -151,7 +151,7 @@ def test_a_reward_that_fails_in_the_middle_stops_with_its_row_and_resumes_when_m
     printed = capsys.readouterr().err
     assert "mend the reward function and resume, which draws the same completions again" in printed
     assert "iteration 1, prompts.jsonl:" in printed
-    assert "sample 1: the reward function must return finite numbers, got nan" in printed
+    assert "sample 1: the reward function must return finite fp32 numbers, got nan" in printed
     assert main(words(**settings)) == 2
     assert "already holds a run: --resume continues it" in capsys.readouterr().err
 

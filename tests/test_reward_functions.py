@@ -28,11 +28,15 @@ from var_kernels.integrations.trainer.rewards import RewardSum, apply_reward_fun
         (lambda p, c: set(range(len(c))), "must return one float each for 24 rows from here on, got set"),
         (
             lambda p, c: [float("nan") if x == "3" else 0.0 for x in c],
-            "row 4: the reward function must return finite numbers, got nan",
+            "row 4: the reward function must return finite fp32 numbers, got nan",
+        ),
+        (
+            lambda p, c: [1e39 if x == "3" else 0.0 for x in c],
+            "row 4: the reward function must return finite fp32 numbers, got 1e.39",
         ),
         (
             lambda p, c: ["high" if x == "3" else 0.0 for x in c],
-            "row 4: the reward function must return finite numbers, got 'high'",
+            "row 4: the reward function must return finite fp32 numbers, got 'high'",
         ),
         (
             lambda p, c: [1 / (x != "3") for x in c],
@@ -40,7 +44,18 @@ from var_kernels.integrations.trainer.rewards import RewardSum, apply_reward_fun
         ),
         (lambda p, c: 1 / (len(c) == 1) and [0.0], "row 1: the reward function raised ZeroDivisionError"),
     ],
-    ids=["too few", "a number", "a tensor", "a dict", "a set", "NaN", "text", "raises on a row", "raises on the whole"],
+    ids=[
+        "too few",
+        "a number",
+        "a tensor",
+        "a dict",
+        "a set",
+        "NaN",
+        "beyond fp32",
+        "text",
+        "raises on a row",
+        "raises on the whole",
+    ],
 )
 def test_what_a_reward_function_does_wrong_is_reported_by_row(function, message, folder):  # noqa: F811
     before = tree(folder)
@@ -221,7 +236,7 @@ def test_numbers_of_any_type_are_rewards(value):
 
 @pytest.mark.parametrize("value", [None, np.float32("nan"), torch.tensor(float("inf")), "high", torch.ones(2), 1j])
 def test_what_is_no_number_is_named_by_row(value):
-    with pytest.raises(DataError, match="here: the reward function must return finite numbers, got"):
+    with pytest.raises(DataError, match="here: the reward function must return finite fp32 numbers, got"):
         apply_reward_function(lambda p, c: [value], [Example("p", ["c"], None, ["here"])])
 
 

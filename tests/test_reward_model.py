@@ -234,7 +234,7 @@ def test_a_reward_that_is_not_finite_names_its_rows(tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("nan")
     examples = [parse_row({"prompt": f"{n} ", "completion": "q" if n == 2 else "3"}, f"file:{n}") for n in range(4)]
-    with pytest.raises(DataError, match="file:2: the reward function must return finite numbers, got nan"):
+    with pytest.raises(DataError, match="file:2: the reward function must return finite fp32 numbers, got nan"):
         apply_reward_function(RewardModel(model, tokenizer()), examples)
 
 

@@ -24,7 +24,7 @@ FORM_KEYS = {
 }
 SHOWN_PROBLEMS = 10
 _SHOWN_KEYS = 12
-_LARGEST = 3.4e38
+MAX_REWARD = 3.4e38
 _NUMBERS: Any = Real | Decimal
 _DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
@@ -224,7 +224,7 @@ def as_label(value: object) -> bool | None:
 
 def as_number(value: object) -> float | None:
     """A number of Python, numpy or torch, or the text of a decimal number; None for anything else, booleans among it.
-    Beyond fp32: infinite."""
+    Beyond fp64: infinite."""
     number: Any = _plain(value)
     if isinstance(number, str):
         number = float(number) if _DECIMAL.fullmatch(number) else None
@@ -320,8 +320,8 @@ def _number(value: object, name: str) -> float:
     number = as_number(value)
     if number is None:
         raise _BadRowError(f"{name} must be a number, got {_kind(value)}")
-    if not abs(number) <= _LARGEST:
-        raise _BadRowError(f"{name} must be finite, got {value!r:.40}; rewards are kept in fp32, up to {_LARGEST}")
+    if not abs(number) <= MAX_REWARD:
+        raise _BadRowError(f"{name} must be finite, got {value!r:.40}; rewards are kept in fp32, up to {MAX_REWARD}")
     return number
 
 

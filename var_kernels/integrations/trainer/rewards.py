@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from var_kernels.integrations.data import DataError, Example, Problem
-from var_kernels.integrations.data.forms import FORM_KEYS, Text, as_label, as_number, key_names
+from var_kernels.integrations.data.forms import FORM_KEYS, MAX_REWARD, Text, as_label, as_number, key_names
 from var_kernels.integrations.trainer.progress import progress_bar
 from var_kernels.integrations.trainer.ranks import in_shares, rank_and_size
 
@@ -220,7 +220,7 @@ def apply_reward_function(
                 columns = [{name: value(row, name) for name in names} for row in chunk]
                 for row, made in zip(chunk, _values(call, chunk, columns), strict=True):
                     if (number := _number(made)) is None:
-                        reason = f"the reward function must return finite numbers, got {made!r:.60}"
+                        reason = f"the reward function must return finite fp32 numbers, got {made!r:.60}"
                         problems.append(Problem(row.where, reason))
                     else:
                         rewards.append((row.number, number))
@@ -301,4 +301,4 @@ def _number(value: object) -> float | None:
     number = as_number(value)
     if number is None and not isinstance(value, str) and (label := as_label(value)) is not None:
         number = float(label)
-    return number if number is not None and math.isfinite(number) else None
+    return number if number is not None and abs(number) <= MAX_REWARD else None

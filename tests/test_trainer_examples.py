@@ -44,10 +44,12 @@ def test_lightning_example_learns(capsys):
     assert losses[-1] < losses[0]
 
 
-def test_accumulation_in_the_accelerate_loop_equals_large_batches(capsys):
+def test_accumulation_in_the_accelerate_loop_equals_large_batches(capsys, monkeypatch):
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier trainer of this process may have set bf16
+    # an earlier trainer of this process may have set bf16, in either place
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
     made = runpy.run_path(str(ROOT / "examples" / "accelerate_loop.py"))
     got = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
     torch.manual_seed(0)
